@@ -1,0 +1,64 @@
+"""``python -m segvit_kernels``: what this machine has and which backend each operator takes on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+import segvit_kernels
+from segvit_kernels._library import BACKENDS, ENVIRONMENT_VARIABLE, requested_backend, why_not
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """The report as text."""
+    lines = [
+        f"segvit-kernels {segvit_kernels.__version__}",
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, "
+        f"torch {torch.__version__}, triton {_version('triton')}",
+    ]
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            lines.append(
+                f"cuda:{i}: {p.name}, compute capability {p.major}.{p.minor}, "
+                f"{p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB"
+            )
+            devices.append(torch.device("cuda", i))
+    else:
+        lines.append("no CUDA or ROCm device")
+    requested = requested_backend()
+    lines.append(f"{ENVIRONMENT_VARIABLE}: {requested or 'not set (each device takes its default)'}")
+    for device in devices:
+        lines += ["", f"on {device}:"]
+        reasons = {name: why_not(name, device) for name in BACKENDS}
+        default = "triton" if device.type == "cuda" and reasons["triton"] is None else "eager"
+        chosen = requested or default
+        for name in segvit_kernels.operator_names():
+            note = f" (unavailable: {reasons[chosen]})" if reasons[chosen] else ""
+            lines.append(f"  segvit::{name:<12} {chosen}{note}")
+        lines += [f"  {name} missing: {reason}" for name, reason in reasons.items() if reason]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    try:
+        print(report())
+    except ValueError as error:
+        print(f"segvit_kernels: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Registration and dispatch of the operators: the only place that talks to ``torch.library``.
+
+Every operator is one call to :func:`define` with its schema, its eager implementation, its shapes
+(``fake``) and its multiply-accumulate count (``macs``). The dispatch to a backend happens *inside*
+the operator, so that choosing another backend neither breaks nor recompiles a compiled graph.
+
+============ ======================================================= ==============================
+backend      where it lives                                          takes
+============ ======================================================= ==============================
+``eager``    ``segvit_kernels/ops/<stem>.py``, plain PyTorch         any device, float64 included
+``triton``   ``segvit_kernels/triton/<stem>.py``                     CUDA and ROCm tensors; CPU tensors
+                                                                     under Triton's interpreter
+============ ======================================================= ==============================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("eager", "triton")
+ENVIRONMENT_VARIABLE = "SEGVIT_KERNELS_BACKEND"
+
+_chosen: str | None = None
+_operators: dict[str, Operator] = {}
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly requested backend cannot run here; the message says why and what mends it."""
+
+
+def _checked(name: str | None, origin: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operator of this package on backend ``name`` inside the ``with`` block.
+
+    The choice is process wide, like ``torch.backends`` flags, so that the autograd thread sees it too.
+    It outranks the environment variable ``SEGVIT_KERNELS_BACKEND`` and is outranked by the ``backend=``
+    argument of a function.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    global _chosen
+    _checked(name, "backend")
+    previous, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def requested_backend(argument: str | None = None) -> str | None:
+    """The backend asked for by argument, context manager or environment, in that order; ``None`` if none."""
+    if argument is not None:
+        return _checked(argument, "argument 'backend'")
+    if _chosen is not None:
+        return _chosen
+    return _checked(
+        os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
+    )
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _compute_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not(name: str, device: torch.device | str) -> str | None:
+    """Why backend ``name`` cannot run on tensors of ``device``, with what mends it; ``None`` if it can."""
+    device = torch.device(device)
+    if name == "eager":
+        return None
+    if not _triton_installed():
+        return "Triton is not installed: pip install triton"
+    if device.type == "cuda":
+        capability = _compute_capability(device.index or 0)
+        if torch.version.hip is None and capability < (8, 0):
+            return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}: use eager"
+        return None
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+    return f"no Triton kernels for {device.type} tensors: use eager"
+
+
+class Operator:
+    """One operator, its implementations and how a call finds its backend."""
+
+    def __init__(self, name: str, eager: Callable, macs: Callable, refuse: Callable | None):
+        self.name = name
+        self.stem = eager.__module__.rpartition(".")[2]
+        self.eager = eager
+        self.macs = macs
+        self.refuse = refuse
+        self._triton: Callable | None = None
+
+    def select(self, device: torch.device, args: Sequence[Any], argument: str | None) -> str:
+        """The backend of one call. An explicit choice that cannot be honoured raises; it never falls back."""
+        name = requested_backend(argument)
+        if name == "eager" or (name is None and device.type != "cuda"):
+            return "eager"
+        reason = why_not("triton", device)
+        if reason is not None:
+            if name is None:
+                return "eager"
+            raise BackendUnavailableError(f"segvit::{self.name}: backend 'triton' is not available: {reason}")
+        error = self.refuse(*args) if self.refuse else None
+        if error is not None:
+            if name is None:
+                return "eager"
+            raise error
+        return "triton"
+
+    def __call__(self, *args: Any) -> Any:
+        *args, argument = args
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        if self.select(device, args, argument) == "triton":
+            if self._triton is None:
+                module = importlib.import_module(f"segvit_kernels.triton.{self.stem}")
+                self._triton = getattr(module, self.name)
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return self._triton(*args)
+        # Autocast is still active in here and would round the float32 statistics.
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return self.eager(*args)
+        return self.eager(*args)
+
+
+def define(
+    schema: str, *, eager: Callable, fake: Callable, macs: Callable, refuse: Callable | None = None
+) -> torch._ops.OpOverload:
+    """Register the operator ``segvit::<schema>`` and return it.
+
+    Args:
+        schema: name, arguments and results in torch's schema language, without namespace; the
+            argument ``str? backend=None`` is added at the end.
+        eager: the implementation in PyTorch; takes the schema's arguments in order. The Triton launcher
+            of the same name in ``segvit_kernels/triton/<stem>.py`` has the same signature.
+        fake: the same signature on fake tensors; gives the shapes.
+        macs: the same signature with shapes in place of tensors; gives the multiply-accumulates.
+        refuse: the same signature; an exception that says why the Triton kernels cannot take these
+            arguments, or ``None``.
+    """
+    name, _, rest = schema.partition("(")
+    arguments, _, results = rest.partition(") -> ")
+    qualname = f"segvit::{name}"
+    operator = _operators[name] = Operator(name, eager, macs, refuse)
+
+    def implementation(*args: Any, backend: str | None = None) -> Any:
+        args = list(args)
+        missing = count - len(args)
+        return operator(*args, backend) if missing else operator(*args)
+
+    torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
+    op = getattr(torch.ops.segvit, name).default
+    count = len(op._schema.arguments)
+    torch.library.impl(qualname, "default", implementation)
+    torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))
+    register_flop_formula(getattr(torch.ops.segvit, name))(
+        lambda *shapes, out_shape=None, **kwargs: 2 * macs(*shapes[: count - 1])
+    )
+    return op
+
+
+def fvcore_handles() -> dict[str, Callable]:
+    """Handles for ``fvcore.nn.FlopCountAnalysis(...).set_op_handle(**fvcore_handles())``.
+
+    fvcore counts one per multiply-accumulate, and nothing at all for operators it does not know.
+    """
+
+    def handle(operator: Operator) -> Callable:
+        def count(inputs: list, outputs: list) -> int:
+            return operator.macs(*(v.type().sizes() if v.isCompleteTensor() else None for v in inputs))
+
+        return count
+
+    return {f"segvit::{name}": handle(operator) for name, operator in _operators.items()}
+
+
+def operator_names() -> tuple[str, ...]:
+    """Names of all registered operators, without namespace."""
+    return tuple(_operators)

@@ -1,0 +1,1 @@
+"""What every operator computes: references, eager implementations, registrations and public functions."""

@@ -1,0 +1,405 @@
+r"""Attention-to-mask (ATM): attention whose similarity map is a second output.
+
+With queries Q (class tokens), keys K and values V (projected features), per head h:
+
+.. math::
+    S_h = \text{scale} \cdot Q_h K_h^\top, \qquad
+    O_h = \text{dropout}(\text{softmax}(S_h)) V_h, \qquad
+    M = \frac{1}{H} \sum_h S_h + M_{\text{previous}}
+
+(SegViT, NeurIPS 2022, section 3.2; M before the sigmoid.) Layout is (batch, tokens, heads, head_dim).
+
+Kept for the backward: Q, K, V, O and the log-sum-exp of every row of S in float32 (float64 for float64
+inputs); S itself is recomputed, never stored. With δ = rowsum(dO ∘ O) and the scaled dropout mask D:
+
+    dP = D ∘ (dO Vᵀ)      dS = P ∘ (dP − δ) + dM / H
+    dQ = scale · dS K     dK = scale · dSᵀ Q     dV = (D ∘ P)ᵀ dO     dM_previous = dM
+
+Refused: anything but 4-D tensors of one floating dtype and one device whose sizes agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from segvit_kernels import _library
+from segvit_kernels.ops._philox import dropout_scale, keep_mask
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_TRITON_DTYPES = _DTYPES[:3]
+_TRITON_MAX_HEAD_DIM = 128
+
+
+class ATMOutput(NamedTuple):
+    """``output`` (B, Nq, H, D), from the module (B, Nq, C), and ``mask_logits`` (B, Nq, Nk) or ``None``."""
+
+    output: Tensor
+    mask_logits: Tensor | None
+
+
+def atm_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    previous_masks: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> ATMOutput:
+    """The meaning of :func:`fused_atm` in ordinary PyTorch, with the similarity map S in memory.
+
+    ``seed`` (int64, one element) chooses the dropout mask; everything else as in :func:`fused_atm`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query.transpose(1, 2) * scale) @ key.permute(0, 2, 3, 1)  # (B, H, Nq, Nk)
+    weights = scores.softmax(dim=-1)
+    if dropout_p > 0:
+        batch, heads, queries, keys = scores.shape
+        keep = keep_mask(seed, dropout_p, range(batch), range(heads), heads, queries, keys)
+        weights = weights * keep * dropout_scale(dropout_p)
+    output = (weights @ value.transpose(1, 2)).transpose(1, 2)
+    masks = scores.mean(dim=1)
+    return ATMOutput(output, masks if previous_masks is None else masks + previous_masks)
+
+
+def _blocks(key: Tensor, queries: int) -> Iterator[tuple[range, range]]:
+    """Ranges of batch items and heads whose scores stay in the cache (CPU) or within 256 MiB (elsewhere)."""
+    batch, keys, heads, _ = key.shape
+    budget = 2**20 if key.device.type == "cpu" else 2**26
+    per_head = queries * keys
+    head_step = min(heads, max(1, budget // per_head))
+    batch_step = max(1, budget // (per_head * heads)) if head_step == heads else 1
+    for b in range(0, batch, batch_step):
+        for h in range(0, heads, head_step):
+            yield range(b, min(b + batch_step, batch)), range(h, min(h + head_step, heads))
+
+
+def _block(tensor: Tensor, batch: range, heads: range, dtype: torch.dtype) -> Tensor:
+    """A block of (B, N, H, D) as (batch, heads, N, D)."""
+    return tensor[batch.start : batch.stop, :, heads.start : heads.stop].to(dtype).transpose(1, 2)
+
+
+def _fwd_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    previous_masks: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_masks: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, masks, lse = _fwd_fake(query, key, value, previous_masks, seed, scale, dropout_p, need_masks)
+    heads, queries, keys = query.shape[2], query.shape[1], key.shape[1]
+    query = query.expand(key.shape[0], -1, -1, -1)
+    dtype = lse.dtype
+    total = None
+    for b, h in _blocks(key, queries):
+        scores = (_block(query, b, h, dtype) * scale) @ _block(key, b, h, dtype).transpose(-1, -2)
+        if need_masks:
+            mean = scores.sum(dim=1).div_(heads)
+            if h.start == 0:
+                if previous_masks is not None:
+                    mean += previous_masks[b.start : b.stop]
+                total = mean
+            else:
+                total += mean
+            if h.stop == heads:
+                masks[b.start : b.stop] = total
+        largest = scores.amax(dim=-1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        normaliser = weights.sum(dim=-1, keepdim=True)
+        lse[b.start : b.stop, h.start : h.stop] = (largest + normaliser.log()).squeeze(-1)
+        if dropout_p > 0:
+            weights *= keep_mask(seed, dropout_p, b, h, heads, queries, keys)
+            normaliser = normaliser / dropout_scale(dropout_p)
+        block = (weights @ _block(value, b, h, dtype)).div_(normaliser)
+        output[b.start : b.stop, :, h.start : h.stop] = block.transpose(1, 2)
+    return output, masks, lse
+
+
+def _bwd_eager(
+    grad_output: Tensor | None,
+    grad_masks: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, queries, keys = query.shape[2], query.shape[1], key.shape[1]
+    batched = query.expand(key.shape[0], -1, -1, -1)
+    grad_query = torch.empty_like(batched, memory_format=torch.contiguous_format)
+    grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    if grad_output is None:
+        grad_value.zero_()
+    dtype = lse.dtype
+    for b, h in _blocks(key, queries):
+        q, k = _block(batched, b, h, dtype), _block(key, b, h, dtype)
+        mask_part = None if grad_masks is None else (grad_masks[b.start : b.stop, None].to(dtype) / heads)
+        if grad_output is None:
+            grad_scores = mask_part.expand(-1, len(h), -1, -1)
+        else:
+            do, o = _block(grad_output, b, h, dtype), _block(output, b, h, dtype)
+            weights = (q * scale) @ k.transpose(-1, -2)
+            weights.sub_(lse[b.start : b.stop, h.start : h.stop, :, None]).exp_()
+            grad_scores = do @ _block(value, b, h, dtype).transpose(-1, -2)
+            kept = weights
+            if dropout_p > 0:
+                keep = keep_mask(seed, dropout_p, b, h, heads, queries, keys).to(dtype)
+                keep *= dropout_scale(dropout_p)
+                grad_scores *= keep
+                kept = weights * keep
+            gv = kept.transpose(-1, -2) @ do
+            grad_value[b.start : b.stop, :, h.start : h.stop] = gv.transpose(1, 2)
+            delta = (do * o).sum(dim=-1, keepdim=True)
+            grad_scores.sub_(delta).mul_(weights)
+            if mask_part is not None:
+                grad_scores += mask_part
+        gq = (grad_scores @ k).mul_(scale)
+        gk = (grad_scores.transpose(-1, -2) @ q).mul_(scale)
+        grad_query[b.start : b.stop, :, h.start : h.stop] = gq.transpose(1, 2)
+        grad_key[b.start : b.stop, :, h.start : h.stop] = gk.transpose(1, 2)
+    if query.shape[0] != batched.shape[0]:
+        grad_query = grad_query.sum(dim=0, keepdim=True)
+    return grad_query, grad_key, grad_value
+
+
+def _fwd_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    previous_masks: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_masks: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, keys), (_, queries, heads, dim) = key.shape[:2], query.shape
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (
+        query.new_empty(batch, queries, heads, dim),
+        query.new_empty((batch, queries, keys) if need_masks else (0,)),
+        query.new_empty(batch, heads, queries, dtype=lse_dtype),
+    )
+
+
+def _bwd_fake(
+    grad_output: Tensor | None, grad_masks: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _product_macs(query: tuple[int, ...], key: tuple[int, ...]) -> int:
+    return key[0] * math.prod(query[1:]) * key[1]
+
+
+def _fwd_macs(query: tuple[int, ...], key: tuple[int, ...], *_: Any) -> int:
+    return 2 * _product_macs(query, key)
+
+
+def _bwd_macs(
+    grad_output: Any, grad_masks: Any, query: tuple[int, ...], key: tuple[int, ...], *_: Any
+) -> int:
+    return (2 if grad_output is None else 5) * _product_macs(query, key)
+
+
+def _triton_refuses(query: Tensor) -> Exception | None:
+    if query.dtype not in _TRITON_DTYPES:
+        return TypeError(f"backend 'triton' takes float32, float16 and bfloat16; query is {query.dtype}")
+    if query.shape[-1] > _TRITON_MAX_HEAD_DIM:
+        return ValueError(
+            f"backend 'triton' takes head dims up to {_TRITON_MAX_HEAD_DIM}; query has shape "
+            f"{tuple(query.shape)}, head dim {query.shape[-1]}"
+        )
+    return None
+
+
+_atm_fwd = _library.define(
+    "atm_fwd(Tensor query, Tensor key, Tensor value, Tensor? previous_masks, Tensor? seed, float scale, "
+    "float dropout_p, bool need_masks) -> (Tensor output, Tensor mask_logits, Tensor lse)",
+    eager=_fwd_eager,
+    fake=_fwd_fake,
+    macs=_fwd_macs,
+    refuse=lambda query, *_: _triton_refuses(query),
+)
+
+_atm_bwd = _library.define(
+    "atm_bwd(Tensor? grad_output, Tensor? grad_masks, Tensor query, Tensor key, Tensor value, Tensor output, "
+    "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    eager=_bwd_eager,
+    fake=_bwd_fake,
+    macs=_bwd_macs,
+    refuse=lambda grad_output, grad_masks, query, *_: _triton_refuses(query),
+)
+
+
+class ATMFunction(torch.autograd.Function):
+    """``segvit::atm_fwd`` with ``segvit::atm_bwd`` as its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        previous_masks: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        need_masks: bool,
+        deterministic: bool,
+        backend: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        output, masks, lse = _atm_fwd(
+            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, backend
+        )
+        ctx.save_for_backward(query, key, value, output, lse, seed)
+        ctx.options = (scale, dropout_p, deterministic, backend)
+        ctx.need_masks = need_masks
+        ctx.set_materialize_grads(False)
+        return output, masks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, grad_masks: Tensor | None) -> tuple:
+        if not ctx.need_masks:
+            grad_masks = None
+        if grad_output is None and grad_masks is None:
+            return (None,) * 10
+        gradients = (None,) * 3
+        if any(ctx.needs_input_grad[:3]):
+            gradients = _atm_bwd(grad_output, grad_masks, *ctx.saved_tensors, *ctx.options)
+        return (*gradients, grad_masks if ctx.needs_input_grad[3] else None, *(None,) * 6)
+
+
+def fused_atm(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    previous_masks: Tensor | None = None,
+    need_masks: bool = True,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> ATMOutput:
+    """Attention-to-mask: attention and the head-mean of its similarity map in one pass, S never in memory.
+
+    SegViT (NeurIPS 2022), section 3.2; the formulas, the gradient included, stand at the top of this module.
+
+    Args:
+        query: class tokens after projection, (B, Nq, H, D), or (1, Nq, H, D) for queries that all images
+            share; float32, float16, bfloat16 or float64 (eager only).
+        key: features after projection, (B, Nk, H, D), dtype of ``query``.
+        value: (B, Nk, H, D), dtype of ``query``.
+        scale: factor of QKᵀ; D^-0.5 unless given.
+        dropout_p: probability of dropping an attention weight, in [0, 1), rounded to 1/65536. Call with 0
+            for inference. The masks see no dropout.
+        previous_masks: (B, Nq, Nk), dtype of ``query``; added to the masks (cascaded stages).
+        need_masks: without it ``mask_logits`` is ``None`` and costs nothing.
+        deterministic: bitwise repeatable gradients; follows ``torch.use_deterministic_algorithms`` unless
+            given.
+        backend: one of ``segvit_kernels.BACKENDS``; chosen by device unless given.
+
+    Returns:
+        ``output`` (B, Nq, H, D) and ``mask_logits`` (B, Nq, Nk), the masks before the sigmoid, both in the
+        dtype of ``query``. Both are differentiable; either may be left unused. Sums and statistics are
+        float32 for the half precisions. Under autocast the inputs are cast to its dtype.
+
+    Raises:
+        TypeError: a dtype is not supported, or the dtypes differ.
+        ValueError: shapes or devices disagree, ``dropout_p`` is out of range, or the backend is unknown.
+        BackendUnavailableError: an explicitly chosen backend cannot run here.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    if previous_masks is not None:
+        tensors["previous_masks"] = previous_masks
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
+    _validate(tensors, dropout_p, need_masks)
+    query, key, value = (_unit_stride(tensors[name]) for name in ("query", "key", "value"))
+    previous_masks = tensors.get("previous_masks")
+    if previous_masks is not None:
+        previous_masks = _unit_stride(previous_masks)
+
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    seed = _draw_seed(query.device) if dropout_p > 0 else None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        output, masks = ATMFunction.apply(
+            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, deterministic, backend
+        )
+    else:
+        output, masks, _ = _atm_fwd(
+            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, backend
+        )
+    return ATMOutput(output, masks if need_masks else None)
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    # A tensor from the device's generator: no host sync, safe in CUDA graphs and in recomputation.
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _validate(tensors: dict[str, Tensor], dropout_p: float, need_masks: bool) -> None:
+    query, key = tensors["query"], tensors["key"]
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; expected float32, float16, bfloat16 or float64"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {query.dtype}, the dtype of query")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {query.device}, the device of query")
+    for name in ("query", "key", "value"):
+        if tensors[name].ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}; expected (batch, tokens, heads, head_dim)"
+            )
+    _, queries, heads, dim = query.shape
+    batch, keys = key.shape[:2]
+    expected = {"key": (batch, keys, heads, dim), "value": tuple(key.shape)}
+    if previous := "previous_masks" in tensors:
+        expected["previous_masks"] = (batch, queries, keys)
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")
+    if query.shape[0] != batch and query.shape[0] != 1:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}; expected batch {batch}, the batch of key, or 1"
+        )
+    if min(queries, heads, dim, keys) < 1:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected at least one token, "
+            "head and channel"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    if previous and not need_masks:
+        raise ValueError("previous_masks is given but need_masks is False; expected need_masks=True with it")

@@ -1,0 +1,41 @@
+"""Fixtures and guards of the whole suite. Triton's interpreter is chosen before anything imports Triton."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Reference figures, real images and weights that do not travel with the project."""
+    path = Path(os.environ.get("SEGVIT_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no reference material at {path} (set SEGVIT_SHARED)")
+    return path
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN, so that an element nobody wrote shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,156 @@
+"""What every operator promises: clear refusals, dispatch without silent fallbacks, one import direction."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import segvit_kernels
+from segvit_kernels import BackendUnavailableError, backend, fused_atm
+from segvit_kernels._library import ENVIRONMENT_VARIABLE, requested_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tensors(dtype=torch.float32, **changes):
+    shapes = {"query": (2, 5, 3, 16), "key": (2, 9, 3, 16), "value": (2, 9, 3, 16)}
+    made = {n: torch.randn(s, dtype=dtype) for n, s in shapes.items()}
+    return made | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.randn(2, 5, 48)}, ValueError, r"query has shape \(2, 5, 48\); expected"),
+        ({"key": torch.randn(2, 9, 3, 8)}, ValueError, r"key has .* expected \(2, 9, 3, 16\)"),
+        ({"value": torch.randn(2, 8, 3, 16)}, ValueError, r"value has shape .* expected \(2, 9, 3, 16\)"),
+        ({"query": torch.randn(3, 5, 3, 16)}, ValueError, "expected batch 2, the batch of key, or 1"),
+        ({"query": torch.randn(2, 0, 3, 16)}, ValueError, "at least one token"),
+        ({"previous_masks": torch.randn(2, 5, 8)}, ValueError, r"previous_masks has shape .* \(2, 5, 9\)"),
+        ({"previous_masks": torch.randn(2, 5, 9), "need_masks": False}, ValueError, "need_masks=True"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
+        ({"backend": "cudnn"}, ValueError, "argument 'backend' is 'cudnn'; expected one of eager, triton"),
+        ({"query": torch.ones(2, 5, 3, 16, dtype=torch.int32)}, TypeError, "query has dtype torch.int32"),
+        ({"value": torch.randn(2, 9, 3, 16).half()}, TypeError, "value has dtype torch.float16"),
+        ({"key": torch.empty(2, 9, 3, 16, device="meta")}, ValueError, "key is on meta; expected cpu"),
+        ({"key": [1, 2]}, TypeError, "key is a list; expected a tensor"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        fused_atm(**tensors(**changes))
+
+
+def test_unsupported_by_a_backend(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wide = {n: torch.randn(1, 3, 1, 160) for n in ("query", "key", "value")}
+    with pytest.raises(ValueError, match=r"head dims up to 128; query has shape .* head dim 160"):
+        fused_atm(**wide, backend="triton")
+    with pytest.raises(TypeError, match=r"query is torch\.float64"):
+        fused_atm(**tensors(torch.float64), backend="triton")
+    assert fused_atm(**wide).output.shape == (1, 3, 1, 160)
+
+
+def test_an_unavailable_backend_raises_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
+        fused_atm(**tensors(), backend="triton")
+
+
+def test_argument_outranks_context_outranks_environment(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    assert requested_backend() == "triton"
+    with backend("eager"):
+        assert requested_backend() == "eager"
+        assert requested_backend("triton") == "triton"
+        with pytest.raises(RuntimeError), backend("triton"):
+            raise RuntimeError
+        assert requested_backend() == "eager"
+    assert requested_backend() == "triton"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cutlass")
+    with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE} is 'cutlass'; expected one of"):
+        fused_atm(**tensors())
+    with pytest.raises(ValueError, match="backend is 'cutlass'"), backend("cutlass"):
+        pass
+
+
+def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    operator = segvit_kernels._library._operators["atm_fwd"]
+    called = []
+    monkeypatch.setattr(operator, "_triton", lambda *a: called.append("triton") or operator.eager(*a))
+    fused_atm(**tensors())
+    assert called == []
+    with backend("triton"):
+        fused_atm(**tensors())
+    assert called == ["triton"]
+
+
+def test_report_of_this_machine():
+    def run(**environment):
+        import os
+
+        return subprocess.run(
+            [sys.executable, "-m", "segvit_kernels"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        )
+
+    good = run()
+    assert good.returncode == 0 and "segvit::atm_fwd" in good.stdout and torch.__version__ in good.stdout
+    bad = run(**{ENVIRONMENT_VARIABLE: "nonsense"})
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "nonsense" in bad.stderr
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at top level) of every import in a file."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(a.name, id(node) in top) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.module or "", id(node) in top)] + [
+                (f"{node.module}.{a.name}", id(node) in top) for a in node.names
+            ]
+    return found
+
+
+def test_import_directions():
+    kernels = ROOT / "segvit_kernels"
+    for path in (kernels / "ops").rglob("*.py"):
+        assert not any("segvit_kernels.triton" in m or m == "triton" for m, _ in imports(path)), path
+    for path in (kernels / "triton").rglob("*.py"):
+        assert not any(m.startswith("segvit_kernels.ops") for m, _ in imports(path)), path
+    for path in kernels.rglob("*.py"):
+        assert not any(m == "segvit" or m.startswith("segvit.") for m, _ in imports(path)), path
+    public = set(segvit_kernels.__all__)
+    for path in (ROOT / "segvit").rglob("*.py"):
+        for module, _ in imports(path):
+            if module.startswith("segvit_kernels."):
+                assert module.removeprefix("segvit_kernels.") in public, (path, module)
+
+
+def test_importing_the_kernels_needs_only_torch_and_numpy():
+    code = (
+        "import sys; import torch, numpy; loaded = set(sys.modules)\n"
+        "import segvit_kernels\n"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - loaded}\n"
+        "extra = new - set(sys.stdlib_module_names) - {'segvit_kernels', 'torch', 'numpy', 'triton'}\n"
+        "assert not extra, extra\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}
+    )
+
+
+def test_setup_does_not_import_torch():
+    assert not any(m.partition(".")[0] == "torch" for m, top in imports(ROOT / "setup.py") if top)
