@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench --help``; the JSON they write is described in bench/README.md."""

@@ -1,0 +1,184 @@
+"""``python -m bench``: see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
+SMOKE_VARIABLE = "SEGVIT_BENCH_SMOKE"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    gpu = commands.add_parser("gpu", help="correctness, time and memory on this machine's GPU")
+    gpu.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    gpu.add_argument(
+        "--budget", type=float, default=540.0, help="seconds for everything (default %(default)s)"
+    )
+    gpu.add_argument(
+        "--interpret-smoke",
+        action="store_true",
+        help=f"run the script itself on tiny shapes on the CPU; not a measurement (also {SMOKE_VARIABLE}=1)",
+    )
+    gpu.add_argument("--peers", nargs="+", metavar="NAME", help="time only these peers (default: all)")
+    gpu.add_argument("--in-process", action="store_true", help="no child processes (for debugging)")
+
+    cpu = commands.add_parser("cpu", help="the eager path against its peers on this machine's CPU, float32")
+    cpu.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    cpu.add_argument("--threads", type=int, default=2, help="threads of every peer (default %(default)s)")
+    cpu.add_argument("--rounds", type=int, default=15, help="samples of every peer (default %(default)s)")
+    cpu.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (default: all)")
+    cpu.add_argument("--smoke", action="store_true", help="tiny shapes; not a measurement")
+
+    report = commands.add_parser("report", help="Markdown of result files")
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE")
+
+    readme = commands.add_parser("readme", help="update the tables between the README's bench markers")
+    readme.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if a table is out of date"
+    )
+    readme.add_argument("--readme", type=Path, default=README, help="file to update")
+    readme.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    return parser
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"python -m bench: error: {message}", file=sys.stderr)
+    return code
+
+
+def _write(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _out_problem(path: Path, smoke: bool) -> str | None:
+    if smoke and RESULTS in path.resolve().parents:
+        return f"--out {path}: a smoke run is not a measurement; expected a path outside {RESULTS}"
+    if not path.resolve().parent.is_dir():
+        return f"--out {path}: folder {path.resolve().parent} does not exist"
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        return f"--out {path}: cannot be written"
+    return None
+
+
+def _finite(value: object) -> object:
+    """``value`` with ``None`` for what JSON cannot say: infinities and NaN, as a failed check may have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finish(result: dict, path: Path) -> int:
+    from bench import report
+
+    result["targets"] = [
+        {"operator": op, "name": e["target"].name, "measured": e["measured"], "met": e["met"]}
+        for op in sorted({r["operator"] for r in result["checks"]})
+        for e in report.targets(result, op)
+    ]
+    _write(path, json.dumps(_finite(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
+    print(report.document(result, path.stem))
+    failed = sum(r["status"] == "failed" for r in result["checks"])
+    passed = sum(r["status"] == "ok" for r in result["checks"])
+    print(f"{passed} checks passed, {failed} failed; {result['elapsed_s']} s; written to {path}")
+    # A peer may fail; ours, or a whole row of the table, may not.
+    broken = [r for r in result["timings"] if r["status"] == "failed" and r.get("peer", "fused") == "fused"]
+    return 0 if result["correct"] and not broken else 1
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    smoke = options.interpret_smoke or os.environ.get(SMOKE_VARIABLE) == "1"
+    if problem := _out_problem(options.out, smoke):
+        return _fail(problem)
+    if smoke:
+        # Triton reads this when it is imported, in the children too.
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    if not smoke and not torch.cuda.is_available():
+        return _fail("no GPU that PyTorch can use; expected a CUDA or ROCm device (or --interpret-smoke)")
+    from bench import gpu
+
+    result = gpu.run(budget_s=options.budget, smoke=smoke, in_process=options.in_process, peers=options.peers)
+    return _finish(result, options.out)
+
+
+def _cpu(options: argparse.Namespace) -> int:
+    if problem := _out_problem(options.out, options.smoke):
+        return _fail(problem)
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            return _fail(f"--{name} is {getattr(options, name)}; expected at least 1")
+    from bench import cpu
+
+    result = cpu.run(threads=options.threads, rounds=options.rounds, smoke=options.smoke, names=options.peers)
+    return _finish(result, options.out)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bench import report
+
+    print("\n".join(report.document(report.load(path), path.stem) for path in options.files))
+    return 0
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from bench import report
+
+    try:
+        text = options.readme.read_text(encoding="utf-8")
+    except OSError as error:
+        return _fail(f"{options.readme}: cannot be read: {error.strerror}")
+    made = report.regenerate(text, options.results)
+    if made == text:
+        print(f"{options.readme}: up to date")
+    elif options.check:
+        return _fail(f"{options.readme}: tables are out of date; run 'python -m bench readme'", 1)
+    else:
+        _write(options.readme, made)
+        print(f"{options.readme}: updated")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # What the benchmarks start themselves in.
+    if arguments[:1] == ["_worker"]:
+        from bench import gpu
+
+        _, section, rows, options = arguments
+        return gpu.work(section, Path(rows), **json.loads(options))
+    if arguments[:1] == ["_memory"]:
+        from bench import cpu
+
+        print(json.dumps(cpu.measure_memory(json.loads(arguments[1]))))
+        return 0
+    options = _parser().parse_args(arguments)
+    command = {"gpu": _gpu, "cpu": _cpu, "report": _report, "readme": _readme}[options.command]
+    try:
+        return command(options)
+    except ValueError as error:
+        if type(error).__name__ not in ("ReportError", "OptionError"):
+            raise
+        return _fail(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""The ATM operator: peers, checks, costs and targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import timing
+from bench.kernels import Check, Cost, Operator, Peer, Target
+from segvit_kernels import ATMFunction, atm_reference, fused_atm
+from segvit_kernels.testing import (
+    RELATIVE_NORM,
+    SHAPES,
+    ATMCase,
+    assert_within_budget,
+    oracle,
+    relative_error,
+)
+
+TINY = ATMCase("tiny", 1, 5, 33, 2, 16)
+BATCHES = (16, 1, 4)
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """S in memory, a clone of it kept for the masks, softmax, mean over the heads."""
+    scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1)) * query.shape[-1] ** -0.5
+    masks = scores.clone()
+    output = scores.softmax(dim=-1) @ value.transpose(1, 2)
+    return output.transpose(1, 2), masks.mean(dim=1)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(atm_reference(query, key, value))
+
+
+def sdpa_product(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused attention, and the masks as one product over the concatenated heads."""
+    heads, dim = query.shape[2:]
+    output = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
+    masks = (query * (dim**-0.5 / heads)).flatten(2) @ key.flatten(2).mT
+    return output.transpose(1, 2), masks
+
+
+def peers(backend: str) -> list[Peer]:
+    def fused(name: str) -> Peer:
+        return Peer(name, f"fused_atm, backend {name}", lambda x: tuple(fused_atm(**x, backend=name)))
+
+    ours = fused(backend)
+    compiled = torch.compile(reference, dynamic=False, fullgraph=True)
+    return [
+        replace(ours, name="fused"),
+        *(_plans() if backend == "triton" else []),
+        *([fused("eager")] if backend != "eager" else []),
+        Peer("plain", "the formula with S in memory and cloned", lambda x: plain(**x)),
+        Peer("reference", "atm_reference: the formula with S in memory", lambda x: reference(**x)),
+        Peer("compiled", "torch.compile(atm_reference)", lambda x: compiled(**x), compiled=True),
+        Peer("sdpa", "scaled_dot_product_attention + a separate mask product", lambda x: sdpa_product(**x)),
+    ]
+
+
+PLANS = ("fused", "heads")
+# Plan "heads" keeps a mask tile in registers over all heads; larger tiles than these spill.
+_HEADS_TILE = {"block_m": 64, "block_n": 64, "num_warps": 4}
+
+
+def _forward_plan(plan: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The Triton forward by one of its two plans, past the choice that the launcher makes."""
+    from segvit_kernels.triton.atm import atm_fwd
+
+    config = {"plan": plan}
+    if plan == "heads" and query.dtype != torch.float32:
+        config |= _HEADS_TILE
+    scale = query.shape[-1] ** -0.5
+    return atm_fwd(query, key, value, None, None, scale, 0.0, True, config=config)[:2]
+
+
+def _plans() -> list[Peer]:
+    def peer(plan: str) -> Peer:
+        what = f"the Triton forward, plan {plan}, called without the operator around it"
+        return Peer(f"plan {plan}", what, lambda x: _forward_plan(plan, **x), modes=("forward",))
+
+    return [peer(plan) for plan in PLANS]
+
+
+def inputs(case: ATMCase, dtype: torch.dtype, device: torch.device) -> tuple[dict, tuple]:
+    """Fresh leaves ``query``, ``key``, ``value`` and gradients of both outputs."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    features = (case.heads, case.head_dim)
+    leaves = {
+        name: draw(case.batch, tokens, *features).requires_grad_()
+        for name, tokens in (("query", case.queries), ("key", case.keys), ("value", case.keys))
+    }
+    gradients = (draw(case.batch, case.queries, *features), draw(case.batch, case.queries, case.keys))
+    return leaves, gradients
+
+
+def costs(case: ATMCase, itemsize: int, mode: str) -> list[Cost]:
+    width = case.heads * case.head_dim
+    queries, keys = (case.batch * n * width * itemsize for n in (case.queries, case.keys))
+    masks = case.batch * case.queries * case.keys * itemsize
+    statistics = case.batch * case.heads * case.queries * 4
+    product = 2 * case.batch * case.queries * case.keys * width
+    exponentials = case.batch * case.heads * case.queries * case.keys
+    training = mode != "forward"
+    # forward: reads Q, K, V; writes O, M (and the log-sum-exp when a backward follows)
+    forward = Cost(2 * queries + 2 * keys + masks + statistics * training, 2 * product, exponentials)
+    # backward: reads Q, K, V, O, dO, dM and the log-sum-exp; writes dQ, dK, dV
+    backward = Cost(4 * queries + 4 * keys + masks + statistics, 5 * product, exponentials)
+    return [forward, backward] if training else [forward]
+
+
+def check_cases(tiny: bool) -> list[tuple[str, ATMCase]]:
+    """(kind, case), most important first; the timed shapes at every batch are ``values`` checks."""
+    if tiny:
+        special = replace(TINY, name="tiny_all", dropout_p=0.1, previous_masks=True, broadcast=True, batch=2)
+        return [("values", TINY), ("values", special), ("plans", TINY), ("graph", TINY)]
+    main, wide = SHAPES[0], SHAPES[-1]
+    checks = [("values", replace(main, batch=b)) for b in BATCHES]
+    for name, changes in {
+        "previous": {"previous_masks": True},
+        "dropout": {"dropout_p": 0.1},
+        "broadcast": {"broadcast": True},
+        "strided": {"strided": True},
+    }.items():
+        checks.append(("values", replace(main, name=f"{main.name}_{name}", batch=3, **changes)))
+    checks += [("plans", replace(main, batch=b)) for b in BATCHES]
+    checks += [(kind, replace(main, batch=2)) for kind in ("output_only", "masks_only", "no_masks")]
+    checks += [("repeat", replace(main, batch=b)) for b in (1, 4)]
+    checks += [("graph", replace(main, batch=2)), ("graph_dropout", replace(main, batch=2, dropout_p=0.1))]
+    checks += [("values", replace(case, batch=b)) for case in SHAPES[1:] for b in BATCHES]
+    everything = {"dropout_p": 0.1, "previous_masks": True, "broadcast": True, "strided": True}
+    checks.append(("values", replace(wide, name=f"{wide.name}_everything", batch=2, **everything)))
+    checks += [(kind, replace(wide, batch=1)) for kind in ("repeat", "output_only", "masks_only")]
+    odd = (
+        ATMCase("one_by_one", 1, 1, 1, 1, 16),
+        ATMCase("one_query", 2, 1, 33, 3, 32),
+        ATMCase("odd_tokens", 2, 7, 1601, 3, 32, previous_masks=True),
+        ATMCase("odd_dim", 1, 7, 33, 3, 24, dropout_p=0.3),
+        ATMCase("dim_16", 2, 150, 1600, 12, 16),
+        ATMCase("dim_128", 2, 65, 129, 2, 128, previous_masks=True),
+        # The shapes of the attention operators to come: thousands of queries.
+        ATMCase("qu_self", 1, 1600, 1600, 16, 32),
+        ATMCase("qu_cross_low", 1, 1600, 400, 16, 32),
+        ATMCase("qd_vit_l", 1, 400, 1600, 16, 64),
+    )
+    return checks + [("values", case) for case in odd]
+
+
+def _row(quantity: str, actual: Tensor, truth: Tensor, ordinary: Tensor) -> dict:
+    row = {
+        "quantity": quantity,
+        "passed": True,
+        "reason": None,
+        "relative_budget": RELATIVE_NORM[actual.dtype],
+    }
+    try:
+        assert_within_budget(quantity, actual, truth, ordinary)
+    except AssertionError as error:
+        row.update(passed=False, reason=str(error))
+    if actual.shape == truth.shape and actual.numel():
+        row["relative_error"] = relative_error(actual, truth)
+        row["ordinary_relative_error"] = relative_error(ordinary, truth)
+        row["max_error"] = (actual.double() - truth.double()).abs().max().item()
+        row["ordinary_max_error"] = (ordinary.double() - truth.double()).abs().max().item()
+    return row
+
+
+def _bitwise(quantity: str, first: Tensor, second: Tensor) -> dict:
+    same = torch.equal(first, second)
+    return {"quantity": quantity, "passed": same, "reason": None if same else "two runs differ"}
+
+
+def _run(case: ATMCase, leaves: dict, gradients: tuple, backend: str, **options: object) -> dict[str, Tensor]:
+    """Results and gradients by name, with poisoned allocations. ``None`` gradients leave an output unused."""
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    seed = options.pop("seed", None)
+    with timing.poisoned():
+        if seed is None:
+            result = fused_atm(**leaves, backend=backend, **options)
+        else:
+            q, k, v, previous = (leaves.get(n) for n in ("query", "key", "value", "previous_masks"))
+            deterministic = bool(options.get("deterministic"))
+            scale = case.head_dim**-0.5
+            result = ATMFunction.apply(
+                q, k, v, previous, seed, scale, case.dropout_p, True, deterministic, backend
+            )
+        used = [(r, g) for r, g in zip(result, gradients, strict=True) if r is not None and g is not None]
+        grads = torch.autograd.grad(
+            [r for r, _ in used], list(leaves.values()), [g for _, g in used], allow_unused=True
+        )
+    named = dict(zip(("output", "mask_logits"), result, strict=True))
+    named = {n: t.detach() for n, t in named.items() if t is not None}
+    for name, grad in zip(leaves, grads, strict=True):
+        named[f"grad_{name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
+    return named
+
+
+def _expected(case: ATMCase, leaves: dict, gradients: tuple, seed: Tensor | None, dtype: torch.dtype) -> dict:
+    result, grads = oracle(case, leaves, gradients, dtype=dtype, seed=seed)
+    return {**result._asdict(), **{f"grad_{name}": g for name, g in grads.items()}}
+
+
+def run_check(check: Check, device: torch.device, backend: str) -> list[dict]:
+    kind, case, dtype = check.kind, check.case, getattr(torch, check.dtype)
+    draw = torch.randint(2**31, (1,)).item()
+    leaves, gradients = case.inputs(dtype, device, seed=draw), case.gradients(dtype, device, seed=draw + 1)
+    seed = torch.tensor([draw * 2**31 + 12345], device=device) if case.dropout_p else None
+    if kind == "plans":
+        return _plan_rows(case, leaves, gradients, backend, dtype)
+    if kind.startswith("graph"):
+        return _graph_rows(case, leaves, gradients, backend, dtype)
+    options: dict = {"deterministic": kind == "repeat"}
+    if seed is not None:
+        options["seed"] = seed
+    if kind == "output_only":
+        gradients = (gradients[0], None)
+    elif kind == "masks_only":
+        gradients = (None, gradients[1])
+    elif kind == "no_masks":
+        gradients = (gradients[0], None)
+        options["need_masks"] = False
+    got = _run(case, leaves, gradients, backend, **options)
+    truth = _expected(case, leaves, gradients, seed, torch.float64)
+    ordinary = _expected(case, leaves, gradients, seed, dtype)
+    rows = [_row(name, got[name], truth[name], ordinary[name]) for name in got]
+    if kind == "repeat":
+        again = _run(case, leaves, gradients, backend, **options)
+        rows += [_bitwise(f"{name} bitwise", got[name], again[name]) for name in got]
+    return rows
+
+
+def _plan_rows(case: ATMCase, leaves: dict, gradients: tuple, backend: str, dtype: torch.dtype) -> list[dict]:
+    """Each forward plan by itself, whichever of them the operator takes."""
+    if backend != "triton":
+        return [{"quantity": "plans", "status": "skipped", "reason": f"backend {backend} has no plans"}]
+    truth = _expected(case, leaves, gradients, None, torch.float64)
+    ordinary = _expected(case, leaves, gradients, None, dtype)
+    rows = []
+    for plan in PLANS:
+        with timing.poisoned():
+            got = dict(zip(("output", "mask_logits"), _forward_plan(plan, **leaves), strict=True))
+        rows += [
+            {**_row(name, got[name], truth[name], ordinary[name]), "quantity": f"{name}, plan {plan}"}
+            for name in got
+        ]
+    return rows
+
+
+def _graph_rows(
+    case: ATMCase, leaves: dict, gradients: tuple, backend: str, dtype: torch.dtype
+) -> list[dict]:
+    """Forward and backward captured once, replayed on inputs that the capture has not seen."""
+    device = leaves["query"].device
+    if device.type != "cuda":
+        return [{"quantity": "replay", "status": "skipped", "reason": "no CUDA graphs on the CPU"}]
+    static = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    kept: dict[str, tuple] = {}
+
+    def work() -> None:
+        result = fused_atm(**static, dropout_p=case.dropout_p, backend=backend)
+        kept["all"] = (*result, *torch.autograd.grad(tuple(result), list(static.values()), gradients))
+
+    graph = timing.capture(work)
+    names = ["output", "mask_logits", *(f"grad_{n}" for n in static)]
+    if case.dropout_p:
+        replays = []
+        for _ in range(2):
+            graph.replay()
+            replays.append([t.clone() for t in kept["all"]])
+        differ = not torch.equal(replays[0][0], replays[1][0])
+        finite = all(bool(t.isfinite().all()) for t in replays[1])
+        return [
+            {
+                "quantity": "new dropout mask",
+                "passed": differ,
+                "reason": None if differ else "two replays agree",
+            },
+            {"quantity": "finite", "passed": finite, "reason": None if finite else "not finite"},
+        ]
+    fresh = case.inputs(dtype, device, seed=torch.randint(2**31, (1,)).item())
+    with torch.no_grad():
+        for name, tensor in static.items():
+            tensor.copy_(fresh[name])
+        for tensor in kept["all"]:
+            tensor.fill_(float("nan"))
+    graph.replay()
+    truth = _expected(case, fresh, gradients, None, torch.float64)
+    ordinary = _expected(case, fresh, gradients, None, dtype)
+    return [_row(n, t.detach(), truth[n], ordinary[n]) for n, t in zip(names, kept["all"], strict=True)]
+
+
+def _targets() -> tuple[Target, ...]:
+    eager, h200, cpu = (
+        ("eager", "reference"),
+        ("gpu", "ade_vit_l", 16, "bfloat16"),
+        ("cpu", "ade_vit_b", 4, "float32"),
+    )
+    rows = []
+    for mode, against_eager, against_sdpa in (("forward", 8.0, 2.0), ("forward_backward", 6.0, 1.6)):
+        rows.append(Target(f"{mode} against plain PyTorch", *h200, "timings", mode, eager, against_eager))
+        rows.append(Target(f"{mode} against SDPA + product", *h200, "timings", mode, ("sdpa",), against_sdpa))
+    rows.append(
+        Target(
+            "training memory against plain PyTorch",
+            *h200,
+            "memory",
+            "forward_backward",
+            ("reference",),
+            None,
+            0.1,
+        )
+    )
+    plain_only = ("plain",)
+    rows += [
+        Target("forward against the plain formula", *cpu, "timings", "forward", plain_only, 1.3),
+        Target("backward against the plain formula", *cpu, "timings", "backward", plain_only, 1.0),
+        Target(
+            "inference memory against the plain formula", *cpu, "memory", "forward", plain_only, None, 0.5
+        ),
+        Target(
+            "training memory against the plain formula",
+            *cpu,
+            "memory",
+            "forward_backward",
+            plain_only,
+            None,
+            0.5,
+        ),
+        Target("forward against SDPA + product", *cpu, "timings", "forward", ("sdpa",), 1.3),
+        Target(
+            "forward + backward against SDPA + product", *cpu, "timings", "forward_backward", ("sdpa",), 1.1
+        ),
+    ]
+    return tuple(rows)
+
+
+OPERATOR = Operator(
+    name="atm",
+    shapes=SHAPES,
+    tiny=TINY,
+    check_cases=check_cases,
+    run_check=run_check,
+    inputs=inputs,
+    peers=peers,
+    costs=costs,
+    targets=_targets(),
+)

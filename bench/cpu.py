@@ -1,0 +1,188 @@
+"""``python -m bench cpu``: the eager path against its peers on the CPU, in float32.
+
+Times come from one process, peers in turn. Memory comes from a process per peer: the resident set's
+high-water mark sees everything a call touches, scratch of the BLAS and of compiled code included, which no
+allocator hook does; torch's own allocator as the profiler saw it stands beside it as a cross-check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bench import environment, kernels, timing
+from bench.gpu import _one_line, assemble
+
+SHAPES = (("ade_vit_b", 4), ("ade_vit_l", 1), ("cityscapes_like", 1))
+TINY = (("tiny", 1),)
+DTYPE = "float32"
+_DEVICE = torch.device("cpu")
+
+
+def _checks(op: kernels.Operator, shape: str, batch: int) -> list[dict]:
+    case = op.shape(shape, batch)
+    key = {
+        "table": "checks",
+        "operator": op.name,
+        "kind": "values",
+        "case": shape,
+        "batch": batch,
+        "dtype": DTYPE,
+    }
+    rows = kernels.checked(op, kernels.Check("values", case, DTYPE), _DEVICE, "eager")
+    return [key | row for row in rows]
+
+
+def _timings(
+    op: kernels.Operator,
+    peers: Sequence[kernels.Peer],
+    shape: str,
+    batch: int,
+    rounds: int,
+    seconds_per_peer: float,
+) -> list[dict]:
+    """Forward without gradients; forward and backward timed apart in one call with them."""
+    leaves, gradients = op.inputs(op.shape(shape, batch), torch.float32, _DEVICE)
+    key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": DTYPE}
+    rows: list[dict] = []
+    forward: dict[str, Callable[[], float]] = {}
+    training: dict[str, Callable[[], float]] = {}
+    backward: dict[str, list[float]] = {}
+    torch._dynamo.reset()
+    for peer in peers:
+
+        def inference(peer: kernels.Peer = peer) -> float:
+            run = kernels.runner(peer, "forward")
+            start = time.perf_counter()
+            run(leaves, gradients)
+            return time.perf_counter() - start
+
+        def step(peer: kernels.Peer = peer) -> float:
+            start = time.perf_counter()
+            results = peer.call(leaves)
+            middle = time.perf_counter()
+            torch.autograd.grad(results, list(leaves.values()), gradients)
+            end = time.perf_counter()
+            backward[peer.name].append(end - middle)
+            return end - start
+
+        backward[peer.name] = []
+        try:
+            for _ in range(2):
+                inference(), step()
+        except Exception as error:  # torch.compile needs a compiler; the others still count
+            reason = _one_line(error)
+            rows.append(
+                {
+                    "table": "timings",
+                    **key,
+                    "mode": "forward",
+                    "peer": peer.name,
+                    "status": "failed",
+                    "reason": reason,
+                }
+            )
+            continue
+        backward[peer.name].clear()
+        forward[peer.name], training[peer.name] = inference, step
+    limits = {"rounds": rounds, "seconds_per_peer": seconds_per_peer}
+    found = {
+        "forward": timing.interleave(forward, **limits),
+        "forward_backward": timing.interleave(training, **limits),
+    }
+    found["backward"] = {name: backward[name] for name in training}
+    what = {peer.name: peer.what for peer in peers}
+    for mode, samples in found.items():
+        for peer, values in samples.items():
+            row = {"mode": mode, "peer": peer, "what": what[peer], "method": "wall", "status": "ok"}
+            rows.append({"table": "timings", **key, **row, **timing.summary(values)})
+    return rows
+
+
+def measure_memory(spec: dict) -> dict:
+    """Peak extra memory of one call; runs in a process of its own."""
+    torch.set_num_threads(spec["threads"])
+    op = kernels.operators()[spec["operator"]]
+    peer = next(p for p in op.peers("eager") if p.name == spec["peer"])
+    leaves, gradients = op.inputs(op.shape(spec["shape"], spec["batch"]), torch.float32, _DEVICE)
+    run = kernels.runner(peer, spec["mode"])
+
+    def call() -> tuple:
+        return run(leaves, gradients)
+
+    extra = timing.resident_peak(call)
+    return {
+        "extra_bytes": extra,
+        "allocator_bytes": timing.allocator_peak(call),
+        "result_bytes": sum(t.nbytes for t in call()),
+    }
+
+
+def _memory(op: kernels.Operator, peers: Sequence[kernels.Peer], shape: str, batch: int) -> list[dict]:
+    rows = []
+    path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
+    # Blocks from 64 KiB on are mapped and unmapped one by one, so that what is resident is what is in use.
+    variables = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    for peer in peers:
+        for mode in kernels.MODES:
+            key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": DTYPE, "mode": mode}
+            key["peer"] = peer.name
+            spec = json.dumps(key | {"threads": torch.get_num_threads()})
+            done = subprocess.run(
+                [sys.executable, "-m", "bench", "_memory", spec],
+                cwd=environment.ROOT, env=variables, capture_output=True, text=True,
+            )  # fmt: skip
+            row = {"table": "memory", **key, "method": "resident set high-water mark"}
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                rows.append(row | {"status": "failed", "reason": last[:400]})
+                continue
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            if found["extra_bytes"] is None:
+                found["extra_bytes"] = found["allocator_bytes"]
+                row["method"] = "torch allocator"
+            rows.append(row | found | {"status": "ok" if found["extra_bytes"] is not None else "failed"})
+    return rows
+
+
+def run(
+    *,
+    threads: int = 2,
+    rounds: int = 15,
+    seconds_per_peer: float = 10.0,
+    smoke: bool = False,
+    names: Sequence[str] | None = None,
+    progress: Callable[[str], None] = print,
+) -> dict:
+    """The result of a whole run, as plain data (schema: bench/README.md)."""
+    begun = time.time()
+    torch.set_num_threads(threads)
+    torch.manual_seed(torch.seed() % 2**31)
+    rows: list[dict[str, Any]] = [
+        {"table": "environment", **environment.describe(_DEVICE), "backend": "eager"}
+    ]
+    sections = []
+    for op in kernels.operators().values():
+        for shape, batch in TINY if smoke else SHAPES:
+            started = time.time()
+            peers = kernels.select(op.peers("eager"), names)
+            rows += _checks(op, shape, batch)
+            rows += _timings(op, peers, shape, batch, rounds, seconds_per_peer)
+            rows += _memory(op, peers, shape, batch)
+            seconds = round(time.time() - started, 1)
+            sections.append({"name": f"{op.name} {shape} batch {batch}", "seconds": seconds, "ended": "ok"})
+            progress(f"{op.name} {shape} batch {batch}: {seconds:.0f} s")
+    result = {
+        "schema": 1,
+        "kind": "cpu",
+        "measurement": not smoke,
+        "elapsed_s": round(time.time() - begun, 1),
+    }
+    return assemble(result | {"sections": sections}, rows)

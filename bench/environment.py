@@ -1,0 +1,129 @@
+"""What a result was measured on and with: machine, versions, code, and the machine's measured ceilings."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from bench import timing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> dict:
+    """The commit measured: SEGVIT_COMMIT, a file COMMIT in the root, or git; with a digest of the kernels'
+    source, which holds without any of them."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "segvit_kernels").rglob("*")):
+        if path.suffix in (".py", ".json", ".toml"):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    found = {"commit": None, "dirty": None, "kernels_sha256": digest.hexdigest()}
+    if named := os.environ.get("SEGVIT_COMMIT"):
+        return {**found, "commit": named}
+    if (ROOT / "COMMIT").is_file():
+        return {**found, "commit": (ROOT / "COMMIT").read_text().strip()}
+    head = _output("git", "rev-parse", "HEAD")
+    if head:
+        found.update(commit=head, dirty=bool(_output("git", "status", "--porcelain", "--untracked-files=no")))
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict:
+    """The environment of a result, as plain data."""
+    found = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        **commit(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {
+            "gpu": properties.name,
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": getattr(properties, "L2_cache_size", None),
+            "memory_bytes": properties.total_memory,
+            "driver": driver.splitlines()[0] if driver else None,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return found
+
+
+def _rate(amount: float, work: Callable[[], object], device: torch.device) -> dict:
+    sampler = timing.stream_sampler(lambda _: work(), [{}], device, least_s=10e-3)
+    found = timing.summary([sampler() for _ in range(10)])
+    return {"per_s": amount / found["median_s"], "median_s": found["median_s"], "amount": amount}
+
+
+def _copy(device: torch.device, tiny: bool) -> dict:
+    count = 2**16 if tiny else min(2**30, torch.cuda.get_device_properties(device).total_memory // 4 // 8)
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    return _rate(2 * source.nbytes, lambda: target.copy_(source), device)
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, size: int) -> dict:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return _rate(2 * size**3, lambda: a @ b, device)
+
+
+def _exp2(device: torch.device, tiny: bool) -> dict:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        x = torch.randn(2**12)
+        return _rate(x.numel(), x.exp2, device)
+    from bench._exp2 import launch
+
+    programs, iterations = 1, 2
+    if device.type == "cuda":
+        programs, iterations = torch.cuda.get_device_properties(device).multi_processor_count * 32, 4096
+    x = torch.rand(programs * 1024, device=device)
+    return _rate(x.numel() * iterations, lambda: launch(x, programs, iterations), device)
+
+
+def ceilings(device: torch.device, tiny: bool = False) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Names and measurements of the rates that floors are computed from."""
+    yield "copy_bytes_per_s", lambda: _copy(device, tiny)
+    yield "matmul_bfloat16_flop_per_s", lambda: _matmul(device, torch.bfloat16, 64 if tiny else 8192)
+    yield "exp2_per_s", lambda: _exp2(device, tiny)
+    yield "matmul_float16_flop_per_s", lambda: _matmul(device, torch.float16, 64 if tiny else 8192)
+    yield "matmul_float32_flop_per_s", lambda: _matmul(device, torch.float32, 64 if tiny else 4096)

@@ -1,0 +1,213 @@
+"""Samples of time and memory. What is measured how is said in bench/README.md."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+def summary(samples: Sequence[float]) -> dict[str, float | int]:
+    """Median and spread of ``samples`` (seconds)."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    half = max(1, len(samples) // 2)
+    first, second = statistics.median(samples[:half]), statistics.median(samples[half:] or samples)
+    return {
+        "median_s": statistics.median(ordered),
+        "p25_s": ordered[math.floor(0.25 * last)],
+        "p75_s": ordered[math.ceil(0.75 * last)],
+        "min_s": ordered[0],
+        "samples": len(ordered),
+        # The same code timed twice: differences between peers below this are noise.
+        "drift": second / first - 1 if first > 0 else 0.0,
+    }
+
+
+def interleave(
+    samplers: dict[str, Callable[[], float]], *, rounds: int, seconds_per_peer: float
+) -> dict[str, list[float]]:
+    """Samples of every peer, taken in turns so that a drift of the machine meets all of them alike.
+
+    The order turns by one from round to round. A peer that has used up ``seconds_per_peer`` takes no more
+    part once it has three samples.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    spent = dict.fromkeys(samplers, 0.0)
+    names = list(samplers)
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            if spent[name] > seconds_per_peer and len(samples[name]) >= 3:
+                continue
+            start = time.perf_counter()
+            samples[name].append(samplers[name]())
+            spent[name] += time.perf_counter() - start
+    return samples
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _elapsed(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def _sampler(
+    device: torch.device, work: Callable[[], object], calls: int, least_s: float
+) -> Callable[[], float]:
+    """A sampler of seconds per call, ``work`` making ``calls`` calls; one sample lasts ``least_s``."""
+    work()
+    synchronize(device)
+    repeats = max(1, math.ceil(least_s / max(_elapsed(device, work), 1e-7)))
+
+    def repeated() -> None:
+        for _ in range(repeats):
+            work()
+
+    return lambda: _elapsed(device, repeated) / (repeats * calls)
+
+
+def _over(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], None]:
+    """``call`` on every input set; each call's results are freed before the next."""
+
+    def work() -> None:
+        for inputs in sets:
+            call(inputs)
+
+    return work
+
+
+def stream_sampler(
+    call: Callable[[Any], object], sets: Sequence[Any], device: torch.device, least_s: float = 2e-3
+) -> Callable[[], float]:
+    """Seconds per call, launched one by one over all input sets in turn: what a program sees."""
+    return _sampler(device, _over(call, sets), len(sets), least_s)
+
+
+def graph_sampler(
+    call: Callable[[Any], object], sets: Sequence[Any], device: torch.device, least_s: float = 2e-3
+) -> Callable[[], float]:
+    """Seconds per call in replays of one CUDA graph over all input sets: device time without launch gaps."""
+    graph = capture(_over(call, sets))
+    return _sampler(device, graph.replay, len(sets), least_s)
+
+
+def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``work``, warmed up on a side stream first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that ``call`` held beyond what was allocated before it, its results included."""
+    call()
+    gc.collect()
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    synchronize(device)
+    extra = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return extra
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+
+
+def resident_peak(call: Callable[[], object]) -> int | None:
+    """Most bytes by which ``call`` raised the resident set, its results included; ``None`` where Linux's
+    high-water mark cannot be reset.
+
+    Meaningful in a process of its own whose allocator gives large blocks back at once
+    (``MALLOC_MMAP_THRESHOLD_``): a free block that is kept resident would hide what the call takes.
+    """
+    for _ in range(2):
+        call()
+    gc.collect()
+    try:
+        with open("/proc/self/clear_refs", "w") as mark:
+            mark.write("5")
+        before = _status_bytes("VmRSS")
+        result = call()
+        extra = _status_bytes("VmHWM") - before
+    except OSError:
+        return None
+    del result
+    return max(extra, 0)
+
+
+def allocator_peak(call: Callable[[], object]) -> int | None:
+    """Most bytes that ``call`` held in torch's CPU allocator, its results included, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        result = call()
+    try:
+        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    except AttributeError:
+        return None
+    del result
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every ``torch.empty`` (and its like) comes filled with NaN, so that an unwritten element shows."""
+    originals = {
+        (owner, name): getattr(owner, name)
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+            (torch.Tensor, "new_empty_strided"),
+        )
+    }
+
+    def poisoning(original: Callable) -> Callable:
+        def empty(*args: object, **kwargs: object) -> torch.Tensor:
+            tensor = original(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+        return empty
+
+    for (owner, name), original in originals.items():
+        setattr(owner, name, poisoning(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)

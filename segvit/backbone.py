@@ -1,0 +1,328 @@
+"""Plain Vision Transformer with timm's parameter names: AugReg, DeiT-III and DINOv2 weights load by name.
+
+One convention makes all of them one model: the position embedding holds the patch grid alone. Where a
+checkpoint also stores positions for its class and register tokens, they are constants that are added to
+those tokens, so `adapt_backbone_state` adds them once, at load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from segvit.config import BackboneConfig
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with packed projections: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Feed-forward part: (B, N, C) -> (B, N, C). SwiGLU packs gate and value, in this order, into fc1."""
+
+    def __init__(self, width: int, ratio: float, kind: str) -> None:
+        super().__init__()
+        self.gated = kind == "swiglu"
+        hidden = int(width * ratio)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden // 2 if self.gated else hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.gated:
+            gate, value = x.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)
+        return self.fc2(F.gelu(x))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the whole branch of an image with probability `rate` while training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * (x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep) / keep)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: BackboneConfig, drop_path: float) -> None:
+        super().__init__()
+        width, scale = config.width, config.layer_scale
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, config.heads, config.qkv_bias)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.drop_path1 = DropPath(drop_path if config.drop_path_branch == "both" else 0.0)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, config.mlp_ratio, config.mlp)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens: (B, 3, H, W) -> (B, H/p · W/p, C), row by row."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """Plain ViT that returns the feature maps after chosen blocks.
+
+    Args:
+        config: the variant.
+        image_size: height and width, multiples of the patch size, whose grid the position embedding is stored
+            for; other grids are reached by bicubic resizing.
+        taps: indices of the blocks to return, shallow to deep.
+    """
+
+    def __init__(self, config: BackboneConfig, image_size: tuple[int, int], taps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config = config
+        self.taps = tuple(taps)
+        self.grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+        self.gradient_checkpointing = False
+        self.keep_positions = False  # set by SegViT.fuse(), which promises that weights stay as they are
+        self._positions: tuple[tuple, Tensor] | None = None
+
+        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.width))
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        if config.register_tokens:
+            self.reg_token = nn.Parameter(torch.empty(1, config.register_tokens, config.width))
+        rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) if config.final_norm else nn.Identity()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name in ("pos_embed", "cls_token", "reg_token"):
+            if hasattr(self, name):
+                nn.init.trunc_normal_(getattr(self, name), std=0.02)
+
+    def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """(1, h·w, C) for `grid`; after SegViT.fuse() the last one made is kept."""
+        if not self.keep_positions or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return resize_positions(self.pos_embed, self.grid, grid)
+        key = (grid, self.pos_embed.dtype, self.pos_embed.device)
+        if self._positions is None or self._positions[0] != key:
+            self._positions = (key, resize_positions(self.pos_embed, self.grid, grid))
+        return self._positions[1]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps (B, H/p · W/p, C) after each tapped block, shallow to deep, without prefix tokens.
+
+        Args:
+            images: (B, 3, H, W), H and W multiples of the patch size p.
+        """
+        patch = self.config.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        x = self.patch_embed(images) + self._position_embedding(grid)
+        prefix = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
+        if prefix:
+            x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
+        num_prefix = sum(token.shape[1] for token in prefix)
+
+        features = []
+        for index, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if index in self.taps:
+                features.append(self.norm(x[:, num_prefix:]))
+        return features
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embedding (1, h·w, C) of `grid` resized bicubically, in float32, to (1, h'·w', C)."""
+    if grid == new_grid:
+        return positions
+    image = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False)
+    return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+def resample_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
+    """Patch kernel (C, 3, p, p) for another patch size.
+
+    The new kernel gives a bicubically resized patch the token that the old one gives the patch itself, in the
+    least-squares sense: the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013, section 3.4).
+    """
+    old = kernel.shape[-1]
+    if old == patch_size:
+        return kernel
+    basis = torch.eye(old * old, dtype=torch.float64, device=kernel.device).view(-1, 1, old, old)
+    size = (patch_size, patch_size)
+    resized = F.interpolate(basis, size=size, mode="bicubic", align_corners=False, antialias=patch_size < old)
+    inverse = torch.linalg.pinv(resized.flatten(1))  # [new², old²]
+    new = torch.einsum("oi,cdi->cdo", inverse, kernel.double().flatten(2))
+    return new.unflatten(2, size).to(kernel.dtype)
+
+
+class BackboneState(NamedTuple):
+    """What `adapt_backbone_state` made: the state dict, unused keys, and what was changed in words."""
+
+    state_dict: dict[str, Tensor]
+    ignored: list[str]
+    changed: list[str]
+
+
+# Heads and training leftovers of classification and self-supervised checkpoints.
+_DINOV2_NAMES = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
+_UNUSED = ("head", "fc_norm", "mask_token", "pre_logits", "dist_token", "attn_pool")
+
+
+def adapt_backbone_state(
+    state_dict: Mapping[str, Tensor], config: BackboneConfig, grid: tuple[int, int]
+) -> BackboneState:
+    """Bring a plain ViT's weights to the names and shapes of `VisionTransformer`: a pure function.
+
+    Accepts timm's names, DINOv2's own (`register_tokens`, `mlp.w12`, `mlp.w3`) and a full SegViT state dict
+    (prefix `backbone.`). Positions of prefix tokens are added to the tokens, the position grid is resized to
+    `grid`, and the patch kernel is resampled to `config.patch_size`. Keys that do not belong stay, for the
+    loader to report.
+
+    Raises:
+        ValueError: the position embedding does not hold a square grid.
+    """
+    if any(key.startswith("backbone.") for key in state_dict):
+        state_dict = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
+    renamed = {}
+    for key, value in state_dict.items():
+        for theirs, ours in _DINOV2_NAMES.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = value
+
+    state: dict[str, Tensor] = {}
+    ignored, changed = [], []
+    for key, value in renamed.items():
+        parts = key.split(".")
+        beyond = parts[0] == "blocks" and parts[1].isdigit() and int(parts[1]) >= config.depth
+        unused = parts[0].startswith(_UNUSED)
+        unused_norm = parts[0] == "norm" and not config.final_norm
+        dead_token = key == "cls_token" and not config.class_token
+        if beyond or unused or unused_norm or dead_token:
+            ignored.append(key)
+        else:
+            state[key] = value.float() if value.is_floating_point() else value
+
+    if "pos_embed" in state:
+        positions = state["pos_embed"]
+        num_registers = renamed["reg_token"].shape[1] if "reg_token" in renamed else 0
+        old_grid, num_prefix = _find_grid(positions.shape[1], num_registers, grid)
+        prefix, positions = positions[:, :num_prefix], positions[:, num_prefix:]
+        if num_prefix and "cls_token" in state:
+            state["cls_token"] = state["cls_token"] + prefix[:, :1]
+        if num_prefix > 1 and "reg_token" in state:
+            state["reg_token"] = state["reg_token"] + prefix[:, 1:]
+        if old_grid != grid:
+            changed.append("position grid {}x{} resized to {}x{}".format(*old_grid, *grid))
+        state["pos_embed"] = resize_positions(positions, old_grid, grid)
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.shape[-1] != config.patch_size:
+        changed.append(f"patch kernel {kernel.shape[-1]} resampled to {config.patch_size}")
+        state["patch_embed.proj.weight"] = resample_patch_kernel(kernel, config.patch_size)
+    return BackboneState(state, ignored, changed)
+
+
+def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object) -> BackboneConfig:
+    """The `BackboneConfig` of a plain ViT's weights, read from names and shapes.
+
+    The number of heads leaves no trace in the weights: width / 64, as in every standard ViT, unless given.
+
+    Args:
+        state_dict: weights with timm's or DINOv2's names.
+        overrides: fields to set instead.
+
+    Raises:
+        ValueError: these are not the weights of a plain ViT.
+    """
+    keys = {key.removeprefix("backbone."): tuple(value.shape) for key, value in state_dict.items()}
+    try:
+        width, _, patch_size, _ = keys["patch_embed.proj.weight"]
+        depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
+        fc1 = next(keys[k] for k in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight") if k in keys)
+        fc2 = next(keys[k] for k in ("blocks.0.mlp.fc2.weight", "blocks.0.mlp.w3.weight") if k in keys)
+    except (KeyError, ValueError, StopIteration):
+        raise ValueError(
+            "not weights of a plain ViT with timm's names (patch_embed.proj, blocks.N...)"
+        ) from None
+    registers = next((keys[k][1] for k in ("reg_token", "register_tokens") if k in keys), 0)
+    values = {
+        "width": width,
+        "depth": depth,
+        "heads": max(1, width // 64),
+        "patch_size": patch_size,
+        "mlp": "gelu" if fc1[0] == fc2[1] else "swiglu",
+        "mlp_ratio": fc1[0] / width,
+        "class_token": "cls_token" in keys,
+        "register_tokens": registers,
+        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in keys else None,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in keys,
+    }
+    return BackboneConfig(**{**values, **overrides})
+
+
+def _find_grid(num_positions: int, num_registers: int, grid: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Grid of a stored position embedding, and how many prefix positions precede it."""
+    for num_prefix in sorted({0, 1, 2, 1 + num_registers}):
+        side = math.isqrt(max(0, num_positions - num_prefix))
+        if side > 0 and side * side == num_positions - num_prefix:
+            return (side, side), num_prefix
+    for num_prefix in (0, 1, 1 + num_registers):
+        if num_positions - num_prefix == grid[0] * grid[1]:
+            return grid, num_prefix
+    raise ValueError(
+        f"pos_embed has {num_positions} positions: neither a square grid nor one after prefix tokens"
+    )

@@ -1,0 +1,152 @@
+"""Reading and writing weights: state dicts from files, names of published checkpoints, atomic writes."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from segvit._extras import require
+
+
+class LoadReport(NamedTuple):
+    """What a load did: number of tensors taken, keys left out on purpose, and what was resized, in words."""
+
+    loaded: int
+    ignored: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, .pth, .pt or .bin file, on the CPU. No code in the file is run.
+
+    A state dict nested under `state_dict`, `model` or `teacher` is found, and `module.` prefixes are dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read as weights; it is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        load_file = require("safetensors.torch", extra="train").load_file
+        try:
+            state = load_file(path)
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from None
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable file of weights ({_first_line(error)})") from None
+        for key in ("state_dict", "model", "teacher"):
+            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+                state = state[key]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def timm_state_dict(name: str) -> dict[str, Tensor]:
+    """Pretrained weights of a timm model, by timm's name.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm does not know the name.
+        OSError: the weights could not be fetched.
+    """
+    timm = require("timm", extra="timm")
+    if name.split(".")[0] not in timm.list_models():
+        raise ValueError(f"timm:{name}: timm {timm.__version__} has no model of this name")
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:
+        raise OSError(f"timm:{name}: pretrained weights not available ({_first_line(error)})") from None
+
+
+def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load weights that must fit exactly; nothing is loaded if they do not.
+
+    Raises:
+        ValueError: one line with the number and the first of missing, unexpected and wrongly shaped keys.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own]
+    shapes = [
+        f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(keys)} {kind} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems)}")
+    module.load_state_dict(state_dict)
+
+
+def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
+    """Call `writer` with a temporary path beside `path`, then put the result in place in one step.
+
+    Whatever happens, `path` is the old file or the whole new one. The folder is made if need be.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of our own rather than tempfile's: files get the usual permissions.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        writer(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename_published_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of a published SegViT checkpoint (plain family) to those of `segvit.SegViT`: a pure function.
+
+    The class token and its position never reach the published blocks and are dropped, as is the loss's buffer
+    of class weights. Unknown keys stay as they are, for the loader to report.
+    """
+    renamed = {}
+    for key, value in state_dict.items():
+        if key in ("backbone.cls_token", "decode_head.loss_decode.criterion.empty_weight"):
+            continue
+        if key == "backbone.pos_embed":
+            value = value[:, 1:]
+        for pattern, replacement in _PUBLISHED:
+            key = re.sub(pattern, replacement, key)
+        key = re.sub(r"^decoder\.stages\.(\d+)", lambda match: f"decoder.stages.{int(match[1]) - 1}", key)
+        renamed[key] = value
+    return renamed
+
+
+_PUBLISHED = (
+    (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
+    (r"^backbone\.layers\.(\d+)\.ln([12])\.", r"backbone.blocks.\1.norm\2."),
+    (r"^backbone\.layers\.(\d+)\.attn\.attn\.in_proj_", r"backbone.blocks.\1.attn.qkv."),
+    (r"^backbone\.layers\.(\d+)\.attn\.attn\.out_proj\.", r"backbone.blocks.\1.attn.proj."),
+    (r"^backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"backbone.blocks.\1.mlp.fc1."),
+    (r"^backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"backbone.blocks.\1.mlp.fc2."),
+    (r"^decode_head\.q\.weight$", "decoder.class_tokens"),
+    (r"^decode_head\.class_embed\.", "decoder.class_head."),
+    (r"^decode_head\.input_proj_(\d+)\.", r"decoder.stages.\1.input_proj."),
+    (r"^decode_head\.proj_norm_(\d+)\.", r"decoder.stages.\1.input_norm."),
+    (r"^decode_head\.decoder_(\d+)\.layers\.(\d+)\.multihead_attn\.", r"decoder.stages.\1.layers.\2.atm."),
+    (r"^decode_head\.decoder_(\d+)\.layers\.", r"decoder.stages.\1.layers."),
+)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,211 @@
+"""What a SegViT is made of, as frozen dataclasses that go to JSON and back. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A plain Vision Transformer, in the variants that AugReg, DeiT-III and DINOv2 weights need.
+
+    Attributes:
+        width, depth, heads: token width, number of blocks, attention heads.
+        patch_size: side of a square patch in pixels.
+        mlp: "gelu" or "swiglu".
+        mlp_ratio: rows of mlp.fc1 / width; a SwiGLU packs gate and value into fc1, as timm counts it.
+        class_token: whether a class token runs through the blocks. Without one, `cls_token` and its position
+            in a checkpoint are dead weights and are not loaded (as in published SegViT models).
+        register_tokens: number of register tokens.
+        layer_scale: initial value of LayerScale, or None for blocks without it.
+        qkv_bias: whether the packed query, key and value projection has a bias.
+        final_norm: apply the final LayerNorm to every tapped feature map (published SegViT: no).
+        drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+        drop_path_branch: "mlp" (published SegViT) or "both" residual branches.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    patch_size: int = 16
+    mlp: str = "gelu"
+    mlp_ratio: float = 4.0
+    class_token: bool = False
+    register_tokens: int = 0
+    layer_scale: float | None = None
+    qkv_bias: bool = True
+    final_norm: bool = False
+    drop_path: float = 0.0
+    drop_path_branch: str = "mlp"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "patch_size"):
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
+        _check(self.mlp in ("gelu", "swiglu"), f"mlp must be 'gelu' or 'swiglu', got {self.mlp!r}")
+        _check(
+            self.drop_path_branch in ("mlp", "both"),
+            f"drop_path_branch must be 'mlp' or 'both', got {self.drop_path_branch!r}",
+        )
+        _check(0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
+        _check(self.register_tokens >= 0, f"register_tokens must not be negative, got {self.register_tokens}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BackboneConfig:
+        return _from_dict(cls, values)
+
+
+@dataclass(frozen=True)
+class SegViTConfig:
+    """A SegViT model: backbone, ATM decoder, and how its images are prepared.
+
+    Attributes:
+        num_classes: number of classes, and of class tokens.
+        taps: 0-based indices of the blocks whose output feeds a decoder stage, shallow to deep; the last one
+            is the backbone's last block. The decoder runs the deepest first.
+        decoder_dim: width of the decoder; None: half the backbone's.
+        decoder_heads: attention heads of the decoder; None: one for every 32 channels.
+        decoder_depth: layers in a stage.
+        decoder_dropout: dropout on attention weights, after each sub-layer and inside the feed-forward part.
+        image_size: height and width of training crops; the position embedding is stored for this size.
+        mean, std: of the RGB channels on the 0..1 scale.
+        class_names: one name for each class, or None.
+        palette: one (red, green, blue) in 0..255 for each class, or None.
+    """
+
+    backbone: BackboneConfig
+    num_classes: int
+    taps: tuple[int, ...]
+    decoder_dim: int | None = None
+    decoder_heads: int | None = None
+    decoder_depth: int = 3
+    decoder_dropout: float = 0.1
+    image_size: tuple[int, int] = (512, 512)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    class_names: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        def fill(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if isinstance(self.image_size, int):
+            fill("image_size", (self.image_size, self.image_size))
+        for name in ("taps", "image_size", "mean", "std", "class_names"):
+            if getattr(self, name) is not None:
+                fill(name, tuple(getattr(self, name)))
+        if self.palette is not None:
+            fill("palette", tuple(tuple(colour) for colour in self.palette))
+        if self.decoder_dim is None:
+            fill("decoder_dim", self.backbone.width // 2)
+        if self.decoder_heads is None:
+            fill("decoder_heads", max(1, self.decoder_dim // 32))
+
+        _check(self.num_classes >= 1, f"num_classes must be at least 1, got {self.num_classes}")
+        _check(self.decoder_depth >= 1, f"decoder_depth must be at least 1, got {self.decoder_depth}")
+        _check(
+            self.decoder_dim % self.decoder_heads == 0,
+            f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}",
+        )
+        dropout = self.decoder_dropout
+        _check(0 <= dropout < 1, f"decoder_dropout must be in [0, 1), got {dropout}")
+        taps, last = self.taps, self.backbone.depth - 1
+        _check(
+            len(taps) > 0 and taps == tuple(sorted(set(taps))) and taps[0] >= 0 and taps[-1] == last,
+            f"taps must be increasing block indices from 0 that end with the last block, {last}; got {taps}",
+        )
+        patch, size = self.backbone.patch_size, self.image_size
+        _check(
+            len(size) == 2 and all(side >= patch and side % patch == 0 for side in size),
+            f"image_size must be two multiples of the patch size {patch}, got {size}",
+        )
+        for name in ("mean", "std"):
+            _check(len(getattr(self, name)) == 3, f"{name} must have 3 values, got {getattr(self, name)}")
+        _check(min(self.std) > 0, f"std must be positive, got {self.std}")
+        for name in ("class_names", "palette"):
+            entries = getattr(self, name)
+            _check(
+                entries is None or len(entries) == self.num_classes,
+                f"{name} must have num_classes = {self.num_classes} entries, got {entries and len(entries)}",
+            )
+
+    @classmethod
+    def preset(cls, name: str, num_classes: int, **overrides: Any) -> SegViTConfig:
+        """A named model size; `overrides` are fields of this class or of `BackboneConfig`.
+
+        Taps and stochastic depth of vit_base and vit_large are the paper's (section 4).
+
+        Raises:
+            ValueError: unknown preset or field.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
+        values = {**_PRESETS[name], **overrides}
+        backbone_fields = {field.name for field in dataclasses.fields(BackboneConfig)}
+        backbone = {key: values.pop(key) for key in list(values) if key in backbone_fields}
+        if "backbone" not in values:
+            values["backbone"] = backbone
+        return cls.from_dict({**values, "num_classes": num_classes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of JSON types."""
+        return {
+            key: _lists(value.to_dict() if isinstance(value, BackboneConfig) else value)
+            for key, value in ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SegViTConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: unknown or missing keys, or values that do not go together.
+        """
+        values = dict(values)
+        if isinstance(values.get("backbone"), Mapping):
+            values["backbone"] = BackboneConfig.from_dict(values["backbone"])
+        return _from_dict(cls, values)
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "taps": (5, 7, 11), "drop_path": 0.1},
+    "vit_small": {"width": 384, "depth": 12, "heads": 6, "taps": (5, 7, 11), "drop_path": 0.1},
+    "vit_base": {"width": 768, "depth": 12, "heads": 12, "taps": (5, 7, 11), "drop_path": 0.1},
+    "vit_large": {
+        "width": 1024,
+        "depth": 24,
+        "heads": 16,
+        "taps": (7, 15, 23),
+        "drop_path": 0.3,
+        "image_size": (640, 640),
+    },
+}
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{cls.__name__} needs {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{cls.__name__}: a value has the wrong type: {error}") from None

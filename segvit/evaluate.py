@@ -1,0 +1,288 @@
+"""Evaluation: label maps at every image's own size, one confusion matrix, each image counted once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from segvit._extras import require
+from segvit.data import open_dataset
+from segvit.metrics import ConfusionMatrix
+from segvit.options import EvaluateConfig
+
+__all__ = ["evaluate", "find_checkpoint", "iou_table", "load_model", "make_fabric", "run"]
+
+
+class _Guarded(Dataset):
+    """Hands an item's exception over as a value: a loading worker would wrap it in its traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def collate(items: list[Any]) -> Any:
+    """Items of one size -> {"image": (B, 3, H, W), "label": (B, H, W), "name": list}; or their exception."""
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+    return {
+        "image": torch.stack([item["image"] for item in items]),
+        "label": torch.stack([item["label"] for item in items]),
+        "name": [item["name"] for item in items],
+    }
+
+
+def _collate_by_size(items: list[Any]) -> list[Any]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        key = "error" if isinstance(item, Exception) else tuple(item["image"].shape)
+        groups.setdefault(key, []).append(item)
+    return [collate(group) for group in groups.values()]
+
+
+def batches(dataset: Dataset, sampler: Any, workers: int, collate_fn: Callable, pin: bool) -> Iterator[Any]:
+    """Batches of `dataset` in the order of the batch sampler; raises what reading an item raised."""
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate_fn,
+        pin_memory=pin,
+        generator=torch.Generator(),  # its own: the loader must not draw from the training's random state
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    *,
+    fabric: Any = None,
+    batch_size: int = 1,
+    workers: int = 0,
+    on_images: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """mIoU of a model over a dataset.
+
+    Process r of R reads images r, r + R, ...: every image counts once, whatever R is. The model is put into
+    evaluation mode and back.
+
+    Args:
+        model: has `predict(uint8 (B, 3, H, W)) -> label maps (B, H, W)`.
+        dataset: items {"image", "label", "name"} (see `segvit.data.SegmentationFolder`), with `num_classes`,
+            `ignore_index` and `class_names`.
+        fabric: the `lightning_fabric.Fabric` of the run, for its processes and precision; None: this process.
+        batch_size: images of equal size that are predicted together.
+        workers: data loading processes.
+        on_images: called with the number of images after each batch.
+
+    Returns:
+        {"miou", "accuracy", "images", "iou": {class: IoU or None if absent}}
+    """
+    rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+    device = next(model.parameters()).device
+    confusion = ConfusionMatrix(dataset.num_classes, dataset.ignore_index, device)
+    seen = torch.zeros((), dtype=torch.int64, device=device)
+    own = list(range(rank, len(dataset), world))
+    sampler = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), fabric.autocast() if fabric else nullcontext():
+            for groups in batches(dataset, sampler, workers, _collate_by_size, pin=False):
+                for batch in groups:
+                    if isinstance(batch, Exception):
+                        raise batch
+                    prediction = torch.as_tensor(model.predict(batch["image"].to(device)))
+                    confusion.update(prediction.to(device), batch["label"].to(device))
+                    seen += len(prediction)
+                    if on_images:
+                        on_images(len(prediction))
+    finally:
+        model.train(was_training)
+    confusion.reduce()
+    if world > 1:
+        torch.distributed.all_reduce(seen)
+    names = dataset.class_names or [f"class {i}" for i in range(dataset.num_classes)]
+    iou = [None if math.isnan(value) else value for value in confusion.iou().tolist()]
+    return {
+        "miou": confusion.miou,
+        "accuracy": confusion.accuracy,
+        "images": int(seen),
+        "iou": dict(zip(names, iou, strict=True)),
+    }
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder with a model's config.json: `path` itself, or the best or last checkpoint of a run's folder.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    path = Path(path)
+    for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "last"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(f"{path}: no checkpoint here (expected config.json and model.safetensors)")
+
+
+def load_model(path: str | Path) -> torch.nn.Module:
+    """The SegViT (or linear baseline) of a checkpoint or run folder, in evaluation mode."""
+    from segvit.linear_head import LinearSegmenter
+    from segvit.model import SegViT
+
+    folder = find_checkpoint(path)
+    linear = json.loads((folder / "config.json").read_text()).get("head") == "linear"
+    return (LinearSegmenter if linear else SegViT).from_pretrained(str(folder)).eval()
+
+
+def make_fabric(config: Any) -> Any:
+    """The Fabric of a command's machine options. More than one device: processes are spawned at launch.
+
+    Raises:
+        ValueError: options that do not go together or that this machine cannot serve.
+    """
+    require("lightning_fabric", extra="train")
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    if config.devices < 1:
+        raise ValueError(f"devices: got {config.devices}, expected at least 1")
+    on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
+    if on_cpu and config.accelerator == "cuda":
+        raise ValueError("accelerator: got cuda, but torch sees no GPU on this machine")
+    if on_cpu and config.precision == "fp16":
+        raise ValueError("precision: fp16 needs a GPU; use bf16 or 32 on the CPU")
+    try:
+        return Fabric(
+            accelerator="cpu" if on_cpu else "cuda",
+            devices=config.devices,
+            strategy="ddp_spawn" if config.devices > 1 else "auto",
+            precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],
+        )
+    except (MisconfigurationException, RuntimeError) as error:
+        raise ValueError(f"devices: got {config.devices}: {error}") from None
+
+
+def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(fabric, *args)` in every process; an error in a spawned one comes back under its own type.
+
+    Raises:
+        ValueError, TypeError, OSError, ...: as `function` does.
+    """
+    try:
+        return fabric.launch(function, *args)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        kind, _, text = str(error).strip().splitlines()[-1].partition(": ")
+        known = (ValueError, TypeError, FileNotFoundError, PermissionError, OSError, FloatingPointError)
+        for exception in known:
+            if kind == exception.__name__:
+                raise exception(text) from None
+        raise
+
+
+def iou_table(result: dict[str, Any]) -> str:
+    """The classes and their IoU in per cent, worst last, with the mean."""
+    rows = sorted(result["iou"].items(), key=lambda row: -1 if row[1] is None else row[1], reverse=True)
+    width = max(len("mean IoU"), *(len(name) for name in result["iou"]))
+    lines = [
+        f"{name:<{width}}  {'absent' if value is None else f'{100 * value:6.2f}'}" for name, value in rows
+    ]
+    footer = (
+        f"{'mean IoU':<{width}}  {100 * result['miou']:6.2f}",
+        f"{'accuracy':<{width}}  {100 * result['accuracy']:6.2f}",
+        f"{'images':<{width}}  {result['images']:6d}",
+    )
+    return "\n".join([*lines, "-" * (width + 8), *footer])
+
+
+def progress_bar(enabled: bool, *columns: Any) -> Any:
+    """A rich progress bar on stderr."""
+    require("rich", extra="train")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+
+
+def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) -> Any:
+    import segvit_kernels
+
+    model = load_model(config.checkpoint).to(fabric.device)
+    share = len(range(fabric.global_rank, len(dataset), fabric.world_size))
+    with (
+        segvit_kernels.backend(config.backend) if config.backend else nullcontext(),
+        progress_bar(config.progress and fabric.is_global_zero) as bar,
+    ):
+        task = bar.add_task("evaluate", total=share)
+        return evaluate(
+            model,
+            dataset,
+            fabric=fabric,
+            workers=config.workers,
+            on_images=lambda count: bar.advance(task, count),
+        )
+
+
+def check_classes(model_config: Any, dataset: Any) -> None:
+    """Raises ValueError when a model's classes are not those of a dataset."""
+    if model_config.num_classes != dataset.num_classes:
+        raise ValueError(
+            f"the checkpoint has {model_config.num_classes} classes, the data {dataset.num_classes}"
+        )
+    ours, theirs = model_config.class_names, dataset.class_names
+    if ours and theirs and tuple(ours) != tuple(theirs):
+        pairs: Sequence[tuple[str, str]] = list(zip(ours, theirs, strict=True))
+        index, (mine, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(f"class {index} is {mine!r} in the checkpoint but {other!r} in the data")
+
+
+def run(config: EvaluateConfig) -> int:
+    """`segvit evaluate`: print the IoU of every class and the mean."""
+    if config.json and not Path(config.json).resolve().parent.is_dir():
+        raise FileNotFoundError(f"{config.json}: its folder does not exist")
+    fabric = make_fabric(config)
+    model_config = load_model(config.checkpoint).config  # here too, for errors before any process starts
+    dataset = open_dataset(
+        config.data,
+        config.split,
+        names=config.names,
+        reduce_zero_label=config.reduce_zero_label,
+        label_mapping=config.label_mapping,
+        ignore_index=config.ignore_index,
+        num_classes=model_config.num_classes,
+        synthetic_length=config.synthetic_validation,
+        synthetic_size=model_config.image_size[0],
+    )
+    check_classes(model_config, dataset)
+    if dataset.class_names is None and model_config.class_names:
+        dataset.class_names = model_config.class_names
+    result = launch(fabric, _evaluate_checkpoint, config, dataset)
+    print(iou_table(result))
+    if config.json:
+        Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0

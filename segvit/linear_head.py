@@ -1,0 +1,88 @@
+"""A baseline for SegViT: one linear layer on the last feature map, trained by cross-entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segvit.checkpoint import atomic_write, load_state_dict, read_state_dict
+from segvit.config import SegViTConfig
+from segvit.model import CONFIG_FILE, WEIGHTS_FILE, SegViT
+
+__all__ = ["CrossEntropy", "LinearSegmenter"]
+
+
+class _LinearHead(nn.Sequential):
+    def __init__(self, config: SegViTConfig) -> None:
+        width = config.backbone.width
+        super().__init__(nn.LayerNorm(width), nn.Linear(width, config.num_classes))
+
+    def fuse(self) -> None:
+        """Nothing to fold."""
+
+    def unfuse(self) -> None:
+        """Nothing was folded."""
+
+
+class LinearSegmenter(SegViT):
+    """LayerNorm and a linear layer on the backbone's last tokens; otherwise used like `SegViT`.
+
+    `forward` returns class scores on the patch grid, (B, num_classes, h, w); config.json gets the key "head".
+    """
+
+    def __init__(self, config: SegViTConfig) -> None:
+        super().__init__(dataclasses.replace(config, taps=config.taps[-1:]))
+        self.decoder = _LinearHead(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = self._grid(images)
+        (feature,) = self.backbone(images)
+        return self.decoder(feature).transpose(1, 2).unflatten(-1, grid)
+
+    def semantic_scores(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
+
+    def labels(self, output: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> Tensor:
+        height, width = crop or size
+        return self.semantic_scores(output, size)[..., :height, :width].argmax(1)
+
+    def similarity_maps(self, images: Tensor) -> list[Tensor]:
+        raise ValueError("a linear head has no similarity maps")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        super().save_pretrained(folder)
+        text = json.dumps({"head": "linear", **self.config.to_dict()}, indent=2) + "\n"
+        atomic_write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> LinearSegmenter:
+        values = json.loads((folder / CONFIG_FILE).read_text())
+        values.pop("head", None)
+        model = cls(SegViTConfig.from_dict(values))
+        load_state_dict(model, read_state_dict(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+        return model.eval()
+
+
+class CrossEntropy(nn.Module):
+    """Pixel-wise cross-entropy on upsampled scores, the mean over counted pixels of all processes' images."""
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, output: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scores = F.interpolate(output.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        total = F.cross_entropy(scores, labels, ignore_index=self.ignore_index, reduction="sum")
+        counted = (labels != self.ignore_index).sum().to(total.dtype)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counted)
+            counted = counted / dist.get_world_size()
+        loss = total / torch.clamp(counted, min=1)
+        return {"cross_entropy": loss, "total": loss}

@@ -1,0 +1,385 @@
+"""SegViT: plain ViT backbone, ATM decoder, and what turns images into label maps."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segvit._extras import require
+from segvit.backbone import LayerScale, VisionTransformer, adapt_backbone_state
+from segvit.checkpoint import (
+    LoadReport,
+    atomic_write,
+    load_state_dict,
+    read_state_dict,
+    rename_published_keys,
+    timm_state_dict,
+)
+from segvit.config import SegViTConfig
+from segvit.decoder import ATMDecoder
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_BLOCK = 2**21  # elements of the block of rows that labels() works on
+
+
+class SegViTOutput(NamedTuple):
+    """Prediction of a SegViT, with N classes and a grid of h x w patches.
+
+    Attributes:
+        class_logits: (B, N, N+1), the last entry "no object".
+        mask_logits: (B, N, h, w), before the sigmoid.
+        auxiliary: (class_logits, mask_logits) of the earlier stages, earliest first.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+    auxiliary: list[tuple[Tensor, Tensor]]
+
+
+class SegViT(nn.Module):
+    """Semantic segmentation with a plain Vision Transformer (NeurIPS 2022, arXiv 2210.05844).
+
+    Args:
+        config: sizes and image statistics; see `SegViTConfig.preset`.
+    """
+
+    def __init__(self, config: SegViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = VisionTransformer(config.backbone, config.image_size, config.taps)
+        self.decoder = ATMDecoder(config)
+        self._set_statistics()
+        # Constants of fuse() would be stale beside new weights.
+        self.register_load_state_dict_pre_hook(lambda module, *_: module.unfuse())
+
+    def _set_statistics(self) -> None:
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.config, name)).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: Tensor) -> SegViTOutput:
+        """Class and mask logits.
+
+        Args:
+            images: normalised, (B, 3, H, W) with H and W multiples of the patch size; see `preprocess`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        grid = self._grid(images)
+        stages = self.decoder(self.backbone(images))
+        *auxiliary, (class_logits, mask_logits) = [
+            (stage.class_logits, stage.mask_logits.unflatten(-1, grid)) for stage in stages
+        ]
+        return SegViTOutput(class_logits, mask_logits, auxiliary)
+
+    def similarity_maps(self, images: Tensor) -> list[Tensor]:
+        """Similarity maps (B, N, h, w) of the stages in running order, not accumulated (paper, figure 1)."""
+        grid = self._grid(images)
+        stages = self.decoder(self.backbone(images), accumulate=False)
+        return [stage.mask_logits.unflatten(-1, grid) for stage in stages]
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        patch = self.config.backbone.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
+            raise ValueError(
+                f"images must be (B, 3, H, W), H and W multiples of {patch}, got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floating point, got {images.dtype}; see preprocess()")
+        return images.shape[2] // patch, images.shape[3] // patch
+
+    # From images to label maps
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalise uint8 images (B, 3, H, W), or one (3, H, W), in the model's dtype and on its device.
+
+        Raises:
+            TypeError: not uint8.
+            ValueError: not RGB.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images must be uint8, got {images.dtype}")
+        if images.ndim not in (3, 4) or images.shape[-3] != 3:
+            raise ValueError(f"images must have shape (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
+        images = images.to(self.mean.device).to(self.mean.dtype)
+        return (images / 255 - self.mean) / self.std
+
+    def semantic_scores(self, output: SegViTOutput, size: tuple[int, int]) -> Tensor:
+        """Scores (B, N, H, W) of every class at every pixel.
+
+        score[c] = Σ_q softmax(class_logits)[q, c] · σ(mask_logits[q] upsampled to `size`).
+        """
+        masks = F.interpolate(_float32(output.mask_logits), size=size, mode="bilinear", align_corners=False)
+        return torch.einsum("bqc,bqhw->bchw", _class_probabilities(output), masks.sigmoid())
+
+    @torch.no_grad()
+    def labels(
+        self, output: SegViTOutput, size: tuple[int, int], crop: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Label map (B, H, W): the argmax of `semantic_scores`, uint8 (int16 for more than 256 classes).
+
+        Works in blocks of rows: scores of full size never exist.
+
+        Args:
+            output: what the model returned.
+            size: height and width to which mask logits are upsampled.
+            crop: keep only the top left part of this height and width; default all.
+        """
+        height, width = crop or size
+        masks = _float32(output.mask_logits)
+        probabilities = _class_probabilities(output).transpose(1, 2).contiguous()
+        batch, queries = masks.shape[:2]
+        labels = masks.new_empty((batch, height, width), dtype=torch.uint8 if queries <= 256 else torch.int16)
+        lower, upper, weight = _bilinear_rows(masks.shape[2], size[0], masks.device)
+        rows = max(1, _BLOCK // max(1, batch * queries * size[1]))
+        for start in range(0, height, rows):
+            part = slice(start, min(start + rows, height))
+            block = torch.lerp(masks[:, :, lower[part]], masks[:, :, upper[part]], weight[part, None])
+            shape = (block.shape[2], size[1])
+            block = F.interpolate(block, size=shape, mode="bilinear", align_corners=False)[..., :width]
+            scores = probabilities @ block.sigmoid().flatten(2)
+            labels[:, part] = scores.argmax(1).unflatten(1, (shape[0], width)).to(labels.dtype)
+        return labels
+
+    @torch.inference_mode()
+    def predict(self, images: Any) -> Tensor | list[Tensor]:
+        """Label maps at the images' own sizes, on the model's device.
+
+        Images of any size are padded at the right and bottom with the mean colour to multiples of the patch
+        size; mask logits are upsampled by the patch size and the padding is cut off. Images of a list run one
+        by one.
+
+        Args:
+            images: a path, a PIL image, a uint8 array (H, W, 3), a uint8 tensor (3, H, W) or (B, 3, H, W), or
+                a list of single ones.
+
+        Returns:
+            (H, W) for a single image, (B, H, W) for a batch, a list of (H, W) for a list.
+
+        Raises:
+            TypeError: not an image, or not uint8.
+            ValueError: an unreadable file, or not RGB.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.predict(image) for image in images]
+        images = _image_tensor(images)
+        training = self.training
+        self.eval()
+        try:
+            batch = self.preprocess(images if images.ndim == 4 else images[None])
+            height, width = batch.shape[-2:]
+            patch = self.config.backbone.patch_size
+            padded = F.pad(batch, (0, -width % patch, 0, -height % patch))  # 0 is the mean colour
+            labels = self.labels(self(padded), tuple(padded.shape[-2:]), crop=(height, width))
+        finally:
+            self.train(training)
+        return labels if images.ndim == 4 else labels[0]
+
+    # Modes
+
+    def fuse(self) -> SegViT:
+        """Fold what depends on parameters alone into constants, for inference; returns self.
+
+        Folded: the first layer's self-attention and query, the k and v projections of a stage, stacked into
+        one, and the position embedding of the last image size. `train()` and loading weights undo it; call it
+        again after changing weights in any other way.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("fuse() is for inference: call eval() first")
+        self.unfuse()
+        self.decoder.fuse()
+        self.backbone.keep_positions = True
+        return self
+
+    def unfuse(self) -> SegViT:
+        """Forget the constants of `fuse`; returns self."""
+        self.decoder.unfuse()
+        self.backbone.keep_positions, self.backbone._positions = False, None
+        return self
+
+    def train(self, mode: bool = True) -> SegViT:
+        if mode:
+            self.unfuse()
+        return super().train(mode)
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> SegViT:
+        """Recompute the backbone's blocks in the backward pass instead of keeping it all; returns self."""
+        self.backbone.gradient_checkpointing = enabled
+        return self
+
+    def parameter_groups(
+        self, lr: float, weight_decay: float, decoder_lr_scale: float = 10.0
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups of the published recipe.
+
+        No decay on the backbone's norms (and LayerScale); every decoder parameter, its norms included, with
+        decay and `decoder_lr_scale` times the learning rate.
+        """
+        norms = {
+            id(parameter)
+            for module in self.backbone.modules()
+            if isinstance(module, (nn.LayerNorm, LayerScale))
+            for parameter in module.parameters()
+        }
+        backbone = [p for p in self.backbone.parameters() if p.requires_grad]
+        decoder = [p for p in self.decoder.parameters() if p.requires_grad]
+        groups = [
+            ("backbone", [p for p in backbone if id(p) not in norms], lr, weight_decay),
+            ("backbone_norms", [p for p in backbone if id(p) in norms], lr, 0.0),
+            ("decoder", decoder, lr * decoder_lr_scale, weight_decay),
+        ]
+        return [
+            {"name": name, "params": params, "lr": rate, "weight_decay": decay}
+            for name, params, rate, decay in groups
+            if params
+        ]
+
+    # Weights
+
+    def load_backbone(self, source: str | os.PathLike | Mapping[str, Tensor]) -> LoadReport:
+        """Load pretrained weights of a plain ViT by name; position grid and patch size are adapted.
+
+        Args:
+            source: a .safetensors or .pth file, 'timm:NAME' for timm's pretrained weights, or a state dict.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, unreadable, or weights of another architecture.
+            ImportError: timm or safetensors is needed and not installed.
+        """
+        if isinstance(source, Mapping):
+            state, name = dict(source), "state dict"
+        elif str(source).startswith("timm:"):
+            state, name = timm_state_dict(str(source).removeprefix("timm:")), str(source)
+        else:
+            state, name = read_state_dict(source), str(source)
+        if any(key.startswith("backbone.layers.") for key in state):
+            state = rename_published_keys(state)
+        try:
+            adapted = adapt_backbone_state(state, self.config.backbone, self.backbone.grid)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        load_state_dict(self.backbone, adapted.state_dict, name)
+        return LoadReport(len(adapted.state_dict), tuple(adapted.ignored), tuple(adapted.changed))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write model.safetensors and config.json into `folder`, each in one step."""
+        save_file = require("safetensors.torch", extra="train").save_file
+        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        atomic_write(Path(folder) / WEIGHTS_FILE, lambda path: save_file(state, path, {"format": "pt"}))
+        atomic_write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> SegViT:
+        """The model in a folder of `save_pretrained`, or in a Hugging Face Hub repository; in eval mode.
+
+        Args:
+            source: a folder, or 'owner/name' on the Hub (needs the extra `hub`).
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            FileNotFoundError: neither folder nor Hub repository, or a file is missing in it.
+            ValueError: configuration or weights that do not go together.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            owner, _, name = str(source).partition("/")
+            if not owner or not name or "/" in name or owner.startswith((".", "~")) or folder.exists():
+                raise FileNotFoundError(f"{source}: no such checkpoint folder")
+            folder = _download(str(source), revision)
+        return cls._from_folder(folder)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> SegViT:
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a checkpoint is {CONFIG_FILE} and {WEIGHTS_FILE}")
+        try:
+            config = SegViTConfig.from_dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        state = read_state_dict(folder / WEIGHTS_FILE)
+        with torch.device("meta"):  # no time for initial values that are replaced at once
+            model = cls(config)
+        model.to_empty(device="cpu")._set_statistics()
+        load_state_dict(model, state, str(folder / WEIGHTS_FILE))
+        return model.eval()
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes to a Hugging Face Hub repository; returns its address.
+
+        Args:
+            repo_id: 'owner/name', made if it does not exist.
+            private: visibility of a new repository.
+            kwargs: for `huggingface_hub.HfApi.upload_folder` (commit_message, revision, ...).
+        """
+        api = require("huggingface_hub", extra="hub").HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    hub = require("huggingface_hub", extra="hub")
+    files = [WEIGHTS_FILE, CONFIG_FILE]
+    try:
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{repo_id}: no such folder, and the Hub says: {reason}") from None
+
+
+def _image_tensor(image: Any) -> Tensor:
+    """uint8 (3, H, W) or (B, 3, H, W) of a path, PIL image, array or tensor."""
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        pil = require("PIL.Image", extra="train")
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image}: no such image")
+        try:
+            with pil.open(image) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{image}: not a readable image ({error})") from None
+    elif not isinstance(image, np.ndarray) and hasattr(image, "convert"):
+        image = image.convert("RGB")
+    elif not isinstance(image, np.ndarray):
+        expected = "a path, a PIL image, a uint8 array or a uint8 tensor"
+        raise TypeError(f"expected {expected}, got {type(image).__name__}")
+    array = np.array(image)
+    if array.ndim != 3 or array.shape[-1] != 3:
+        raise ValueError(f"an image array must have shape (H, W, 3), got {array.shape}")
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _class_probabilities(output: SegViTOutput) -> Tensor:
+    """(B, N, N), without "no object"."""
+    return _float32(output.class_logits).softmax(-1)[..., :-1]
+
+
+def _bilinear_rows(rows: int, new_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The two old rows around each row of an image stretched to `new_rows`, and its place between them."""
+    position = ((torch.arange(new_rows, device=device) + 0.5) * (rows / new_rows) - 0.5).clamp(min=0)
+    lower = position.long().clamp(max=rows - 1)
+    upper = (lower + 1).clamp(max=rows - 1)
+    return lower, upper, position - lower

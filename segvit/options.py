@@ -1,0 +1,149 @@
+"""Options of the command line, as plain dataclasses without heavy imports.
+
+The classes are the groups of `--help`; `segvit.cli` turns each field into one option (`max_steps` becomes
+`--max-steps`), and configuration files use the field names.
+"""
+
+# ruff: noqa: RUF009  (`option` makes a field, as `dataclasses.field` does)
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["DemoConfig", "EvaluateConfig", "PredictConfig", "TrainConfig"]
+
+Precision = Literal["32", "bf16", "fp16"]
+
+
+def option(default: Any, help: str, *, positional: bool = False) -> Any:
+    """A dataclass field with its help text; `...` as the default makes it required."""
+    metadata = {"help": help, "positional": positional}
+    if default is ...:
+        return field(default=MISSING, metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Data"""
+
+    data: str = option(..., "folder with images/SPLIT and annotations/SPLIT, or 'synthetic'")
+    names: str | None = option(None, "file of class names, one a line, in the order of the classes")
+    reduce_zero_label: bool = option(
+        True, "label 0 means ignore and 1... become classes 0... (the ADE20K way)"
+    )
+    label_mapping: str | dict[int, int] | None = option(
+        None, "label value -> class, as a JSON file or in the config file; replaces reduce_zero_label"
+    )
+    ignore_index: int = option(255, "label of pixels that count neither in the loss nor in the mIoU")
+
+
+@dataclass(kw_only=True)
+class MachineOptions:
+    """Machine"""
+
+    devices: int = option(1, "number of processes, one device each")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    precision: Precision = option("32", "arithmetic: 32, or mixed with bf16 or fp16")
+    workers: int = option(2, "data loading processes for each device; 0 loads in the main process")
+    backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Model"""
+
+    preset: str = option("vit_small", "vit_tiny, vit_small, vit_base or vit_large")
+    image_size: int = option(512, "side of the square training crop in pixels, a multiple of the patch size")
+    model: dict[str, Any] = option(
+        {}, "changes to the preset's fields, e.g. {'patch_size': 14, 'class_token': true}"
+    )
+    head: Literal["segvit", "linear"] = option(
+        "segvit", "the SegViT decoder, or a linear layer as a baseline"
+    )
+    backbone_weights: str | None = option(None, "backbone weights: .safetensors, .pth or timm:NAME")
+    freeze_backbone: bool = option(False, "train the head alone")
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """Optimization"""
+
+    max_steps: int = option(20000, "length of training, in optimizer steps")
+    max_minutes: float | None = option(None, "stop (evaluate, save) after this many minutes at the latest")
+    batch_size: int = option(8, "images for each device and optimizer step")
+    accumulate: int = option(1, "split each batch into this many smaller ones to save memory")
+    lr: float = option(1e-4, "peak learning rate of the backbone")
+    decoder_lr_scale: float = option(10.0, "factor on lr for everything but the backbone")
+    weight_decay: float = option(0.01, "AdamW weight decay (none on the backbone's norms)")
+    warmup_steps: int = option(1500, "steps of linear warm-up")
+    warmup_lr: float = option(1e-6, "learning rate of the first step")
+    power: float = option(1.0, "power of the polynomial decay to 0")
+    clip: float | None = option(35.0, "largest L2 norm of the gradient")
+    ema: float | None = option(None, "decay of the moving average of the weights that is evaluated and saved")
+    compile: bool = option(False, "use torch.compile on the model")
+    seed: int = option(0, "seed of weights, order, augmentation and dropout")
+
+
+@dataclass(kw_only=True)
+class AugmentationOptions:
+    """Augmentation"""
+
+    scale: tuple[float, float] = option(
+        (0.5, 2.0), "range of the random resize; short side = scale * image_size"
+    )
+    flip: bool = option(True, "mirror half of the images")
+    photometric: bool = option(True, "vary brightness, contrast, saturation and hue")
+    class_share: float = option(0.75, "try for crops in which no class fills more than this share")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptions, MachineOptions):
+    """Training"""
+
+    out: str = option(..., "folder of the run: config, log, checkpoints")
+    resume: bool = option(False, "continue the run in the folder exactly where its last checkpoint was")
+    evaluate_every: int = option(1000, "steps between evaluations; 0 evaluates at the end only")
+    checkpoint_every: int | None = option(None, "steps between checkpoints; as evaluate_every when not given")
+    log_every: int = option(10, "steps between lines of the log")
+    tensorboard: bool = option(False, "also write TensorBoard logs")
+    progress: bool = option(True, "show a progress bar")
+    synthetic_images: int = option(2048, "images in the synthetic training set")
+    synthetic_validation: int = option(64, "images in the synthetic validation set")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(DataOptions, MachineOptions):
+    """Evaluation"""
+
+    checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
+    split: str = option("validation", "which split of the data")
+    json: str | None = option(None, "also write the result to this JSON file")
+    progress: bool = option(True, "show a progress bar")
+    synthetic_validation: int = option(64, "images in the synthetic validation set")
+
+
+@dataclass(kw_only=True)
+class PredictConfig:
+    """Prediction"""
+
+    images: list[str] = option(..., "image files, and folders of them", positional=True)
+    checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
+    out: str = option("predictions", "folder for overlays and label maps")
+    maps: list[str] = option([], "classes, by name or index, whose similarity maps are drawn stage by stage")
+    alpha: float = option(0.55, "opacity of the overlay, 0 to 1")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Demo"""
+
+    out: str = option("demo", "folder for the report, the trained model and a few pictures to try it on")
+    steps: int = option(1000, "length of training")
+    seed: int = option(0, "seed of data, weights and order")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")

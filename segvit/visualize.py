@@ -1,0 +1,339 @@
+"""Pictures of segmentations: palettes, overlays, legends and heat maps of similarity maps.
+
+Arrays are NumPy's, of the picture's own size: images uint8 (H, W, 3), label maps integer (H, W), colours
+uint8 (N, 3). A label outside 0…N-1 (255, say) means "not labelled" and is left unpainted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from segvit._extras import require
+
+Image = require("PIL.Image", extra="train")
+ImageDraw = require("PIL.ImageDraw", extra="train")
+ImageFont = require("PIL.ImageFont", extra="train")
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Linear sRGB -> cone responses -> OKLab: B. Ottosson, "A perceptual color space for image processing", 2020.
+_LINEAR_TO_LMS = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_LMS_TO_OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+# Linear sRGB as a protanope and a deuteranope see it: Machado, Oliveira and Fernandes 2009, severity 1.
+_PROTANOPIA = np.array(
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+)
+_DEUTERANOPIA = np.array(
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+)
+
+# Heat colours from "nothing" to "certain"; lightness grows all the way, so that it reads in grey as well.
+_HEAT = np.array([[10, 8, 40], [84, 15, 109], [187, 55, 84], [249, 142, 9], [252, 255, 164]], np.float64)
+
+_INK = (28, 30, 34)
+_FAINT = (112, 116, 124)
+_PAPER = (255, 255, 255)
+
+
+def _appearance(colors: np.ndarray) -> np.ndarray:
+    """uint8 colours (N, 3) -> (N, 9): OKLab as seen with normal, protanopic and deuteranopic vision."""
+    srgb = colors / 255.0
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+    def oklab(rgb: np.ndarray) -> np.ndarray:
+        return np.cbrt(rgb.clip(0, 1) @ _LINEAR_TO_LMS.T) @ _LMS_TO_OKLAB.T
+
+    return np.concatenate(
+        [oklab(linear @ sight.T) for sight in (np.eye(3), _PROTANOPIA, _DEUTERANOPIA)], axis=1
+    )
+
+
+@lru_cache(maxsize=8)
+def _palette(num_classes: int) -> np.ndarray:
+    levels = np.linspace(0, 255, 16).round()
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    appearance = _appearance(candidates)
+    lightness, chroma = appearance[:, 0], np.hypot(appearance[:, 1], appearance[:, 2])
+    readable = (lightness > 0.35) & (lightness < 0.93) & (chroma < 0.22)  # no black, white or neon
+    candidates, appearance = candidates[readable], appearance[readable]
+    if num_classes > len(candidates):
+        raise ValueError(f"num_classes is {num_classes}; a palette has at most {len(candidates)} colours")
+    chosen = [int(np.argmin(np.abs(candidates - (0, 119, 187)).sum(axis=1)))]
+    distance = np.full(len(candidates), np.inf)
+    while len(chosen) < num_classes:
+        distance = np.minimum(distance, np.square(appearance - appearance[chosen[-1]]).sum(axis=1))
+        chosen.append(int(distance.argmax()))
+    palette = candidates[chosen[:num_classes]].astype(np.uint8)
+    palette.setflags(write=False)
+    return palette
+
+
+def class_palette(num_classes: int) -> np.ndarray:
+    """Distinct colours, uint8 (num_classes, 3), a shorter palette being the start of a longer one.
+
+    Every colour is the one farthest from all colours before it, where distance counts normal, protanopic and
+    deuteranopic vision alike.
+
+    Raises:
+        ValueError: num_classes is below 1, or above the number of colours to choose from (some 2000).
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; expected at least 1")
+    return _palette(num_classes)
+
+
+def _check_labels(labels: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels is {labels.dtype} of shape {labels.shape}; expected integers (H, W)")
+    if shape is not None and labels.shape != shape:
+        raise ValueError(f"labels has shape {labels.shape}; expected the image's {shape}")
+    return labels
+
+
+def _check_image(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image is {image.dtype} of shape {image.shape}; expected uint8 (H, W, 3)")
+    return image
+
+
+def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Label map (H, W) -> uint8 (H, W, 3); unlabelled pixels are black."""
+    labels = _check_labels(labels)
+    known = (labels >= 0) & (labels < len(palette))
+    return np.where(known[..., None], palette[np.where(known, labels, 0)], np.uint8(0))
+
+
+def borders(labels: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """Boolean (H, W): pixels within `thickness` above or left of a change of label."""
+    labels = _check_labels(labels)
+    edge = np.zeros(labels.shape, dtype=bool)
+    for shift in range(1, thickness + 1):
+        edge[:-shift] |= labels[:-shift] != labels[shift:]
+        edge[:, :-shift] |= labels[:, :-shift] != labels[:, shift:]
+    return edge
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, alpha: float = 0.55) -> np.ndarray:
+    """The label map painted over the image with thin light borders between classes; uint8 (H, W, 3).
+
+    Args:
+        image: uint8 (H, W, 3).
+        labels: integers (H, W).
+        palette: uint8 (N, 3), one colour for each class.
+        alpha: 0 shows the image alone, 1 the labels alone.
+
+    Raises:
+        ValueError: a shape or dtype is not as above, or alpha is outside 0…1.
+    """
+    image = _check_image(image)
+    labels = _check_labels(labels, image.shape[:2])
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected 0 to 1")
+    weight = np.where((labels >= 0) & (labels < len(palette)), alpha, 0.0)[..., None]
+    painted = image * (1 - weight) + colorize(labels, palette) * weight
+    if alpha > 0:
+        edge = borders(labels, max(1, round(min(image.shape[:2]) / 400)))
+        painted[edge] = 0.3 * painted[edge] + 0.7 * 255
+    return painted.round().astype(np.uint8)
+
+
+class LegendEntry(NamedTuple):
+    """One class that is present: its index, its name, and its share of the labelled pixels (0…1)."""
+
+    index: int
+    name: str
+    share: float
+
+
+def legend_entries(labels: np.ndarray, class_names: Sequence[str]) -> list[LegendEntry]:
+    """The classes that a label map (H, W) holds, largest area first."""
+    labels = _check_labels(labels)
+    known = labels[(labels >= 0) & (labels < len(class_names))]
+    counts = np.bincount(known.astype(np.int64), minlength=len(class_names))
+    order = sorted(np.flatnonzero(counts), key=lambda index: (-counts[index], index))
+    return [LegendEntry(int(i), class_names[i], float(counts[i] / known.size)) for i in order]
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def legend(
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    *,
+    size: tuple[int, int] = (0, 0),
+    text_size: int = 16,
+) -> Image.Image:
+    """A panel that lists the classes present, with colour and share of area, largest first.
+
+    For a picture of `size` (width, height): at least as tall; in several columns where the classes do not fit
+    one, but no wider than the picture unless a single column is.
+    """
+    entries = legend_entries(labels, class_names)
+    font, line, pad = _font(text_size), round(1.7 * text_size), text_size
+    empty = "nothing labelled"
+    name_width = max([font.getlength(entry.name) for entry in entries], default=font.getlength(empty))
+    column = round(2.6 * text_size + name_width + font.getlength("<0.1 %"))
+    fitting_rows = max(1, (size[1] - 2 * pad) // line)
+    columns = max(1, min(-(-len(entries) // fitting_rows), (size[0] - pad) // (column + pad)))
+    rows = max(1, -(-len(entries) // columns))
+    panel = Image.new("RGB", (pad + columns * (column + pad), max(size[1], 2 * pad + rows * line)), _PAPER)
+    draw = ImageDraw.Draw(panel)
+    for position, entry in enumerate(entries):
+        left = pad + (position // rows) * (column + pad)
+        middle = pad + (position % rows) * line + line // 2
+        chip = (left, middle - text_size // 2, left + text_size, middle + text_size // 2)
+        draw.rounded_rectangle(chip, 3, fill=tuple(map(int, palette[entry.index])), outline=_FAINT)
+        draw.text((left + round(1.6 * text_size), middle), entry.name, _INK, font, anchor="lm")
+        draw.text((left + column, middle), format_share(entry.share), _FAINT, font, anchor="rm")
+    if not entries:
+        draw.text((pad, pad), empty, _FAINT, font)
+    return panel
+
+
+def format_share(share: float) -> str:
+    """0.1234 -> "12 %"; below one percent with a decimal."""
+    percent = 100 * share
+    if percent < 0.1:
+        return "<0.1 %"
+    return f"{percent:.1f} %" if percent < 9.95 else f"{percent:.0f} %"
+
+
+def overlay_with_legend(
+    image: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    *,
+    alpha: float = 0.55,
+) -> Image.Image:
+    """`overlay` at the image's own size with `legend` at its right."""
+    painted = Image.fromarray(overlay(image, labels, palette, alpha=alpha))
+    text_size = min(40, max(14, round(min(painted.size) / 32)))
+    panel = legend(labels, class_names, palette, size=painted.size, text_size=text_size)
+    canvas = Image.new("RGB", (painted.width + panel.width, max(painted.height, panel.height)), _PAPER)
+    canvas.paste(painted, (0, 0))
+    canvas.paste(panel, (painted.width, 0))
+    return canvas
+
+
+def heat(image: np.ndarray, similarity: np.ndarray, *, normalize: str = "sigmoid") -> np.ndarray:
+    """A similarity map as heat over the greyed image, uint8 (H, W, 3).
+
+    Args:
+        image: uint8 (H, W, 3).
+        similarity: float (h, w) of any grid, enlarged bilinearly; logits, as the decoder yields them.
+        normalize: "sigmoid" shows the probability that the map means; "minmax" stretches the map's own range
+            over all colours (a constant map gets the lowest).
+
+    Raises:
+        ValueError: a shape or dtype is not as above, or normalize is another word.
+    """
+    image = _check_image(image)
+    similarity = np.asarray(similarity, dtype=np.float32)
+    if similarity.ndim != 2:
+        raise ValueError(f"similarity has shape {similarity.shape}; expected (h, w)")
+    size = (image.shape[1], image.shape[0])
+    value = np.asarray(Image.fromarray(similarity).resize(size, Image.Resampling.BILINEAR), dtype=np.float64)
+    if normalize == "sigmoid":
+        value = 1 / (1 + np.exp(-value.clip(-60, 60)))
+    elif normalize == "minmax":
+        low, high = float(similarity.min()), float(similarity.max())
+        value = ((value - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(value)
+    else:
+        raise ValueError(f"normalize is {normalize!r}; expected 'sigmoid' or 'minmax'")
+    position = np.linspace(0, 1, len(_HEAT))
+    color = np.stack([np.interp(value, position, channel) for channel in _HEAT.T], axis=-1)
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    weight = (0.35 + 0.5 * value)[..., None]
+    return (grey[..., None] * (1 - weight) + color * weight).round().astype(np.uint8)
+
+
+def stage_notes(stages: int) -> list[str]:
+    """What to say under the title of each stage's column, in running order."""
+    return ["deepest tap" if n == 0 else "shallowest tap" if n == stages - 1 else "" for n in range(stages)]
+
+
+def similarity_picture(
+    image: np.ndarray,
+    stages: Sequence[np.ndarray],
+    accumulated: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    normalize: str = "minmax",
+) -> Image.Image:
+    """Similarity maps stage by stage, arranged as in the paper's figure 1.
+
+    A row for each class; columns: the image, the similarity map of every stage in running order (deepest tap
+    first), and the accumulated mask, which is what the prediction uses.
+
+    Args:
+        image: uint8 (H, W, 3).
+        stages: for each stage, float (K, h, w) of the K classes to show.
+        accumulated: float (K, h, w), the last stage's mask logits; always shown through the sigmoid.
+        class_names: K names.
+        normalize: how a stage's map becomes colours, see `heat`. One stage's map is a summand and no
+            probability: hence "minmax", with its range written into the picture's corner.
+
+    Raises:
+        ValueError: there is no class, or the numbers of maps and names differ.
+    """
+    image = _check_image(image)
+    rows = len(class_names)
+    if rows == 0 or any(len(maps) != rows for maps in (*stages, accumulated)):
+        counts = [len(maps) for maps in (*stages, accumulated)]
+        raise ValueError(
+            f"class_names has {rows} names, the maps {counts} classes; expected the same, at least 1"
+        )
+    longest = max(image.shape[:2])
+    scale = min(max(longest, 240), 480) / longest
+    cell = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    shown = np.asarray(Image.fromarray(image).resize(cell, Image.Resampling.LANCZOS))
+
+    titles = ["image", *(f"stage {number}" for number in range(1, len(stages) + 1)), "accumulated mask"]
+    notes = ["", *stage_notes(len(stages)), "sigmoid"]
+    text, small, gap = _font(16), _font(13), 8
+    name_height, head = 30, 50
+    row_height = name_height + cell[1] + gap
+    width = gap + len(titles) * (cell[0] + gap)
+    canvas = Image.new("RGB", (width, head + rows * row_height + gap), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for column, (title, note) in enumerate(zip(titles, notes, strict=True)):
+        left = gap + column * (cell[0] + gap)
+        draw.text((left, 8), title, _INK, text)
+        draw.text((left, 29), note, _FAINT, small)
+    for row, name in enumerate(class_names):
+        top = head + row * row_height
+        draw.line((gap, top, width - gap, top), (222, 224, 228))
+        draw.text((gap, top + name_height // 2), name, _INK, text, anchor="lm")
+        pictures = [shown, *(heat(shown, stage[row], normalize=normalize) for stage in stages)]
+        pictures.append(heat(shown, accumulated[row], normalize="sigmoid"))
+        for column, picture in enumerate(pictures):
+            left = gap + column * (cell[0] + gap)
+            canvas.paste(Image.fromarray(picture), (left, top + name_height))
+            if 0 < column <= len(stages) and normalize == "minmax":
+                values = stages[column - 1][row]
+                caption = f"{values.min():.1f} … {values.max():.1f}"
+                corner = (left + 6, top + name_height + cell[1] - 5)
+                draw.text(corner, caption, _PAPER, small, anchor="ls", stroke_width=1, stroke_fill=_INK)
+    return canvas

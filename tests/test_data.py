@@ -1,0 +1,196 @@
+"""Folders of images and label maps, and augmentation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segvit.data import SegmentationFolder, open_dataset, read_names
+from segvit.transforms import Augment
+
+
+def write_pair(root, name, label, split="training", size=None, suffix=".jpg"):
+    """An image of noise and a palette PNG of `label` under ADE20K names."""
+    for kind in ("images", "annotations"):
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
+    height, width = size or label.shape
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "images" / split / f"{name}{suffix}")
+    image = Image.fromarray(label.astype(np.uint8))
+    image.putpalette([255 - v for v in range(256) for _ in range(3)])
+    image.save(root / "annotations" / split / f"{name}.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    label = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 255, 1]])
+    write_pair(tmp_path, "b", label)
+    write_pair(tmp_path, "a", label.T, suffix=".png")
+    (tmp_path / "names.txt").write_text("# classes\nsky\nroad \n\ncar\n")
+    return tmp_path
+
+
+def test_reading(folder):
+    dataset = SegmentationFolder(folder)
+    assert len(dataset) == 2 and dataset.num_classes == 3 and dataset.class_names == ("sky", "road", "car")
+    first, second = dataset
+    assert (first["name"], second["name"]) == ("a", "b")
+    assert second["image"].shape == (3, 3, 4) and second["image"].dtype == torch.uint8
+    assert second["label"].dtype == torch.int64
+    # Palette indices, not the palette's colours; 0 and 255 are ignored.
+    assert second["label"].tolist() == [[255, 0, 1, 2], [2, 1, 0, 255], [0, 0, 255, 0]]
+    assert first["label"].tolist() == second["label"].T.tolist()
+    pixels = np.array(Image.open(folder / "images/training/a.png"))
+    assert np.array_equal(first["image"].permute(1, 2, 0).numpy(), pixels)
+
+
+def test_label_conventions(folder):
+    plain = SegmentationFolder(folder, reduce_zero_label=False, names=["a", "b", "c", "d"], ignore_index=9)
+    assert plain[1]["label"].tolist() == [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 9, 1]]
+    mapping = {0: None, 1: 1, 2: 0, 3: 255}
+    mapped = SegmentationFolder(folder, names=["x", "y"], label_mapping=mapping)
+    assert mapped[1]["label"].tolist() == [[255, 1, 0, 255], [255, 0, 1, 255], [1, 1, 255, 1]]
+    file = folder / "mapping.json"
+    file.write_text(json.dumps(mapping))
+    from_file = SegmentationFolder(folder, names=["x", "y"], label_mapping=str(file))
+    assert torch.equal(from_file[1]["label"], mapped[1]["label"])
+
+
+def test_sixteen_bit_labels(tmp_path):
+    write_pair(tmp_path, "a", np.zeros((2, 2)))
+    Image.fromarray(np.array([[0, 300], [1, 2]], dtype=np.uint16)).save(
+        tmp_path / "annotations/training/a.png"
+    )
+    dataset = SegmentationFolder(tmp_path, num_classes=300, ignore_index=-1)
+    assert dataset[0]["label"].tolist() == [[-1, 299], [0, 1]]
+
+
+def test_label_out_of_range_names_file_and_place(folder):
+    (folder / "names.txt").write_text("sky\nroad\n")
+    with pytest.raises(ValueError) as error:
+        SegmentationFolder(folder)[1]
+    assert "annotations/training/b.png: label value 3 at row 0, column 3" in str(error.value)
+    assert "expected 0...2, 255 for 2 classes" in str(error.value)
+    with pytest.raises(ValueError, match=r"a\.png: label value 3 .* expected 0\.\.\.1, 255"):
+        SegmentationFolder(folder, names=["x"], label_mapping={0: None, 1: 0})[0]
+
+
+def test_image_without_label(folder):
+    (folder / "annotations/training/a.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"images/training/a\.png: image without label, expected .*a\.png"
+    ):
+        SegmentationFolder(folder)
+
+
+def test_truncated_jpeg(folder):
+    path = folder / "images/training/b.jpg"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"b\.jpg: cannot be decoded as an image"):
+        SegmentationFolder(folder)[1]
+
+
+def test_size_mismatch_and_colour_labels(folder):
+    write_pair(folder, "b", np.zeros((3, 4)), size=(3, 5))
+    dataset = SegmentationFolder(folder)
+    with pytest.raises(ValueError, match=r"b\.png: the label map is 4x3 pixels, its image 5x3"):
+        dataset[1]
+    Image.new("RGB", (4, 3)).save(folder / "annotations/training/b.png")
+    with pytest.raises(ValueError, match=r"b\.png: got a label image of shape \(3, 4, 3\)"):
+        dataset[1]
+
+
+def test_bad_folders_and_names(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        SegmentationFolder(folder / "nowhere")
+    with pytest.raises(FileNotFoundError, match="images/validation: no such folder"):
+        SegmentationFolder(folder, "validation")
+    with pytest.raises(FileNotFoundError, match=r"other\.txt: no such names file"):
+        SegmentationFolder(folder, names="other.txt")
+    with pytest.raises(ValueError, match="ignore_index: got 1, which is one of the 3 classes"):
+        SegmentationFolder(folder, ignore_index=1)
+    with pytest.raises(ValueError, match="label_mapping: 1 -> 3"):
+        SegmentationFolder(folder, label_mapping={1: 3})
+    (folder / "names.txt").write_text("sky\nsky\n")
+    with pytest.raises(ValueError, match="occur twice: sky"):
+        read_names(folder / "names.txt")
+    (folder / "names.txt").unlink()
+    with pytest.raises(ValueError, match="number of classes is unknown"):
+        SegmentationFolder(folder)
+    (folder / "images/validation").mkdir()
+    (folder / "annotations/validation").mkdir()
+    with pytest.raises(ValueError, match=r"validation: holds no \.jpg or \.png"):
+        SegmentationFolder(folder, "validation", num_classes=2)
+
+
+def test_open_dataset(folder):
+    synthetic = open_dataset("synthetic", "validation", synthetic_length=3, synthetic_size=32)
+    assert len(synthetic) == 3 and synthetic[0]["image"].shape == (3, 32, 32)
+    assert len(open_dataset(str(folder), "training", num_classes=3)) == 2
+
+
+# Augmentation
+
+
+def pair():
+    """An image that shows its own labels: 12 blocks of 16x18 pixels, class k in colour 20 k."""
+    label = torch.arange(12).view(3, 4).repeat_interleave(16, 0).repeat_interleave(18, 1)
+    return (label * 20).to(torch.uint8).expand(3, -1, -1).contiguous(), label
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    image, label = pair()
+    augment = Augment(32, seed=5)
+    expected = augment(image, label, epoch=2, index=9)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    again = augment(image, label, epoch=2, index=9)
+    assert torch.equal(torch.get_rng_state(), before)  # and leaves the random state of the training alone
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    for other in (
+        augment(image, label, 3, 9),
+        augment(image, label, 2, 8),
+        Augment(32, seed=6)(image, label, 2, 9),
+    ):
+        assert not torch.equal(other[0], expected[0])
+
+
+@pytest.mark.parametrize("scale", [(0.5, 0.5), (2.0, 2.0), (0.5, 2.0)])
+def test_augmented_label_follows_image(scale):
+    image, label = pair()
+    augment = Augment(40, scale=scale, photometric=False, mean=(1.0, 0.5, 0.0))
+    sizes = set()
+    for index in range(12):
+        out, target = augment(image, label, 0, index)
+        assert type(out) is type(target) is torch.Tensor
+        assert out.shape == (3, 40, 40) and target.shape == (40, 40)
+        assert out.dtype == torch.uint8 and target.dtype == torch.int64
+        padding = target == 255
+        sizes.add(int((~padding).sum()))
+        assert torch.equal(out[:, padding], torch.tensor([[255], [128], [0]]).expand(3, padding.sum()).byte())
+        # Away from class borders the colour is that of the label.
+        difference = (out[0].float() - 20 * target)[~padding].abs()
+        assert (difference <= 3).float().mean() > 0.6
+    assert (sizes == {1600}) == (scale == (2.0, 2.0))
+
+
+def test_crop_avoids_one_class():
+    label = torch.zeros(40, 80, dtype=torch.int64)
+    label[:, 66:] = 1
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+
+    def share(limit):
+        augment = Augment(40, scale=(1.0, 1.0), class_share=limit, photometric=False, flip=False)
+        crops = [augment(image, label, 0, index)[1] for index in range(40)]
+        return sum(float((crop == 0).float().mean() <= 0.75) for crop in crops) / len(crops)
+
+    assert share(0.75) > share(1.0) + 0.3
+
+
+def test_bad_augmentation():
+    with pytest.raises(ValueError, match="scale: got"):
+        Augment(32, scale=(2.0, 1.0))
+    with pytest.raises(ValueError, match="class_share: got 0"):
+        Augment(32, class_share=0.0)

@@ -1,0 +1,241 @@
+"""The loss against its formula in float64: gradients, normalisers over processes, edge cases."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from segvit.losses import SegViTLoss
+from segvit.model import SegViTOutput
+
+CLASSES = 5
+
+
+def make_output(batch=2, grid=(4, 6), auxiliary=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair():
+        class_logits = torch.randn(batch, CLASSES, CLASSES + 1, generator=generator, dtype=dtype)
+        mask_logits = 3 * torch.randn(batch, CLASSES, *grid, generator=generator, dtype=dtype)
+        return class_logits.requires_grad_(), mask_logits.requires_grad_()
+
+    pairs = [pair() for _ in range(auxiliary + 1)]
+    return SegViTOutput(*pairs[-1], pairs[:-1])
+
+
+def make_labels(batch=2, size=(13, 17), seed=0):
+    """Class 3 nowhere, class 4 in the first image only, some ignored."""
+    labels = torch.randint(0, 3, (batch, *size), generator=torch.Generator().manual_seed(seed))
+    labels[0, :4] = 4
+    labels[-1, :, -3:] = 255
+    return labels
+
+
+def formula(class_logits, mask_logits, labels, mask_ignored=False):
+    """SPEC of the loss, one pair at a time, unweighted."""
+    batch = labels.shape[0]
+    ce, weights, focal, dice, count = 0.0, 0.0, 0.0, 0.0, 0
+    masks = F.interpolate(mask_logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    for b in range(batch):
+        for c in range(CLASSES):
+            target = labels[b] == c
+            here = bool(target.any())
+            probability = class_logits[b, c].softmax(0)
+            weight = 1.0 if here else 0.1
+            ce = ce - weight * probability[c if here else CLASSES].log()
+            weights += weight
+            if not here:
+                continue
+            count += 1
+            x, t = masks[b, c].flatten(), target.flatten().double()
+            if mask_ignored:
+                x, t = x[(labels[b] != 255).flatten()], t[(labels[b] != 255).flatten()]
+            p = x.sigmoid()
+            p_t = p * t + (1 - p) * (1 - t)
+            alpha_t = 0.25 * t + 0.75 * (1 - t)
+            focal = focal + (alpha_t * (1 - p_t) ** 2 * -p_t.log()).mean()
+            dice = dice + 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+    return {"class": ce / weights, "focal": 20 * focal / max(count, 1), "dice": dice / max(count, 1)}
+
+
+def close(actual, expected, tolerance=1e-7):
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("mask_ignored", [False, True])
+def test_values_and_gradients_equal_the_formula(mask_ignored):
+    output, labels = make_output(), make_labels()
+    losses = SegViTLoss(CLASSES, mask_ignored=mask_ignored)(output, labels)
+    names = [f"{prefix}{term}" for prefix in ("", "aux0.", "aux1.") for term in ("class", "focal", "dice")]
+    assert list(losses) == [*names, "total"]
+    total = 0.0
+    pairs = {"": output[:2], "aux0.": output.auxiliary[0], "aux1.": output.auxiliary[1]}
+    for prefix, pair in pairs.items():
+        for term, value in formula(*pair, labels, mask_ignored).items():
+            close(losses[prefix + term], value)
+            total = total + value
+    close(losses["total"], total)
+
+    inputs = [tensor for pair in pairs.values() for tensor in pair]
+    expected = torch.autograd.grad(total, inputs)
+    for actual, value in zip(torch.autograd.grad(losses["total"], inputs), expected, strict=True):
+        close(actual, value)
+
+
+def test_weights_and_exponents():
+    output, labels = make_output(auxiliary=0), make_labels()
+    plain = SegViTLoss(CLASSES)(output, labels)
+    loss = SegViTLoss(CLASSES, class_weight=2.0, focal_weight=5.0, dice_weight=0.5, focal_gamma=0.0)
+    scaled = loss(output, labels)
+    close(scaled["class"], 2 * plain["class"])
+    close(scaled["dice"], plain["dice"] / 2)
+    assert scaled["focal"] > plain["focal"] / 4, "without its focusing factor the focal term grows"
+
+
+@pytest.mark.parametrize("mask_ignored", [False, True])
+def test_gradcheck(mask_ignored):
+    loss = SegViTLoss(CLASSES, mask_ignored=mask_ignored)
+    labels = make_labels(size=(5, 6))
+    output = make_output(grid=(2, 3), auxiliary=0)
+
+    def total(class_logits, mask_logits):
+        return loss(SegViTOutput(class_logits, mask_logits, []), labels)["total"]
+
+    assert torch.autograd.gradcheck(total, output[:2])
+
+
+def test_blocks_change_nothing(monkeypatch):
+    """Large inputs run in checkpointed blocks of pairs: same values and gradients, little kept."""
+    output, labels = make_output(), make_labels()
+    tensors = [*output[:2], *output.auxiliary[0], *output.auxiliary[1]]
+    whole = SegViTLoss(CLASSES)(output, labels)
+    expected = torch.autograd.grad(whole["total"], tensors)
+    monkeypatch.setattr("segvit.losses._BLOCK_CPU", 2 * labels[0].numel())
+
+    largest = 0
+
+    def pack(tensor):
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        blocks = SegViTLoss(CLASSES)(output, labels)
+    assert largest <= labels.numel(), "a full-resolution map was kept for the backward pass"
+    for name, value in whole.items():
+        close(blocks[name], value, 1e-12)
+    for actual, value in zip(torch.autograd.grad(blocks["total"], tensors), expected, strict=True):
+        close(actual, value, 1e-12)
+
+
+def test_absent_pairs_as_on_a_gpu(monkeypatch):
+    """A GPU computes absent pairs too: same values, and no gradient for their masks."""
+    output, labels = make_output(auxiliary=0), make_labels()
+    expected = SegViTLoss(CLASSES)(output, labels)
+    monkeypatch.setattr("segvit.losses._can_read", lambda tensor: False)
+    losses = SegViTLoss(CLASSES)(output, labels)
+    for name, value in expected.items():
+        close(losses[name], value, 1e-12)
+    losses["total"].backward()
+    assert (output.mask_logits.grad[:, 3] == 0).all() and (output.mask_logits.grad[0, 4] != 0).all()
+
+
+def test_images_without_labels():
+    output = make_output(auxiliary=0)
+    labels = make_labels()
+    labels[0] = 255
+    losses = SegViTLoss(CLASSES)(output, labels)
+    for name, value in formula(*output[:2], labels).items():
+        close(losses[name], value)
+    labels[1] = 255
+    losses = SegViTLoss(CLASSES)(output, labels)
+    for name, value in formula(*output[:2], labels).items():
+        close(losses[name], value)
+    assert losses["focal"] == 0 and losses["dice"] == 0
+    losses["total"].backward()
+    assert (output.mask_logits.grad == 0).all(), "every parameter still gets a gradient, as DDP needs"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits(dtype):
+    output = make_output(auxiliary=0, dtype=torch.float32)
+    half = SegViTOutput(output.class_logits.to(dtype), output.mask_logits.to(dtype), [])
+    exact = SegViTOutput(half.class_logits.float(), half.mask_logits.float(), [])
+    loss = SegViTLoss(CLASSES)
+    for name, value in loss(half, make_labels()).items():
+        assert value.dtype == torch.float32
+        close(value, loss(exact, make_labels())[name])
+
+
+def test_label_dtypes():
+    output = make_output(auxiliary=0)
+    expected = SegViTLoss(CLASSES)(output, make_labels())["total"]
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        close(SegViTLoss(CLASSES)(output, make_labels().to(dtype))["total"], expected)
+    negative = torch.where(make_labels() == 255, -1, make_labels())
+    close(SegViTLoss(CLASSES, ignore_index=-1)(output, negative)["total"], expected)
+
+
+def test_mistakes():
+    output, labels = make_output(auxiliary=0), make_labels()
+    loss = SegViTLoss(CLASSES)
+    with pytest.raises(TypeError, match="labels must be integers"):
+        loss(output, torch.full(labels.shape, float("nan")))
+    with pytest.raises(ValueError, match=r"shape \(2, H, W\), got \(2, 1, 13, 17\)"):
+        loss(output, labels[:, None])
+    with pytest.raises(ValueError, match=r"from 0 to 7, expected 0\.\.\.4 or 255"):
+        loss(output, labels.clone().index_fill_(1, torch.tensor([0]), 7))
+    with pytest.raises(ValueError, match=r"class_logits must have shape \(2, 6, 7\)"):
+        SegViTLoss(6)(output, labels)
+    with pytest.raises(ValueError, match="mask_logits must have shape"):
+        loss(SegViTOutput(output.class_logits, output.mask_logits[:, :3], []), labels)
+    with pytest.raises(ValueError, match="ignore_index 2 is one of the 5 classes"):
+        SegViTLoss(CLASSES, ignore_index=2)
+
+
+def _rank_gradients(rank, world, store, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    results = []
+    for labels in _distributed_labels():
+        output = make_output(auxiliary=1)
+        part = slice(rank, rank + 1)
+        local = SegViTOutput(
+            output.class_logits[part],
+            output.mask_logits[part],
+            [(a[part], b[part]) for a, b in output.auxiliary],
+        )
+        losses = SegViTLoss(CLASSES)(local, labels[part])
+        grads = torch.autograd.grad(losses["total"], [*output[:2], *output.auxiliary[0]])
+        results.append(([value.item() for value in losses.values()], [g.tolist() for g in grads]))
+    queue.put((rank, results))
+    torch.distributed.destroy_process_group()
+
+
+def _distributed_labels():
+    one_pair = torch.full((2, 13, 17), 255)
+    one_pair[0, 0, 0] = 1
+    return [make_labels(), one_pair, torch.full((2, 13, 17), 255)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """The mean of two processes' losses and gradients is that of one process with both images."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = [(rank, 2, tmp_path / "store", queue) for rank in range(2)]
+    processes = [context.Process(target=_rank_gradients, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    by_rank = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    for case, labels in enumerate(_distributed_labels()):
+        output = make_output(auxiliary=1)
+        losses = SegViTLoss(CLASSES)(output, labels)
+        grads = torch.autograd.grad(losses["total"], [*output[:2], *output.auxiliary[0]])
+        values = torch.tensor([by_rank[rank][case][0] for rank in range(2)], dtype=torch.float64)
+        close(values.mean(0), [value.item() for value in losses.values()], 1e-9)
+        for index, expected in enumerate(grads):
+            parts = [torch.tensor(by_rank[rank][case][1][index], dtype=torch.float64) for rank in range(2)]
+            close(sum(parts) / 2, expected, 1e-9)

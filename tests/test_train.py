@@ -1,0 +1,363 @@
+"""Training: schedule, order of samples, exact resume, several processes, what stops it."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from segvit.evaluate import evaluate, load_model
+from segvit.options import EvaluateConfig, TrainConfig
+from segvit.synthetic import SyntheticShapes
+from segvit.train import StepSampler, learning_rate_factor, train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"width": 16, "depth": 2, "heads": 2, "taps": [0, 1], "patch_size": 8, "decoder_depth": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(out, **changes):
+    values = {
+        "data": "synthetic", "out": str(out), "preset": "vit_tiny", "image_size": 32,
+        "model": TINY, "max_steps": 6, "batch_size": 2, "lr": 1e-3, "decoder_lr_scale": 2.0,
+        "warmup_steps": 2, "log_every": 1, "evaluate_every": 0, "synthetic_images": 9, "synthetic_validation": 3,
+        "workers": 0, "progress": False, "accelerator": "cpu",
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+def rows(out):
+    """metrics.csv without the clock."""
+    with open(Path(out) / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def losses(out):
+    return [float(row["loss"]) for row in rows(out) if row["loss"]]
+
+
+def weights(out, name="last"):
+    return load_model(Path(out) / "checkpoints" / name).state_dict()
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def command(config, **changes):
+    """The command line of a configuration."""
+    path = Path(config.out).with_suffix(".yaml")
+    values = {**dataclasses.asdict(config), **changes}
+    values["scale"] = list(values["scale"])
+    path.write_text(yaml.safe_dump(values))
+    return [sys.executable, "-m", "segvit", "train", "--config", str(path)]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+# The pieces
+
+
+def test_schedule():
+    config = tiny("x", max_steps=110, warmup_steps=10, warmup_lr=1e-6, lr=1e-3, power=2.0)
+    factors = [learning_rate_factor(step, config) for step in range(110)]
+    assert factors[0] == pytest.approx(1e-3)
+    assert factors[5] == pytest.approx(1e-3 + 0.5 * (1 - 1e-3))
+    assert factors[10] == 1.0 == max(factors)
+    assert factors[60] == pytest.approx(0.25)
+    assert factors[109] == pytest.approx(1e-4)
+    assert learning_rate_factor(0, tiny("x", max_steps=1, warmup_steps=5)) == 1.0
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 3), (3, 2), (6, 1)])
+def test_processes_share_out_the_batches_of_one(world, batch):
+    alone = list(StepSampler(7, world * batch, 20, seed=3))
+    shares = [list(StepSampler(7, batch, 20, rank=rank, world=world, seed=3)) for rank in range(world)]
+    assert [list(chain(*pieces)) for pieces in zip(*shares, strict=True)] == alone
+
+
+def test_sampler_visits_every_image_once_an_epoch_and_continues():
+    keys = list(chain(*StepSampler(7, 3, 14, seed=1)))
+    for epoch in range(6):
+        assert sorted(keys[7 * epoch : 7 * epoch + 7]) == [(epoch, index) for index in range(7)]
+    assert len({tuple(index for _, index in keys[7 * e : 7 * e + 7]) for e in range(6)}) > 1
+    whole = list(StepSampler(7, 3, 14, seed=1))
+    assert list(StepSampler(7, 3, 14, start=5, seed=1)) == whole[5:]
+    assert list(StepSampler(7, 3, 14, seed=2)) != whole
+
+
+# Whole runs
+
+
+def test_a_run_and_its_folder(tmp_path):
+    result = train(tiny(tmp_path / "run", evaluate_every=4, ema=0.5))
+    assert result["step"] == 6 and result["stopped"] == "finished" and result["images"] == 3
+    assert list(result["iou"]) == list(SyntheticShapes.class_names)
+    log = rows(tmp_path / "run")
+    assert [int(row["step"]) for row in log if row["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [int(row["step"]) for row in log if row["miou"]] == [4, 6]
+    assert float(log[-1]["miou"]) == pytest.approx(result["miou"], rel=1e-6)
+    terms = [name for name in log[0] if "." in name or name in ("class", "focal", "dice")]
+    assert len(terms) == 6
+    assert sum(float(log[0][name]) for name in terms) == pytest.approx(float(log[0]["loss"]), rel=1e-5)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert os.readlink(checkpoints / "last") == "6"
+    kept = {os.readlink(checkpoints / name) for name in ("last", "best")}
+    assert {path.name for path in checkpoints.iterdir()} == {"last", "best"} | kept
+    # What was saved is what was evaluated: the moving average.
+    validation = SyntheticShapes("validation", 3, 32)
+    assert (
+        evaluate(load_model(tmp_path / "run" / "checkpoints" / "last"), validation)["miou"] == result["miou"]
+    )
+    raw = torch.load(checkpoints / "last" / "trainer.pt", weights_only=True)["model"]
+    assert not torch.equal(raw["decoder.class_tokens"], weights(tmp_path / "run")["decoder.class_tokens"])
+
+
+def test_moving_average_follows_the_weights(tmp_path):
+    """It starts at the weights after the first step; the second moves it by 1 - decay."""
+    names = ("a", "b")
+    for steps, name in enumerate(names, start=1):
+        train(tiny(tmp_path / name, max_steps=steps, ema=0.75, warmup_steps=0))
+    saved = [torch.load(tmp_path / name / "checkpoints/last/trainer.pt", weights_only=True) for name in names]
+    first, second = (state["model"] for state in saved)
+    assert_same_weights(first, weights(tmp_path / "a"))
+    for name, value in weights(tmp_path / "b").items():
+        torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name])
+    assert not torch.equal(first["decoder.class_tokens"], second["decoder.class_tokens"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_do_not_change_the_run(tmp_path, workers):
+    train(tiny(tmp_path / "a", max_steps=3))
+    train(tiny(tmp_path / "b", max_steps=3, workers=workers))
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    train(tiny(tmp_path / "c", max_steps=3, seed=1))
+    assert losses(tmp_path / "a")[0] != losses(tmp_path / "c")[0]
+
+
+def test_loss_falls_for_both_heads_and_with_accumulation(tmp_path):
+    for name, changes in (
+        ("segvit", {}),
+        ("linear", {"head": "linear"}),
+        ("pieces", {"accumulate": 2, "precision": "bf16"}),
+        ("frozen", {"freeze_backbone": True}),
+    ):
+        out = tmp_path / name
+        train(tiny(out, max_steps=30, lr=2e-3, photometric=False, **changes))
+        values = losses(out)
+        assert sum(values[-5:]) < 0.85 * sum(values[:5]), name
+    model = load_model(tmp_path / "linear")
+    assert type(model).__name__ == "LinearSegmenter"
+    assert model.predict(torch.zeros(3, 20, 37, dtype=torch.uint8)).shape == (20, 37)
+
+
+def test_frozen_backbone_stays(tmp_path):
+    train(tiny(tmp_path / "a", max_steps=1, freeze_backbone=True))
+    train(tiny(tmp_path / "b", max_steps=3, freeze_backbone=True))
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for name in first:
+        assert torch.equal(first[name], second[name]) == name.startswith("backbone."), name
+
+
+def test_kill_and_resume_is_bitwise(tmp_path):
+    """kill -9 in the middle, dropout and moving average on, then the same command with --resume."""
+    whole = tiny(tmp_path / "whole", max_steps=24, checkpoint_every=5, evaluate_every=10, ema=0.9)
+    train(whole)
+    killed = dataclasses.replace(whole, out=str(tmp_path / "killed"), workers=1)
+    process = subprocess.Popen(command(killed), env=environment())
+    last = tmp_path / "killed" / "checkpoints" / "last"
+    deadline = time.monotonic() + 240
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    step = int(os.readlink(last))
+    assert 5 <= step < 24
+    train(dataclasses.replace(killed, resume=True))
+    assert rows(killed.out) == rows(whole.out)
+    assert_same_weights(weights(killed.out), weights(whole.out))
+    ours, theirs = (
+        torch.load(Path(c.out) / "checkpoints/last/trainer.pt", weights_only=True) for c in (killed, whole)
+    )
+    assert_same_weights(ours["model"], theirs["model"])
+    assert torch.equal(ours["random"][0]["torch"], theirs["random"][0]["torch"])
+    for index, state in theirs["optimizer"]["state"].items():
+        assert torch.equal(state["exp_avg_sq"], ours["optimizer"]["state"][index]["exp_avg_sq"])
+
+
+def test_resume_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    config = tiny(tmp_path / "run", max_steps=8, checkpoint_every=3, log_every=2)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    stopped = _StopsAt(SyntheticShapes("training", 9, 32), reads=2 * 7)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stopped)
+    assert os.readlink(tmp_path / "run/checkpoints/last") == "6"
+    train(dataclasses.replace(config, resume=True))
+    assert rows(config.out) == rows(whole.out)
+    result = train(dataclasses.replace(config, resume=True))  # nothing left to do
+    assert result["step"] == 8 and rows(config.out) == rows(whole.out)
+
+
+class _StopsAt:
+    def __init__(self, dataset, reads):
+        self.dataset, self.reads = dataset, reads
+        self.num_classes, self.ignore_index = dataset.num_classes, dataset.ignore_index
+        self.class_names, self.palette = dataset.class_names, dataset.palette
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        self.reads -= 1
+        if self.reads < 0:
+            raise KeyboardInterrupt
+        return self.dataset[index]
+
+
+def test_resume_without_a_checkpoint_starts_over(tmp_path):
+    config = tiny(tmp_path / "run", max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, _StopsAt(SyntheticShapes("training", 9, 32), reads=2))
+    assert train(dataclasses.replace(config, resume=True))["step"] == 2
+
+
+def test_two_processes_train_like_one_with_the_doubled_batch(tmp_path):
+    model = {**TINY, "decoder_dropout": 0.0, "drop_path": 0.0}
+    changes = {"model": model, "max_steps": 20, "evaluate_every": 10, "synthetic_validation": 5, "lr": 5e-4}
+    one = train(tiny(tmp_path / "one", batch_size=4, **changes))
+    two = train(tiny(tmp_path / "two", batch_size=2, devices=2, **changes))
+    alone, together = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(alone) == 20
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert max(alone) - min(alone) > 0.5  # it did train
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, atol=1e-3, rtol=1e-3)
+    assert two["images"] == one["images"] == 5  # an odd number: no image twice, none left out
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=2e-3)
+
+
+def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
+    from segvit.evaluate import run
+
+    train(tiny(tmp_path / "run", max_steps=2))
+    config = EvaluateConfig(
+        data="synthetic", checkpoint=str(tmp_path / "run"), synthetic_validation=5, workers=0, progress=False,
+        accelerator="cpu", json=str(tmp_path / "one.json"),
+    )  # fmt: skip
+    assert run(config) == 0
+    assert run(dataclasses.replace(config, devices=2, json=str(tmp_path / "two.json"))) == 0
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["images"] == 5
+    assert one == two
+
+
+def test_evaluation_keeps_sizes_and_batches_equal_ones():
+    seen = []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def predict(self, images):
+            assert not self.training
+            seen.append(tuple(images.shape))
+            return images[:, 0]
+
+    class Data(list):
+        num_classes, ignore_index, class_names = 3, 255, None
+
+    def item(height, width, value):
+        image = torch.full((3, height, width), value, dtype=torch.uint8)
+        return {"image": image, "label": image[0].long(), "name": ""}
+
+    model = Model()
+    result = evaluate(model, Data([item(4, 6, 0), item(5, 5, 1), item(4, 6, 1)]), batch_size=3)
+    assert sorted(seen) == [(1, 3, 5, 5), (2, 3, 4, 6)]
+    assert result == {
+        "miou": 1.0, "accuracy": 1.0, "images": 3, "iou": {"class 0": 1.0, "class 1": 1.0, "class 2": None},
+    }  # fmt: skip
+    assert model.training
+
+
+def test_time_limit(tmp_path):
+    result = train(tiny(tmp_path / "run", max_steps=10**6, max_minutes=0.02))
+    assert result["stopped"] == "max_minutes" and 0 < result["step"] < 10**5
+    assert os.readlink(tmp_path / "run/checkpoints/last") == str(result["step"])
+    assert result["images"] == 3
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tiny(tmp_path / "run", max_steps=2, tensorboard=True))
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+# What stops it
+
+
+def test_loss_that_is_not_finite_stops_training(tmp_path):
+    config = tiny(tmp_path / "run", lr=1e30, clip=None, warmup_steps=0)
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is not finite in step \d .*nan.*no checkpoint yet"
+    ):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_resume_refuses_other_options_and_a_folder_in_use(tmp_path):
+    config = tiny(tmp_path / "run", max_steps=2)
+    train(config)
+    with pytest.raises(ValueError, match="already holds a run; use --resume"):
+        train(config)
+    with pytest.raises(ValueError, match=r"started with other options: max_steps 2 -> 4, lr 0\.001 -> 0\.1"):
+        train(dataclasses.replace(config, resume=True, max_steps=4, lr=0.1))
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out: cannot write to .*file/run \("):
+        train(tiny(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 0}, "max_steps: got 0"),
+        ({"batch_size": 4, "accumulate": 3}, "accumulate: got 3"),
+        ({"ema": 1.0}, "ema: got 1.0"),
+        ({"lr": 0.0}, "lr: got 0.0"),
+        ({"devices": 0}, "devices: got 0"),
+        ({"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        ({"preset": "vit_huge"}, "unknown preset 'vit_huge'"),
+        ({"model": {**TINY, "tap": 1}}, "no field tap"),
+        ({"image_size": 36}, "image_size must be two multiples of the patch size 8"),
+        ({"backbone_weights": "nowhere.pth"}, "nowhere.pth: no such checkpoint file"),
+        ({"scale": (2.0, 1.0)}, "scale: got"),
+    ],
+)
+def test_bad_options(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(tiny(tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
