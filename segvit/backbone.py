@@ -218,8 +218,15 @@ class BackboneState(NamedTuple):
     changed: list[str]
 
 
+# Names of DINOv2's and DeiT-III's own checkpoints, and timm's for the same.
+_OTHER_NAMES = {
+    "register_tokens": "reg_token",
+    "mlp.w12.": "mlp.fc1.",
+    "mlp.w3.": "mlp.fc2.",
+    "gamma_1": "ls1.gamma",
+    "gamma_2": "ls2.gamma",
+}
 # Heads and training leftovers of classification and self-supervised checkpoints.
-_DINOV2_NAMES = {"register_tokens": "reg_token", "mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
 _UNUSED = ("head", "fc_norm", "mask_token", "pre_logits", "dist_token", "attn_pool")
 
 
@@ -228,22 +235,15 @@ def adapt_backbone_state(
 ) -> BackboneState:
     """Bring a plain ViT's weights to the names and shapes of `VisionTransformer`: a pure function.
 
-    Accepts timm's names, DINOv2's own (`register_tokens`, `mlp.w12`, `mlp.w3`) and a full SegViT state dict
-    (prefix `backbone.`). Positions of prefix tokens are added to the tokens, the position grid is resized to
+    Accepts timm's names, DINOv2's and DeiT-III's own, and a full SegViT state dict (prefix `backbone.`).
+    Positions of prefix tokens are added to the tokens, the position grid is resized to
     `grid`, and the patch kernel is resampled to `config.patch_size`. Keys that do not belong stay, for the
     loader to report.
 
     Raises:
         ValueError: the position embedding does not hold a square grid.
     """
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
-    renamed = {}
-    for key, value in state_dict.items():
-        for theirs, ours in _DINOV2_NAMES.items():
-            key = key.replace(theirs, ours)
-        renamed[key] = value
-
+    renamed = _timm_names(state_dict)
     state: dict[str, Tensor] = {}
     ignored, changed = [], []
     for key, value in renamed.items():
@@ -288,17 +288,15 @@ def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object)
     Raises:
         ValueError: these are not the weights of a plain ViT.
     """
-    keys = {key.removeprefix("backbone."): tuple(value.shape) for key, value in state_dict.items()}
+    keys = {key: tuple(value.shape) for key, value in _timm_names(state_dict).items()}
     try:
         width, _, patch_size, _ = keys["patch_embed.proj.weight"]
         depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
-        fc1 = next(keys[k] for k in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w12.weight") if k in keys)
-        fc2 = next(keys[k] for k in ("blocks.0.mlp.fc2.weight", "blocks.0.mlp.w3.weight") if k in keys)
-    except (KeyError, ValueError, StopIteration):
+        fc1, fc2 = keys["blocks.0.mlp.fc1.weight"], keys["blocks.0.mlp.fc2.weight"]
+    except (KeyError, ValueError):
         raise ValueError(
             "not weights of a plain ViT with timm's names (patch_embed.proj, blocks.N...)"
         ) from None
-    registers = next((keys[k][1] for k in ("reg_token", "register_tokens") if k in keys), 0)
     values = {
         "width": width,
         "depth": depth,
@@ -307,22 +305,32 @@ def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object)
         "mlp": "gelu" if fc1[0] == fc2[1] else "swiglu",
         "mlp_ratio": fc1[0] / width,
         "class_token": "cls_token" in keys,
-        "register_tokens": registers,
+        "register_tokens": keys["reg_token"][1] if "reg_token" in keys else 0,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in keys else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in keys,
     }
     return BackboneConfig(**{**values, **overrides})
 
 
+def _timm_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if any(key.startswith("backbone.") for key in state_dict):
+        state_dict = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
+    renamed = {}
+    for key, value in state_dict.items():
+        for theirs, ours in _OTHER_NAMES.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = value
+    return renamed
+
+
 def _find_grid(num_positions: int, num_registers: int, grid: tuple[int, int]) -> tuple[tuple[int, int], int]:
     """Grid of a stored position embedding, and how many prefix positions precede it."""
+    if num_positions == grid[0] * grid[1]:  # our own layout, perhaps not square
+        return grid, 0
     for num_prefix in sorted({0, 1, 2, 1 + num_registers}):
         side = math.isqrt(max(0, num_positions - num_prefix))
         if side > 0 and side * side == num_positions - num_prefix:
             return (side, side), num_prefix
-    for num_prefix in (0, 1, 1 + num_registers):
-        if num_positions - num_prefix == grid[0] * grid[1]:
-            return grid, num_prefix
     raise ValueError(
         f"pos_embed has {num_positions} positions: neither a square grid nor one after prefix tokens"
     )

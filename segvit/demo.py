@@ -127,7 +127,7 @@ def run(config: DemoConfig) -> int:
         options = training_options(config, folder)
         result = train(options, training, validation)
         print(f"trained {result['step']} steps in {result['seconds']:.0f} s; evaluating", flush=True)
-        model = load_model(folder / "checkpoints" / "last").to(device)
+        model = load_model(folder).to(device)  # the best by the curve's pictures, which are not the test's
         score = evaluate(model, test, batch_size=16)
         macs = multiply_accumulates(model, IMAGE_SIZE)
         milliseconds = _milliseconds(model.fuse(), test[0]["image"])
@@ -301,10 +301,10 @@ def write_report(outcome: Outcome) -> str:
         report.card(_cost(outcome)),
         report.heading("What ran where"),
         report.card(report.facts(_settings(outcome))),
-        report.heading("Again, and on pictures"),
+        report.heading("Again, and the model at work", "The second command is for this report's own folder."),
         report.preformatted(
             f"segvit demo --steps {outcome.options.max_steps} --seed {outcome.options.seed}\n"
-            f"segvit predict pictures --checkpoint run --maps {names[-1]}   # in this report's folder"
+            f"segvit predict pictures --checkpoint run --maps {names[-1]}"
         ),
     ]
     lead = (
@@ -333,14 +333,11 @@ def _numbers(outcome: Outcome) -> str:
 
 
 def _curves(outcome: Outcome) -> str:
-    steps, losses = zip(*outcome.log["loss"], strict=True)
-    miou_steps, mious = zip(*outcome.log["miou"], strict=True)
-    loss = report.Series("", steps, losses)
-    miou = report.Series("mIoU", miou_steps, [100 * value for value in mious], dots=True)
+    miou = [(step, 100 * value) for step, value in outcome.log["miou"]]
     return report.columns(
-        report.card(report.line_chart([loss], x_label="step", y_label="loss"), "Training loss"),
+        report.card(report.line_chart(outcome.log["loss"], x_label="step", y_label="loss"), "Training loss"),
         report.card(
-            report.line_chart([miou], x_label="step", y_label="%", y_top=100),
+            report.line_chart(miou, x_label="step", y_label="%", y_top=100, dots=True),
             f"Mean IoU on {VALIDATION_IMAGES} pictures",
         ),
     )
@@ -368,10 +365,11 @@ def _cost(outcome: Outcome) -> str:
 def _settings(outcome: Outcome) -> list[tuple[str, str]]:
     config, options = outcome.model.config, outcome.options
     backbone, patch = config.backbone, config.backbone.patch_size
+    taps = ", ".join(str(tap + 1) for tap in config.taps)
     model = (
         f"SegViT on a plain ViT: {backbone.depth} blocks of width {backbone.width}, patches of "
-        f"{patch} × {patch} pixels, features after blocks {', '.join(str(tap + 1) for tap in config.taps)}; decoder "
-        f"of width {config.decoder_dim} with {len(config.taps)} stages; random weights at the start"
+        f"{patch} × {patch} pixels, features after blocks {taps}; decoder of width {config.decoder_dim} with "
+        f"{len(config.taps)} stages; random weights at the start"
     )
     data = (
         f"{TRAINING_IMAGES} synthetic pictures of {IMAGE_SIZE} × {IMAGE_SIZE} pixels from seed "
@@ -388,7 +386,7 @@ def _settings(outcome: Outcome) -> list[tuple[str, str]]:
 
 def _machine(device: torch.device) -> list[tuple[str, str]]:
     fused = device.type == "cuda" and segvit_kernels.why_not("triton", device) is None
-    cores = f"{os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
+    cores = f"{os.cpu_count()} logical cores, PyTorch uses {torch.get_num_threads()}"
     versions = {
         "segvit-kernels": segvit_kernels.__version__,
         "PyTorch": torch.__version__,
@@ -400,7 +398,7 @@ def _machine(device: torch.device) -> list[tuple[str, str]]:
         *([("GPU", torch.cuda.get_device_name(device))] if device.type == "cuda" else []),
         ("System", platform.platform(terse=True)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("Kernel backend", "triton" if fused else "eager"),
+        ("Kernel backend", os.environ.get("SEGVIT_KERNELS_BACKEND") or ("triton" if fused else "eager")),
     ]
 
 
@@ -414,4 +412,4 @@ def _processor() -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

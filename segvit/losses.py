@@ -85,6 +85,7 @@ class SegViTLoss(nn.Module):
             ValueError: shapes do not go together, or a label is out of range.
         """
         self._check(output, labels)
+        labels = labels.int()  # as wide as all comparisons below, half as wide as int64
         present = self._present(labels)
         pairs = self._pairs(present)
         dtype = _full_precision(output.class_logits).dtype
@@ -148,7 +149,9 @@ class SegViTLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sums of focal and dice over the present pairs."""
         logits = _full_precision(logits).flatten(0, 1)[pairs]
-        block = max(1, (_BLOCK_GPU if logits.is_cuda else _BLOCK_CPU) // max(1, labels[0].numel()))
+        block = max(
+            1, (_BLOCK_GPU if logits.is_cuda else _BLOCK_CPU) // max(1, labels.shape[1] * labels.shape[2])
+        )
         terms = self._pair_terms
         if len(pairs) > block and torch.is_grad_enabled():
             # Nothing random inside, and a saved CUDA generator state would be a host sync.
@@ -162,7 +165,7 @@ class SegViTLoss(nn.Module):
     def _pair_terms(self, logits: Tensor, labels: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Focal and dice loss of each pair (K,), from its logits (K, h, w)."""
         labels = labels[pairs // self.num_classes]  # [K, H, W]
-        target = labels == (pairs % self.num_classes).view(-1, 1, 1)
+        target = labels == (pairs % self.num_classes).int().view(-1, 1, 1)
         size = labels.shape[-2:]
         logits = F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
         # With z = ∓x for a pixel inside/outside, BCE = softplus(z) and 1 − p_t = σ(z).

@@ -23,12 +23,12 @@ _STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #16191d; --soft: #5c6570; --line: #dfe3e8; --grid: #e9ecf0;
-  --accent: #2456c7; --accent-soft: #2456c733; --second: #c2570c;
+  --accent: #2456c7;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #111418; --card: #1a1e24; --ink: #e8ebef; --soft: #9aa5b1; --line: #2c323a; --grid: #262b32;
-    --accent: #7ea6ff; --accent-soft: #7ea6ff33; --second: #f0a35e;
+    --accent: #7ea6ff;
   }
 }
 * { box-sizing: border-box; }
@@ -74,6 +74,7 @@ th:first-child, td:first-child, .words td { text-align: left; }
 tr:last-child td { border-bottom: 0; }
 tr.total td { font-weight: 650; border-top: 1px solid var(--line); }
 td.bar { width: 45%; min-width: 120px; }
+.bar div { border-radius: 4px; background: var(--grid); }
 .bar span { display: block; height: .65rem; border-radius: 4px; background: var(--accent); min-width: 2px; }
 .chip {
   display: inline-block; width: .85em; height: .85em; border-radius: 3px; vertical-align: -.06em;
@@ -94,11 +95,7 @@ svg text { fill: var(--soft); font-size: 12px; }
 svg .grid { stroke: var(--grid); }
 svg .axis { stroke: var(--line); }
 svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
-svg polyline.faint { stroke: var(--accent-soft); stroke-width: 1; }
 svg circle { fill: var(--accent); }
-svg .second { stroke: var(--second); }
-svg circle.second, svg text.second { fill: var(--second); stroke: none; }
-svg text.first { fill: var(--accent); }
 footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 footer { color: var(--soft); font-size: .85rem; }
 @media print { body { background: none; } .card, .tile { break-inside: avoid; } }
@@ -208,7 +205,8 @@ def bars(rows: Sequence[Bar], header: tuple[str, str, str]) -> str:
         width = 100 * row.value if known else 0
         lines.append(
             f"<tr><td>{chip(row.color)}{escape(row.name)}</td><td>{text}</td>"
-            f'<td class="bar"><span style="width:{width:.1f}%"></span></td><td>{escape(row.note)}</td></tr>'
+            f'<td class="bar"><div><span style="width:{width:.1f}%"></span></div></td>'
+            f"<td>{escape(row.note)}</td></tr>"
         )
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -245,16 +243,6 @@ def picture_grid(titles: Sequence[tuple[str, str]], rows: Sequence[tuple[str, st
     return f'<div class="scroll"><div class="pictures" style="{style}">{"".join(cells)}</div></div>'
 
 
-class Series(NamedTuple):
-    """A line of a chart. `faint` draws it thin and without a name; `dots` marks its points."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    faint: bool = False
-    dots: bool = False
-
-
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers, about `wanted` of them, within low … high."""
     if not high > low:
@@ -267,58 +255,51 @@ def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     ]
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_top: float | None = None) -> str:
-    """Inline SVG of at most two named series over axes that start at 0, without points that are not finite.
+def line_chart(
+    points: Sequence[tuple[float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    y_top: float | None = None,
+    dots: bool = False,
+) -> str:
+    """Inline SVG of a line over axes that start at 0; points that are not finite are left out.
 
     Args:
-        series: lines, faint ones first.
+        points: (x, y).
         x_label, y_label: what the axes count.
-        y_top: end of the vertical axis; the largest value if None.
+        y_top: end of the vertical axis; a little above the largest value if None.
+        dots: mark the points; a reader sees their values on pointing at them.
     """
     width, height, left, right, top, bottom = 520, 280, 48, 14, 22, 42
-    lines = [
-        (line, [(float(x), float(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)])
-        for line in series
-    ]
-    points = [point for _, kept in lines for point in kept] or [(0.0, 0.0)]
-    x_high = max(x for x, _ in points) or 1.0
-    y_high = y_top or 1.05 * max(y for _, y in points) or 1.0
+    points = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
+    x_high = max((x for x, _ in points), default=0.0) or 1.0
+    y_high = y_top or 1.05 * max((y for _, y in points), default=0.0) or 1.0
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (width - left - right) * x / x_high
-        return across, height - bottom - (height - top - bottom) * min(y / y_high, 1.05)
+    def across(x: float) -> float:
+        return left + (width - left - right) * x / x_high
+
+    def down(y: float) -> float:
+        return height - bottom - (height - top - bottom) * y / y_high
 
     label = f"{escape(y_label)} over {escape(x_label)}"
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
     for y in _ticks(0, y_high):
-        _, down = place(0, y)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{down:.1f}" y2="{down:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{down + 4:.1f}" text-anchor="end">{y:g}</text>')
+        style = "grid" if y else "axis"
+        parts.append(
+            f'<line class="{style}" x1="{left}" x2="{width - right}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>'
+        )
+        parts.append(f'<text x="{left - 8}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in _ticks(0, x_high):
-        across, _ = place(x, 0)
-        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
-    base = height - bottom
-    parts.append(f'<line class="axis" x1="{left}" x2="{width - right}" y1="{base}" y2="{base}"/>')
-    middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<text x="{left - 8}" y="12" text-anchor="start" dx="-30">{escape(y_label)}</text>')
-    named = 0
-    for line, kept in lines:
-        style = "faint" if line.faint else ("first", "second")[named]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in kept))
-        parts.append(f'<polyline class="{style}" points="{path}"/>')
-        if line.dots:
-            for x, y in kept:
-                across, down = place(x, y)
-                tip = f"<title>{escape(line.name)}: {y:.4g} at {x:g}</title>"
-                parts.append(
-                    f'<circle class="{style}" cx="{across:.1f}" cy="{down:.1f}" r="3.2">{tip}</circle>'
-                )
-        if line.name and not line.faint:
-            across = width - right - 130 * named
-            parts.append(
-                f'<text class="{style}" x="{across}" y="12" text-anchor="end">{escape(line.name)}</text>'
-            )
-            named += 1
+        parts.append(f'<text x="{across(x):.1f}" y="{height - 24}" text-anchor="middle">{x:g}</text>')
+    parts.append(
+        f'<text x="{across(x_high / 2)}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    parts.append(f'<text x="{left - 38}" y="12">{escape(y_label)}</text>')
+    path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
+    parts.append(f'<polyline points="{path}"/>')
+    for x, y in points if dots else ():
+        tip = f"<title>{y:.4g} at {x:g}</title>"
+        parts.append(f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.2">{tip}</circle>')
     parts.append("</svg>")
     return "".join(parts)

@@ -2,8 +2,8 @@
 
 Every class has a material (stripes, planks, bricks, checks, sprinkles, leaves, scales, rings) and a usual
 outline, so that a label follows from what is seen and not from colour alone: hues vary from thing to thing
-and overlap between classes. Outlines are signed distances in pixels, negative inside; one field gives the label
-(exactly its negative side), the anti-aliased edge, the rounded shading and the cast shadow.
+and overlap between classes. Outlines are signed distances in pixels, negative inside; one field gives the
+label (exactly its negative side), the anti-aliased edge, the rounded shading and the cast shadow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Training on Lightning Fabric: the published recipe (SegViT, arXiv 2210.05844, section 4.1), exact resume, one log.
+"""Training on Lightning Fabric: the published recipe, exact resume, one log.
+
+Source of the recipe: SegViT (NeurIPS 2022, arXiv 2210.05844), section 4.1.
 
 A run is a folder:
 
@@ -555,7 +557,7 @@ class _Trainer:
             raise ValueError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from None
         if len(state["random"]) != self.fabric.world_size:
             raise ValueError(
-                f"{source}: written by {len(state['random'])} processes, now there are {self.fabric.world_size}"
+                f"{source}: of {len(state['random'])} processes, now it is {self.fabric.world_size}"
             )
         weights = read_state_dict(folder / WEIGHTS_FILE)
         load_state_dict(self.model, state["model"] or weights, str(folder / WEIGHTS_FILE))

@@ -1,8 +1,8 @@
 """Training augmentation of the published recipe, with torchvision.transforms.v2.
 
 Random resize that keeps the aspect, random crop in which no class dominates, flip, photometric distortion,
-padding. All randomness comes from torch's CPU generator, which `Augment` seeds from (seed, epoch, image) alone:
-the stream of samples is the same for any number of processes and loading workers.
+padding. All randomness comes from torch's CPU generator, which `Augment` seeds from (seed, epoch, image) and
+nothing else: the stream of samples is the same for any number of processes and loading workers.
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ class RandomScale(v2.Transform):
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        nearest = isinstance(inpt, tv_tensors.Mask)
-        mode = v2.InterpolationMode.NEAREST_EXACT if nearest else v2.InterpolationMode.BILINEAR
-        return F.resize(inpt, params["size"], interpolation=mode, antialias=not nearest)
+        if isinstance(inpt, tv_tensors.Mask):
+            # As a plain tensor: for masks v2 takes "nearest", which is half a pixel off the image's bilinear.
+            resized = F.resize(
+                inpt.as_subclass(Tensor)[None], params["size"], v2.InterpolationMode.NEAREST_EXACT
+            )
+            return tv_tensors.wrap(resized[0], like=inpt)
+        return F.resize(inpt, params["size"], v2.InterpolationMode.BILINEAR, antialias=True)
 
 
 class ClassBalancedCrop(v2.Transform):

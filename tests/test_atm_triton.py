@@ -13,22 +13,22 @@ from segvit_kernels.triton import atm
 from segvit_kernels.triton._launch import pinned
 
 GRADIENTS = ("query", "key", "value")
-SMALL = ATMCase("small", 2, 70, 90, 3, 32, previous_masks=True)
+SMALL = ATMCase("small", 2, 40, 70, 2, 32, previous_masks=True)
 
 # Large tiles keep the interpreter quick; the pinned tiles are those of test_case.
-LARGE_FWD = {"block_m": 64, "block_n": 128, "block_c": 128, "tiles": 3}
+LARGE_FWD = {"block_m": 64, "block_n": 128, "block_c": 128}
 LARGE_BWD = {"block_m": 64, "block_n": 128}
 
 # Pairs of sizes: queries 1, 7, 150; keys 1, 33, 1600; heads 1, 3, 12, 16; head dims 16 to 128.
 PAIRS = (
     ATMCase("q1_k33", 2, 1, 33, 3, 16),
-    ATMCase("q1_k1600", 1, 1, 1600, 12, 24),
+    ATMCase("q1_k1600", 1, 1, 1600, 3, 24),
     ATMCase("q1_k1", 1, 1, 1, 16, 128, previous_masks=True),
     ATMCase("q7_k1", 2, 7, 1, 1, 64),
     ATMCase("q7_k33", 2, 7, 33, 16, 32, previous_masks=True),
     ATMCase("q7_k1600", 1, 7, 1600, 3, 128),
     ATMCase("q150_k1", 1, 150, 1, 3, 32),
-    ATMCase("q150_k33", 1, 150, 33, 12, 64),
+    ATMCase("q150_k33", 1, 150, 33, 12, 16),
     ATMCase("q150_k1600", 1, 150, 1600, 1, 32, previous_masks=True),
     ATMCase("q201_k100", 1, 201, 100, 1, 24, broadcast=True),
 )
@@ -63,6 +63,11 @@ def _check(case, dtype, *, fwd=None, bwd=None, unused=None, deterministic=True, 
         deterministic, config=bwd,
     )  # fmt: skip
     for name, grad in zip(GRADIENTS, found, strict=True):
+        if case.keys == 1 and name != "value":
+            # Softmax over one key: dP and δ cancel, and what is left is their rounding.
+            error = (grad.double() - true_grads[name]).abs().max()
+            assert error <= 128 * torch.finfo(dtype).eps, f"gradient of {name}: {error:.3g}"
+            continue
         testing.assert_within_budget(f"gradient of {name}", grad, true_grads[name], plain_grads[name])
     for name, tensor in before.items():
         assert torch.equal(inputs[name], tensor), f"{name} was changed"
@@ -76,7 +81,8 @@ def test_case(case, dtype, poisoned):
 
 @pytest.mark.parametrize("case", PAIRS, ids=lambda c: c.name)
 def test_sizes(case, poisoned):
-    _check(case, torch.float16 if case.heads == 3 else torch.float32, fwd=LARGE_FWD, bwd=LARGE_BWD)
+    dtype, tiles = torch.float16 if case.heads == 3 else torch.float32, min(3, -(-case.queries // 64))
+    _check(case, dtype, fwd={**LARGE_FWD, "tiles": tiles}, bwd=LARGE_BWD)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
@@ -130,7 +136,10 @@ def test_dropout_bits_are_those_of_the_eager_operator():
     key, seed = torch.randn(batch, keys, heads, 32), torch.tensor([-(2**62) - 12345])
     expected = keep_mask(seed, p, range(batch), range(heads), heads, queries, keys)
     factor = 65536 / (65536 - round(p * 65536)) / keys
-    for config in ({"tiles": 1, "block_m": 16, "block_n": 16}, {"plan": "heads", "block_m": 32, "block_n": 32}):
+    for config in (
+        {"tiles": 1, "block_m": 16, "block_n": 16},
+        {"plan": "heads", "block_m": 32, "block_n": 32},
+    ):
         output, _, _ = atm.atm_fwd(query, key, value, None, seed, 1.0, p, False, config=config)
         weights = output[..., :keys].transpose(1, 2)
         assert torch.equal(weights != 0, expected.bool())
@@ -194,7 +203,11 @@ def test_strides(poisoned):
     def everything(inputs, grads):
         output, masks, lse = _forward(case, inputs)
         tensors = [inputs[name] for name in GRADIENTS]
-        return output, masks, *atm.atm_bwd(*grads, *tensors, output, lse, None, case.head_dim**-0.5, 0.0, True)
+        return (
+            output,
+            masks,
+            *atm.atm_bwd(*grads, *tensors, output, lse, None, case.head_dim**-0.5, 0.0, True),
+        )
 
     for actual, expected in zip(everything(odd, odd_grads), everything(plain, grads), strict=True):
         assert torch.equal(actual, expected)
@@ -252,7 +265,9 @@ def test_keys_are_split_until_the_chip_is_full():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 @pytest.mark.parametrize("case", (*testing.CASES, *testing.SHAPES), ids=lambda c: c.name)
 def test_on_the_device(case, dtype):
     _check(case, dtype, device="cuda", deterministic=False)

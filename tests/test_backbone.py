@@ -142,6 +142,15 @@ def test_dinov2s_own_names():
         torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
 
 
+def test_deit3s_own_names():
+    state = timm_model(**VARIANTS["deit3"]).state_dict()
+    own = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for key, v in state.items()}
+    assert own.keys() != state.keys() and infer_backbone_config(own) == infer_backbone_config(state)
+    (expected, _), (ours, _) = load(state, (64, 64)), load(own, (64, 64))
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("new_grid", [(6, 6), (3, 7), (4, 4)])
 def test_position_resize_equals_timm(new_grid):
     layers = pytest.importorskip("timm.layers")
@@ -220,6 +229,8 @@ def test_bad_states():
         adapt_backbone_state(state | {"pos_embed": torch.zeros(1, 15, 32)}, config, (4, 4))
     with pytest.raises(ValueError, match="plain ViT"):
         infer_backbone_config({"conv1.weight": torch.zeros(1)})
+    oblong = VisionTransformer(config, (32, 128), TAPS).state_dict()
+    assert adapt_backbone_state(oblong, config, (2, 8)).changed == []
     shallow = BackboneConfig(width=32, depth=2, heads=2)
     adapted = adapt_backbone_state(state, shallow, (4, 4))
     assert all(key.startswith("blocks.2.") for key in adapted.ignored) and adapted.ignored
@@ -235,12 +246,14 @@ def test_real_dinov2_weights(shared_dir):
     for patch in (14, 16):
         config = infer_backbone_config(state, patch_size=patch)
         assert (config.width, config.depth, config.heads, config.class_token) == (384, 12, 6, True)
-        model = VisionTransformer(config, (12 * patch, 12 * patch), (5, 11)).eval()
+        with torch.device("meta"):
+            model = VisionTransformer(config, (12 * patch, 12 * patch), (5, 11)).eval()
         adapted = adapt_backbone_state(state, config, model.grid)
-        load_state_dict(model, adapted.state_dict, "test")
+        model.load_state_dict(adapted.state_dict, assign=True)
         models[patch] = model
-    theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518).eval()
-    theirs.load_state_dict({key: value.float() for key, value in state.items()})
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518).eval()
+    theirs.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     # timm's resizing of positions has anti-aliasing; the same positions make the rest comparable.
     theirs.pos_embed = torch.nn.Parameter(torch.cat([torch.zeros(1, 1, 384), models[14].pos_embed], dim=1))
     theirs.cls_token = models[14].cls_token

@@ -1,6 +1,7 @@
 """Weights to files and back, published key names, and one clear line for everything that does not fit."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -188,11 +189,12 @@ def test_unreadable_files(tmp_path):
 
     class Attack:
         def __reduce__(self):
-            return print, ("code of the file ran",)
+            return os.mkdir, (str(tmp_path / "attacked"),)
 
     torch.save(Attack(), tmp_path / "attack.pth")
     with pytest.raises(ValueError, match=r"attack\.pth"):
         read_state_dict(tmp_path / "attack.pth")
+    assert not (tmp_path / "attacked").exists(), "code in the file ran"
 
 
 def test_atomic_write(tmp_path):

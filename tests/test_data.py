@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from segvit.data import SegmentationFolder, open_dataset, read_names
-from segvit.transforms import Augment
+from segvit.transforms import Augment, RandomScale
 
 
 def write_pair(root, name, label, split="training", size=None, suffix=".jpg"):
@@ -135,9 +136,9 @@ def test_open_dataset(folder):
 
 
 def pair():
-    """An image that shows its own labels: 12 blocks of 16x18 pixels, class k in colour 20 k."""
-    label = torch.arange(12).view(3, 4).repeat_interleave(16, 0).repeat_interleave(18, 1)
-    return (label * 20).to(torch.uint8).expand(3, -1, -1).contiguous(), label
+    """An image that shows its own labels: 12 blocks of 16x18 pixels, class 20 k in colour 20 k."""
+    label = 20 * torch.arange(12).view(3, 4).repeat_interleave(16, 0).repeat_interleave(18, 1)
+    return label.to(torch.uint8).expand(3, -1, -1).contiguous(), label
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -170,10 +171,25 @@ def test_augmented_label_follows_image(scale):
         padding = target == 255
         sizes.add(int((~padding).sum()))
         assert torch.equal(out[:, padding], torch.tensor([[255], [128], [0]]).expand(3, padding.sum()).byte())
+        assert (target[~padding] % 20 == 0).all()  # no class between two classes
         # Away from class borders the colour is that of the label.
-        difference = (out[0].float() - 20 * target)[~padding].abs()
+        difference = (out[0].float() - target)[~padding].abs()
         assert (difference <= 3).float().mean() > 0.6
     assert (sizes == {1600}) == (scale == (2.0, 2.0))
+
+
+def test_resized_label_lies_on_the_resized_image():
+    rng = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 99, (33, 47), generator=rng)
+    for scale in (0.37, 0.5, 1.3):
+        image, target = RandomScale(33, (scale, scale))(
+            tv_tensors.Image(label.to(torch.uint8)[None].expand(3, -1, -1)), tv_tensors.Mask(label)
+        )
+        assert image.shape[1:] == target.shape == (round(33 * scale), round(47 * scale))
+        expected = torch.nn.functional.interpolate(
+            label[None, None].float(), target.shape, mode="nearest-exact"
+        )
+        assert torch.equal(target.as_subclass(torch.Tensor), expected[0, 0].long())
 
 
 def test_crop_avoids_one_class():

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,30 +12,49 @@ from PIL import Image
 
 from segvit import demo
 from segvit.checkpoint import read_state_dict
-from segvit.config import SegViTConfig
+from segvit.config import BackboneConfig, SegViTConfig
+from segvit.evaluate import evaluate, load_model
 from segvit.model import SegViT
 from segvit.options import DemoConfig
-from segvit.synthetic import CLASS_NAMES
+from segvit.synthetic import CLASS_NAMES, SyntheticShapes
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Fewer pictures; everything else as in the real demo."""
+    """Fewer pictures, and one thread (a second mostly waits); the rest as in the real demo."""
     for name, value in {"TRAINING_IMAGES": 24, "VALIDATION_IMAGES": 4, "TEST_IMAGES": 6}.items():
         monkeypatch.setattr(demo, name, value)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_demo_from_seed_to_report(small, tmp_path, capsys):
     out = tmp_path / "demo"
     weights = []
-    for _ in range(2):  # the second replaces the first, and is the same
+    for _ in range(2):  # the second takes the place of the first, and is the same
         assert demo.run(DemoConfig(out=str(out), steps=3, accelerator="cpu")) == 0
         weights.append(read_state_dict(out / "run" / "checkpoints" / "last" / "model.safetensors"))
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert capsys.readouterr().out.splitlines()[-1] == str((out / "report.html").resolve())
     assert {path.name for path in out.iterdir()} == {"report.html", "run", "pictures"}
     assert len(list((out / "pictures").iterdir())) == 4
-    check_page((out / "report.html").read_text(encoding="utf-8"))
+    html = (out / "report.html").read_text(encoding="utf-8")
+    check_page(html)
+    check_figures(html, out)
+
+
+def check_figures(html: str, out: Path) -> None:
+    """What the page says is what the saved model does on pictures that no seed of the training drew."""
+    model, test = load_model(out / "run"), SyntheticShapes("validation", 6, demo.IMAGE_SIZE, seed=1)
+    score = evaluate(model, test)
+    assert f">{100 * score['miou']:.1f} %<" in html and f">{100 * score['accuracy']:.1f} %<" in html
+    for index in range(4):
+        right = (model.predict(test[index]["image"]) == test[index]["label"]).double().mean()
+        assert f"{100 * right:.1f} % of pixels right" in html
+        with Image.open(out / "pictures" / f"{index}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), test[index]["image"].permute(1, 2, 0).numpy())
 
 
 def check_page(html: str) -> None:
@@ -94,10 +114,15 @@ def test_a_failed_demo_leaves_the_old_one(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "patch", "depth", "taps"), [(32, 8, 2, (1,)), (48, 16, 3, (0, 2))])
 def test_multiply_accumulates_equal_the_sum_by_hand(size, patch, depth, taps):
     width, dim, layers, classes = 32, 16, 2, 5
-    config = SegViTConfig.preset(
-        "vit_tiny", classes, width=width, depth=depth, heads=2, patch_size=patch, taps=taps, image_size=(size, size),
-        decoder_dim=dim, decoder_heads=2, decoder_depth=layers,
-    )  # fmt: skip
+    config = SegViTConfig(
+        BackboneConfig(width=width, depth=depth, heads=2, patch_size=patch),
+        classes,
+        taps,
+        decoder_dim=dim,
+        decoder_heads=2,
+        decoder_depth=layers,
+        image_size=(size, size),
+    )
     parts = demo.multiply_accumulates(SegViT(config).eval(), size)
     tokens = (size // patch) ** 2
     block = 12 * tokens * width**2 + 2 * tokens**2 * width

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from segvit.config import BackboneConfig, SegViTConfig
+from segvit.linear_head import LinearSegmenter
 from segvit.model import SegViT
 from segvit.options import PredictConfig
 from segvit.predict import class_names, find_classes, find_images, label_picture, run, similarity_maps
@@ -213,7 +214,7 @@ def test_input_pictures_are_never_overwritten(checkpoint, pictures, tmp_path):
     options = PredictConfig(
         images=[str(pictures)], checkpoint=str(checkpoint), out=str(pictures), accelerator="cpu"
     )
-    with pytest.raises(ValueError, match="a_labels.png is an input picture"):
+    with pytest.raises(ValueError, match=r"a_labels\.png is an input picture"):
         run(options)
     assert (pictures / "a_labels.png").read_bytes() == before
 
@@ -236,3 +237,14 @@ def test_nothing_half_written_when_writing_fails(checkpoint, pictures, tmp_path,
 def test_find_images_lists_each_file_once(pictures):
     found = find_images([pictures / "b.png", pictures, pictures / "." / "a.png"])
     assert [path.name for path in found] == ["b.png", "a.png", "b.jpg"]
+
+
+def test_a_linear_head_predicts_but_has_no_maps(model, pictures, tmp_path):
+    linear = LinearSegmenter(model.config).eval()
+    linear.save_pretrained(tmp_path / "linear")
+    images = [str(pictures / "a.png")]
+    refused(ValueError, "linear head", tmp_path / "linear", tmp_path, images=images, maps=["car"])
+    out = tmp_path / "out"
+    run(PredictConfig(images=images, checkpoint=str(tmp_path / "linear"), out=str(out), accelerator="cpu"))
+    with Image.open(out / "a_labels.png") as labels:
+        np.testing.assert_array_equal(np.asarray(labels), linear.predict(pictures / "a.png").numpy())

@@ -36,8 +36,8 @@ def tiny(out, **changes):
     values = {
         "data": "synthetic", "out": str(out), "preset": "vit_tiny", "image_size": 32,
         "model": TINY, "max_steps": 6, "batch_size": 2, "lr": 1e-3, "decoder_lr_scale": 2.0,
-        "warmup_steps": 2, "log_every": 1, "evaluate_every": 0, "synthetic_images": 9, "synthetic_validation": 3,
-        "workers": 0, "progress": False, "accelerator": "cpu",
+        "warmup_steps": 2, "log_every": 1, "evaluate_every": 0, "synthetic_images": 9,
+        "synthetic_validation": 3, "workers": 0, "progress": False, "accelerator": "cpu",
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
 
@@ -253,6 +253,8 @@ def test_two_processes_train_like_one_with_the_doubled_batch(tmp_path):
     assert max(alone) - min(alone) > 0.5  # it did train
     for name, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, atol=1e-3, rtol=1e-3)
+    first, second = torch.load(tmp_path / "two/checkpoints/last/trainer.pt", weights_only=True)["random"]
+    assert not torch.equal(first["torch"], second["torch"])  # dropout would differ
     assert two["images"] == one["images"] == 5  # an odd number: no image twice, none left out
     assert two["accuracy"] == pytest.approx(one["accuracy"], abs=2e-3)
 

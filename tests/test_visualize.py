@@ -123,10 +123,8 @@ def test_legend_holds_every_row_inside_its_panel(classes):
     palette = visualize.class_palette(classes)
     panel = visualize.legend(labels, [f"class number {i}" for i in range(classes)], palette, size=(640, 200))
     assert panel.height >= 200
-    drawn = dict(
-        zip(*np.unique(np.asarray(panel.convert("RGB")).reshape(-1, 3) @ [65536, 256, 1], return_counts=True))
-    )
-    assert all(drawn.get(number, 0) >= 100 for number in palette.astype(int) @ [65536, 256, 1])
+    drawn = {color: count for count, color in panel.getcolors(panel.width * panel.height)}
+    assert all(drawn.get(tuple(color), 0) >= 100 for color in palette.tolist())
 
 
 def test_overlay_with_legend_keeps_the_picture_in_its_left_part(image, labels):
@@ -153,6 +151,10 @@ def test_heat_is_brighter_where_the_map_is_larger():
         assert warm.shape == image.shape and warm.dtype == np.uint8
         brightness = warm[10].astype(float).sum(axis=1)
         assert brightness[-1] > brightness[15] > brightness[0]
+    # Certain: the brightest colour with a rest of the picture; nothing: mostly the picture.
+    certain, nothing = (visualize.heat(image, np.full((2, 2), value))[5, 5] for value in (50.0, -50.0))
+    np.testing.assert_allclose(certain, 0.85 * np.array([252, 255, 164]) + 0.15 * 90, atol=0.51)
+    np.testing.assert_allclose(nothing, 0.35 * np.array([10, 8, 40]) + 0.65 * 90, atol=0.51)
     # Minmax does not see a change of offset, the sigmoid does.
     moved = visualize.heat(image, ramp + 3, normalize="minmax")
     np.testing.assert_allclose(moved, visualize.heat(image, ramp, normalize="minmax"), atol=1)
@@ -202,7 +204,7 @@ def test_report_escapes_texts_and_embeds_pictures(image):
             report.bars([report.Bar(evil, (1, 2, 3), 0.5, evil)], (evil, evil, evil)),
             report.class_legend([evil], np.zeros((1, 3), np.uint8)),
             report.picture_grid([(evil, evil)], [(evil, evil, [report.picture(image, evil, evil, scale=2)])]),
-            report.line_chart([report.Series(evil, [0, 1], [0, 1], dots=True)], x_label=evil, y_label=evil),
+            report.line_chart([(0, 0), (1, 1)], x_label=evil, y_label=evil, dots=True),
             report.preformatted(evil),
         ],
         evil,
@@ -213,9 +215,7 @@ def test_report_escapes_texts_and_embeds_pictures(image):
 
 
 def test_chart_places_points_on_its_axes():
-    chart = report.line_chart(
-        [report.Series("a", [0, 50, 100], [0, math.nan, 10])], x_label="step", y_label="loss", y_top=10
-    )
+    chart = report.line_chart([(0, 0), (50, math.nan), (100, 10)], x_label="step", y_label="loss", y_top=10)
     (points,) = re.findall(r'points="([^"]*)"', chart)
     assert points == "48.0,238.0 506.0,22.0"  # the axes' corners; the missing point is left out
 

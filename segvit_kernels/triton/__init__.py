@@ -1,1 +1,1 @@
-"""How each operator of :mod:`segvit_kernels.ops` runs on a GPU. Imported when an operator runs, never before."""
+"""How each operator of :mod:`segvit_kernels.ops` runs on a GPU. Imported when an operator runs."""

@@ -3,9 +3,10 @@ r"""Attention-to-mask on a GPU: how :mod:`segvit_kernels.ops.atm` runs in Triton
 Forward, plan ``fused`` (the default): one launch with two kinds of programs. The first kind computes
 attention for one (image, head, block of queries, split of the keys) with an online softmax. The second
 computes a tile of the masks as one product over the concatenated heads, M = (scale / H) Q_cat K_catᵀ with
-inner length H·D. The programs of an image follow one another, so that its K is read from memory once. The last
-block of queries is as small as the rest allows (150 = 128 + 32). Where batch and heads do not fill the
-chip the keys are split and a second launch combines the partial outputs.
+inner length H·D. The programs of an image follow one another, so that its K is read from memory once. A
+program holds up to three tiles of 64 queries, all of them for the usual number of classes, so that keys and
+values also pass the L2 cache only once. Where batch and heads do not fill the chip the keys are split and
+a second launch combines the partial outputs.
 
 Forward, plan ``heads``: one program per (image, block of queries, tile of keys) that loops over the heads and
 keeps the mask tile in registers. S is computed once; every tile of keys writes a partial output.
@@ -36,7 +37,9 @@ _MAX_SPLITS = 16
 _PARTIAL_BYTES = 32 * 2**20  # what may stay in the L2 cache between writing and summing
 
 
-def _pinned(name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: str, dropout: bool) -> dict[str, int]:
+def _pinned(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, arch: str, dropout: bool
+) -> dict[str, int]:
     kind = "single" if dtype == torch.float32 else "half"
     config = dict(pinned(arch)[name][kind][str(_padded(shape[-1]))])
     if dropout or shape[2] % 4:
@@ -61,10 +64,10 @@ def _fwd_config(
         dropout: whether attention weights are dropped, which costs registers.
 
     Returns:
-        ``plan``; ``tiles`` of ``block_m`` queries in one program; ``block_n`` keys; ``block_c``, inner step of
-        the mask product; ``splits`` of the keys; ``num_warps``; ``num_stages``; perhaps ``maxnreg``.
+        ``plan``; ``tiles`` of ``block_m`` queries in one program; ``block_n`` keys; ``block_c``, inner step
+        of the mask product; ``splits`` of the keys; ``num_warps``; ``num_stages``; perhaps ``maxnreg``.
     """
-    batch, queries, keys, heads, head_dim = shape
+    batch, queries, keys, heads, _ = shape
     config = {"plan": "fused", **_pinned("atm_fwd", shape, dtype, arch, dropout)}
     tiles = triton.cdiv(queries, config["block_m"])
     blocks = triton.cdiv(tiles, 1 if dropout else config["tiles"])
@@ -85,8 +88,8 @@ def _bwd_config(
     """Launch parameters of the backward; arguments as in :func:`_fwd_config`.
 
     Returns:
-        ``block_m``, ``block_n``, ``num_warps``, ``num_stages``, perhaps ``maxnreg``, and ``reduce``, how dQ is
-        summed over the tiles of keys: ``partials`` or ``atomics``.
+        ``block_m``, ``block_n``, ``num_warps``, ``num_stages``, perhaps ``maxnreg``, and ``reduce``, how dQ
+        is summed over the tiles of keys: ``partials`` or ``atomics``.
     """
     batch, queries, keys, heads, head_dim = shape
     config = _pinned("atm_bwd", shape, dtype, arch, dropout)
@@ -169,12 +172,12 @@ def _attend(
         v = _load(v_ptr, cols, last, stride_vn, D, BLOCK_D)
         new_acc, new_largest, new_total = (), (), ()
         for t in tl.static_range(TILES):
-            a, l, z = _softmax_step(
+            a, x, z = _softmax_step(
                 q[t], k, v, acc[t], largest[t], total[t], m_start + t * BLOCK_M, n, Nk, scale_log2,
                 seed, image_head, threshold, BLOCK_M, BLOCK_N, EVEN_N, DROPOUT, PRECISION,
             )  # fmt: skip
             new_acc += (a,)
-            new_largest += (l,)
+            new_largest += (x,)
             new_total += (z,)
         acc, largest, total = new_acc, new_largest, new_total
         k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kn
@@ -228,18 +231,12 @@ def _mask_tile(
     for start in tl.range(0, channels, BLOCK_C, num_stages=STAGES):
         c = (start + inner)[None, :]
         k_ptrs = k_ptr + n * stride_kn + c // D * stride_kh + c % D
-        if EVEN_C:
-            k = tl.load(k_ptrs)
-        else:
-            k = tl.load(k_ptrs, mask=c < H * D, other=0.0)
+        k = tl.load(k_ptrs) if EVEN_C else tl.load(k_ptrs, mask=c < H * D, other=0.0)
         new_acc = ()
         for t in tl.static_range(TILES):
             m = tl.minimum(t * BLOCK_M + rows, Nq - m_start - 1)[:, None]
             q_ptrs = q_ptr + m * stride_qn + c // D * stride_qh + c % D
-            if EVEN_C:
-                q = tl.load(q_ptrs)
-            else:
-                q = tl.load(q_ptrs, mask=c < H * D, other=0.0)
+            q = tl.load(q_ptrs) if EVEN_C else tl.load(q_ptrs, mask=c < H * D, other=0.0)
             new_acc += (tl.dot(q, tl.trans(k), acc[t], input_precision=PRECISION),)
         acc = new_acc
     for t in tl.static_range(TILES):
@@ -257,7 +254,8 @@ def _atm_fwd_kernel(
     B, Nq, Nk, channels, split_keys, splits, scale_log2, mask_factor, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, NEED_MASKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, NEED_MASKS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Plan ``fused``: attention programs, then mask programs, image by image.
 
@@ -314,7 +312,8 @@ def _atm_fwd_heads_kernel(
     stride_pb, stride_pn,
     B, Nq, Nk, scale_log2, mask_factor, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, NEED_MASKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, NEED_MASKS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Plan ``heads``: S of every head once; o and lse are partial, one per tile of keys."""
     blocks, tiles = tl.cdiv(Nq, BLOCK_M), tl.cdiv(Nk, BLOCK_N)
@@ -352,9 +351,7 @@ def _atm_fwd_heads_kernel(
         v = _load(v_ptr, cols, n_left - 1, stride_vn, D, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
         tl.store(o_ptrs + h * D, o.to(o_ptr.dtype.element_ty), mask=valid)
-        tl.store(
-            lse_ptr + h * Nq + rows, (largest + tl.log2(total)) * 0.6931471805599453, mask=rows < m_left
-        )
+        tl.store(lse_ptr + h * Nq + rows, (largest + tl.log2(total)) * 0.6931471805599453, mask=rows < m_left)
         q_ptr += tl.cast(stride_qh, tl.int64)
         k_ptr += tl.cast(stride_kh, tl.int64)
         v_ptr += tl.cast(stride_vh, tl.int64)
@@ -403,7 +400,8 @@ def _bwd_block(
     k, v, dk, dv, q_ptr, do_ptr, o_ptr, dm_ptr, lse_ptr, dq_ptr, stride_qn, stride_gn, stride_mn,
     m_start, n_start, Nq, Nk, scale_log2, heads_inverse, seed, image_head, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, ATOMICS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, ATOMICS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries to dK and dV of one tile of keys, and give its part of dQ."""
     rows, cols, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -460,9 +458,10 @@ def _atm_bwd_kernel(
     Nq, Nk, scale, scale_log2, heads_inverse, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, ATOMICS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_N: tl.constexpr, ALIGN: tl.constexpr, ATOMICS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, parts, Nq, H, D) float32 without the factor ``scale``: one part per tile of keys, or one in all."""
+    """dq (B, parts, Nq, H, D) float32 without the factor ``scale``: a part per tile of keys, or one."""
     tiles = tl.cdiv(Nk, BLOCK_N)
     index = tl.program_id(0)
     h = index % H
@@ -523,7 +522,7 @@ def _atm_bwd_query_kernel(dq_ptr, out_ptr, size, parts, scale, BLOCK: tl.constex
 
 
 def _addressable(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where the 32-bit offsets inside a tile would not reach or the rows jump."""
+    """The tensor itself, or a copy where the 32-bit offsets inside a tile would not reach."""
     reach = max(256 * abs(s) for s in tensor.stride()[1:-1])
     if tensor.ndim == 4:
         reach = max(reach, tensor.shape[2] * abs(tensor.stride(2)))
@@ -633,7 +632,9 @@ def _fwd_launches(
         }
         programs = triton.cdiv(rows, block_r)
         options = {"num_warps": 4, "num_stages": 1}
-        launches.append(Launch(_atm_combine_kernel, programs, arguments, {**sizes, "BLOCK_R": block_r}, options))
+        launches.append(
+            Launch(_atm_combine_kernel, programs, arguments, {**sizes, "BLOCK_R": block_r}, options)
+        )
     return results, launches
 
 
