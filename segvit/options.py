@@ -143,7 +143,9 @@ class PredictConfig:
 class DemoConfig:
     """Demo"""
 
-    out: str = option("segvit-demo", "folder for the report, the trained model and a few pictures to try it on")
+    out: str = option(
+        "segvit-demo", "folder for the report, the trained model and a few pictures to try it on"
+    )
     steps: int = option(1000, "length of training")
     seed: int = option(0, "seed of data, weights and order")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
