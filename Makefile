@@ -17,7 +17,7 @@ demo: $(VENV)/.installed  ## train a small model on synthetic images and write a
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadscope $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(VENV)/.installed  ## mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     gpu = commands.add_parser("gpu", help="correctness, time and memory on this machine's GPU")
-    gpu.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    gpu.add_argument("--out", type=Path, help="JSON file to write (default: results/ and the GPU's name)")
     gpu.add_argument(
         "--budget", type=float, default=540.0, help="seconds for everything (default %(default)s)"
     )
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--in-process", action="store_true", help="no child processes (for debugging)")
 
     cpu = commands.add_parser("cpu", help="the eager path against its peers on this machine's CPU, float32")
-    cpu.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    cpu.add_argument("--out", type=Path, help="JSON file to write (default: results/ and the CPU's name)")
     cpu.add_argument("--threads", type=int, default=2, help="threads of every peer (default %(default)s)")
     cpu.add_argument("--rounds", type=int, default=15, help="samples of every peer (default %(default)s)")
     cpu.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (default: all)")
@@ -66,7 +67,13 @@ def _write(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def _out_problem(path: Path, smoke: bool) -> str | None:
+def _default_out(device: str) -> Path:
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-") + ".json")
+
+
+def _out_problem(path: Path | None, smoke: bool) -> str | None:
+    if path is None:
+        return "--out is missing; expected a file for what a smoke run writes" if smoke else None
     if smoke and RESULTS in path.resolve().parents:
         return f"--out {path}: a smoke run is not a measurement; expected a path outside {RESULTS}"
     if not path.resolve().parent.is_dir():
@@ -116,6 +123,7 @@ def _gpu(options: argparse.Namespace) -> int:
         return _fail("no GPU that PyTorch can use; expected a CUDA or ROCm device (or --interpret-smoke)")
     from bench import gpu
 
+    options.out = options.out or _default_out(torch.cuda.get_device_name())
     result = gpu.run(budget_s=options.budget, smoke=smoke, in_process=options.in_process, peers=options.peers)
     return _finish(result, options.out)
 
@@ -126,8 +134,9 @@ def _cpu(options: argparse.Namespace) -> int:
     for name in ("threads", "rounds"):
         if getattr(options, name) < 1:
             return _fail(f"--{name} is {getattr(options, name)}; expected at least 1")
-    from bench import cpu
+    from bench import cpu, environment
 
+    options.out = options.out or _default_out(f"cpu {environment.cpu_model()}")
     result = cpu.run(threads=options.threads, rounds=options.rounds, smoke=options.smoke, names=options.peers)
     return _finish(result, options.out)
 

@@ -2,7 +2,8 @@
 
     ROOT/images/SPLIT/*.jpg|jpeg|png        pictures
     ROOT/annotations/SPLIT/*.png            label maps of the same names and sizes: one channel, or a palette
-    ROOT/names.txt                          class names, one a line (optional; any file may be given instead)
+    ROOT/names.txt                          class names, one a line (optional; any file may be given instead,
+                                            and ADE20K's own objectInfo150.txt is found)
 
 Every problem with a file is a `ValueError` or `FileNotFoundError` of one line that names the file.
 """
@@ -55,12 +56,17 @@ def read_label(path: str | Path) -> np.ndarray:
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line; blank lines and lines that start with # do not count."""
+    """Class names from a text file, one a line; blank lines and lines that start with # do not count.
+
+    ADE20K's own list, `objectInfo150.txt`, is understood too: its last column has the names.
+    """
     path = Path(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: the names file is not UTF-8 text") from None
+    if lines and lines[0].startswith("Idx\t"):
+        lines = [line.rpartition("\t")[2] for line in lines[1:]]
     names = tuple(line for line in lines if line and not line.startswith("#"))
     if not names:
         raise ValueError(f"{path}: the names file holds no class name")
@@ -90,7 +96,8 @@ class SegmentationFolder(Dataset):
     Args:
         root: the folder.
         split: name of the sub-folders, "training" or "validation" in ADE20K.
-        names: class names, or a file of them; `root/names.txt` when not given.
+        names: class names, or a file of them; `root/names.txt`, or ADE20K's
+            `root/objectInfo150.txt`, when not given.
         reduce_zero_label: stored 0 is ignored, stored k is class k - 1 (as in ADE20K).
         label_mapping: stored value -> class (None or ignore_index: ignored), a dict or a JSON file; replaces
             `reduce_zero_label`.
@@ -116,8 +123,9 @@ class SegmentationFolder(Dataset):
     ) -> None:
         self.root, self.split, self.ignore_index = Path(root), split, ignore_index
         self.palette = None
-        if names is None and (self.root / "names.txt").is_file():
-            names = self.root / "names.txt"
+        if names is None:
+            candidates = (self.root / "names.txt", self.root / "objectInfo150.txt")
+            names = next((path for path in candidates if path.is_file()), None)
         if isinstance(names, (str, Path)):
             if not Path(names).is_file():
                 raise FileNotFoundError(f"{names}: no such names file")

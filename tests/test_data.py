@@ -126,6 +126,19 @@ def test_bad_folders_and_names(folder, tmp_path):
         SegmentationFolder(folder, "validation", num_classes=2)
 
 
+def test_ade20k_as_it_comes(folder, shared_dir):
+    """A few real pictures of ADE20K and its own list of names."""
+    ade = shared_dir / "data/samples/ade20k"
+    names = ade / "objectInfo150.txt"
+    dataset = SegmentationFolder(ade / "ADEChallengeData2016", "validation", names=names)
+    assert dataset.num_classes == 150 and dataset.class_names[:2] == ("wall", "building, edifice")
+    labels = torch.cat([item["label"].flatten() for item in dataset]).unique()
+    assert set(labels.tolist()) <= {*range(150), 255} and len(labels) > 3
+    (folder / "names.txt").unlink()
+    (folder / "objectInfo150.txt").write_text(names.read_text())
+    assert SegmentationFolder(folder).class_names == dataset.class_names
+
+
 def test_open_dataset(folder):
     synthetic = open_dataset("synthetic", "validation", synthetic_length=3, synthetic_size=32)
     assert len(synthetic) == 3 and synthetic[0]["image"].shape == (3, 32, 32)
