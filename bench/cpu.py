@@ -7,6 +7,8 @@ allocator hook does; torch's own allocator as the profiler saw it stands beside 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import subprocess
@@ -152,6 +154,18 @@ def _memory(op: kernels.Operator, peers: Sequence[kernels.Peer], shape: str, bat
     return rows
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks instead of unmapping them.
+
+    Otherwise the page faults of every large temporary come and go with the allocator's moving threshold, and
+    the plain formula takes 20 ms or 100 ms from one process to the next.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def run(
     *,
     threads: int = 2,
@@ -164,6 +178,7 @@ def run(
     """The result of a whole run, as plain data (schema: bench/README.md)."""
     begun = time.time()
     torch.set_num_threads(threads)
+    _keep_freed_memory()
     torch.manual_seed(torch.seed() % 2**31)
     rows: list[dict[str, Any]] = [
         {"table": "environment", **environment.describe(_DEVICE), "backend": "eager"}
