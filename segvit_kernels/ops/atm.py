@@ -70,7 +70,7 @@ def atm_reference(
 
 
 def _blocks(key: Tensor, queries: int) -> Iterator[tuple[range, range]]:
-    """Ranges of batch items and heads whose scores stay within 8 MiB (CPU, a cache) or 256 MiB (elsewhere)."""
+    """Ranges of batch items and heads whose scores stay within 8 MiB (CPU) or 256 MiB (elsewhere)."""
     batch, keys, heads, _ = key.shape
     budget = 2**21 if key.device.type == "cpu" else 2**26
     per_head = queries * keys
