@@ -4,6 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+from bench.__main__ import main as bench
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,3 +23,7 @@ def test_links_lead_somewhere():
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_tables_are_what_the_result_files_say():
+    assert bench(["readme", "--check"]) == 0

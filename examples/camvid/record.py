@@ -73,10 +73,10 @@ def table() -> str:
             + " |"
         )
     e = first["environment"]
+    commits = ", ".join(f"{name} {r['environment']['commit'][:10]}" for name, r in results.items())
     lines += [
         "",
-        f"{e['cpu']}, {e['cpu_count']} cores, float32; torch {e['torch']}, Python {e['python']}; "
-        f"commit {e['commit'][:10]}.",
+        f"{e['cpu']}, {e['cpu_count']} cores, float32; torch {e['torch']}, Python {e['python']}; commits: {commits}.",
     ]
     return "\n".join(lines)
 
