@@ -76,7 +76,8 @@ def table() -> str:
     commits = ", ".join(f"{name} {r['environment']['commit'][:10]}" for name, r in results.items())
     lines += [
         "",
-        f"{e['cpu']}, {e['cpu_count']} cores, float32; torch {e['torch']}, Python {e['python']}; commits: {commits}.",
+        f"{e['cpu']}, {e['cpu_count']} cores, float32; torch {e['torch']}, Python {e['python']}; "
+        f"commits: {commits}.",
     ]
     return "\n".join(lines)
 
