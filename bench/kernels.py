@@ -42,7 +42,7 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Peer time (or ours over theirs for memory), from DESIGN or an issue: held at one shape and batch."""
+    """Peer time (or ours over theirs for memory), the project set: held at one shape and batch."""
 
     name: str
     device: str

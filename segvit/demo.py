@@ -165,9 +165,8 @@ def multiply_accumulates(model: SegViT, size: int) -> dict[str, int]:
 
     Matrix products and convolutions count; norms, activations and bilinear upsampling do not.
     """
-    model = copy.deepcopy(model).requires_grad_(
-        False
-    )  # the counter's hooks stumble over parameters under no_grad
+    # The counter's hooks stumble over parameters that want gradients.
+    model = copy.deepcopy(model).requires_grad_(False)
     images = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     # The counter knows no attention of the CPU: take the form made of matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as network:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segvit.checkpoint import atomic_write, load_state_dict, read_state_dict
 from segvit.config import SegViTConfig
-from segvit.model import CONFIG_FILE, WEIGHTS_FILE, SegViT
+from segvit.model import SegViT
 
 __all__ = ["CrossEntropy", "LinearSegmenter"]
 
@@ -37,6 +33,8 @@ class LinearSegmenter(SegViT):
     `forward` returns class scores on the patch grid, (B, num_classes, h, w); config.json gets the key "head".
     """
 
+    head = "linear"
+
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__(dataclasses.replace(config, taps=config.taps[-1:]))
         self.decoder = _LinearHead(config)
@@ -55,19 +53,6 @@ class LinearSegmenter(SegViT):
 
     def similarity_maps(self, images: Tensor) -> list[Tensor]:
         raise ValueError("a linear head has no similarity maps")
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        super().save_pretrained(folder)
-        text = json.dumps({"head": "linear", **self.config.to_dict()}, indent=2) + "\n"
-        atomic_write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))
-
-    @classmethod
-    def _from_folder(cls, folder: Path) -> LinearSegmenter:
-        values = json.loads((folder / CONFIG_FILE).read_text())
-        values.pop("head", None)
-        model = cls(SegViTConfig.from_dict(values))
-        load_state_dict(model, read_state_dict(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
-        return model.eval()
 
 
 class CrossEntropy(nn.Module):

@@ -53,6 +53,8 @@ class SegViT(nn.Module):
         config: sizes and image statistics; see `SegViTConfig.preset`.
     """
 
+    head: str | None = None  # what config.json names where it is not the ATM decoder
+
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -114,6 +116,12 @@ class SegViT(nn.Module):
             raise ValueError(f"images must have shape (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
         images = images.to(self.mean.device).to(self.mean.dtype)
         return (images / 255 - self.mean) / self.std
+
+    def pad_to_patches(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W), padded at the right and bottom to multiples of the patch size."""
+        patch = self.config.backbone.patch_size
+        height, width = images.shape[-2:]
+        return F.pad(images, (0, -width % patch, 0, -height % patch))  # 0 is the mean colour
 
     def semantic_scores(self, output: SegViTOutput, size: tuple[int, int]) -> Tensor:
         """Scores (B, N, H, W) of every class at every pixel.
@@ -178,10 +186,8 @@ class SegViT(nn.Module):
         self.eval()
         try:
             batch = self.preprocess(images if images.ndim == 4 else images[None])
-            height, width = batch.shape[-2:]
-            patch = self.config.backbone.patch_size
-            padded = F.pad(batch, (0, -width % patch, 0, -height % patch))  # 0 is the mean colour
-            labels = self.labels(self(padded), tuple(padded.shape[-2:]), crop=(height, width))
+            padded = self.pad_to_patches(batch)
+            labels = self.labels(self(padded), tuple(padded.shape[-2:]), crop=tuple(batch.shape[-2:]))
         finally:
             self.train(training)
         return labels if images.ndim == 4 else labels[0]
@@ -279,7 +285,8 @@ class SegViT(nn.Module):
         """Write model.safetensors and config.json into `folder`, each in one step."""
         save_file = require("safetensors.torch", extra="train").save_file
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        values = self.config.to_dict() if self.head is None else {"head": self.head, **self.config.to_dict()}
+        text = json.dumps(values, indent=2) + "\n"
         atomic_write(Path(folder) / WEIGHTS_FILE, lambda path: save_file(state, path, {"format": "pt"}))
         atomic_write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))
 
@@ -309,7 +316,10 @@ class SegViT(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint is {CONFIG_FILE} and {WEIGHTS_FILE}")
         try:
-            config = SegViTConfig.from_dict(json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            if values.get("head") == cls.head:
+                values.pop("head", None)
+            config = SegViTConfig.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         state = read_state_dict(folder / WEIGHTS_FILE)

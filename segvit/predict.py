@@ -164,8 +164,7 @@ def similarity_maps(
         accumulated mask logits (K, H, W), which are their sum.
     """
     height, width = image.shape[-2:]
-    patch = model.config.backbone.patch_size
-    padded = F.pad(model.preprocess(image[None]), (0, -width % patch, 0, -height % patch))
+    padded = model.pad_to_patches(model.preprocess(image[None]))
     stages = []
     for maps in model.similarity_maps(padded):
         chosen = maps[:, list(classes)].float()

@@ -168,9 +168,7 @@ def define(
     operator = _operators[name] = Operator(name, eager, macs, refuse)
 
     def implementation(*args: Any, backend: str | None = None) -> Any:
-        args = list(args)
-        missing = count - len(args)
-        return operator(*args, backend) if missing else operator(*args)
+        return operator(*args) if len(args) == count else operator(*args, backend)
 
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
     op = getattr(torch.ops.segvit, name).default

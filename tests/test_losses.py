@@ -31,7 +31,7 @@ def make_labels(batch=2, size=(13, 17), seed=0):
 
 
 def formula(class_logits, mask_logits, labels, mask_ignored=False):
-    """SPEC of the loss, one pair at a time, unweighted."""
+    """The definition of the loss, one pair at a time, unweighted."""
     batch = labels.shape[0]
     ce, weights, focal, dice, count = 0.0, 0.0, 0.0, 0.0, 0
     masks = F.interpolate(mask_logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
