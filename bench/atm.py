@@ -11,14 +11,8 @@ from torch import Tensor
 from bench import timing
 from bench.kernels import Check, Cost, Operator, Peer, Target
 from segvit_kernels import ATMFunction, atm_reference, fused_atm
-from segvit_kernels.testing import (
-    RELATIVE_NORM,
-    SHAPES,
-    ATMCase,
-    assert_within_budget,
-    oracle,
-    relative_error,
-)
+from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
+from segvit_kernels.testing.atm import SHAPES, ATMCase, oracle
 
 TINY = ATMCase("tiny", 1, 5, 33, 2, 16)
 BATCHES = (16, 1, 4)

@@ -103,6 +103,15 @@ def why_not(name: str, device: torch.device | str) -> str | None:
     return f"no Triton kernels for {device.type} tensors: use eager"
 
 
+def _device(args: Sequence[Any]) -> torch.device:
+    """The device of the first tensor among arguments that are tensors, lists of them, or something else."""
+    for arg in args:
+        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if isinstance(first, torch.Tensor):
+            return first.device
+    raise TypeError("no tensor among the arguments")
+
+
 class Operator:
     """One operator, its implementations and how a call finds its backend."""
 
@@ -112,6 +121,7 @@ class Operator:
         self.eager = eager
         self.macs = macs
         self.refuse = refuse
+        self.arity = 0  # arguments without the backend
         self._triton: Callable | None = None
 
     def select(self, device: torch.device, args: Sequence[Any], argument: str | None) -> str:
@@ -133,7 +143,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         *args, argument = args
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        device = _device(args)
         if self.select(device, args, argument) == "triton":
             if self._triton is None:
                 module = importlib.import_module(f"segvit_kernels.triton.{self.stem}")
@@ -173,6 +183,7 @@ def define(
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
     op = getattr(torch.ops.segvit, name).default
     count = len(op._schema.arguments)
+    operator.arity = count - 1
     torch.library.impl(qualname, "default", implementation)
     torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))
     register_flop_formula(getattr(torch.ops.segvit, name))(
@@ -187,9 +198,16 @@ def fvcore_handles() -> dict[str, Callable]:
     fvcore counts one per multiply-accumulate, and nothing at all for operators it does not know.
     """
 
+    def shapes(value: Any) -> Any:
+        if value.isCompleteTensor():
+            return value.type().sizes()
+        if value.node().kind() == "prim::ListConstruct":
+            return [shapes(item) for item in value.node().inputs()]
+        return value.toIValue()  # a constant, or None where there is none
+
     def handle(operator: Operator) -> Callable:
         def count(inputs: list, outputs: list) -> int:
-            return operator.macs(*(v.type().sizes() if v.isCompleteTensor() else None for v in inputs))
+            return operator.macs(*map(shapes, inputs[: operator.arity]))
 
         return count
 

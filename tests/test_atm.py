@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from segvit_kernels import FusedATM, atm_reference, fused_atm, fvcore_handles
 from segvit_kernels.ops import atm
 from segvit_kernels.ops._philox import dropout_scale, dropout_threshold, keep_mask, philox
-from segvit_kernels.testing import CASES, RELATIVE_NORM, assert_within_budget, oracle, relative_error
+from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
+from segvit_kernels.testing.atm import CASES, oracle
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SEED = torch.tensor([0x123456789ABCDEF], dtype=torch.int64)

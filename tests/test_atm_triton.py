@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from segvit_kernels import testing
+from segvit_kernels import atm_reference, testing
 from segvit_kernels.ops._philox import keep_mask
-from segvit_kernels.testing import ATMCase
+from segvit_kernels.testing.atm import CASES, SHAPES, ATMCase, oracle
 from segvit_kernels.triton import atm
 from segvit_kernels.triton._launch import pinned
 
@@ -46,8 +46,8 @@ def _check(case, dtype, *, fwd=None, bwd=None, unused=None, deterministic=True, 
     if unused is not None:
         grads[unused] = None
     seed = torch.tensor([0x1234_5678_9ABC_DEF0], device=device) if case.dropout_p else None
-    truth, true_grads = testing.oracle(case, inputs, grads, seed=seed)
-    plain, plain_grads = testing.oracle(case, inputs, grads, dtype=dtype, seed=seed)
+    truth, true_grads = oracle(case, inputs, grads, seed=seed)
+    plain, plain_grads = oracle(case, inputs, grads, dtype=dtype, seed=seed)
     before = {name: tensor.clone() for name, tensor in inputs.items()}
 
     output, masks, lse = _forward(case, inputs, fwd, seed=seed)
@@ -74,7 +74,7 @@ def _check(case, dtype, *, fwd=None, bwd=None, unused=None, deterministic=True, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("case", testing.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_case(case, dtype, poisoned):
     _check(case, dtype)
 
@@ -97,7 +97,7 @@ def test_pinned_tiles_of_other_architectures(arch, head_dim, poisoned):
 
 @pytest.mark.parametrize("case", ["odd_dim", "broadcast", "strided", "dropout", "many_queries"])
 def test_plan_heads(case, poisoned):
-    case = next(c for c in testing.CASES if c.name == case)
+    case = next(c for c in CASES if c.name == case)
     _check(case, torch.float32, fwd={"plan": "heads", "block_n": 32})
 
 
@@ -168,7 +168,7 @@ def test_any_scale(scale, poisoned):
     inputs = dataclasses.replace(SMALL, previous_masks=False).inputs(torch.float32)
     grads = SMALL.gradients(torch.float32)
     leaves = [inputs[name].double().requires_grad_() for name in GRADIENTS]
-    truth = testing.atm_reference(*leaves, scale=scale)
+    truth = atm_reference(*leaves, scale=scale)
     true_grads = torch.autograd.grad(truth, leaves, [g.double() for g in grads])
     tensors = [inputs[name] for name in GRADIENTS]
     output, masks, lse = atm.atm_fwd(*tensors, None, None, scale, 0.0, True)
@@ -247,7 +247,7 @@ def test_rows_beyond_32_bit_offsets_are_copied():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_75"])
 def test_configurations_are_pure_and_complete(arch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for case in (*testing.CASES, *testing.SHAPES):
+        for case in (*CASES, *SHAPES):
             shape = (case.batch, case.queries, case.keys, case.heads, case.head_dim)
             fwd, bwd = atm._fwd_config(shape, dtype, arch), atm._bwd_config(shape, dtype, arch)
             assert fwd == atm._fwd_config(shape, dtype, arch)
@@ -268,6 +268,6 @@ def test_keys_are_split_until_the_chip_is_full():
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
-@pytest.mark.parametrize("case", (*testing.CASES, *testing.SHAPES), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", (*CASES, *SHAPES), ids=lambda c: c.name)
 def test_on_the_device(case, dtype):
     _check(case, dtype, device="cuda", deterministic=False)

@@ -1,0 +1,58 @@
+"""Launches of the ATM operator."""
+
+import torch
+
+from segvit_kernels.triton import atm
+
+KERNELS = {"_atm_fwd_kernel", "_atm_combine_kernel", "_atm_bwd_kernel", "_atm_bwd_query_kernel"}
+
+# name: (batch, queries, keys, heads, head dim), dtype, options
+EVERYWHERE = {
+    "ade_vit_l batch 1": ((1, 150, 1600, 16, 32), "bfloat16", {}),
+    "dim 16": ((16, 150, 1600, 8, 16), "bfloat16", {}),
+    "dim 64": ((16, 150, 1600, 8, 64), "bfloat16", {}),
+    "dim 128": ((16, 150, 1600, 8, 128), "bfloat16", {}),
+    "dropout": ((16, 150, 1600, 16, 32), "bfloat16", {"dropout": True}),
+    "fp32": ((16, 150, 1600, 16, 32), "float32", {}),
+    "fp32 dim 128": ((16, 150, 1600, 8, 128), "float32", {}),
+}
+MORE = {
+    "ade_vit_l": ((16, 150, 1600, 16, 32), "bfloat16", {}),
+    "pc_vit_l": ((16, 60, 900, 16, 32), "bfloat16", {}),
+    "coco_vit_l": ((16, 171, 1024, 16, 32), "float16", {}),
+    "cityscapes_like": ((1, 19, 8192, 8, 64), "bfloat16", {}),
+    "odd": ((2, 201, 1025, 3, 24), "bfloat16", {}),
+    "ones": ((1, 1, 1, 1, 16), "float16", {}),
+    "masks only": ((16, 150, 1600, 16, 32), "bfloat16", {"grad_output": False}),
+    "output only": ((16, 150, 1600, 16, 32), "bfloat16", {"masks": False}),
+    "deterministic": ((16, 150, 1600, 16, 32), "bfloat16", {"deterministic": True}),
+    "plan heads": ((16, 150, 1600, 16, 32), "bfloat16", {"plan": "heads", "num_stages": 2}),
+}
+
+
+def wgmma(row):
+    products = ("_atm_fwd_kernel", "_atm_fwd_heads_kernel", "_atm_bwd_kernel")
+    return row["kernel"] in products and "fp32" not in row["case"]
+
+
+def launches(case, arch):
+    """All launches of one forward and one backward."""
+    shape, dtype, options = case
+    options, dtype = dict(options), getattr(torch, dtype)
+    batch, queries, keys, heads, dim = shape
+    dropout, masks = options.pop("dropout", False), options.pop("masks", True)
+    with_output, deterministic = options.pop("grad_output", True), options.pop("deterministic", False)
+    with torch.device("meta"):
+        query = torch.empty(batch, queries, heads, dim, dtype=dtype)
+        key = torch.empty(batch, keys, heads, dim, dtype=dtype)
+        previous = torch.empty(batch, queries, keys, dtype=dtype) if masks else None
+        lse = torch.empty(batch, heads, queries)
+        seed = torch.empty(1, dtype=torch.int64) if dropout else None
+    common = (seed, dim**-0.5, 0.1 if dropout else 0.0)
+    fwd = {**atm._fwd_config(shape, dtype, arch, dropout), **options}
+    _, all_launches = atm._fwd_launches(query, key, key, previous, *common, masks, fwd)
+    if "plan" not in options:
+        bwd = atm._bwd_config(shape, dtype, arch, dropout, deterministic)
+        grad_output = query if with_output else None
+        all_launches += atm._bwd_launches(grad_output, previous, query, key, key, query, lse, *common, bwd)[1]
+    return all_launches
