@@ -40,6 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (default: all)")
     cpu.add_argument("--smoke", action="store_true", help="tiny shapes; not a measurement")
 
+    inference = commands.add_parser(
+        "inference", help="label maps of real images by windows, scales and flips"
+    )
+    inference.add_argument("checkpoint", type=Path, help="folder of a checkpoint or run")
+    inference.add_argument("data", type=Path, help="folder with images/validation and annotations/validation")
+    inference.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    inference.add_argument("--images", type=int, help="only the first so many (default: all)")
+    inference.add_argument("--threads", type=int, default=2, help="threads (default %(default)s)")
+
     report = commands.add_parser("report", help="Markdown of result files")
     report.add_argument("files", nargs="+", type=Path, metavar="FILE")
 
@@ -141,6 +150,21 @@ def _cpu(options: argparse.Namespace) -> int:
     return _finish(result, options.out)
 
 
+def _inference(options: argparse.Namespace) -> int:
+    if problem := _out_problem(options.out, False):
+        return _fail(problem)
+    from bench import inference
+
+    try:
+        result = inference.run(
+            options.checkpoint, options.data, images=options.images, threads=options.threads
+        )
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    _write(options.out, json.dumps(result, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from bench import report
 
@@ -179,8 +203,14 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(json.dumps(cpu.measure_memory(json.loads(arguments[1]))))
         return 0
+    if arguments[:1] == ["_inference_memory"]:
+        from bench import inference
+
+        print(json.dumps(inference.measure_memory(*json.loads(arguments[1]))))
+        return 0
     options = _parser().parse_args(arguments)
-    command = {"gpu": _gpu, "cpu": _cpu, "report": _report, "readme": _readme}[options.command]
+    commands = {"gpu": _gpu, "cpu": _cpu, "inference": _inference, "report": _report, "readme": _readme}
+    command = commands[options.command]
     try:
         return command(options)
     except ValueError as error:

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target
+from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
 from segvit_kernels import ATMFunction, atm_reference, fused_atm
-from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
 from segvit_kernels.testing.atm import SHAPES, ATMCase, oracle
 
 TINY = ATMCase("tiny", 1, 5, 33, 2, 16)
@@ -146,25 +145,6 @@ def check_cases(tiny: bool) -> list[tuple[str, ATMCase]]:
     return checks + [("values", case) for case in odd]
 
 
-def _row(quantity: str, actual: Tensor, truth: Tensor, ordinary: Tensor) -> dict:
-    row = {
-        "quantity": quantity,
-        "passed": True,
-        "reason": None,
-        "relative_budget": RELATIVE_NORM[actual.dtype],
-    }
-    try:
-        assert_within_budget(quantity, actual, truth, ordinary)
-    except AssertionError as error:
-        row.update(passed=False, reason=str(error))
-    if actual.shape == truth.shape and actual.numel():
-        row["relative_error"] = relative_error(actual, truth)
-        row["ordinary_relative_error"] = relative_error(ordinary, truth)
-        row["max_error"] = (actual.double() - truth.double()).abs().max().item()
-        row["ordinary_max_error"] = (ordinary.double() - truth.double()).abs().max().item()
-    return row
-
-
 def _bitwise(quantity: str, first: Tensor, second: Tensor) -> dict:
     same = torch.equal(first, second)
     return {"quantity": quantity, "passed": same, "reason": None if same else "two runs differ"}
@@ -222,7 +202,7 @@ def run_check(check: Check, device: torch.device, backend: str) -> list[dict]:
     got = _run(case, leaves, gradients, backend, **options)
     truth = _expected(case, leaves, gradients, seed, torch.float64)
     ordinary = _expected(case, leaves, gradients, seed, dtype)
-    rows = [_row(name, got[name], truth[name], ordinary[name]) for name in got]
+    rows = [budget_row(name, got[name], truth[name], ordinary[name]) for name in got]
     if kind == "repeat":
         again = _run(case, leaves, gradients, backend, **options)
         rows += [_bitwise(f"{name} bitwise", got[name], again[name]) for name in got]
@@ -240,7 +220,7 @@ def _plan_rows(case: ATMCase, leaves: dict, gradients: tuple, backend: str, dtyp
         with timing.poisoned():
             got = dict(zip(("output", "mask_logits"), _forward_plan(plan, **leaves), strict=True))
         rows += [
-            {**_row(name, got[name], truth[name], ordinary[name]), "quantity": f"{name}, plan {plan}"}
+            {**budget_row(name, got[name], truth[name], ordinary[name]), "quantity": f"{name}, plan {plan}"}
             for name in got
         ]
     return rows
@@ -286,7 +266,7 @@ def _graph_rows(
     graph.replay()
     truth = _expected(case, fresh, gradients, None, torch.float64)
     ordinary = _expected(case, fresh, gradients, None, dtype)
-    return [_row(n, t.detach(), truth[n], ordinary[n]) for n, t in zip(names, kept["all"], strict=True)]
+    return [budget_row(n, t.detach(), truth[n], ordinary[n]) for n, t in zip(names, kept["all"], strict=True)]
 
 
 def _targets() -> tuple[Target, ...]:
@@ -343,5 +323,6 @@ OPERATOR = Operator(
     inputs=inputs,
     peers=peers,
     costs=costs,
+    cpu_shapes=(("ade_vit_b", 4), ("ade_vit_l", 1), ("cityscapes_like", 1)),
     targets=_targets(),
 )

@@ -22,8 +22,6 @@ import torch
 from bench import environment, kernels, timing
 from bench.gpu import _one_line, assemble
 
-SHAPES = (("ade_vit_b", 4), ("ade_vit_l", 1), ("cityscapes_like", 1))
-TINY = (("tiny", 1),)
 DTYPE = "float32"
 _DEVICE = torch.device("cpu")
 
@@ -70,15 +68,17 @@ def _timings(
             start = time.perf_counter()
             results = peer.call(leaves)
             middle = time.perf_counter()
-            torch.autograd.grad(results, list(leaves.values()), gradients)
+            torch.autograd.grad(results, kernels.differentiable(leaves), gradients)
             end = time.perf_counter()
             backward[peer.name].append(end - middle)
             return end - start
 
         backward[peer.name] = []
+        calls = [inference, step] if "forward_backward" in op.modes else [inference]
         try:
             for _ in range(2):
-                inference(), step()
+                for call in calls:
+                    call()
         except Exception as error:  # torch.compile needs a compiler; the others still count
             reason = _one_line(error)
             rows.append(
@@ -93,7 +93,9 @@ def _timings(
             )
             continue
         backward[peer.name].clear()
-        forward[peer.name], training[peer.name] = inference, step
+        forward[peer.name] = inference
+        if step in calls:
+            training[peer.name] = step
     limits = {"rounds": rounds, "seconds_per_peer": seconds_per_peer}
     found = {
         "forward": timing.interleave(forward, **limits),
@@ -133,7 +135,7 @@ def _memory(op: kernels.Operator, peers: Sequence[kernels.Peer], shape: str, bat
     # Blocks from 64 KiB on are mapped and unmapped one by one, so that what is resident is what is in use.
     variables = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     for peer in peers:
-        for mode in kernels.MODES:
+        for mode in op.modes:
             key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": DTYPE, "mode": mode}
             key["peer"] = peer.name
             spec = json.dumps(key | {"threads": torch.get_num_threads()})
@@ -177,6 +179,7 @@ def run(
 ) -> dict:
     """The result of a whole run, as plain data (schema: bench/README.md)."""
     begun = time.time()
+    kernels.check_peers("eager", names)
     torch.set_num_threads(threads)
     _keep_freed_memory()
     torch.manual_seed(torch.seed() % 2**31)
@@ -185,7 +188,7 @@ def run(
     ]
     sections = []
     for op in kernels.operators().values():
-        for shape, batch in TINY if smoke else SHAPES:
+        for shape, batch in [(op.tiny.name, op.tiny.batch)] if smoke else op.cpu_shapes:
             started = time.time()
             peers = kernels.select(op.peers("eager"), names)
             rows += _checks(op, shape, batch)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,14 @@ def _check_tasks(smoke: bool, dtype: str) -> list[Task]:
         key = {"operator": op.name, "kind": kind, "case": case.name, "batch": case.batch, "dtype": dtype}
         return Task("checks", key, run)
 
-    return [task(op, *check) for op in kernels.operators().values() for check in op.check_cases(smoke)]
+    return _in_turn(
+        [task(op, *check) for check in op.check_cases(smoke)] for op in kernels.operators().values()
+    )
+
+
+def _in_turn(lists: Iterable[list[Task]]) -> list[Task]:
+    """The first of each list, then the second of each: what matters most of every operator comes first."""
+    return [task for tasks in itertools.zip_longest(*lists) for task in tasks if task is not None]
 
 
 def _timing_groups(op: kernels.Operator, smoke: bool) -> list[tuple[str, int, str]]:
@@ -121,12 +128,10 @@ def _timing_tasks(smoke: bool) -> list[Task]:
         key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": dtype, "mode": mode}
         return Task("timings", key, lambda context: _time_group(context, op, key))
 
-    return [
-        task(op, *group, mode)
+    return _in_turn(
+        [task(op, *group, mode) for group in _timing_groups(op, smoke) for mode in op.modes]
         for op in kernels.operators().values()
-        for group in _timing_groups(op, smoke)
-        for mode in kernels.MODES
-    ]
+    )
 
 
 def _time_group(context: Context, op: kernels.Operator, key: dict) -> Iterator[dict]:
@@ -134,7 +139,7 @@ def _time_group(context: Context, op: kernels.Operator, key: dict) -> Iterator[d
     device, dtype = context.device, getattr(torch, key["dtype"])
     case = op.shape(key["shape"], key["batch"])
     first = op.inputs(case, dtype, device)
-    size = sum(t.nbytes for t in first[0].values())
+    size = sum(t.nbytes for t in kernels.tensors(first[0]))
     count = 2 if context.tiny else min(MAX_SETS, max(2, -(-2 * context.l2_bytes // size) + 1))
     sets = [first, *(op.inputs(case, dtype, device) for _ in range(count - 1))]
     costs = op.costs(case, dtype.itemsize, key["mode"])
@@ -362,8 +367,7 @@ def run(
 ) -> dict:
     """The result of a whole run, as plain data (schema: bench/README.md)."""
     begun = time.time()
-    for op in kernels.operators().values():
-        kernels.select(op.peers("triton"), peers)
+    kernels.check_peers("triton", peers)
     rows: list[dict] = []
     entries = []
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
+
 MODES = ("forward", "forward_backward")
 
 
@@ -65,9 +67,12 @@ class Operator:
         shapes: the cases that are timed; each has ``name``, ``batch`` and is a dataclass.
         check_cases: ``check_cases(tiny)`` -> ``(kind, case)``, most important first.
         run_check: ``run_check(check, device, backend)`` -> rows: ``quantity``, errors, ``passed``.
-        inputs: ``inputs(case, dtype, device)`` -> fresh random leaves and ``gradients`` (tuple).
+        inputs: ``inputs(case, dtype, device)`` -> fresh random arguments by name, of which those that require
+            gradients are differentiated, and ``gradients`` of the results (tuple).
         peers: ``peers(backend)`` -> peers, ours first.
         costs: ``costs(case, itemsize, mode)`` -> costs of the phases that run one after the other.
+        cpu_shapes: (name, batch) of the cases that are timed on a CPU.
+        modes: of :data:`MODES`, what there is to time.
         targets: what the numbers are held against.
     """
 
@@ -79,6 +84,8 @@ class Operator:
     inputs: Callable[[Any, torch.dtype, torch.device], tuple[dict, tuple]]
     peers: Callable[[str], list[Peer]]
     costs: Callable[[Any, int, str], list[Cost]]
+    cpu_shapes: tuple[tuple[str, int], ...]
+    modes: tuple[str, ...] = MODES
     targets: tuple[Target, ...] = ()
 
     def shape(self, name: str, batch: int) -> Any:
@@ -89,9 +96,31 @@ class Operator:
 
 def operators() -> dict[str, Operator]:
     """Every benchmarked operator by name."""
-    from bench import atm
+    from bench import atm, mask_loss, semantic_argmax
 
-    return {op.name: op for op in (atm.OPERATOR,)}
+    return {m.OPERATOR.name: m.OPERATOR for m in (atm, mask_loss, semantic_argmax)}
+
+
+def budget_row(
+    quantity: str, actual: torch.Tensor, truth: torch.Tensor, ordinary: torch.Tensor
+) -> dict[str, Any]:
+    """A row of a check: ``actual`` against the float64 ``truth`` under the budgets of the library's tests."""
+    row = {
+        "quantity": quantity,
+        "passed": True,
+        "reason": None,
+        "relative_budget": RELATIVE_NORM[actual.dtype],
+    }
+    try:
+        assert_within_budget(quantity, actual, truth, ordinary)
+    except AssertionError as error:
+        row.update(passed=False, reason=str(error))
+    if actual.shape == truth.shape and actual.numel():
+        row["relative_error"] = relative_error(actual, truth)
+        row["ordinary_relative_error"] = relative_error(ordinary, truth)
+        row["max_error"] = (actual.double() - truth.double()).abs().max().item()
+        row["ordinary_max_error"] = (ordinary.double() - truth.double()).abs().max().item()
+    return row
 
 
 def checked(op: Operator, check: Check, device: torch.device, backend: str) -> list[dict]:
@@ -122,13 +151,27 @@ class OptionError(ValueError):
     """An option that cannot be honoured; the message is for the user."""
 
 
-def select(peers: list[Peer], names: Sequence[str] | None) -> list[Peer]:
-    """The peers called ``names``, or all."""
-    known = [peer.name for peer in peers]
+def check_peers(backend: str, names: Sequence[str] | None) -> None:
+    """Raises :class:`OptionError` for a name that no operator has a peer of."""
+    known = {peer.name: None for op in operators().values() for peer in op.peers(backend)}
     for name in names or ():
         if name not in known:
             raise OptionError(f"--peers {name}: no such peer; expected some of {', '.join(known)}")
+
+
+def select(peers: list[Peer], names: Sequence[str] | None) -> list[Peer]:
+    """The peers called ``names``, or all."""
     return [peer for peer in peers if names is None or peer.name in names]
+
+
+def tensors(leaves: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among the inputs."""
+    return [value for value in leaves.values() if isinstance(value, torch.Tensor)]
+
+
+def differentiable(leaves: dict[str, Any]) -> list[torch.Tensor]:
+    """The inputs that gradients are taken of."""
+    return [tensor for tensor in tensors(leaves) if tensor.requires_grad]
 
 
 def runner(peer: Peer, mode: str) -> Callable[[dict, tuple], tuple[torch.Tensor, ...]]:
@@ -143,7 +186,7 @@ def runner(peer: Peer, mode: str) -> Callable[[dict, tuple], tuple[torch.Tensor,
 
     def forward_backward(leaves: dict, gradients: tuple) -> tuple[torch.Tensor, ...]:
         results = peer.call(leaves)
-        return (*results, *torch.autograd.grad(results, list(leaves.values()), gradients))
+        return (*results, *torch.autograd.grad(results, differentiable(leaves), gradients))
 
     return forward_backward
 

@@ -6,6 +6,7 @@ from typing import Any
 _EXPORTS = {
     "BackboneConfig": "config",
     "SegViTConfig": "config",
+    "InferenceOptions": "options",
     "SegViT": "model",
     "SegViTOutput": "model",
     "SegViTLoss": "losses",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from segvit.config import BackboneConfig
+from segvit_kernels import QueryDownsample
 
 LAYER_NORM_EPS = 1e-6
 
@@ -137,6 +139,8 @@ class VisionTransformer(nn.Module):
             self.reg_token = nn.Parameter(torch.empty(1, config.register_tokens, config.width))
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        if config.shrink_at is not None:
+            self.blocks[config.shrink_at] = QueryDownsample(self.blocks[config.shrink_at])
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) if config.final_norm else nn.Identity()
         self._initialise()
 
@@ -160,7 +164,10 @@ class VisionTransformer(nn.Module):
         return self._positions[1]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps (B, H/p · W/p, C) after each tapped block, shallow to deep, without prefix tokens.
+        """Feature maps (B, h·w, C) after each tapped block, shallow to deep, without prefix tokens.
+
+        Their grid is (H/p, W/p), or half of that rounded up from the block that shrinks on
+        (`BackboneConfig.grid_after`).
 
         Args:
             images: (B, 3, H, W), H and W multiples of the patch size p.
@@ -175,6 +182,8 @@ class VisionTransformer(nn.Module):
 
         features = []
         for index, block in enumerate(self.blocks):
+            if index == self.config.shrink_at:
+                block = partial(block, grid=grid, prefix_tokens=num_prefix)
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,20 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read as weights; it is named.
     """
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `read_state_dict` gives, and what a .pth file tells about it under `meta`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read as weights; it is named.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
+    meta = {}
     if path.suffix == ".safetensors":
         load_file = require("safetensors.torch", extra="train").load_file
         try:
@@ -45,13 +57,27 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path}: not a readable file of weights ({_first_line(error)})") from None
+            raise ValueError(f"{path}: not a readable file of weights ({_why_unreadable(error)})") from None
+        if isinstance(state, Mapping) and isinstance(state.get("meta"), Mapping):
+            meta = dict(state["meta"])
         for key in ("state_dict", "model", "teacher"):
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 state = state[key]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)
+    }
+    return tensors, meta
+
+
+def _why_unreadable(error: Exception) -> str:
+    """The reason why `torch.load` failed, without its advice to run what is in the file."""
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"refused: it holds pickled objects that could run code, {match[1]}"
+    if isinstance(error, pickle.UnpicklingError):
+        return "refused: not only tensors and plain values"
+    return f"truncated, or of another kind: {_first_line(error)}"
 
 
 def timm_state_dict(name: str) -> dict[str, Tensor]:
@@ -114,37 +140,62 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None
 
 
 def rename_published_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a published SegViT checkpoint (plain family) to those of `segvit.SegViT`: a pure function.
+    """Names of a published SegViT checkpoint, plain or Shrunk, to those of `segvit.SegViT`: a pure function.
 
-    The class token and its position never reach the published blocks and are dropped, as is the loss's buffer
-    of class weights. Unknown keys stay as they are, for the loader to report.
+    The class token and its position never reach the published blocks and are dropped, as are the losses'
+    buffers of class weights. Unknown keys stay as they are, for the loader to report.
     """
-    renamed = {}
-    for key, value in state_dict.items():
-        if key in ("backbone.cls_token", "decode_head.loss_decode.criterion.empty_weight"):
-            continue
-        if key == "backbone.pos_embed":
-            value = value[:, 1:]
-        for pattern, replacement in _PUBLISHED:
-            key = re.sub(pattern, replacement, key)
-        key = re.sub(r"^decoder\.stages\.(\d+)", lambda match: f"decoder.stages.{int(match[1]) - 1}", key)
-        renamed[key] = value
+    names = published_names(state_dict)
+    renamed = {name: state_dict[key] for name, key in names.items()}
+    if "backbone.pos_embed" in renamed:
+        renamed["backbone.pos_embed"] = renamed["backbone.pos_embed"][:, 1:]
     return renamed
 
 
-_PUBLISHED = (
+def published_names(keys: Collection[str]) -> dict[str, str]:
+    """Our name -> published key, for every key that is not dead."""
+    shrunk = any(key.startswith("decode_head.atm.") for key in keys)
+    table = (*_PUBLISHED_BACKBONE, *(_PUBLISHED_SHRUNK if shrunk else _PUBLISHED_HEAD))
+    names = {}
+    for key in keys:
+        name = key
+        for pattern, replacement in table:
+            if match := re.search(pattern, key):
+                name = match.expand(replacement) + key[match.end() :]
+                name = re.sub(r"\.stages\.(\d+)", lambda match: f".stages.{int(match[1]) - 1}", name)
+                break
+        if not re.search(_PUBLISHED_DEAD, key):
+            names[name] = key
+    return names
+
+
+_PUBLISHED_DEAD = r"^backbone\.cls_token$|^decode_head\.(atm\.)?loss_decode\.criterion\.empty_weight$"
+_PUBLISHED_BACKBONE = (
     (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
     (r"^backbone\.layers\.(\d+)\.ln([12])\.", r"backbone.blocks.\1.norm\2."),
     (r"^backbone\.layers\.(\d+)\.attn\.attn\.in_proj_", r"backbone.blocks.\1.attn.qkv."),
     (r"^backbone\.layers\.(\d+)\.attn\.attn\.out_proj\.", r"backbone.blocks.\1.attn.proj."),
     (r"^backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"backbone.blocks.\1.mlp.fc1."),
     (r"^backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"backbone.blocks.\1.mlp.fc2."),
+)
+_PUBLISHED_HEAD = (
     (r"^decode_head\.q\.weight$", "decoder.class_tokens"),
     (r"^decode_head\.class_embed\.", "decoder.class_head."),
     (r"^decode_head\.input_proj_(\d+)\.", r"decoder.stages.\1.input_proj."),
     (r"^decode_head\.proj_norm_(\d+)\.", r"decoder.stages.\1.input_norm."),
     (r"^decode_head\.decoder_(\d+)\.layers\.(\d+)\.multihead_attn\.", r"decoder.stages.\1.layers.\2.atm."),
     (r"^decode_head\.decoder_(\d+)\.layers\.", r"decoder.stages.\1.layers."),
+)
+# A Shrunk head is a plain one, `atm`, and around it the up-sampling, whose names are almost the plain head's.
+_PUBLISHED_SHRUNK = (
+    (r"^decode_head\.q\.weight$", "decoder.upsample.queries"),
+    (r"^decode_head\.input_proj_(\d+)\.", r"decoder.upsample.stages.\1.input_proj."),
+    (r"^decode_head\.proj_norm_(\d+)\.", r"decoder.upsample.stages.\1.input_norm."),
+    (r"^decode_head\.decoder_(\d+)\.layers\.", r"decoder.upsample.stages.\1.layers."),
+    *(
+        (pattern.replace(r"^decode_head\.", r"^decode_head\.atm\."), name)
+        for pattern, name in _PUBLISHED_HEAD
+    ),
 )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from segvit._extras import require
-from segvit.options import DemoConfig, EvaluateConfig, PredictConfig, TrainConfig
+from segvit.options import ConvertConfig, DemoConfig, EvaluateConfig, PredictConfig, TrainConfig
 
 __all__ = ["main"]
 
@@ -26,11 +26,12 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "train": (TrainConfig, "train a model on a folder of images or on synthetic data"),
     "evaluate": (EvaluateConfig, "mIoU of a checkpoint on a data set"),
     "predict": (PredictConfig, "label maps and overlays of images"),
+    "convert": (ConvertConfig, "turn a published SegViT checkpoint into one of this package"),
     "demo": (DemoConfig, "train a small model on synthetic data and write an HTML report"),
 }
 
 
-_METAVARS = {int: "N", float: "X", str: "TEXT", dict[str, Any]: "DICT", list[str]: "TEXT"}
+_METAVARS = {int: "N", float: "X", str: "TEXT", dict[str, Any]: "DICT"}
 
 
 def _add_options(parser: Any, options: type) -> None:
@@ -58,11 +59,14 @@ def _add_options(parser: Any, options: type) -> None:
             else:
                 plain = [k for k in typing.get_args(kind) if k in _METAVARS]
                 if typing.get_origin(kind) is not typing.Literal:
-                    arguments["metavar"] = _METAVARS.get(kind) or (_METAVARS[plain[0]] if plain else "X,X")
-                if kind == list[str]:
-                    arguments |= {"nargs": "+" if "default" not in arguments else "*", "type": str}
+                    arguments["metavar"] = _METAVARS.get(kind) or (_METAVARS[plain[0]] if plain else "[X,X]")
+                if typing.get_origin(kind) is list:
+                    least = "*" if default == [] else "+"
+                    arguments |= {"nargs": least, "type": typing.get_args(kind)[0]}
                 else:
                     arguments["type"] = kind
+            if field.metadata["positional"]:
+                arguments["metavar"] = name.upper()
             group.add_argument(name if field.metadata["positional"] else flag, **arguments)
 
 
@@ -91,10 +95,10 @@ def _parser(only: str | None = None) -> Any:
     )
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     for name, (options, summary) in COMMANDS.items():
-        images = "IMAGE... " if name == "predict" else ""
+        files = {"predict": "IMAGE... ", "convert": "IN.pth OUT "}.get(name, "")
         sub = jsonargparse.ArgumentParser(
             description=f"{summary[0].upper()}{summary[1:]}.",
-            usage=f"segvit {name} {images}[options]",
+            usage=f"segvit {name} {files}[options]",
             formatter_class=HelpFormatter,
             exit_on_error=False,
         )
@@ -123,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("SEGVIT_TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        text = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match[1].replace('_', '-')}:", text)
+        text = re.sub(
+            r'Parser key "(\w+)"(?: element \d+)?:', lambda match: f"--{match[1].replace('_', '-')}:", text
+        )
         print(f"{name}: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -25,6 +25,8 @@ class BackboneConfig:
         final_norm: apply the final LayerNorm to every tapped feature map (published SegViT: no).
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
         drop_path_branch: "mlp" (published SegViT) or "both" residual branches.
+        shrink_at: index of the block that keeps every second row and column of the token grid (query-based
+            down-sampling, paper section 3.3): later blocks run on a quarter of the tokens. None: no block.
     """
 
     width: int = 768
@@ -40,6 +42,7 @@ class BackboneConfig:
     final_norm: bool = False
     drop_path: float = 0.0
     drop_path_branch: str = "mlp"
+    shrink_at: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch_size"):
@@ -52,6 +55,16 @@ class BackboneConfig:
         )
         _check(0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
         _check(self.register_tokens >= 0, f"register_tokens must not be negative, got {self.register_tokens}")
+        _check(
+            self.shrink_at is None or 0 <= self.shrink_at < self.depth,
+            f"shrink_at must be None or a block index from 0 to {self.depth - 1}, got {self.shrink_at}",
+        )
+
+    def grid_after(self, block: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """The token grid after a block, for images of `grid` patches."""
+        if self.shrink_at is None or block < self.shrink_at:
+            return grid
+        return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -67,12 +80,17 @@ class SegViTConfig:
 
     Attributes:
         num_classes: number of classes, and of class tokens.
-        taps: 0-based indices of the blocks whose output feeds a decoder stage, shallow to deep; the last one
-            is the backbone's last block. The decoder runs the deepest first.
+        taps: 0-based indices of the blocks whose output feeds the decoder, shallow to deep; the last one is
+            the backbone's last block. Without `upsample` each has a stage of its own, the deepest first.
         decoder_dim: width of the decoder; None: half the backbone's.
         decoder_heads: attention heads of the decoder; None: one for every 32 channels.
-        decoder_depth: layers in a stage.
+        decoder_depth: layers in a stage, and for each tap in the up-sampling.
         decoder_dropout: dropout on attention weights, after each sub-layer and inside the feed-forward part.
+        upsample: query-based up-sampling (paper, section 3.3): learned queries, one for each patch, attend to
+            the taps in turn, shallow to deep, and a single ATM stage looks at the result. Needs a backbone
+            that shrinks.
+        resize_queries: resize these queries to the image's grid, as position embeddings are. Otherwise they
+            and the masks keep the grid of `image_size` whatever the image's, as in published models.
         image_size: height and width of training crops; the position embedding is stored for this size.
         mean, std: of the RGB channels on the 0..1 scale.
         class_names: one name for each class, or None.
@@ -86,6 +104,8 @@ class SegViTConfig:
     decoder_heads: int | None = None
     decoder_depth: int = 3
     decoder_dropout: float = 0.1
+    upsample: bool = False
+    resize_queries: bool = True
     image_size: tuple[int, int] = (512, 512)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -121,6 +141,10 @@ class SegViTConfig:
             len(taps) > 0 and taps == tuple(sorted(set(taps))) and taps[0] >= 0 and taps[-1] == last,
             f"taps must be increasing block indices from 0 that end with the last block, {last}; got {taps}",
         )
+        _check(
+            not self.upsample or self.backbone.shrink_at is not None,
+            "upsample needs a backbone that shrinks: shrink_at is None",
+        )
         patch, size = self.backbone.patch_size, self.image_size
         _check(
             len(size) == 2 and all(side >= patch and side % patch == 0 for side in size),
@@ -137,22 +161,41 @@ class SegViTConfig:
             )
 
     @classmethod
-    def preset(cls, name: str, num_classes: int, **overrides: Any) -> SegViTConfig:
+    def preset(cls, name: str, num_classes: int, *, shrunk: bool = False, **overrides: Any) -> SegViTConfig:
         """A named model size; `overrides` are fields of this class or of `BackboneConfig`.
 
-        Taps and stochastic depth of vit_base and vit_large are the paper's (section 4).
+        Taps and stochastic depth of vit_base and vit_large are the paper's (section 4), and so is where they
+        shrink: at block 8 of ViT-L and, judging by the operations the paper counts, block 6 of ViT-B.
+
+        Args:
+            shrunk: the Shrunk structure (section 3.3). With `upsample=False` it is the paper's naive variant,
+                one ATM stage on the shrunk features; `taps=(last block,)` without `shrunk` is the single one.
 
         Raises:
             ValueError: unknown preset or field.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known: {', '.join(_PRESETS)}")
-        values = {**_PRESETS[name], **overrides}
-        backbone_fields = {field.name for field in dataclasses.fields(BackboneConfig)}
-        backbone = {key: values.pop(key) for key in list(values) if key in backbone_fields}
-        if "backbone" not in values:
-            values["backbone"] = backbone
-        return cls.from_dict({**values, "num_classes": num_classes})
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        values = {**PRESETS[name], **overrides}
+        if shrunk:
+            values = {"shrink_at": _SHRINK_AT[name], "upsample": True, **values}
+            if "taps" not in overrides:
+                # The last features of full resolution, if there are any, and the last of all.
+                full, last = (values["shrink_at"] or 0) - 1, values["depth"] - 1
+                values["taps"] = (full, last) if values["upsample"] and 0 <= full < last else (last,)
+        return cls.from_fields({**values, "num_classes": num_classes})
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> SegViTConfig:
+        """A configuration from fields of this class and of `BackboneConfig`, side by side.
+
+        Raises:
+            ValueError: unknown or missing fields, or values that do not go together.
+        """
+        values = dict(values)
+        names = {field.name for field in dataclasses.fields(BackboneConfig)}
+        backbone = {key: values.pop(key) for key in list(values) if key in names}
+        return cls.from_dict({"backbone": backbone, **values})
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types."""
@@ -174,7 +217,7 @@ class SegViTConfig:
         return _from_dict(cls, values)
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "taps": (5, 7, 11), "drop_path": 0.1},
     "vit_small": {"width": 384, "depth": 12, "heads": 6, "taps": (5, 7, 11), "drop_path": 0.1},
     "vit_base": {"width": 768, "depth": 12, "heads": 12, "taps": (5, 7, 11), "drop_path": 0.1},
@@ -187,6 +230,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "image_size": (640, 640),
     },
 }
+_SHRINK_AT = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 8}
 
 
 def _check(condition: bool, message: str) -> None:

@@ -5,6 +5,7 @@ Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2 and figure 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from segvit_kernels import FusedATM
 
 
 class StageOutput(NamedTuple):
-    """Class logits (B, N, N+1), mask logits (B, N, h·w) and tokens (B, N, C) after one decoder stage."""
+    """Class logits (B, N, N+1), mask logits (B, N, h·w) of a grid (h, w), tokens (B, N, C) after a stage."""
 
     class_logits: Tensor
     mask_logits: Tensor
     tokens: Tensor
+    grid: tuple[int, int]
 
 
 class SelfAttention(nn.Module):
@@ -84,37 +86,77 @@ class DecoderLayer(nn.Module):
 
 
 class Stage(nn.Module):
-    """The decoder layers that look at one tapped feature map."""
+    """The decoder layers that look at one feature map, which is projected from `width` channels if given."""
 
-    def __init__(self, width: int, dim: int, heads: int, depth: int, dropout: float) -> None:
+    def __init__(self, width: int | None, dim: int, heads: int, depth: int, dropout: float) -> None:
         super().__init__()
-        self.input_proj = nn.Linear(width, dim)
-        self.input_norm = nn.LayerNorm(dim)
+        self.input_proj = nn.Identity() if width is None else nn.Linear(width, dim)
+        self.input_norm = nn.Identity() if width is None else nn.LayerNorm(dim)
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(depth))
 
     def keys_and_values(self, features: Tensor) -> list[Tensor]:
-        """k and v of every layer in turn, each (B, h·w, C), from the tapped feature map."""
+        """k and v of every layer in turn, each (B, h·w, C), from the feature map."""
         features = self.input_norm(self.input_proj(features))
         if hasattr(self, "fused_kv_weight"):
             stacked = F.linear(features, self.fused_kv_weight, self.fused_kv_bias)
             return list(stacked.chunk(2 * len(self.layers), dim=-1))
         return [projection(features) for layer in self.layers for projection in (layer.atm.k, layer.atm.v)]
 
+    def forward(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        previous_masks: Tensor | None = None,
+        *,
+        every_layer: bool = False,
+        first: tuple[Tensor, Tensor] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Tokens (B, N, C) and masks (B, N, h·w) after the last layer, or after every layer.
+
+        Args:
+            tokens: (B or 1, N, C). features: (B, h·w, width).
+            previous_masks: (B, N, h·w), added to the last layer's similarity map.
+            first: tokens after the first layer's self-attention and their query, if known.
+        """
+        projected = self.keys_and_values(features)
+        outputs = []
+        for depth, layer in enumerate(self.layers):
+            if depth > 0 or first is None:
+                tokens = layer.attend_tokens(tokens)
+                query = layer.atm.q(tokens)
+            else:
+                tokens, query = first
+            last = depth == len(self.layers) - 1
+            tokens, masks = layer.attend_features(
+                tokens,
+                query,
+                *projected[2 * depth : 2 * depth + 2],
+                previous_masks if last else None,
+                need_masks=last or every_layer,
+            )
+            if last or every_layer:
+                outputs.append((tokens, masks))
+        return outputs
+
 
 class ATMDecoder(nn.Module):
     """Class tokens through one stage for each tap, the deepest tap first.
 
     Args:
-        config: `num_classes`, `taps`, `decoder_*` and the backbone's width are used.
+        config: `num_classes`, `taps`, `decoder_*` and the backbone's sizes are used.
+        stage_widths: channels of the feature map that each stage projects, or None where it has the decoder's
+            width and is taken as it is; by default there is a stage for each tap.
     """
 
-    def __init__(self, config: SegViTConfig) -> None:
+    def __init__(self, config: SegViTConfig, stage_widths: Sequence[int | None] | None = None) -> None:
         super().__init__()
+        self.config = config
         dim, heads = config.decoder_dim, config.decoder_heads
+        if stage_widths is None:
+            stage_widths = [config.backbone.width] * len(config.taps)
         self.class_tokens = nn.Parameter(torch.empty(config.num_classes, dim))
         self.stages = nn.ModuleList(
-            Stage(config.backbone.width, dim, heads, config.decoder_depth, config.decoder_dropout)
-            for _ in config.taps
+            Stage(width, dim, heads, config.decoder_depth, config.decoder_dropout) for width in stage_widths
         )
         self.class_head = nn.Linear(dim, config.num_classes + 1)
         self._initialise()
@@ -126,35 +168,41 @@ class ATMDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, features: list[Tensor], accumulate: bool = True) -> list[StageOutput]:
+    def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the prediction's masks, for images of `grid` patches."""
+        return self.config.backbone.grid_after(self.config.taps[0], grid)
+
+    def forward(
+        self, features: list[Tensor], grid: tuple[int, int], accumulate: bool = True
+    ) -> list[StageOutput]:
         """Outputs after each stage, in running order: the last is the prediction.
 
         Args:
-            features: tapped feature maps (B, h·w, width), shallow to deep, all of one grid.
-            accumulate: add each stage's similarity map to the earlier ones, inside the kernel, as masks need.
-                Otherwise the similarity maps themselves come out.
+            features: tapped feature maps (B, h·w, width), shallow to deep.
+            grid: patches of the images in height and width.
+            accumulate: add each stage's similarity map to the earlier ones, upsampled where the grid grows,
+                inside the kernel, as masks need. Otherwise the similarity maps themselves come out.
         """
+        tokens, first = self._first_tokens(features[0].shape[0])
+        masks, outputs = None, []
+        for stage, tap, feature in zip(
+            self.stages, reversed(self.config.taps), reversed(features), strict=True
+        ):
+            stage_grid = self.config.backbone.grid_after(tap, grid)
+            if accumulate and outputs:
+                masks = _resize_masks(masks, outputs[-1].grid, stage_grid)
+            ((tokens, masks),) = stage(tokens, feature, masks if accumulate else None, first=first)
+            outputs.append(StageOutput(self.class_head(tokens), masks, tokens, stage_grid))
+            first = None
+        return outputs
+
+    def _first_tokens(self, batch: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Class tokens, and what becomes of them in the first layer before it sees features, if known."""
         tokens = self.class_tokens.unsqueeze(0)
         if self.training:
             # Every image draws its own dropout; without dropout all images share the first tokens.
-            tokens = tokens.expand(features[0].shape[0], -1, -1)
-        masks, outputs = None, []
-        for index, (stage, feature) in enumerate(zip(self.stages, reversed(features), strict=True)):
-            pairs = stage.keys_and_values(feature)
-            for depth, layer in enumerate(stage.layers):
-                if index == depth == 0 and hasattr(self, "fused_tokens"):
-                    tokens, query = self.fused_tokens, self.fused_query
-                else:
-                    tokens = layer.attend_tokens(tokens)
-                    query = layer.atm.q(tokens)
-                last = depth == len(stage.layers) - 1
-                previous = masks if last and accumulate else None
-                tokens, new_masks = layer.attend_features(
-                    tokens, query, pairs[2 * depth], pairs[2 * depth + 1], previous, need_masks=last
-                )
-            masks = new_masks
-            outputs.append(StageOutput(self.class_head(tokens), masks, tokens))
-        return outputs
+            return tokens.expand(batch, -1, -1), None
+        return tokens, (self.fused_tokens, self.fused_query) if hasattr(self, "fused_tokens") else None
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -177,3 +225,11 @@ class ATMDecoder(nn.Module):
             for name in ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias"):
                 if hasattr(module, name):
                     delattr(module, name)
+
+
+def _resize_masks(masks: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Mask logits (B, N, h·w) of `grid` interpolated bilinearly to (B, N, h'·w')."""
+    if grid == new_grid:
+        return masks
+    image = F.interpolate(masks.unflatten(-1, grid), size=new_grid, mode="bilinear", align_corners=False)
+    return image.flatten(-2)

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from segvit._extras import require
 from segvit.data import open_dataset
+from segvit.inference import check_options
 from segvit.metrics import ConfusionMatrix
-from segvit.options import EvaluateConfig
+from segvit.options import EvaluateConfig, InferenceOptions
 
 __all__ = ["evaluate", "find_checkpoint", "iou_table", "load_model", "make_fabric", "run"]
 
@@ -76,6 +77,7 @@ def evaluate(
     fabric: Any = None,
     batch_size: int = 1,
     workers: int = 0,
+    options: InferenceOptions | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """mIoU of a model over a dataset.
@@ -84,12 +86,13 @@ def evaluate(
     evaluation mode and back.
 
     Args:
-        model: has `predict(uint8 (B, 3, H, W)) -> label maps (B, H, W)`.
+        model: has `predict(uint8 (B, 3, H, W), options) -> label maps (B, H, W)`.
         dataset: items {"image", "label", "name"} (see `segvit.data.SegmentationFolder`), with `num_classes`,
             `ignore_index` and `class_names`.
         fabric: the `lightning_fabric.Fabric` of the run, for its processes and precision; None: this process.
         batch_size: images of equal size that are predicted together.
         workers: data loading processes.
+        options: sliding window, scales, mirroring; by default the whole image at once.
         on_images: called with the number of images after each batch.
 
     Returns:
@@ -109,7 +112,7 @@ def evaluate(
                 for batch in groups:
                     if isinstance(batch, Exception):
                         raise batch
-                    prediction = torch.as_tensor(model.predict(batch["image"].to(device)))
+                    prediction = torch.as_tensor(model.predict(batch["image"].to(device), options))
                     confusion.update(prediction.to(device), batch["label"].to(device))
                     seen += len(prediction)
                     if on_images:
@@ -244,6 +247,7 @@ def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) 
             dataset,
             fabric=fabric,
             workers=config.workers,
+            options=config,
             on_images=lambda count: bar.advance(task, count),
         )
 
@@ -279,6 +283,7 @@ def run(config: EvaluateConfig) -> int:
         synthetic_size=model_config.image_size[0],
     )
     check_classes(model_config, dataset)
+    check_options(config, model_config.backbone.patch_size)
     if dataset.class_names is None and model_config.class_names:
         dataset.class_names = model_config.class_names
     result = launch(fabric, _evaluate_checkpoint, config, dataset)

@@ -19,6 +19,11 @@ class _LinearHead(nn.Sequential):
     def __init__(self, config: SegViTConfig) -> None:
         width = config.backbone.width
         super().__init__(nn.LayerNorm(width), nn.Linear(width, config.num_classes))
+        self.config = config
+
+    def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the scores, for images of `grid` patches."""
+        return self.config.backbone.grid_after(self.config.taps[-1], grid)
 
     def fuse(self) -> None:
         """Nothing to fold."""
@@ -30,26 +35,28 @@ class _LinearHead(nn.Sequential):
 class LinearSegmenter(SegViT):
     """LayerNorm and a linear layer on the backbone's last tokens; otherwise used like `SegViT`.
 
-    `forward` returns class scores on the patch grid, (B, num_classes, h, w); config.json gets the key "head".
+    `forward` returns class scores on the last tokens' grid, (B, num_classes, h, w); config.json gets the key
+    "head".
     """
 
     head = "linear"
+    activation = "none"
 
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__(dataclasses.replace(config, taps=config.taps[-1:]))
         self.decoder = _LinearHead(config)
 
     def forward(self, images: Tensor) -> Tensor:
-        grid = self._grid(images)
+        grid = self.decoder.mask_grid(self._grid(images))
         (feature,) = self.backbone(images)
         return self.decoder(feature).transpose(1, 2).unflatten(-1, grid)
 
     def semantic_scores(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
 
-    def labels(self, output: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> Tensor:
-        height, width = crop or size
-        return self.semantic_scores(output, size)[..., :height, :width].argmax(1)
+    def scoring(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(output.shape[1], device=output.device, dtype=output.dtype)
+        return output, identity.expand(len(output), -1, -1)
 
     def similarity_maps(self, images: Tensor) -> list[Tensor]:
         raise ValueError("a linear head has no similarity maps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,12 @@ from segvit.checkpoint import (
 )
 from segvit.config import SegViTConfig
 from segvit.decoder import ATMDecoder
+from segvit.inference import InferenceOptions, label_maps
+from segvit.shrunk import ShrunkDecoder
+from segvit_kernels import Views, semantic_argmax
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_BLOCK = 2**21  # elements of the block of rows that labels() works on
 
 
 class SegViTOutput(NamedTuple):
@@ -54,12 +56,13 @@ class SegViT(nn.Module):
     """
 
     head: str | None = None  # what config.json names where it is not the ATM decoder
+    activation = "sigmoid"  # of upsampled mask logits
 
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = VisionTransformer(config.backbone, config.image_size, config.taps)
-        self.decoder = ATMDecoder(config)
+        self.decoder = ShrunkDecoder(config) if config.upsample else ATMDecoder(config)
         self._set_statistics()
         # Constants of fuse() would be stale beside new weights.
         self.register_load_state_dict_pre_hook(lambda module, *_: module.unfuse())
@@ -79,17 +82,24 @@ class SegViT(nn.Module):
             ValueError: another shape.
         """
         grid = self._grid(images)
-        stages = self.decoder(self.backbone(images))
         *auxiliary, (class_logits, mask_logits) = [
-            (stage.class_logits, stage.mask_logits.unflatten(-1, grid)) for stage in stages
+            (stage.class_logits, stage.mask_logits.unflatten(-1, stage.grid))
+            for stage in self.decoder(self.backbone(images), grid)
         ]
         return SegViTOutput(class_logits, mask_logits, auxiliary)
 
     def similarity_maps(self, images: Tensor) -> list[Tensor]:
-        """Similarity maps (B, N, h, w) of the stages in running order, not accumulated (paper, figure 1)."""
-        grid = self._grid(images)
-        stages = self.decoder(self.backbone(images), accumulate=False)
-        return [stage.mask_logits.unflatten(-1, grid) for stage in stages]
+        """Similarity maps (B, N, h, w) of the stages in running order, not accumulated (paper, figure 1).
+
+        With `upsample` in the configuration: of the layers of its only stage.
+        """
+        stages = self.decoder(self.backbone(images), self._grid(images), accumulate=False)
+        return [stage.mask_logits.unflatten(-1, stage.grid) for stage in stages]
+
+    def mask_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of `mask_logits` for images of `size`, multiples of the patch size."""
+        patch = self.config.backbone.patch_size
+        return self.decoder.mask_grid((size[0] // patch, size[1] // patch))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.backbone.patch_size
@@ -131,37 +141,32 @@ class SegViT(nn.Module):
         masks = F.interpolate(_float32(output.mask_logits), size=size, mode="bilinear", align_corners=False)
         return torch.einsum("bqc,bqhw->bchw", _class_probabilities(output), masks.sigmoid())
 
+    def scoring(self, output: SegViTOutput) -> tuple[Tensor, Tensor]:
+        """What `segvit_kernels.semantic_argmax` takes: mask logits (B, N, h, w), probabilities (B, N, N)."""
+        return output.mask_logits, _class_probabilities(output)
+
     @torch.no_grad()
     def labels(
-        self, output: SegViTOutput, size: tuple[int, int], crop: tuple[int, int] | None = None
+        self, output: SegViTOutput | Sequence[SegViTOutput], size: tuple[int, int], views: Views | None = None
     ) -> Tensor:
         """Label map (B, H, W): the argmax of `semantic_scores`, uint8 (int16 for more than 256 classes).
 
-        Works in blocks of rows: scores of full size never exist.
+        Scores of full size never exist.
 
         Args:
-            output: what the model returned.
-            size: height and width to which mask logits are upsampled.
-            crop: keep only the top left part of this height and width; default all.
+            output: what the model returned, or several of them where there are views.
+            size: height and width of the label map.
+            views: the place of every output's every image in the label maps; by default an output's images
+                are one view each, of the whole map.
         """
-        height, width = crop or size
-        masks = _float32(output.mask_logits)
-        probabilities = _class_probabilities(output).transpose(1, 2).contiguous()
-        batch, queries = masks.shape[:2]
-        labels = masks.new_empty((batch, height, width), dtype=torch.uint8 if queries <= 256 else torch.int16)
-        lower, upper, weight = _bilinear_rows(masks.shape[2], size[0], masks.device)
-        rows = max(1, _BLOCK // max(1, batch * queries * size[1]))
-        for start in range(0, height, rows):
-            part = slice(start, min(start + rows, height))
-            block = torch.lerp(masks[:, :, lower[part]], masks[:, :, upper[part]], weight[part, None])
-            shape = (block.shape[2], size[1])
-            block = F.interpolate(block, size=shape, mode="bilinear", align_corners=False)[..., :width]
-            scores = probabilities @ block.sigmoid().flatten(2)
-            labels[:, part] = scores.argmax(1).unflatten(1, (shape[0], width)).to(labels.dtype)
-        return labels
+        outputs = [output] if isinstance(output, (SegViTOutput, Tensor)) else output
+        masks, probabilities = zip(*map(self.scoring, outputs), strict=True)
+        return semantic_argmax(
+            list(masks), torch.cat(probabilities), size, views=views, activation=self.activation
+        )
 
     @torch.inference_mode()
-    def predict(self, images: Any) -> Tensor | list[Tensor]:
+    def predict(self, images: Any, options: InferenceOptions | None = None) -> Tensor | list[Tensor]:
         """Label maps at the images' own sizes, on the model's device.
 
         Images of any size are padded at the right and bottom with the mean colour to multiples of the patch
@@ -171,23 +176,23 @@ class SegViT(nn.Module):
         Args:
             images: a path, a PIL image, a uint8 array (H, W, 3), a uint8 tensor (3, H, W) or (B, 3, H, W), or
                 a list of single ones.
+            options: sliding window, scales, mirroring; by default the whole image at once.
 
         Returns:
             (H, W) for a single image, (B, H, W) for a batch, a list of (H, W) for a list.
 
         Raises:
             TypeError: not an image, or not uint8.
-            ValueError: an unreadable file, or not RGB.
+            ValueError: an unreadable file, not RGB, or an option that cannot be.
         """
         if isinstance(images, (list, tuple)):
-            return [self.predict(image) for image in images]
+            return [self.predict(image, options) for image in images]
         images = _image_tensor(images)
         training = self.training
         self.eval()
         try:
             batch = self.preprocess(images if images.ndim == 4 else images[None])
-            padded = self.pad_to_patches(batch)
-            labels = self.labels(self(padded), tuple(padded.shape[-2:]), crop=tuple(batch.shape[-2:]))
+            labels = label_maps(self, batch, options or InferenceOptions())
         finally:
             self.train(training)
         return labels if images.ndim == 4 else labels[0]
@@ -322,11 +327,20 @@ class SegViT(nn.Module):
             config = SegViTConfig.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        state = read_state_dict(folder / WEIGHTS_FILE)
+        weights = folder / WEIGHTS_FILE
+        return cls.from_state_dict(config, read_state_dict(weights), str(weights))
+
+    @classmethod
+    def from_state_dict(cls, config: SegViTConfig, state_dict: Mapping[str, Tensor], source: str) -> SegViT:
+        """The model of a configuration with these weights, in eval mode.
+
+        Raises:
+            ValueError: they do not fit exactly; `source` is named.
+        """
         with torch.device("meta"):  # no time for initial values that are replaced at once
             model = cls(config)
         model.to_empty(device="cpu")._set_statistics()
-        load_state_dict(model, state, str(folder / WEIGHTS_FILE))
+        load_state_dict(model, state_dict, source)
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **kwargs: Any) -> str:
@@ -385,11 +399,3 @@ def _float32(x: Tensor) -> Tensor:
 def _class_probabilities(output: SegViTOutput) -> Tensor:
     """(B, N, N), without "no object"."""
     return _float32(output.class_logits).softmax(-1)[..., :-1]
-
-
-def _bilinear_rows(rows: int, new_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The two old rows around each row of an image stretched to `new_rows`, and its place between them."""
-    position = ((torch.arange(new_rows, device=device) + 0.5) * (rows / new_rows) - 0.5).clamp(min=0)
-    lower = position.long().clamp(max=rows - 1)
-    upper = (lower + 1).clamp(max=rows - 1)
-    return lower, upper, position - lower

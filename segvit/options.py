@@ -11,7 +11,14 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DemoConfig", "EvaluateConfig", "PredictConfig", "TrainConfig"]
+__all__ = [
+    "ConvertConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "InferenceOptions",
+    "PredictConfig",
+    "TrainConfig",
+]
 
 Precision = Literal["32", "bf16", "fp16"]
 
@@ -50,6 +57,19 @@ class MachineOptions:
     precision: Precision = option("32", "arithmetic: 32, or mixed with bf16 or fp16")
     workers: int = option(2, "data loading processes for each device; 0 loads in the main process")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
+
+
+@dataclass(kw_only=True)
+class InferenceOptions:
+    """Inference"""
+
+    window: int | None = option(
+        None, "side of the square sliding window in pixels; the whole image at once when not given"
+    )
+    stride: int | None = option(None, "step of the window; two thirds of it when not given")
+    scales: list[float] = option([1.0], "factors to which the image is resized; scores are averaged")
+    flip: bool = option(False, "average with the scores of the mirrored image")
+    short_side: int | None = option(None, "resize the image to this short side first")
 
 
 @dataclass(kw_only=True)
@@ -116,7 +136,7 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(DataOptions, MachineOptions):
+class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
     """Evaluation"""
 
     checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
@@ -127,7 +147,7 @@ class EvaluateConfig(DataOptions, MachineOptions):
 
 
 @dataclass(kw_only=True)
-class PredictConfig:
+class PredictConfig(InferenceOptions):
     """Prediction"""
 
     images: list[str] = option(..., "image files, and folders of them", positional=True)
@@ -137,6 +157,19 @@ class PredictConfig:
     alpha: float = option(0.55, "opacity of the overlay, 0 to 1")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Conversion"""
+
+    checkpoint: str = option(..., "published checkpoint, .pth or .safetensors", positional=True)
+    out: str = option(..., "folder for model.safetensors and config.json", positional=True)
+    model: dict[str, Any] = option(
+        {},
+        "fields that the shapes of an unpublished size do not tell, e.g. {'taps': [5, 7, 11], 'heads': 12}; "
+        "a Shrunk one also needs 'shrink_at'",
+    )
 
 
 @dataclass(kw_only=True)

@@ -160,8 +160,8 @@ def similarity_maps(
         classes: indices of the K classes to return.
 
     Returns:
-        Similarity maps float (K, H, W) of each stage in running order, before accumulation, and the
-        accumulated mask logits (K, H, W), which are their sum.
+        Similarity maps float (K, H, W) of each stage in running order, before accumulation, and the mask
+        logits (K, H, W): their sum, or the last map where masks are not accumulated (up-sampled models).
     """
     height, width = image.shape[-2:]
     padded = model.pad_to_patches(model.preprocess(image[None]))
@@ -170,7 +170,7 @@ def similarity_maps(
         chosen = maps[:, list(classes)].float()
         enlarged = F.interpolate(chosen, size=padded.shape[-2:], mode="bilinear", align_corners=False)
         stages.append(enlarged[0, :, :height, :width].cpu().numpy())
-    return stages, np.sum(stages, axis=0)
+    return stages, stages[-1] if model.config.upsample else np.sum(stages, axis=0)
 
 
 def run(config: PredictConfig) -> int:
@@ -198,6 +198,7 @@ def run(config: PredictConfig) -> int:
     from segvit import visualize
     from segvit.checkpoint import atomic_write
     from segvit.evaluate import load_model
+    from segvit.inference import check_options
     from segvit.linear_head import LinearSegmenter
 
     model = load_model(config.checkpoint).to(device).eval().fuse()
@@ -205,11 +206,12 @@ def run(config: PredictConfig) -> int:
     classes = find_classes(config.maps, names)
     if classes and isinstance(model, LinearSegmenter):
         raise ValueError(f"maps: {config.checkpoint} has a linear head, which has no similarity maps")
+    check_options(config, model.config.backbone.patch_size)
     make_folder(out)
     with choice, torch.inference_mode():
         for file, stem in zip(files, stems, strict=True):
             image = read_image(file)
-            labels = model.predict(image).cpu().numpy()
+            labels = model.predict(image, config).cpu().numpy()
             pixels = image.permute(1, 2, 0).numpy()
             pictures = {
                 "labels": label_picture(labels, len(names)),

@@ -9,8 +9,18 @@ from segvit_kernels._library import (
     why_not,
 )
 from segvit_kernels._version import __version__
-from segvit_kernels.modules import FusedATM
+from segvit_kernels.modules import FusedATM, QueryDownsample, QueryUpsample
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
+from segvit_kernels.ops.mask_loss import (
+    MaskLoss,
+    MaskLossFunction,
+    MatchingCost,
+    mask_loss,
+    mask_loss_reference,
+    mask_matching_cost,
+    mask_matching_cost_reference,
+)
+from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax, semantic_argmax_reference
 
 __all__ = [
     "BACKENDS",
@@ -18,11 +28,24 @@ __all__ = [
     "ATMOutput",
     "BackendUnavailableError",
     "FusedATM",
+    "MaskLoss",
+    "MaskLossFunction",
+    "MatchingCost",
+    "QueryDownsample",
+    "QueryUpsample",
+    "View",
+    "Views",
     "__version__",
     "atm_reference",
     "backend",
     "fused_atm",
     "fvcore_handles",
+    "mask_loss",
+    "mask_loss_reference",
+    "mask_matching_cost",
+    "mask_matching_cost_reference",
     "operator_names",
+    "semantic_argmax",
+    "semantic_argmax_reference",
     "why_not",
 ]

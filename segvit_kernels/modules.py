@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from segvit_kernels.ops.atm import ATMOutput, fused_atm
+from segvit_kernels.ops.query_attention import query_attention
+from segvit_kernels.ops.subsample_norm import subsample_layer_norm
 
 
 class FusedATM(nn.Module):
@@ -97,3 +104,359 @@ class FusedATM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, attn_drop={self.attn_drop}"
+
+
+class QueryDownsample(nn.Module):
+    """Query-based down-sampling: a ViT block that leaves a coarser grid (SegViT, NeurIPS 2022, section 3.3).
+
+    Queries and the residual are taken from every ``stride``-th row and column of the grid and from the prefix
+    tokens, keys and values from all tokens. The output is what the block itself gives at the kept tokens, but
+    for the random numbers of attention dropout. The block's modules are taken over under their own names, so
+    that the keys of a state dict stay as they are.
+
+    Args:
+        block: a pre-norm block such as timm's: x + drop_path1(ls1(attn(norm1(x)))), and of the result, y,
+            y + drop_path2(ls2(mlp(norm2(y)))). It has these eight modules and nothing else, ``nn.Identity()``
+            for what it does not do. ``norm1`` is a LayerNorm. ``attn`` has ``num_heads`` or ``heads``, linear
+            projections ``qkv`` (packed in this order), or ``q``, ``k`` and ``v``, or ``q_proj``, ``k_proj``
+            and ``v_proj``, and ``proj``; it may have ``scale``, ``q_norm`` and ``k_norm`` of each head,
+            ``attn_drop``, ``norm`` before ``proj`` and ``proj_drop`` after it.
+        stride: rows 0, s, 2s, … and columns 0, s, 2s, … are kept.
+
+    Raises:
+        TypeError: the block lacks something or has something that is not understood; the message names it.
+        ValueError: ``stride`` is not a positive integer.
+    """
+
+    def __init__(self, block: nn.Module, stride: int = 2) -> None:
+        super().__init__()
+        if not isinstance(stride, int) or stride < 1:
+            raise ValueError(f"stride is {stride!r}; expected a positive integer")
+        self.stride = stride
+        self._projections = _check_block(block)
+        for name in _BLOCK_PARTS:
+            setattr(self, name, getattr(block, name))
+        self.training = block.training
+
+    def forward(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
+        """Tokens of the coarser grid.
+
+        Args:
+            x: (B, prefix + h·w, C): the prefix tokens, then the grid row by row.
+            grid: rows h and columns w.
+            prefix_tokens: how many tokens precede the grid; all are kept.
+
+        Returns:
+            (B, prefix + ⌈h/s⌉·⌈w/s⌉, C).
+
+        Raises:
+            ValueError: ``x`` does not have the tokens of the prefix and the grid.
+        """
+        attn, norm = self.attn, self.norm1
+        normed, normed_sub, x_sub = subsample_layer_norm(
+            x,
+            norm.weight,
+            norm.bias,
+            grid=grid,
+            stride=self.stride,
+            prefix_tokens=prefix_tokens,
+            eps=norm.eps,
+        )
+        heads = _heads(attn)
+        query, key, value = (t.unflatten(-1, (heads, -1)) for t in self._project(normed_sub, normed))
+        query, key = _apply(attn, "q_norm", query), _apply(attn, "k_norm", key)
+        dropout = getattr(attn, "attn_drop", 0.0)
+        dropout = getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
+        output = query_attention(
+            query,
+            key,
+            value,
+            scale=getattr(attn, "scale", None),
+            dropout_p=dropout if attn.training else 0.0,
+        ).flatten(-2)
+        output = _apply(attn, "proj_drop", attn.proj(_apply(attn, "norm", output)))
+        x = x_sub + self.drop_path1(self.ls1(output))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _project(self, kept: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query of the kept tokens, key and value of all."""
+        modules = [getattr(self.attn, name) for name in self._projections]
+        if len(modules) == 3:
+            return modules[0](kept), modules[1](every), modules[2](every)
+        weight, bias = modules[0].weight, modules[0].bias
+        width = weight.shape[0] // 3
+        query = F.linear(kept, weight[:width], None if bias is None else bias[:width])
+        key, value = F.linear(every, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+        return query, key, value
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
+
+
+_BLOCK_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+_PROJECTIONS = (("qkv",), ("q", "k", "v"), ("q_proj", "k_proj", "v_proj"))
+_ATTENTION_PARTS = ("q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop", *sum(_PROJECTIONS, ()))
+
+
+def _apply(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """A module's child applied to x, if it has the child."""
+    child = getattr(module, name, None)
+    return x if child is None else child(x)
+
+
+def _heads(attn: nn.Module) -> int | None:
+    return getattr(attn, "num_heads", getattr(attn, "heads", None))
+
+
+def _check_block(block: nn.Module) -> tuple[str, ...]:
+    """Names of the attention's projections, if the block is one that `QueryDownsample` understands."""
+
+    def refuse(owner: str, module: object, problem: str) -> None:
+        raise TypeError(f"{owner} ({type(module).__name__}) {problem}")
+
+    def check_parts(owner: str, module: nn.Module, known: tuple[str, ...]) -> None:
+        own = {name for name, child in module.named_children() if not isinstance(child, nn.Identity)}
+        own |= {name for name, _ in module.named_parameters(recurse=False)}
+        own |= {name for name, _ in module.named_buffers(recurse=False)}
+        if unknown := sorted(own.difference(known)):
+            refuse(owner, module, f"has {', '.join(unknown)}; expected nothing but {', '.join(known)}")
+
+    missing = [name for name in _BLOCK_PARTS if not isinstance(getattr(block, name, None), nn.Module)]
+    if missing:
+        what = "expected a pre-norm block, with nn.Identity() for what it does not do"
+        refuse("block", block, f"has no {', '.join(missing)}; {what}")
+    check_parts("block", block, _BLOCK_PARTS)
+    norm, attn = block.norm1, block.attn
+    if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
+        refuse("block.norm1", norm, "is no LayerNorm of the channels")
+
+    names = next((n for n in _PROJECTIONS if all(getattr(attn, p, None) is not None for p in n)), None)
+    if names is None:
+        refuse("block.attn", attn, "has no qkv, nor q, k and v, nor q_proj, k_proj and v_proj")
+    if not isinstance(getattr(attn, "proj", None), nn.Module):
+        refuse("block.attn", attn, "has no proj")
+    if not isinstance(heads := _heads(attn), int) or heads < 1:
+        refuse("block.attn", attn, "has no num_heads nor heads")
+    check_parts("block.attn", attn, _ATTENTION_PARTS)
+    if "rope" in inspect.signature(attn.forward).parameters:
+        refuse("block.attn", attn, "takes rotary positions; expected positions in the tokens alone")
+    projections = [getattr(attn, name) for name in names]
+    if any(getattr(type(p), "forward", None) is not nn.Linear.forward for p in projections):
+        refuse("block.attn", attn, f"has other projections {', '.join(names)} than nn.Linear")
+    widths = {p.out_features for p in projections}
+    if len(widths) > 1 or widths.pop() % (heads * 3 // len(names)):
+        refuse("block.attn", attn, f"has projections {', '.join(names)} that do not fit {heads} equal heads")
+    return names
+
+
+class _PackedAttention(nn.Module):
+    """`query_attention` with its projections, under the parameter names of `nn.MultiheadAttention`."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the projections first ... last - 1 of query, key and value."""
+        dim = self.in_proj_weight.shape[1]
+        return self.in_proj_weight[first * dim : last * dim], self.in_proj_bias[first * dim : last * dim]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, Nq, C) from projected (B or 1, Nq, C) and (B, Nk, C), all of which may be strided slices."""
+        output = query_attention(
+            *(x.unflatten(-1, (self.heads, -1)) for x in (query, key, value)),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(output.flatten(-2))
+
+
+class _UpsampleLayer(nn.Module):
+    """Post-norm transformer decoder layer, under the parameter names of `nn.TransformerDecoderLayer`."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = _PackedAttention(dim, heads, dropout)
+        self.multihead_attn = _PackedAttention(dim, heads, dropout)
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def attend_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B or 1, N, C) after self-attention, and the query that they project to."""
+        projected = F.linear(tokens, *self.self_attn.rows(0, 3)).chunk(3, dim=-1)
+        tokens = self.norm1(tokens + self.dropout(self.self_attn(*projected)))
+        return tokens, F.linear(tokens, *self.multihead_attn.rows(0, 1))
+
+    def attend_features(self, tokens: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Tokens (B, N, C) after cross-attention to projected features (B, Nk, C) and feed-forward."""
+        tokens = self.norm2(tokens + self.dropout(self.multihead_attn(query, key, value)))
+        hidden = self.dropout(F.relu(self.linear1(tokens)))
+        return self.norm3(tokens + self.dropout(self.linear2(hidden)))
+
+
+class _UpsampleStage(nn.Module):
+    """The layers that look at one feature level, and the projection of its features."""
+
+    def __init__(self, level_dim: int, dim: int, heads: int, depth: int, dropout: float) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(level_dim, dim)
+        self.input_norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(_UpsampleLayer(dim, heads, dropout) for _ in range(depth))
+
+    def stacked_rows(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias that project features to k and v of every layer in turn."""
+        weights, biases = zip(*(layer.multihead_attn.rows(1, 3) for layer in self.layers), strict=True)
+        return torch.cat(weights), torch.cat(biases)
+
+    def forward(self, tokens: Tensor, features: Tensor, first: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Tokens (B, N, C) from tokens (B or 1, N, C) and features (B, Nk, level_dim).
+
+        `first` is what `attend_tokens` of the first layer gives, if that is known.
+        """
+        features = self.input_norm(self.input_proj(features))
+        if hasattr(self, "fused_kv_weight"):
+            stacked = F.linear(features, self.fused_kv_weight, self.fused_kv_bias)
+            projected = stacked.chunk(len(self.layers), dim=-1)
+        else:
+            projected = [F.linear(features, *layer.multihead_attn.rows(1, 3)) for layer in self.layers]
+        for layer, key_value in zip(self.layers, projected, strict=True):
+            tokens, query = first or layer.attend_tokens(tokens)
+            tokens = layer.attend_features(tokens, query, *key_value.chunk(2, dim=-1))
+            first = None
+        return tokens
+
+
+class QueryUpsample(nn.Module):
+    """Query-based up-sampling: learned queries gather feature maps of any resolution (SegViT, section 3.3).
+
+    There is one query for each token of a training grid. They go through ``depth`` post-norm transformer
+    decoder layers for each feature level in turn: self-attention, cross-attention to the level, ReLU
+    feed-forward of four times the width. What happens before they meet the first features is the same for
+    all images and is computed once, unless dropout makes it differ.
+
+    Args:
+        embed_dim: width C of the queries.
+        num_heads: attention heads; must divide ``embed_dim``.
+        grid: height and width of the training grid.
+        level_dims: channels of the feature levels, in the order in which they are attended to.
+        depth: layers for each level.
+        dropout: of attention weights, after each sub-layer and inside the feed-forward part.
+        resize: resize the queries bicubically to other grids, as position embeddings are. Otherwise the
+            output has the training grid, always.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``embed_dim``, or there is no level or no layer.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        level_dims: Sequence[int],
+        depth: int = 3,
+        dropout: float = 0.0,
+        resize: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}; expected a divisor of embed_dim {embed_dim}")
+        if depth < 1 or not level_dims:
+            raise ValueError(f"expected one layer and one level at least, got {depth} and {len(level_dims)}")
+        self.grid = tuple(grid)
+        self.dropout = dropout
+        self.resize = resize
+        self.queries = nn.Parameter(torch.empty(grid[0] * grid[1], embed_dim))
+        self.stages = nn.ModuleList(
+            _UpsampleStage(level_dim, embed_dim, num_heads, depth, dropout) for level_dim in level_dims
+        )
+        self.reset_parameters()
+        # Constants of fuse() would be stale beside new weights.
+        self.register_load_state_dict_pre_hook(lambda module, *_: module.unfuse())
+
+    def reset_parameters(self) -> None:
+        """Normal queries, truncated normal linear layers (0.02), Xavier packed projections; zero biases."""
+        nn.init.normal_(self.queries)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, _PackedAttention):
+                nn.init.xavier_uniform_(module.in_proj_weight)
+                nn.init.zeros_(module.in_proj_bias)
+
+    def output_grid(self, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width of the output where ``grid`` is asked for."""
+        return self.grid if grid is None or not self.resize else tuple(grid)
+
+    def forward(self, levels: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:
+        """Features of the queries' grid.
+
+        Args:
+            levels: feature maps (B, Nk, level_dim), in the order of ``level_dims``.
+            grid: height and width of the output; the training grid if not given.
+
+        Returns:
+            (B, h·w, C), row by row, of ``output_grid(grid)``.
+
+        Raises:
+            ValueError: as many levels as ``level_dims`` were expected.
+        """
+        if len(levels) != len(self.stages):
+            raise ValueError(f"levels: got {len(levels)}, expected {len(self.stages)}")
+        grid, first = self.output_grid(grid), None
+        tokens = self._queries(grid)
+        if self.training and self.dropout > 0:
+            # Every image draws its own dropout; without dropout all images share the first steps.
+            tokens = tokens.expand(levels[0].shape[0], -1, -1)
+        elif grid == self.grid and hasattr(self, "fused_tokens"):
+            first = (self.fused_tokens, self.fused_query)
+        for stage, features in zip(self.stages, levels, strict=True):
+            tokens, first = stage(tokens, features, first), None
+        return tokens
+
+    def _queries(self, grid: tuple[int, int]) -> Tensor:
+        queries = self.queries.unsqueeze(0)
+        if grid == self.grid:
+            return queries
+        image = queries.float().unflatten(1, self.grid).permute(0, 3, 1, 2)
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        return image.flatten(2).transpose(1, 2).to(queries.dtype)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Keep as constants what depends on parameters alone, for inference with weights that stay.
+
+        These are the first self-attention and query at the training grid, and each level's k and v
+        projections, stacked into one.
+        """
+        self.unfuse()
+        tokens, query = self.stages[0].layers[0].attend_tokens(self._queries(self.grid))
+        self.register_buffer("fused_tokens", tokens, persistent=False)
+        self.register_buffer("fused_query", query, persistent=False)
+        for stage in self.stages:
+            weight, bias = stage.stacked_rows()
+            stage.register_buffer("fused_kv_weight", weight, persistent=False)
+            stage.register_buffer("fused_kv_bias", bias, persistent=False)
+
+    def train(self, mode: bool = True) -> QueryUpsample:
+        if mode:
+            self.unfuse()
+        return super().train(mode)
+
+    def unfuse(self) -> None:
+        """Forget the constants of :meth:`fuse`, as training and loading weights do."""
+        for module in (self, *self.stages):
+            for name in ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias"):
+                if hasattr(module, name):
+                    delattr(module, name)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, resize={self.resize}"

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import atm, cpu, gpu, kernels, report, timing
+from bench import atm, gpu, kernels, report, timing
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
+MODES = [(name, mode) for name, op in kernels.operators().items() for mode in op.modes]
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +59,9 @@ def test_gpu_script_runs_whole_on_tiny_shapes(gpu_smoke):
         "grad_value",
         "grad_previous_masks",
     }
-    measured = {(r["peer"], r["mode"]) for r in result["timings"] if r["status"] == "ok"}
-    assert measured == {(p, m) for p in ("fused", "plain") for m in kernels.MODES}
+    measured = {(r["operator"], r["peer"], r["mode"]) for r in result["timings"] if r["status"] == "ok"}
+    assert measured == {(o, p, m) for o, m in MODES for p in ("fused", "plain")}
+    assert {r["operator"] for r in result["checks"] if r["status"] == "ok"} == set(kernels.operators())
     assert all(r["reason"] for r in result["timings"] if r["status"] == "skipped")
     assert all(r["share_of_floor"] > 0 for r in result["timings"] if r["status"] == "ok")
     assert result["environment"]["kernels_sha256"] and result["environment"]["torch"] == torch.__version__
@@ -80,7 +82,8 @@ def test_cpu_script_runs_whole_on_tiny_shapes(tmp_path):
     result = report.load(path)
     assert {r["mode"] for r in result["timings"]} == {"forward", "backward", "forward_backward"}
     assert all(r["status"] == "ok" and r["result_bytes"] > 0 for r in result["memory"])
-    assert len(result["memory"]) == 2 and result["environment"]["threads"] == 1
+    assert {(r["operator"], r["mode"]) for r in result["memory"]} == set(MODES)
+    assert result["environment"]["threads"] == 1
 
 
 # ------------------------------------------------------------------------------------------ exit codes
@@ -296,7 +299,7 @@ def test_tasks_past_the_deadline_are_recorded_as_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert gpu.work("timings", path, start=0, deadline=0.0, smoke=True) == 0
     rows = [r for r in map(json.loads, path.read_text().splitlines()) if "table" in r]
-    assert len(rows) == len(kernels.MODES)
+    assert len(rows) == len(MODES)
     assert all(r["status"] == "skipped" and r["reason"] == "time budget" for r in rows)
 
 
@@ -307,7 +310,9 @@ def test_every_shape_batch_and_dtype_is_timed_and_checked():
         checked = {(case.name, case.batch) for kind, case in op.check_cases(False) if kind == "values"}
         assert {group[:2] for group in groups} <= checked
         assert {group[:2] for group in groups} == {(s.name, b) for s in op.shapes for b in (1, 4, 16)}
-    assert {(atm.OPERATOR.shape(*s).name, s[1]) for s in cpu.SHAPES} == set(cpu.SHAPES)
+        assert {op.shape(*s).name for s in op.cpu_shapes} == {name for name, _ in op.cpu_shapes}
+        targets = {(t.shape, t.batch) for t in op.targets if t.device == "cpu"}
+        assert targets <= set(op.cpu_shapes), "a target that no run measures"
 
 
 # ------------------------------------------------------------------------------ measuring

@@ -105,40 +105,35 @@ def test_gradcheck(mask_ignored):
     assert torch.autograd.gradcheck(total, output[:2])
 
 
-def test_blocks_change_nothing(monkeypatch):
-    """Large inputs run in checkpointed blocks of pairs: same values and gradients, little kept."""
-    output, labels = make_output(), make_labels()
-    tensors = [*output[:2], *output.auxiliary[0], *output.auxiliary[1]]
-    whole = SegViTLoss(CLASSES)(output, labels)
-    expected = torch.autograd.grad(whole["total"], tensors)
-    monkeypatch.setattr("segvit.losses._BLOCK_CPU", 2 * labels[0].numel())
-
-    largest = 0
+def test_nothing_of_full_resolution_is_kept():
+    """For the backward pass: low-resolution logits and the labels."""
+    output, labels = make_output(), make_labels(size=(52, 68))
+    kept = []
 
     def pack(tensor):
-        nonlocal largest
-        largest = max(largest, tensor.numel())
+        kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        blocks = SegViTLoss(CLASSES)(output, labels)
-    assert largest <= labels.numel(), "a full-resolution map was kept for the backward pass"
-    for name, value in whole.items():
-        close(blocks[name], value, 1e-12)
-    for actual, value in zip(torch.autograd.grad(blocks["total"], tensors), expected, strict=True):
-        close(actual, value, 1e-12)
+        SegViTLoss(CLASSES)(output, labels)["total"].backward()
+    large = [tensor for tensor in kept if tensor.numel() >= 52 * 68]
+    assert all(not tensor.is_floating_point() and tensor.numel() <= labels.numel() for tensor in large)
 
 
-def test_absent_pairs_as_on_a_gpu(monkeypatch):
-    """A GPU computes absent pairs too: same values, and no gradient for their masks."""
-    output, labels = make_output(auxiliary=0), make_labels()
-    expected = SegViTLoss(CLASSES)(output, labels)
-    monkeypatch.setattr("segvit.losses._can_read", lambda tensor: False)
-    losses = SegViTLoss(CLASSES)(output, labels)
-    for name, value in expected.items():
-        close(losses[name], value, 1e-12)
-    losses["total"].backward()
+def test_absent_pairs_get_no_gradient():
+    output = make_output(auxiliary=0)
+    SegViTLoss(CLASSES)(output, make_labels())["total"].backward()
     assert (output.mask_logits.grad[:, 3] == 0).all() and (output.mask_logits.grad[0, 4] != 0).all()
+
+
+def test_step_reads_nothing_back():
+    """On meta tensors there is nothing to read, and a shape that depends on values cannot be."""
+    output = SegViTOutput(*(t.detach().to("meta").requires_grad_() for t in make_output(auxiliary=0)[:2]), [])
+    losses = SegViTLoss(CLASSES)(output, make_labels().to("meta"))
+    losses["total"].backward()
+    assert output.mask_logits.grad.shape == output.mask_logits.shape
+    with pytest.raises(Exception, match="meta"):
+        losses["total"].item()
 
 
 def test_images_without_labels():

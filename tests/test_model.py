@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from segvit import BackboneConfig, SegViT, SegViTConfig, SegViTLoss, SegViTOutput
 from segvit.checkpoint import load_state_dict, rename_published_keys
@@ -85,7 +84,7 @@ def test_published_features_tokens_and_masks(fixture, published):
     features = published.backbone(images)
     for index, feature in enumerate(features):
         close(feature.transpose(1, 2).unflatten(-1, (6, 6)), expected[f"backbone_out.{index}"])
-    for index, stage in enumerate(published.decoder(features)):
+    for index, stage in enumerate(published.decoder(features, (6, 6))):
         close(stage.tokens, expected[f"query.{index}"])
         close(stage.mask_logits.unflatten(-1, (6, 6)), expected[f"stage_masks.{index}"])
         close(stage.class_logits, expected["pred_logits_all"][index])
@@ -160,7 +159,7 @@ def test_planted_bugs_show(fixture, published, bug):
         decoder.stages[0], decoder.stages[1] = decoder.stages[1], decoder.stages[0]
     elif bug == "accumulation":
         forward = decoder.forward
-        decoder.forward = lambda features: forward(features, accumulate=False)
+        decoder.forward = lambda features, grid: forward(features, grid, accumulate=False)
     elif bug == "scale":
         decoder.stages[2].layers[2].atm.q.weight *= 1.001
     output = model(fixture["img"])
@@ -348,29 +347,6 @@ def test_labels_are_the_argmax_of_scores(size):
     chosen = expected.gather(1, labels.long()[:, None])[:, 0]
     assert (expected.amax(1) - chosen).max() < 1e-5, "a pixel has a clearly better class"
     assert labels.unique().numel() > 2
-    crop = (size[0] - 1, size[1] - 2)
-    assert (model.labels(output, size, crop=crop) == labels[:, : crop[0], : crop[1]]).all()
-
-
-def test_labels_in_blocks_of_rows(monkeypatch):
-    """Blocks change nothing, and no tensor has the size of all scores."""
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                Largest.numel = max(Largest.numel, out.numel())
-            return out
-
-    model, output = tiny_model(), random_output(classes=20, grid=(8, 8))
-    expected = model.labels(output, (128, 128))
-    monkeypatch.setattr("segvit.model._BLOCK", 2 * 20 * 128 * 7)
-    with Largest():
-        labels = model.labels(output, (128, 128))
-    assert (labels == expected).all()
-    assert Largest.numel <= 2 * 20 * 128 * 7 < labels.numel() * 20
 
 
 def test_many_classes_take_int16():

@@ -28,7 +28,7 @@ def tiny_model(**changes) -> SegViT:
         for stage in model.decoder.stages:
             stage.layers[-1].atm.q.weight.normal_()
             stage.layers[-1].atm.k.weight.normal_()
-        tokens = model.decoder(model.backbone(torch.randn(1, 3, 32, 32)))[-1].tokens[0]
+        tokens = model.decoder(model.backbone(torch.randn(1, 3, 32, 32)), (4, 4))[-1].tokens[0]
         model.decoder.class_head.weight.zero_()[:-1] = 8 * torch.linalg.pinv(tokens).T
     return model
 

@@ -282,7 +282,7 @@ def test_evaluation_keeps_sizes_and_batches_equal_ones():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(()))
 
-        def predict(self, images):
+        def predict(self, images, options=None):
             assert not self.training
             seen.append(tuple(images.shape))
             return images[:, 0]

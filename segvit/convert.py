@@ -1,0 +1,147 @@
+"""`segvit convert`: published checkpoints, plain and Shrunk, to folders for `SegViT.from_pretrained`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from segvit.backbone import infer_backbone_config
+from segvit.checkpoint import published_names, read_checkpoint, rename_published_keys
+from segvit.config import PRESETS, SegViTConfig
+from segvit.model import SegViT
+from segvit.options import ConvertConfig
+
+__all__ = ["Conversion", "ConvertConfig", "convert", "infer_config", "run"]
+
+
+class Conversion(NamedTuple):
+    """A converted model, and the keys of the checkpoint that it has no use for."""
+
+    model: SegViT
+    unused: list[str]
+
+
+def convert(path: str | os.PathLike, fields: Mapping[str, Any] | None = None) -> Conversion:
+    """The model of a published checkpoint. No code in the file is run.
+
+    Args:
+        path: a .pth or .safetensors file with the published names.
+        fields: values in place of those that `infer_config` finds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, not a published SegViT checkpoint, weights missing, or a size that needs
+            `fields`; one line that names the file.
+    """
+    published, meta = read_checkpoint(path)
+    if not all(
+        any(key.startswith(part) for key in published) for part in ("backbone.layers.", "decode_head.")
+    ):
+        expected = "weights named backbone.layers... and decode_head..."
+        raise ValueError(f"{path}: not a published SegViT checkpoint, which has {expected}")
+    renamed = {key: value.float() for key, value in rename_published_keys(published).items()}
+    try:
+        config = infer_config(renamed, fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    config = dataclasses.replace(config, **_classes(meta, config))
+    with torch.device("meta"):
+        known = SegViT(config).state_dict()
+    weights = {key: value for key, value in renamed.items() if key in known}
+    model = SegViT.from_state_dict(config, weights, str(path))
+    names = published_names(published)
+    used = {names[key] for key in weights}
+    return Conversion(model, [key for key in published if key not in used])
+
+
+def infer_config(state_dict: Mapping[str, Tensor], fields: Mapping[str, Any] | None = None) -> SegViTConfig:
+    """The configuration of published weights, from their names (`rename_published_keys`) and shapes.
+
+    Shapes do not tell heads, which are 64 channels wide in the backbone and 32 in the decoder, nor taps and
+    the block that shrinks, which are those of the preset with this width and depth.
+
+    Args:
+        state_dict: renamed weights.
+        fields: fields of `SegViTConfig` and `BackboneConfig` that are known better.
+
+    Raises:
+        ValueError: weights that everything depends on are missing, or taps must be given.
+    """
+    backbone = infer_backbone_config(state_dict)
+    if missing := {"decoder.class_tokens", "backbone.pos_embed"} - set(state_dict):
+        raise ValueError(f"no weights for {', '.join(sorted(missing))}")
+    num_classes, dim = state_dict["decoder.class_tokens"].shape
+    side = math.isqrt(state_dict["backbone.pos_embed"].shape[1])
+    shrunk = "decoder.upsample.queries" in state_dict
+    stages = "decoder.upsample.stages." if shrunk else "decoder.stages."
+    num_taps = _count(state_dict, stages)
+    values = {
+        **backbone.to_dict(),
+        "num_classes": num_classes,
+        "decoder_dim": dim,
+        "decoder_depth": _count(state_dict, f"{stages}0.layers."),
+        "image_size": (side * backbone.patch_size,) * 2,
+        "taps": (backbone.depth - 1,) if num_taps == 1 else None,
+        "upsample": shrunk,
+        "resize_queries": not shrunk,
+    }
+    for name in PRESETS:
+        preset = SegViTConfig.preset(name, num_classes, shrunk=shrunk)
+        same = (preset.backbone.width, preset.backbone.depth) == (backbone.width, backbone.depth)
+        if same and len(preset.taps) == num_taps:
+            values |= {
+                "taps": preset.taps,
+                "shrink_at": preset.backbone.shrink_at,
+                "drop_path": preset.backbone.drop_path,
+            }
+    values |= fields or {}
+    needed = ["taps", "shrink_at"] if shrunk else ["taps"]
+    if unknown := [name for name in needed if values.get(name) is None]:
+        raise ValueError(
+            f"{num_taps} taps in {backbone.depth} blocks of width {backbone.width} are no published size: "
+            f"{' and '.join(unknown)} must be given, as in --model '{{\"taps\": [5, 7, 11]}}'"
+        )
+    return SegViTConfig.from_fields(values)
+
+
+def _count(keys: Sequence[str] | Mapping[str, Any], prefix: str) -> int:
+    """How many modules are numbered from 0 after a prefix."""
+    numbers = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
+    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+
+
+def _classes(meta: Mapping[str, Any], config: SegViTConfig) -> dict[str, Any]:
+    """Class names and colours that a checkpoint brings along, where the configuration has none."""
+    found = {"class_names": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
+    return {
+        name: entries
+        for name, entries in found.items()
+        if isinstance(entries, (list, tuple))
+        and len(entries) == config.num_classes
+        and getattr(config, name) is None
+    }
+
+
+def run(config: ConvertConfig) -> int:
+    """`segvit convert`: prints what was found, what was not used and where the result is. Returns 0."""
+    model, unused = convert(config.checkpoint, config.model)
+    model.save_pretrained(config.out)
+    found, backbone = model.config, model.config.backbone
+    shrunk = f", shrunk at block {backbone.shrink_at}" if backbone.shrink_at is not None else ""
+    print(
+        f"{config.checkpoint}: ViT of width {backbone.width} with {backbone.depth} blocks{shrunk}, "
+        f"taps {', '.join(map(str, found.taps))}; {found.num_classes} classes; "
+        "{}x{} pixels".format(*found.image_size)
+    )
+    print(
+        f"{len(model.state_dict())} tensors in {config.out}, none missing; {len(unused)} unused in the file"
+    )
+    for key in unused:
+        print(f"  unused: {key}")
+    return 0

@@ -1,0 +1,169 @@
+"""From images to label maps: at once, by sliding windows, at several scales, mirrored (SegViT, section 4.1).
+
+Every run of the network on a piece of a resized image is one *pass*. Only its mask logits on the patch grid
+and its class probabilities are kept, and one `semantic_argmax` turns all passes into the label map: scores of
+full size never exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from segvit.options import InferenceOptions
+from segvit_kernels import View, Views
+
+if TYPE_CHECKING:
+    from segvit.model import SegViT
+
+__all__ = ["InferenceOptions", "Pass", "check_options", "crops_of", "label_maps", "passes", "views_of"]
+
+_IMAGES = 8  # crops that run together
+
+
+class Pass(NamedTuple):
+    """One run of the network: a crop of the image resized to `resized`, mirrored if `flip`.
+
+    The crop's sides are multiples of the patch size; it may reach beyond the right and bottom edges. Passes
+    of one `group` (scale and mirroring) are averaged where they overlap, and then the groups.
+    """
+
+    resized: tuple[int, int]
+    top: int
+    left: int
+    crop: tuple[int, int]
+    flip: bool
+    group: int
+
+
+def passes(size: tuple[int, int], options: InferenceOptions, patch: int) -> list[Pass]:
+    """The passes over an image of `size` (height, width), for a network of this patch size.
+
+    Raises:
+        ValueError: an option is out of range, or the window not a multiple of the patch size.
+    """
+    check_options(options, patch)
+    found = []
+    factor = options.short_side / min(size) if options.short_side else 1.0
+    for scale in options.scales:
+        height, width = (max(1, round(side * factor * scale)) for side in size)
+        rows, columns = (_windows(side, options, patch) for side in (height, width))
+        for flip in (False, True) if options.flip else (False,):
+            group = found[-1].group + 1 if found else 0
+            for top, crop_height in rows:
+                for left, crop_width in columns:
+                    crop = (crop_height, crop_width)
+                    found.append(Pass((height, width), top, left, crop, flip, group))
+    return found
+
+
+def check_options(options: InferenceOptions, patch: int) -> None:
+    """Raise ValueError for options that cannot be, for a network of this patch size."""
+    window, stride = options.window, options.stride
+    if window is not None and (window < patch or window % patch):
+        raise ValueError(f"window: got {window}, expected a multiple of the patch size {patch}")
+    if stride is not None and window is None:
+        raise ValueError(f"stride: got {stride} without a window")
+    if stride is not None and not 0 < stride <= window:
+        raise ValueError(f"stride: got {stride}, expected 1 to {window}, the window")
+    if not options.scales or not all(0 < scale < math.inf for scale in options.scales):
+        raise ValueError(f"scales: got {tuple(options.scales)}, expected positive numbers")
+    if options.short_side is not None and options.short_side < 1:
+        raise ValueError(f"short_side: got {options.short_side}, expected at least 1")
+
+
+def _windows(side: int, options: InferenceOptions, patch: int) -> list[tuple[int, int]]:
+    """(start, length) of the windows along one side, the last one flush with the end."""
+    if options.window is None or side <= options.window:
+        return [(0, math.ceil(side / patch) * patch)]
+    stride = options.stride or max(1, 2 * options.window // 3)
+    last = side - options.window
+    return [(min(start, last), options.window) for start in range(0, last + stride, stride)]
+
+
+@functools.lru_cache(maxsize=64)
+def views_of(
+    batch: int,
+    size: tuple[int, int],
+    runs: tuple[Pass, ...],
+    grids: tuple[tuple[int, int], ...],
+    device: torch.device,
+) -> Views | None:
+    """The views of a batch, in the order of the passes, whose masks have these grids.
+
+    None where every image is one whole view.
+    """
+    if len(runs) == 1 and runs[0].resized == runs[0].crop == size and not runs[0].flip:
+        return None
+    views = [
+        View.crop(
+            image,
+            size,
+            resized=run.resized,
+            top=run.top,
+            left=run.left,
+            crop=run.crop,
+            grid=grid,
+            flip=run.flip,
+            group=run.group,
+        )
+        for run, grid in zip(runs, grids, strict=True)
+        for image in range(batch)
+    ]
+    return Views(views, batch, size, device)
+
+
+def label_maps(model: SegViT, images: Tensor, options: InferenceOptions) -> Tensor:
+    """Label maps (B, H, W) of normalised images (B, 3, H, W).
+
+    Raises:
+        ValueError: options that cannot be; see `passes`.
+    """
+    patch, size = model.config.backbone.patch_size, tuple(images.shape[-2:])
+    runs = passes(size, options, patch)
+    outputs = [model(crops) for crops in crops_of(images, runs)]
+    grids = tuple(model.mask_grid(run.crop) for run in runs)
+    return model.labels(outputs, size, views_of(len(images), size, tuple(runs), grids, images.device))
+
+
+def crops_of(images: Tensor, runs: list[Pass]) -> Iterator[Tensor]:
+    """What the network sees, (P · B, 3, ch, cw) at a time: P passes in their order, every image of each."""
+    size, resized = None, images
+    for some in _together(runs, max(1, _IMAGES // max(1, len(images)))):
+        if size != some[0].resized:
+            size = some[0].resized
+            resized = _resize(images, size)
+        yield torch.cat([_crop(resized, run) for run in some])
+
+
+def _together(runs: list[Pass], most: int) -> list[list[Pass]]:
+    """Neighbours whose crops have one size, at most so many."""
+    chunks: list[list[Pass]] = []
+    for run in runs:
+        last = chunks[-1] if chunks else None
+        same = last and (last[0].resized, last[0].crop) == (run.resized, run.crop)
+        if same and len(last) < most:
+            last.append(run)
+        else:
+            chunks.append([run])
+    return chunks
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _crop(images: Tensor, run: Pass) -> Tensor:
+    height, width = run.crop
+    crop = images[..., run.top : run.top + height, run.left : run.left + width]
+    # 0 is the mean colour.
+    crop = F.pad(crop, (0, width - crop.shape[-1], 0, height - crop.shape[-2]))
+    return crop.flip(-1) if run.flip else crop

@@ -1,0 +1,57 @@
+"""The Shrunk structure's decoder: query-based up-sampling, then a single ATM stage.
+
+Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.3. Its other half, query-based down-sampling, is in
+the backbone (`BackboneConfig.shrink_at`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from segvit.config import SegViTConfig
+from segvit.decoder import ATMDecoder, StageOutput
+from segvit_kernels import QueryUpsample
+
+
+class ShrunkDecoder(ATMDecoder):
+    """Learned queries, one for each patch, attend to the taps; class tokens attend to the result.
+
+    Every layer of the ATM stage is an output with masks of its own, which are not accumulated.
+
+    Args:
+        config: as for `ATMDecoder`, and `resize_queries` and `image_size`.
+    """
+
+    def __init__(self, config: SegViTConfig) -> None:
+        super().__init__(config, stage_widths=[None])
+        patch = config.backbone.patch_size
+        self.upsample = QueryUpsample(
+            config.decoder_dim,
+            config.decoder_heads,
+            grid=(config.image_size[0] // patch, config.image_size[1] // patch),
+            level_dims=[config.backbone.width] * len(config.taps),
+            depth=config.decoder_depth,
+            dropout=config.decoder_dropout,
+            resize=config.resize_queries,
+        )
+
+    def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return self.upsample.output_grid(grid)
+
+    def forward(
+        self, features: list[Tensor], grid: tuple[int, int], accumulate: bool = True
+    ) -> list[StageOutput]:
+        """Outputs after each layer; `accumulate` changes nothing. Otherwise as in `ATMDecoder`."""
+        upsampled = self.upsample(features, grid)
+        tokens, first = self._first_tokens(upsampled.shape[0])
+        layers = self.stages[0](tokens, upsampled, every_layer=True, first=first)
+        grid = self.mask_grid(grid)
+        return [StageOutput(self.class_head(tokens), masks, tokens, grid) for tokens, masks in layers]
+
+    def fuse(self) -> None:
+        super().fuse()
+        self.upsample.fuse()
+
+    def unfuse(self) -> None:
+        super().unfuse()
+        self.upsample.unfuse()

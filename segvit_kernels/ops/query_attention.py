@@ -1,0 +1,230 @@
+r"""Query attention: softmax attention of thousands of queries, without masks.
+
+For query-based down-sampling (QD: subsampled tokens ask all tokens) and up-sampling (QU: one learned query a
+token of the full grid), SegViT (NeurIPS 2022), section 3.3. Per head h:
+
+.. math::
+    S_h = \text{scale} \cdot Q_h K_h^\top, \qquad
+    O_h = \text{dropout}(\text{softmax}(S_h)) V_h
+
+Layout is (batch, tokens, heads, head_dim). Queries may be shared by the batch.
+
+Kept for the backward: Q, K, V, O and the log-sum-exp of every row of S in float32 (float64 for float64
+inputs); S itself is recomputed, never stored. With δ = rowsum(dO ∘ O) and the scaled dropout mask D:
+
+    dP = D ∘ (dO Vᵀ)      dS = P ∘ (dP − δ)
+    dQ = scale · dS K     dK = scale · dSᵀ Q     dV = (D ∘ P)ᵀ dO
+
+This is attention-to-mask without its masks, and the eager form says so: it runs that operator's blocks, or
+torch's own CPU kernel where that does the same. Refused: what :func:`segvit_kernels.fused_atm` refuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from segvit_kernels import _library
+from segvit_kernels.ops import atm
+from segvit_kernels.ops.atm import _draw_seed, _unit_stride
+
+
+def query_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The meaning of :func:`query_attention` in ordinary PyTorch, with the similarity map S in memory.
+
+    ``seed`` (int64, one element) chooses the dropout mask; everything else as in :func:`query_attention`.
+    """
+    return atm.atm_reference(query, key, value, scale=scale, dropout_p=dropout_p, seed=seed).output
+
+
+def _torch_has_it(query: Tensor, dropout_p: float) -> bool:
+    """Whether torch's own CPU kernel, which also gives the log-sum-exp, computes the same."""
+    return query.device.type == "cpu" and dropout_p == 0
+
+
+def _heads_first(batch: int, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """(batch, H, N, D) in ``dtype``. Torch's kernel does not check that the last stride is 1."""
+    return [_unit_stride(t.to(dtype)).expand(batch, -1, -1, -1).transpose(1, 2) for t in tensors]
+
+
+def _fwd_eager(
+    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    batch = key.shape[0]
+    if batch == 0 or not _torch_has_it(query, dropout_p):
+        output, _, lse = atm._fwd_eager(query, key, value, None, seed, scale, dropout_p, False)
+        return output, lse
+    # Half precisions run in float32: on the CPU that is no slower, and sums stay exact.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(batch, dtype, query, key, value), scale=scale
+    )
+    return output.transpose(1, 2).to(query.dtype).contiguous(), lse.contiguous()
+
+
+def _bwd_eager(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = key.shape[0]
+    if batch == 0 or not _torch_has_it(query, dropout_p):
+        return atm._bwd_eager(
+            grad_output, None, query, key, value, output, lse, seed, scale, dropout_p, deterministic
+        )
+    tensors = _heads_first(batch, lse.dtype, grad_output, query, key, value, output)
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, lse, 0.0, False, scale=scale
+    )
+    grad_query, grad_key, grad_value = (g.transpose(1, 2) for g in gradients)
+    if query.shape[0] != batch:
+        grad_query = grad_query.sum(dim=0, keepdim=True)
+    grad_query, grad_key, grad_value = (
+        g.to(query.dtype).contiguous() for g in (grad_query, grad_key, grad_value)
+    )
+    return grad_query, grad_key, grad_value
+
+
+def _fwd_fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, (_, queries, heads, dim) = key.shape[0], query.shape
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (
+        query.new_empty(batch, queries, heads, dim),
+        query.new_empty(batch, heads, queries, dtype=lse_dtype),
+    )
+
+
+def _bwd_fake(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _fwd_macs(query: tuple[int, ...], key: tuple[int, ...], *_: Any) -> int:
+    return 2 * atm._product_macs(query, key)
+
+
+def _bwd_macs(grad_output: Any, query: tuple[int, ...], key: tuple[int, ...], *_: Any) -> int:
+    return 5 * atm._product_macs(query, key)
+
+
+_query_attention_fwd = _library.define(
+    "query_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? seed, float scale, float dropout_p) "
+    "-> (Tensor output, Tensor lse)",
+    eager=_fwd_eager,
+    fake=_fwd_fake,
+    macs=_fwd_macs,
+    refuse=lambda query, *_: atm._triton_refuses(query),
+)
+
+_query_attention_bwd = _library.define(
+    "query_attention_bwd(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "
+    "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    eager=_bwd_eager,
+    fake=_bwd_fake,
+    macs=_bwd_macs,
+    refuse=lambda grad_output, query, *_: atm._triton_refuses(query),
+)
+
+
+class QueryAttentionFunction(torch.autograd.Function):
+    """``segvit::query_attention_fwd`` with ``segvit::query_attention_bwd`` as its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        deterministic: bool,
+        backend: str | None,
+    ) -> Tensor:
+        output, lse = _query_attention_fwd(query, key, value, seed, scale, dropout_p, backend)
+        ctx.save_for_backward(query, key, value, output, lse, seed)
+        ctx.options = (scale, dropout_p, deterministic, backend)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        return (*_query_attention_bwd(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
+
+
+def query_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention of many queries in one pass, the similarity map never in memory.
+
+    SegViT (NeurIPS 2022), section 3.3 (QD and QU); the formulas, the gradient included, stand at the top of
+    this module.
+
+    Args:
+        query: (B, Nq, H, D), or (1, Nq, H, D) for queries that all images share; float32, float16, bfloat16
+            or float64 (eager only).
+        key: (B, Nk, H, D), dtype of ``query``.
+        value: (B, Nk, H, D), dtype of ``query``.
+        scale: factor of QKᵀ; D^-0.5 unless given.
+        dropout_p: probability of dropping an attention weight, in [0, 1), rounded to 1/65536. Call with 0
+            for inference.
+        deterministic: bitwise repeatable gradients; follows ``torch.use_deterministic_algorithms`` unless
+            given.
+        backend: one of ``segvit_kernels.BACKENDS``; chosen by device unless given.
+
+    Returns:
+        (B, Nq, H, D), dtype of ``query``. Sums and statistics are float32 for the half precisions. Under
+        autocast the inputs are cast to its dtype.
+
+    Raises:
+        TypeError: a dtype is not supported, or the dtypes differ.
+        ValueError: shapes or devices disagree, ``dropout_p`` is out of range, or the backend is unknown.
+        BackendUnavailableError: an explicitly chosen backend cannot run here.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    device_type = query.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
+    atm._validate(tensors, dropout_p, True)
+    query, key, value = (_unit_stride(t) for t in tensors.values())
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    seed = _draw_seed(query.device) if dropout_p > 0 else None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        # Dynamo does not trace a Function that is given one tensor twice.
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is key or value is query else value
+        return QueryAttentionFunction.apply(query, key, value, seed, scale, dropout_p, deterministic, backend)
+    return _query_attention_fwd(query, key, value, seed, scale, dropout_p, backend)[0]

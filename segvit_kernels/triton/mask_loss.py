@@ -1,0 +1,938 @@
+r"""Mask loss on a GPU: how :mod:`segvit_kernels.ops.mask_loss` runs in Triton.
+
+Pairs. Labels are counted per image and class (histograms in shared memory, int32 atomics, so repeatable); one
+program then writes the list of active pairs and its length. The main kernels are persistent: a fixed number of
+programs walks the items (active pair, entry of the list, tile), the number of items being read from memory.
+Inactive pairs cost nothing, and the host learns nothing.
+
+Interpolation. A tile is 16 groups of R ≤ ⌈scale⌉ consecutive output rows, times BLOCK columns. R rows of a group
+lie between three rows of the low-resolution map, which are loaded and interpolated along x once; then
+
+    x = v₀ + clamp(f) (v₁ − v₀) + clamp(f − 1) (v₂ − v₁),    f = position below v₀, clamp to [0, 1],
+
+two multiply-adds a pixel at any scale, and the adjoint is three multiply-adds into sums that stay in registers.
+The kernels walk the R rows of all groups at once.
+
+Forward: per tile four sums, written as partials and added in fixed order by a second launch.
+
+Backward, a gather: a program owns a block of cells and walks the output columns in their support. The sums over
+rows go through two small products, with the weights along x and with the matrix that says which cell a group's
+sum belongs to. Borders are computed by both neighbours. No atomics.
+
+Matching: the same walk with queries in place of groups; three products of (queries × pixels) and
+(pixels × targets) on tensor cores, targets read or made from the labels on the fly, split over rows.
+
+Per pixel one exponential and one reciprocal; log(1 + e) is a polynomial, accurate where e is small as the
+hardware's logarithm is not. Bytes, instructions and choices: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from segvit_kernels.triton._launch import Launch, architecture, pinned, run
+
+_ENTRIES = 4  # of the list of logits, in one launch
+_GROUPS = 16  # the smallest height of a matrix product
+_MAX_ROWS = 16  # of a group, in the forward
+_CLASSES = 1024  # in one histogram
+_COUNTED = 8192  # labels or mask elements of one program
+
+
+def _config(name: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
+    """Launch parameters of ``name`` (``mask_loss_fwd``, ``mask_loss_bwd``, ``mask_loss_matching``).
+
+    Returns:
+        ``block``, output columns of a tile; ``programs`` per multiprocessor, or with ``mask_matching_sums``
+        wanted ones; ``precision`` of the products; ``num_warps``; ``num_stages``; for matching ``block_q``
+        and ``block_m``, queries and targets of a program.
+    """
+    found = pinned(arch)[name]
+    kind = "single" if dtype == torch.float32 else "half"
+    return {"multiprocessors": pinned(arch)["multiprocessors"], **found.get(kind, found)}
+
+
+@triton.jit
+def _log1p_exp(e):
+    """log(1 + e) for e in [0, 1]: e times a minimax polynomial, relative error below 1.3e-7."""
+    y = e * 0.005364821292459965 - 0.030065780505537987
+    y = y * e + 0.07920452207326889
+    y = y * e - 0.13753801584243774
+    y = y * e + 0.191536545753479
+    y = y * e - 0.24857163429260254
+    y = y * e + 0.3332132399082184
+    y = y * e - 0.49999648332595825
+    return e * (y * e + 1.0)
+
+
+@triton.jit
+def _logistic(x):
+    """σ(x), σ(−x) and log(1 + exp(−|x|))."""
+    e = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    root = tl.rsqrt(1.0 + e)  # squared, it is a reciprocal without the range checks of a division
+    larger = root * root
+    smaller = e * larger
+    positive = x > 0
+    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), _log1p_exp(e)
+
+
+@triton.jit
+def _power(m, gamma, GAMMA_TWO: tl.constexpr):
+    if GAMMA_TWO:
+        return m * m
+    else:
+        return tl.where(m > 0, tl.exp2(gamma * tl.log2(m)), tl.where(gamma == 0, 1.0, 0.0))
+
+
+@triton.jit
+def _losses(x, t, alpha, gamma, GAMMA_TWO: tl.constexpr, HARD: tl.constexpr):
+    """Focal, bce, p·t and p of every pixel; ``t`` is boolean if HARD."""
+    p, q, log = _logistic(x)
+    if HARD:
+        bce = tl.maximum(tl.where(t, -x, x), 0.0) + log
+        m = tl.where(t, q, p)
+        focal = tl.where(t, alpha, 1.0 - alpha) * _power(m, gamma, GAMMA_TWO) * bce
+        overlap = tl.where(t, p, 0.0)
+    else:
+        bce = log + x * (tl.where(x > 0, 1.0, 0.0) - t)
+        m = p * (1.0 - t) + q * t
+        focal = (alpha * t + (1.0 - alpha) * (1.0 - t)) * _power(m, gamma, GAMMA_TWO) * bce
+        overlap = p * t
+    return focal, bce, overlap, p
+
+
+@triton.jit
+def _slopes(x, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO: tl.constexpr, HARD: tl.constexpr):
+    """Derivative of g₀ focal + g₁ bce + g₂ p·t + g₃ p in x."""
+    p, q, log = _logistic(x)
+    if HARD:
+        # With z = −x inside and x outside: bce = softplus(z), m = σ(z), n = 1 − m.
+        bce = tl.maximum(tl.where(t, -x, x), 0.0) + log
+        m, n = tl.where(t, q, p), tl.where(t, p, q)
+        focal = tl.where(t, -alpha * g0, (1.0 - alpha) * g0) * (gamma * n * bce + m)
+        rest = tl.where(t, -g1, g1) + tl.where(t, g2 + g3, g3) * n
+        if GAMMA_TWO:
+            return m * (m * focal + rest)
+        else:
+            return _power(m, gamma, GAMMA_TWO) * focal + m * rest
+    else:
+        bce = log + x * (tl.where(x > 0, 1.0, 0.0) - t)
+        m = p * (1.0 - t) + q * t
+        slope, error = p * q, p * (1.0 - t) - q * t
+        alpha_t = alpha * t + (1.0 - alpha) * (1.0 - t)
+        if GAMMA_TWO:
+            focal = m * (2.0 * (1.0 - 2.0 * t) * slope * bce + m * error)
+        else:
+            # m is at least the smaller of p and 1 − p, so that the ratio is at most 1.
+            ratio = tl.where(m > 0, slope / m, 0.0)
+            focal = _power(m, gamma, GAMMA_TWO) * (gamma * (1.0 - 2.0 * t) * ratio * bce + error)
+        return g0 * alpha_t * focal + g1 * error + (g2 * t + g3) * slope
+
+
+@triton.jit
+def _source(i, cells, size):
+    """Where output element i of ``size`` lies among ``cells``: the cell before it and the way past that.
+
+    i·cells/size may be off by one cell at a boundary, where it does not matter; the rest is exact in integers.
+    """
+    position = (2 * i + 1) * cells - size  # in units of 1 / (2 size)
+    before = (position.to(tl.float32) / (2 * size).to(tl.float32)).to(tl.int32)
+    before = tl.minimum(tl.maximum(before, 0), cells - 1)
+    return before, (position - before * (2 * size)).to(tl.float32) / (2 * size).to(tl.float32)
+
+
+@triton.jit
+def _rows(y, h, H):
+    """The row of the map above each output row y, the way past it, and the way from one output row to the next."""
+    row, past = _source(y, h, H)
+    return row, past, h.to(tl.float32) / H.to(tl.float32)
+
+
+@triton.jit
+def _columns(x, w, W):
+    """The column of the map before each output column x, and the way past it in [0, 1]."""
+    column, past = _source(x, w, W)
+    return column, tl.where(column < w - 1, tl.maximum(past, 0.0), 0.0)
+
+
+@triton.jit
+def _map_row(ptr, row, h, w, column, past):
+    """One row of the map, interpolated at the output columns: [rows, columns]."""
+    ptrs = ptr + tl.minimum(row, h - 1) * w
+    left = tl.load(ptrs + column).to(tl.float32)
+    right = tl.load(ptrs + tl.minimum(column + 1, w - 1)).to(tl.float32)
+    return left + past * (right - left)
+
+
+@triton.jit
+def _between(past):
+    return tl.minimum(tl.maximum(past, 0.0), 1.0)
+
+
+@triton.jit
+def _read(
+    targets_ptr, y, x, target, H, W, M, logits,
+    LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr, EVEN: tl.constexpr, LOWER: tl.constexpr,
+):  # fmt: skip
+    """Targets of one output row of every group, and the logits.
+
+    Ignored pixels get a logit so low that they add nothing to any sum or gradient; so do those outside if LOWER.
+    """
+    offset = y * W + x
+    if EVEN:
+        t = tl.load(targets_ptr + offset)
+    else:
+        inside = (y < H) & (x < W)
+        t = tl.load(targets_ptr + offset, mask=inside, other=0)
+        if LOWER:
+            logits = tl.where(inside, logits, -1e30)
+    if LABELS:
+        label = t
+        t = label == target
+        if LOWER:
+            t = t & inside
+        if MASK_IGNORED:
+            logits = tl.where((label >= 0) & (label < M), logits, -1e30)
+    else:
+        t = (t != 0) if HARD else t.to(tl.float32)
+    return logits, t
+
+
+@triton.jit
+def _entry(
+    tile, x0_ptr, x1_ptr, x2_ptr, x3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3,
+    ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """The entry of the list that a tile belongs to: its index, map, grid, and the tile's number in it."""
+    zero = tile * 0
+    entry, ptr, h, w, begin = zero, x0_ptr, zero + h0, zero + w0, zero
+    if ENTRIES > 1:  # noqa: SIM102
+        if tile >= begin1:
+            entry, ptr, h, w, begin = zero + 1, x1_ptr, zero + h1, zero + w1, zero + begin1
+    if ENTRIES > 2:  # noqa: SIM102
+        if tile >= begin2:
+            entry, ptr, h, w, begin = zero + 2, x2_ptr, zero + h2, zero + w2, zero + begin2
+    if ENTRIES > 3:  # noqa: SIM102
+        if tile >= begin3:
+            entry, ptr, h, w, begin = zero + 3, x3_ptr, zero + h3, zero + w3, zero + begin3
+    return entry, ptr, h, w, tile - begin
+
+
+@triton.jit
+def _target_of(pair, matches_ptr, areas_ptr, Q, M, valid, LABELS: tl.constexpr):
+    """Targets of pairs, and whether the pairs are active."""
+    if matches_ptr is None:
+        target = (pair % Q).to(tl.int64)
+    else:
+        target = tl.load(matches_ptr + pair, mask=valid, other=-1)
+    active = valid & (target >= 0) & (target < M)
+    if LABELS:
+        image = (pair // Q).to(tl.int64)
+        active = active & (tl.load(areas_ptr + image * M + target, mask=active, other=0) > 0)
+    return target, active
+
+
+@triton.jit
+def _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS: tl.constexpr):
+    """The labels of a pair's image, or the pair's mask; and the number of its target."""
+    if matches_ptr is None:
+        target = pair % Q
+    else:
+        target = tl.load(matches_ptr + pair).to(tl.int32)
+    targets_ptr += (pair // Q).to(tl.int64) * stride_tb
+    if not LABELS:
+        targets_ptr += target.to(tl.int64) * stride_tm
+    return targets_ptr, target
+
+
+@triton.jit
+def _mask_count_kernel(
+    labels_ptr, counts_ptr, pixels, M, stride_b,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """counts (B, M) += pixels of every class in CHUNK pixels of one image."""
+    chunks = tl.cdiv(pixels, CHUNK)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    start = tl.program_id(0) % chunks * CHUNK
+    labels_ptr += image * stride_b
+    for first in range(0, M, CLASSES):
+        count = tl.zeros([CLASSES], tl.int32)
+        for i in range(0, CHUNK, BLOCK):
+            at = start + i + tl.arange(0, BLOCK)
+            label = tl.load(labels_ptr + at, mask=at < pixels, other=0)
+            valid = (at < pixels) & (label >= first) & (label < M) & (label < first + CLASSES)
+            index = tl.where(valid, label.to(tl.int32) - first, 0)
+            count += tl.histogram(index, CLASSES, mask=valid)
+        c = tl.arange(0, CLASSES)
+        tl.atomic_add(
+            counts_ptr + image * M + first + c, count, mask=(count > 0) & (c < M - first), sem="relaxed"
+        )
+
+
+@triton.jit
+def _mask_area_kernel(
+    masks_ptr, partial_ptr, pixels, M, stride_b, stride_m,
+    HARD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """partial (B, M, chunks) = sum of CHUNK elements of one mask."""
+    chunks = tl.cdiv(pixels, CHUNK)
+    mask = tl.program_id(0) // chunks
+    start = tl.program_id(0) % chunks * CHUNK
+    masks_ptr += (mask // M).to(tl.int64) * stride_b + (mask % M).to(tl.int64) * stride_m
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, CHUNK, BLOCK):
+        at = start + i + tl.arange(0, BLOCK)
+        t = tl.load(masks_ptr + at, mask=at < pixels, other=0)
+        total += (t != 0).to(tl.float32) if HARD else t.to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _mask_pairs_kernel(
+    matches_ptr, counts_ptr, areas_ptr, pairs_ptr, total, areas_total, Q, M,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pairs: the number of active pairs, then the pairs in order. With int32 counts also the areas. One program."""
+    i = tl.arange(0, BLOCK)
+    if counts_ptr is not None:
+        for start in range(0, areas_total, BLOCK):
+            count = tl.load(counts_ptr + start + i, mask=start + i < areas_total, other=0)
+            tl.store(areas_ptr + start + i, count.to(tl.float32), mask=start + i < areas_total)
+    found = tl.zeros([], tl.int32)
+    for start in range(0, total, BLOCK):
+        sizes_ptr = areas_ptr if counts_ptr is None else counts_ptr
+        _, active = _target_of(start + i, matches_ptr, sizes_ptr, Q, M, start + i < total, LABELS)
+        one = active.to(tl.int32)
+        tl.store(pairs_ptr + found + tl.cumsum(one, 0), start + i, mask=active)
+        found += tl.sum(one, 0)
+    tl.store(pairs_ptr, found)
+
+
+@triton.jit
+def _mask_loss_fwd_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, matches_ptr, pairs_ptr, partial_ptr,
+    h0, h1, h2, h3, w0, w1, w2, w3, rows0, rows1, rows2, rows3, begin1, begin2, begin3, tiles,
+    H, W, Q, M, stride_tb, stride_tm, alpha, gamma,
+    ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
+    GAMMA_TWO: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """partial (B, Q, tiles, 4): sums over GROUPS × rows by SPAN × BLOCK pixels, of active pairs only."""
+    items = tl.load(pairs_ptr) * tiles
+    spans = tl.cdiv(W, SPAN * BLOCK)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        pair, tile = tl.load(pairs_ptr + 1 + item // tiles), item % tiles
+        entry, x_ptr, h, w, local = _entry(
+            tile, x0_ptr, x1_ptr, x2_ptr, x3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, ENTRIES
+        )
+        rows = tl.where(entry == 0, rows0, tl.where(entry == 1, rows1, tl.where(entry == 2, rows2, rows3)))
+        plane_ptr, target = _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS)
+        x_ptr += pair.to(tl.int64) * h * w
+        y = (local // spans * GROUPS + tl.arange(0, GROUPS))[:, None] * rows
+        row, past, step = _rows(y, h, H)
+        focal = tl.zeros([GROUPS, BLOCK], tl.float32)
+        bce, overlap, total = focal, focal, focal
+        for start in range(local % spans * (SPAN * BLOCK), local % spans * (SPAN * BLOCK) + SPAN * BLOCK, BLOCK):
+            x = (start + tl.arange(0, BLOCK))[None, :]
+            column, aside = _columns(x, w, W)
+            v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
+            v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
+            v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
+            for i in range(rows):
+                f = past + i * step
+                logits = v0 + _between(f) * (v1 - v0) + _between(f - 1.0) * (v2 - v1)
+                logits, t = _read(
+                    plane_ptr, y + i, x, target, H, W, M, logits, LABELS, HARD, MASK_IGNORED, EVEN, not EVEN
+                )
+                a, b, c, d = _losses(logits, t, alpha, gamma, GAMMA_TWO, HARD)
+                focal += a
+                bce += b
+                overlap += c
+                total += d
+        out_ptr = partial_ptr + (pair.to(tl.int64) * tiles + tile) * 4
+        tl.store(out_ptr, tl.sum(tl.sum(focal, 1), 0))
+        tl.store(out_ptr + 1, tl.sum(tl.sum(bce, 1), 0))
+        tl.store(out_ptr + 2, tl.sum(tl.sum(overlap, 1), 0))
+        tl.store(out_ptr + 3, tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def _mask_loss_sum_kernel(
+    partial_ptr, matches_ptr, areas_ptr, sums_ptr, total, Q, M, tiles, begin1, begin2, begin3,
+    LABELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums (entries, B, Q, 4) from the partials, in fixed order; zero for inactive pairs."""
+    blocks = tl.cdiv(total, BLOCK)
+    entry = tl.program_id(0) // blocks
+    pair = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    _, active = _target_of(pair, matches_ptr, areas_ptr, Q, M, pair < total, LABELS)
+    begin = tl.where(entry == 0, 0, tl.where(entry == 1, begin1, tl.where(entry == 2, begin2, begin3)))
+    end = tl.where(entry == 0, begin1, tl.where(entry == 1, begin2, tl.where(entry == 2, begin3, tiles)))
+    k = tl.arange(0, 4)[None, :]
+    acc = tl.zeros([BLOCK, 4], tl.float32)
+    for tile in range(begin, end):
+        offset = (pair.to(tl.int64)[:, None] * tiles + tile) * 4 + k
+        acc += tl.load(partial_ptr + offset, mask=active[:, None], other=0.0)
+    offset = (entry.to(tl.int64) * total + pair[:, None]) * 4 + k
+    tl.store(sums_ptr + offset, acc, mask=pair[:, None] < total)
+
+
+@triton.jit
+def _support(first, owned, cells, size):
+    """Output elements between cell ``first`` − 1 and cell ``first + owned``, both left out."""
+    begin = ((2 * first - 1) * size - cells) // (2 * cells) + 1
+    end = tl.cdiv((2 * (first + owned) + 1) * size - cells, 2 * cells)
+    return tl.where(first == 0, 0, begin), tl.where(first + owned >= cells, size, end)
+
+
+@triton.jit
+def _mask_loss_bwd_kernel(
+    grad_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, matches_ptr, pairs_ptr,
+    dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, tiles,
+    total, H, W, Q, M, stride_tb, stride_tm, alpha, gamma,
+    ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
+    GAMMA_TWO: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of blocks of cells of active pairs; a block is at most GROUPS by CELLS, one less inside a map."""
+    items = tl.load(pairs_ptr) * tiles
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        pair, tile = tl.load(pairs_ptr + 1 + item // tiles), item % tiles
+        entry, x_ptr, h, w, local = _entry(
+            tile, x0_ptr, x1_ptr, x2_ptr, x3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, ENTRIES
+        )
+        _, dx_ptr, _, _, _ = _entry(
+            tile, dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3,
+            ENTRIES,
+        )  # fmt: skip
+        # Without a neighbour there is no border to share; otherwise the support is a whole number of tiles.
+        own_rows = tl.where(h > GROUPS, GROUPS - 1, GROUPS)
+        own_columns = tl.where(w > CELLS, CELLS - 1, CELLS)
+        blocks = tl.cdiv(w, own_columns)
+        first_row, first_column = local // blocks * own_rows, local % blocks * own_columns
+        y_begin, y_end = _support(first_row, own_rows, h, H)
+        x_begin, x_end = _support(first_column, own_columns, w, W)
+
+        plane_ptr, target = _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS)
+        offset = pair.to(tl.int64) * h * w
+        x_ptr += offset
+        grad = grad_ptr + (entry.to(tl.int64) * total + pair) * 4
+        g0, g1, g2, g3 = tl.load(grad), tl.load(grad + 1), tl.load(grad + 2), tl.load(grad + 3)
+
+        rows = tl.cdiv(y_end - y_begin, GROUPS)
+        y = y_begin + tl.arange(0, GROUPS)[:, None] * rows
+        row, past, step = _rows(y, h, H)
+        cell = (first_column + tl.arange(0, CELLS))[None, :]
+        p0 = tl.zeros([GROUPS, CELLS], tl.float32)
+        p1, p2 = p0, p0
+        for start in range(x_begin // 8 * 8, x_end, BLOCK):
+            x = (start + tl.arange(0, BLOCK))[None, :]
+            column, aside = _columns(x, w, W)
+            v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
+            v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
+            v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
+            a0 = tl.zeros([GROUPS, BLOCK], tl.float32)
+            a1, a2 = a0, a0
+            for i in range(rows):
+                f = past + i * step
+                c1, c2 = _between(f), _between(f - 1.0)
+                logits = v0 + c1 * (v1 - v0) + c2 * (v2 - v1)
+                logits, t = _read(
+                    plane_ptr, y + i, x, target, H, W, M, logits, LABELS, HARD, MASK_IGNORED, False, False
+                )
+                g = _slopes(logits, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
+                inside = y + i < H
+                a0 += tl.where(inside, 1.0 - c1, 0.0) * g
+                a1 += tl.where(inside, c1 - c2, 0.0) * g
+                a2 += tl.where(inside, c2, 0.0) * g
+            x = (start + tl.arange(0, BLOCK))[:, None]
+            column, aside = _columns(x, w, W)
+            weight = tl.maximum(1.0 - tl.abs((column - cell).to(tl.float32) + aside), 0.0)  # [BLOCK, CELLS]
+            weight = tl.where(x < W, weight, 0.0)
+            p0 = tl.dot(a0, weight, p0, input_precision="ieee")
+            p1 = tl.dot(a1, weight, p1, input_precision="ieee")
+            p2 = tl.dot(a2, weight, p2, input_precision="ieee")
+        # Which cell (rows) each group's (columns) sums belong to.
+        own = (first_row + tl.arange(0, GROUPS))[:, None]
+        above, _, _ = _rows(y_begin + tl.arange(0, GROUPS)[None, :] * rows, h, H)
+        acc = tl.dot((above == own).to(tl.float32), p0, input_precision="ieee")
+        below = tl.minimum(above + 1, h - 1) == own
+        acc = tl.dot(below.to(tl.float32), p1, acc, input_precision="ieee")
+        below = tl.minimum(above + 2, h - 1) == own
+        acc = tl.dot(below.to(tl.float32), p2, acc, input_precision="ieee")  # [GROUPS, CELLS]
+        inside = (own < h) & (own < first_row + own_rows) & (cell < w) & (cell < first_column + own_columns)
+        tl.store(dx_ptr + offset + own * w + cell, acc.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mask_sum_kernel(partial_ptr, out_ptr, size, parts, inner, BLOCK: tl.constexpr):
+    """out (…, inner) = Σ over parts of partial (…, parts, inner), in fixed order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    partial_ptr += i // inner * parts * inner + i % inner
+    acc = tl.zeros([BLOCK], tl.float32)
+    for _ in range(parts):
+        acc += tl.load(partial_ptr, mask=i < size, other=0.0)
+        partial_ptr += inner
+    tl.store(out_ptr + i, acc, mask=i < size)
+
+
+@triton.jit
+def _high(x):
+    """x without the bits that tensor cores would drop."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(f, t, acc, SPLIT: tl.constexpr, EXACT: tl.constexpr):
+    """acc + f t in float32; EXACT says that tensor cores take t as it is."""
+    if SPLIT:
+        f_high, t_high = _high(f), _high(t)
+        acc = tl.dot(f - f_high, t_high, acc, input_precision="tf32")
+        if not EXACT:
+            acc = tl.dot(f_high, t - t_high, acc, input_precision="tf32")
+        return tl.dot(f_high, t_high, acc, input_precision="tf32")
+    else:
+        return tl.dot(f, t, acc, input_precision="ieee")
+
+
+@triton.jit
+def _mask_matching_kernel(
+    x_ptr, targets_ptr, products_ptr, totals_ptr, B, Q, M, h, w, H, W, rows, rows_per_split,
+    stride_tb, stride_tm, alpha, gamma,
+    LABELS: tl.constexpr, HARD: tl.constexpr, GAMMA_TWO: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """products (splits, 3, B, Q, M) and totals (splits, 3, B, Q): sums over the rows of a split."""
+    q_blocks, m_blocks = tl.cdiv(Q, BLOCK_Q), tl.maximum(tl.cdiv(M, BLOCK_M), 1)
+    m_first = tl.program_id(0) % m_blocks * BLOCK_M
+    q_first = tl.program_id(0) // m_blocks % q_blocks * BLOCK_Q
+    image = tl.program_id(0) // m_blocks // q_blocks % B
+    split = tl.program_id(0) // m_blocks // q_blocks // B
+    q, m = (q_first + tl.arange(0, BLOCK_Q))[:, None], (m_first + tl.arange(0, BLOCK_M))[None, :]
+    x_ptr += (image.to(tl.int64) * Q + tl.minimum(q, Q - 1)) * h * w  # [BLOCK_Q, 1]
+    targets_ptr += image.to(tl.int64) * stride_tb
+    if not LABELS:
+        targets_ptr += tl.minimum(m, M - 1).to(tl.int64) * stride_tm  # [1, BLOCK_M]
+    focal = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
+    bce, overlap = focal, focal
+    focal_total = tl.zeros([BLOCK_Q, BLOCK], tl.float32)
+    bce_total, total = focal_total, focal_total
+    end = tl.minimum((split + 1) * rows_per_split, H)
+    for first in range(split * rows_per_split, end, rows):
+        row, past, step = _rows(first, h, H)
+        for start in range(0, W, BLOCK):
+            x = start + tl.arange(0, BLOCK)
+            column, aside = _columns(x[None, :], w, W)
+            v0 = _map_row(x_ptr, row, h, w, column, aside)  # [BLOCK_Q, BLOCK]
+            v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
+            v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
+            for y in range(first, tl.minimum(first + rows, end)):
+                f = past + (y - first) * step
+                logits = v0 + _between(f) * (v1 - v0) + _between(f - 1.0) * (v2 - v1)
+                logits = tl.where(x[None, :] < W, logits, -1e30)  # adds nothing to the totals
+                if LABELS:
+                    label = tl.load(targets_ptr + y * W + x, mask=x < W, other=0)[:, None]
+                    t = ((label == m) & (x[:, None] < W)).to(tl.float32)  # [BLOCK, BLOCK_M]
+                else:
+                    inside = (x[:, None] < W) & (m < M)
+                    t = tl.load(targets_ptr + (y * W + x)[:, None], mask=inside, other=0)
+                    t = (t != 0).to(tl.float32) if HARD else t.to(tl.float32)
+                p, n, log = _logistic(logits)
+                outside = tl.maximum(logits, 0.0) + log
+                positive = alpha * _power(n, gamma, GAMMA_TWO) * (tl.maximum(-logits, 0.0) + log)
+                negative = (1.0 - alpha) * _power(p, gamma, GAMMA_TWO) * outside
+                focal = _product(positive - negative, t, focal, SPLIT, EXACT)
+                bce = _product(-logits, t, bce, SPLIT, EXACT)
+                overlap = _product(p, t, overlap, SPLIT, EXACT)
+                focal_total += negative
+                bce_total += outside
+                total += p
+    query = q_first + tl.arange(0, BLOCK_Q)
+    out = (split * 3 * B + image).to(tl.int64) * Q + query
+    size = tl.cast(B, tl.int64) * Q
+    if m_first == 0:
+        tl.store(totals_ptr + out, tl.sum(focal_total, 1), mask=query < Q)
+        tl.store(totals_ptr + out + size, tl.sum(bce_total, 1), mask=query < Q)
+        tl.store(totals_ptr + out + 2 * size, tl.sum(total, 1), mask=query < Q)
+    out = out[:, None] * M + m
+    size *= M
+    inside = (q < Q) & (m < M)
+    tl.store(products_ptr + out, focal, mask=inside)
+    tl.store(products_ptr + out + size, bce, mask=inside)
+    tl.store(products_ptr + out + 2 * size, overlap, mask=inside)
+
+
+def _addressable(targets: Tensor) -> Tensor:
+    """The targets themselves if every plane is contiguous, or a copy; bool as uint8."""
+    if targets.dtype == torch.bool:
+        targets = targets.view(torch.uint8)
+    height, width = targets.shape[-2:]
+    rows = targets.stride(-2) == width or height == 1
+    return targets if rows and (targets.stride(-1) == 1 or width == 1) else targets.contiguous()
+
+
+def _check_sizes(mask_logits: list[Tensor], targets: Tensor) -> None:
+    height, width = targets.shape[-2:]
+    for logits in mask_logits:
+        if max(logits.shape[-2] * height, logits.shape[-1] * width) >= 2**29 or height * width >= 2**31 - 2**16:
+            raise ValueError(
+                f"mask_logits {tuple(logits.shape)} and targets {tuple(targets.shape)} are too large for 32-bit "
+                "positions: use backend='eager'"
+            )
+
+
+def _entries(name: str, tensors: list[Any]) -> dict[str, Any]:
+    """Arguments x0_ptr, x1_ptr, … from a template; what is missing repeats the first and is not looked at."""
+    return {name.format(i): tensors[i] if i < len(tensors) else tensors[0] for i in range(_ENTRIES)}
+
+
+def _begins(tiles: list[int]) -> dict[str, int]:
+    """First tile of every entry but the first, and the number of all."""
+    total = sum(tiles)
+    begins = {f"begin{i}": sum(tiles[:i]) if i < len(tiles) else total for i in range(1, _ENTRIES)}
+    return begins | {"tiles": total}
+
+def _sum_launch(partial: Tensor, out: Tensor, parts: int, inner: int) -> Launch:
+    """out (…, inner) = the sum of partial (…, parts, inner) over parts."""
+    arguments = {"partial_ptr": partial, "out_ptr": out, "size": out.numel(), "parts": parts, "inner": inner}
+    block = 256
+    programs = triton.cdiv(out.numel(), block)
+    return Launch(_mask_sum_kernel, programs, arguments, {"BLOCK": block}, {"num_warps": 4, "num_stages": 1})
+
+
+def _area_launches(targets: Tensor, num_targets: int) -> tuple[Tensor, Tensor | None, list[Launch]]:
+    """areas (B, M), still empty; the counts they are made from (labels); and the launches that fill them."""
+    batch, pixels = targets.shape[0], targets.shape[-2] * targets.shape[-1]
+    areas = targets.new_empty(batch, num_targets, dtype=torch.float32)
+    if areas.numel() == 0:
+        return areas, None, []
+    chunks = triton.cdiv(pixels, _COUNTED)
+    options = {"num_warps": 4, "num_stages": 1}
+    common = {"pixels": pixels, "M": num_targets, "stride_b": targets.stride(0)}
+    sizes = {"BLOCK": 1024, "CHUNK": _COUNTED}
+    if targets.ndim == 3:
+        counts = targets.new_zeros(batch, num_targets, dtype=torch.int32)
+        arguments = {"labels_ptr": targets, "counts_ptr": counts, **common}
+        classes = min(_CLASSES, max(32, triton.next_power_of_2(num_targets)))
+        constants = {"CLASSES": classes, **sizes}
+        return areas, counts, [Launch(_mask_count_kernel, batch * chunks, arguments, constants, options)]
+    partial = areas if chunks == 1 else areas.new_empty(areas.numel() * chunks)
+    arguments = {"masks_ptr": targets, "partial_ptr": partial, "stride_m": targets.stride(1), **common}
+    constants = {"HARD": not targets.is_floating_point(), **sizes}
+    launches = [Launch(_mask_area_kernel, areas.numel() * chunks, arguments, constants, options)]
+    if chunks > 1:
+        launches.append(_sum_launch(partial, areas, chunks, 1))
+    return areas, None, launches
+
+
+def _pairs_launch(
+    matches: Tensor | None, counts: Tensor | None, areas: Tensor, queries: int, labels: bool
+) -> tuple[Tensor, Launch]:
+    """The list of active pairs with its length in front, still empty, and the launch that fills it."""
+    batch, num_targets = areas.shape
+    pairs = areas.new_empty(1 + batch * queries, dtype=torch.int32)
+    arguments = {
+        "matches_ptr": matches,
+        "counts_ptr": counts,
+        "areas_ptr": areas,
+        "pairs_ptr": pairs,
+        "total": batch * queries,
+        "areas_total": areas.numel(),
+        "Q": queries,
+        "M": num_targets,
+    }
+    constants = {"LABELS": labels, "BLOCK": 1024}
+    return pairs, Launch(_mask_pairs_kernel, 1, arguments, constants, {"num_warps": 4, "num_stages": 1})
+
+
+def _common(
+    group: list[Tensor],
+    targets: Tensor,
+    matches: Tensor | None,
+    pairs: Tensor,
+    num_targets: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    mask_ignored: bool,
+    block: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants that the forward and the backward kernel share."""
+    labels = targets.ndim == 3
+    arguments = {
+        **_entries("x{}_ptr", group),
+        **_entries("h{}", [logits.shape[2] for logits in group]),
+        **_entries("w{}", [logits.shape[3] for logits in group]),
+        "targets_ptr": targets,
+        "matches_ptr": matches,
+        "pairs_ptr": pairs,
+        "H": targets.shape[-2],
+        "W": targets.shape[-1],
+        "Q": group[0].shape[1],
+        "M": num_targets,
+        "stride_tb": targets.stride(0),
+        "stride_tm": 0 if labels else targets.stride(1),
+        "alpha": focal_alpha,
+        "gamma": focal_gamma,
+    }
+    constants = {
+        "ENTRIES": len(group),
+        "LABELS": labels,
+        "HARD": not targets.is_floating_point(),
+        "MASK_IGNORED": mask_ignored and labels,
+        "GAMMA_TWO": focal_gamma == 2,
+        "GROUPS": _GROUPS,
+        "BLOCK": block,
+    }
+    return arguments, constants
+
+
+def _options(config: dict[str, Any]) -> dict[str, int]:
+    return {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
+
+
+def _rows_of_a_group(height: int, h: int) -> int:
+    """As many as three rows of the map can serve; such that tiles end with the image where that costs little."""
+    most = min(_MAX_ROWS, triton.cdiv(height, h))
+    for rows in range(most, most // 2, -1):
+        if height % (_GROUPS * rows) == 0:
+            return rows
+    return triton.cdiv(height, _GROUPS * triton.cdiv(height, _GROUPS * most))
+
+
+def _fwd_launches(
+    mask_logits: list[Tensor],
+    targets: Tensor,
+    matches: Tensor | None,
+    num_classes: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    mask_ignored: bool,
+    config: dict[str, Any],
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """The sums and areas, still empty, and the launches that fill them."""
+    _check_sizes(mask_logits, targets)
+    targets, labels = _addressable(targets), targets.ndim == 3
+    matches = None if matches is None else matches.contiguous()
+    batch, queries = mask_logits[0].shape[:2]
+    height, width = targets.shape[-2:]
+    areas, counts, launches = _area_launches(targets, num_classes)
+    sums = areas.new_empty(len(mask_logits), batch, queries, 4)
+    if sums.numel() == 0 or areas.numel() == 0:
+        return (sums.zero_(), areas), launches
+    pairs, launch = _pairs_launch(matches, counts, areas, queries, labels)
+    launches.append(launch)
+    block, span = config["block"], config["span"]
+    for first in range(0, len(mask_logits), _ENTRIES):
+        group = [logits.contiguous() for logits in mask_logits[first : first + _ENTRIES]]
+        rows, tiles = [], []
+        for logits in group:
+            rows.append(_rows_of_a_group(height, logits.shape[2]))
+            tiles.append(triton.cdiv(height, _GROUPS * rows[-1]) * triton.cdiv(width, block * span))
+        begins = _begins(tiles)
+        partial = sums.new_empty(batch, queries, sum(tiles), 4)
+        arguments, constants = _common(
+            group, targets, matches, pairs, num_classes, focal_alpha, focal_gamma, mask_ignored, block
+        )
+        arguments |= {"partial_ptr": partial, **_entries("rows{}", rows), **begins}
+        even = width % (block * span) == 0 and all(height % (_GROUPS * r) == 0 for r in rows)
+        constants |= {"EVEN": even, "SPAN": span}
+        programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
+        launches.append(Launch(_mask_loss_fwd_kernel, programs, arguments, constants, _options(config)))
+        arguments = {
+            "partial_ptr": partial,
+            "matches_ptr": matches,
+            "areas_ptr": areas,
+            "sums_ptr": sums[first:],
+            "total": batch * queries,
+            "Q": queries,
+            "M": num_classes,
+            **begins,
+        }
+        pair_block = 32
+        programs = len(group) * triton.cdiv(batch * queries, pair_block)
+        constants = {"LABELS": labels, "BLOCK": pair_block}
+        options = {"num_warps": 4, "num_stages": 1}
+        launches.append(Launch(_mask_loss_sum_kernel, programs, arguments, constants, options))
+    return (sums, areas), launches
+
+
+def _bwd_launches(
+    grad_sums: Tensor,
+    mask_logits: list[Tensor],
+    targets: Tensor,
+    matches: Tensor | None,
+    areas: Tensor,
+    num_classes: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    mask_ignored: bool,
+    config: dict[str, Any],
+) -> tuple[list[Tensor], list[Launch]]:
+    """The gradients, zero so far, and the launches that fill in those of active pairs."""
+    targets, labels = _addressable(targets), targets.ndim == 3
+    matches = None if matches is None else matches.contiguous()
+    grad_sums, areas = grad_sums.contiguous(), areas.contiguous()
+    batch, queries = mask_logits[0].shape[:2]
+    gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in mask_logits]
+    if grad_sums.numel() == 0 or areas.numel() == 0:
+        return gradients, []
+    pairs, launch = _pairs_launch(matches, None, areas, queries, labels)
+    launches = [launch]
+    block = config["block"]
+    for first in range(0, len(mask_logits), _ENTRIES):
+        group = [logits.contiguous() for logits in mask_logits[first : first + _ENTRIES]]
+        # A block of cells, or several, for every BLOCK output columns.
+        scale = min(targets.shape[-1] / logits.shape[3] for logits in group)
+        cells = min(64, max(_GROUPS, triton.next_power_of_2(int(block / max(1.0, scale)))))
+        tiles = []
+        for logits in group:
+            h, w = logits.shape[2:]
+            across = triton.cdiv(w, cells - 1 if w > cells else cells)
+            tiles.append(triton.cdiv(h, _GROUPS - 1 if h > _GROUPS else _GROUPS) * across)
+        arguments, constants = _common(
+            group, targets, matches, pairs, num_classes, focal_alpha, focal_gamma, mask_ignored, block
+        )
+        arguments |= {
+            "grad_ptr": grad_sums[first:],
+            **_entries("dx{}_ptr", gradients[first : first + _ENTRIES]),
+            **_begins(tiles),
+            "total": batch * queries,
+        }
+        constants["CELLS"] = cells
+        programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
+        launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, _options(config)))
+    return gradients, launches
+
+
+def _matching_launches(
+    mask_logits: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    config: dict[str, Any],
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """Products, totals and areas, still empty, and the launches that fill them."""
+    _check_sizes([mask_logits], targets)
+    targets, labels = _addressable(targets), targets.ndim == 3
+    mask_logits = mask_logits.contiguous()
+    (batch, queries, h, w), (height, width) = mask_logits.shape, targets.shape[-2:]
+    areas, counts, launches = _area_launches(targets, num_classes)
+    products = areas.new_empty(3, batch, queries, num_classes)
+    totals = areas.new_empty(3, batch, queries)
+    if totals.numel() == 0:
+        return (products, totals, areas), launches
+    if counts is not None:
+        launches.append(_pairs_launch(None, counts, areas, num_classes, labels)[1])
+    block_q, block_m = config["block_q"], config["block_m"]
+    rows = triton.cdiv(height, triton.cdiv(height, min(_MAX_ROWS, triton.cdiv(height, h))))
+    groups = triton.cdiv(height, rows)
+    # Without a target there are still totals.
+    blocks = batch * triton.cdiv(queries, block_q) * max(1, triton.cdiv(num_classes, block_m))
+    splits = min(groups, triton.cdiv(config["multiprocessors"] * config["programs"], blocks))
+    groups_per_split = triton.cdiv(groups, splits)
+    splits = triton.cdiv(groups, groups_per_split)
+    partial = products if splits == 1 else products.new_empty(splits, *products.shape)
+    partial_totals = totals if splits == 1 else totals.new_empty(splits, *totals.shape)
+    arguments = {
+        "x_ptr": mask_logits,
+        "targets_ptr": targets,
+        "products_ptr": partial,
+        "totals_ptr": partial_totals,
+        "B": batch,
+        "Q": queries,
+        "M": num_classes,
+        "h": h,
+        "w": w,
+        "H": height,
+        "W": width,
+        "rows": rows,
+        "rows_per_split": groups_per_split * rows,
+        "stride_tb": targets.stride(0),
+        "stride_tm": 0 if labels else targets.stride(1),
+        "alpha": focal_alpha,
+        "gamma": focal_gamma,
+    }
+    constants = {
+        "LABELS": labels,
+        "HARD": not targets.is_floating_point(),
+        "GAMMA_TWO": focal_gamma == 2,
+        "BLOCK_Q": block_q,
+        "BLOCK_M": block_m,
+        "BLOCK": config["block"],
+        "SPLIT": config["split"],
+        "EXACT": targets.dtype not in (torch.float32, torch.float64),
+    }
+    launches.append(
+        Launch(_mask_matching_kernel, blocks * splits, arguments, constants, _options(config))
+    )
+    if splits > 1:
+        launches += [
+            _sum_launch(part, out, splits, out.numel())
+            for part, out in ((partial, products), (partial_totals, totals))
+            if out.numel()
+        ]
+    return (products, totals, areas), launches
+
+
+def mask_loss_fwd(
+    mask_logits: list[Tensor],
+    targets: Tensor,
+    matches: Tensor | None,
+    num_classes: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    mask_ignored: bool,
+    *,
+    config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launcher of ``segvit::mask_loss_fwd``; ``config`` replaces entries of :func:`_config`."""
+    found = _config("mask_loss_fwd", mask_logits[0].dtype, architecture(targets.device))
+    arguments = (mask_logits, targets, matches, num_classes, focal_alpha, focal_gamma, mask_ignored)
+    results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
+    run(launches)
+    return results
+
+
+def mask_loss_bwd(
+    grad_sums: Tensor,
+    mask_logits: list[Tensor],
+    targets: Tensor,
+    matches: Tensor | None,
+    areas: Tensor,
+    num_classes: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    mask_ignored: bool,
+    *,
+    config: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """Launcher of ``segvit::mask_loss_bwd``; ``config`` replaces entries of :func:`_config`."""
+    found = _config("mask_loss_bwd", mask_logits[0].dtype, architecture(targets.device))
+    arguments = (grad_sums, mask_logits, targets, matches, areas, num_classes)
+    options = (focal_alpha, focal_gamma, mask_ignored)
+    results, launches = _bwd_launches(*arguments, *options, {**found, **(config or {})})
+    run(launches)
+    return results
+
+
+def mask_matching_sums(
+    mask_logits: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    *,
+    config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launcher of ``segvit::mask_matching_sums``; ``config`` replaces entries of :func:`_config`."""
+    found = _config("mask_loss_matching", mask_logits.dtype, architecture(targets.device))
+    arguments = (mask_logits, targets, num_classes, focal_alpha, focal_gamma)
+    results, launches = _matching_launches(*arguments, {**found, **(config or {})})
+    run(launches)
+    return results

@@ -1,0 +1,59 @@
+"""Launches of the query attention."""
+
+import torch
+
+from segvit_kernels.triton import query_attention
+
+KERNELS = {
+    "_query_attention_fwd_kernel",
+    "_atm_combine_kernel",
+    "_query_attention_bwd_start_kernel",
+    "_query_attention_bwd_query_kernel",
+    "_query_attention_bwd_key_kernel",
+    "_atm_bwd_query_kernel",
+}
+
+# name: (batch, queries, keys, heads, head dim), dtype, options
+EVERYWHERE = {
+    "qu_self": ((16, 1600, 1600, 16, 32), "bfloat16", {}),
+    "qd_vit_l batch 1": ((1, 400, 1600, 16, 64), "bfloat16", {}),
+    "dim 16": ((16, 1600, 1600, 8, 16), "bfloat16", {"plans": ("atomics",)}),
+    "dim 128": ((16, 400, 1600, 8, 128), "bfloat16", {}),
+    "dropout": ((16, 1600, 1600, 16, 32), "bfloat16", {"dropout": True}),
+    "fp32": ((16, 1600, 1600, 16, 32), "float32", {}),
+    "fp32 dim 128": ((16, 400, 1600, 8, 128), "float32", {}),
+}
+MORE = {
+    "qd_vit_l": ((16, 400, 1600, 16, 64), "float16", {}),
+    "qu_cross_low": ((16, 1600, 400, 16, 32), "bfloat16", {}),
+    "qu_cross_low batch 1": ((1, 1600, 400, 16, 32), "bfloat16", {}),
+    "shared queries": ((16, 1600, 1600, 16, 32), "bfloat16", {"shared": True, "plans": ("repeatable",)}),
+    "odd": ((2, 201, 1025, 3, 24), "bfloat16", {}),
+    "ones": ((1, 1, 1, 1, 16), "float16", {}),
+}
+
+
+def wgmma(row):
+    names = ("fwd", "bwd_query", "bwd_key")
+    products = row["kernel"] in [f"_query_attention_{name}_kernel" for name in names]
+    return products and "fp32" not in row["case"]
+
+
+def launches(case, arch):
+    """All launches of a forward, and of a backward by each plan."""
+    shape, dtype, options = case
+    dtype, (batch, queries, keys, heads, dim) = getattr(torch, dtype), shape
+    dropout, shared = options.get("dropout", False), options.get("shared", False)
+    with torch.device("meta"):
+        query = torch.empty(1 if shared else batch, queries, heads, dim, dtype=dtype)
+        output = torch.empty(batch, queries, heads, dim, dtype=dtype)
+        key = torch.empty(batch, keys, heads, dim, dtype=dtype)
+        lse = torch.empty(batch, heads, queries)
+        seed = torch.empty(1, dtype=torch.int64) if dropout else None
+    common = (seed, dim**-0.5, 0.1 if dropout else 0.0)
+    fwd = query_attention._fwd_config(shape, dtype, arch, dropout)
+    _, found = query_attention._fwd_launches(query, key, key, *common, fwd)
+    for plan in options.get("plans", ("atomics", "repeatable")):
+        bwd = query_attention._bwd_config(shape, dtype, arch, dropout, plan == "repeatable")
+        found += query_attention._bwd_launches(output, query, key, key, output, lse, *common, bwd)[1]
+    return found

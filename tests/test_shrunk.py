@@ -1,0 +1,521 @@
+"""The Shrunk structure: query-based down- and up-sampling in the model, at every size and in every mode."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segvit import BackboneConfig, SegViT, SegViTConfig, SegViTLoss
+from segvit.inference import InferenceOptions, label_maps
+from segvit.linear_head import LinearSegmenter
+from segvit_kernels import QueryUpsample
+
+VARIANTS = {
+    "shrunk": {"shrink_at": 1, "taps": (0, 2), "upsample": True},
+    "published": {"shrink_at": 1, "taps": (0, 2), "upsample": True, "resize_queries": False},
+    "naive": {"shrink_at": 1, "taps": (2,)},
+    "mixed": {"shrink_at": 1, "taps": (0, 1, 2)},
+    "single": {"taps": (2,)},
+}
+PREFIX = {"class_token": True, "register_tokens": 2, "layer_scale": 0.1}
+
+
+def tiny_config(**overrides):
+    values = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8, "num_classes": 5, "image_size": (32, 32)}
+    return SegViTConfig.from_fields({**values, "decoder_depth": 2, **overrides})
+
+
+def tiny_model(seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = SegViT(tiny_config(**overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():  # sharper than fresh weights, so that mistakes show
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def flat(output):
+    return [*output[:2], *(tensor for pair in output.auxiliary for tensor in pair)]
+
+
+def assert_equal_outputs(actual, expected, tolerance=1e-5):
+    for a, b in zip(flat(actual), flat(expected), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "name, options, shrink_at, taps, upsample",
+    [
+        ("vit_large", {}, 8, (7, 23), True),
+        ("vit_base", {}, 6, (5, 11), True),
+        ("vit_small", {}, 6, (5, 11), True),
+        ("vit_tiny", {"upsample": False}, 6, (11,), False),
+        ("vit_base", {"shrink_at": 3}, 3, (2, 11), True),
+        ("vit_base", {"shrink_at": 11}, 11, (10, 11), True),
+        ("vit_base", {"shrink_at": 0}, 0, (11,), True),
+        ("vit_base", {"taps": (3, 7, 11)}, 6, (3, 7, 11), True),
+        ("vit_base", {"depth": 8, "shrink_at": 2}, 2, (1, 7), True),
+    ],
+)
+def test_presets(name, options, shrink_at, taps, upsample):
+    config = SegViTConfig.preset(name, 150, shrunk=True, **options)
+    assert (config.backbone.shrink_at, config.taps, config.upsample) == (shrink_at, taps, upsample)
+    assert config.resize_queries
+    assert SegViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    plain = SegViTConfig.preset(name, 150, shrunk=False)
+    assert plain == SegViTConfig.preset(name, 150) and plain.backbone.shrink_at is None and not plain.upsample
+
+
+def test_config_files_of_plain_models_still_load():
+    values = SegViTConfig.preset("vit_base", 3).to_dict()
+    del values["backbone"]["shrink_at"], values["upsample"], values["resize_queries"]
+    assert SegViTConfig.from_dict(values) == SegViTConfig.preset("vit_base", 3)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, shrink_at=12), "index from 0 to 11, got 12"),
+        (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, shrink_at=-1), "index from 0 to 11, got -1"),
+        (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, depth=4), "index from 0 to 3, got 6"),
+        (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, taps=(5, 12)), "last block, 11; got"),
+        (lambda: SegViTConfig.preset("vit_base", 3, upsample=True), "shrink_at is None"),
+        (lambda: tiny_config(taps=(0, 2), upsample=True), "shrink_at is None"),
+    ],
+)
+def test_config_mistakes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_heads": 3}, "num_heads is 3; expected a divisor of embed_dim 32"),
+        ({"depth": 0}, "one layer and one level at least, got 0 and 2"),
+        ({"level_dims": []}, "one layer and one level at least, got 3 and 0"),
+    ],
+)
+def test_upsample_mistakes(options, message):
+    with pytest.raises(ValueError, match=message):
+        QueryUpsample(**{"embed_dim": 32, "num_heads": 2, "grid": (2, 2), "level_dims": [8, 8], **options})
+    with pytest.raises(ValueError, match="levels: got 1, expected 2"):
+        QueryUpsample(32, 2, (2, 2), [8, 8])([torch.zeros(1, 4, 8)])
+
+
+# Down-sampling in the backbone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [(4, 4), (5, 3), (1, 1), (2, 7)])
+def test_downsampling_is_the_plain_block_at_every_second_token(grid):
+    """Up to the block that shrinks and, at the tokens that stay, after it; weights load by name."""
+    plain = tiny_model(taps=(0, 1, 2), **PREFIX)
+    model = tiny_model(1, taps=(0, 1, 2), shrink_at=1, **PREFIX)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
+    expected, features = plain.backbone(images), model.backbone(images)
+    torch.testing.assert_close(features[0], expected[0])
+    kept = expected[1].unflatten(1, grid)[:, ::2, ::2].flatten(1, 2)
+    torch.testing.assert_close(features[1], kept, atol=1e-5, rtol=1e-5)
+    assert features[2].shape == features[1].shape
+
+
+def test_pretrained_weights_load():
+    plain, model = tiny_model(taps=(2,), **PREFIX), tiny_model(1, **VARIANTS["shrunk"], **PREFIX)
+    report = model.load_backbone(plain.backbone.state_dict())
+    assert report.loaded == len(plain.backbone.state_dict()) and not report.ignored
+    for a, b in zip(plain.backbone.parameters(), model.backbone.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_stochastic_depth_and_checkpointing():
+    images, labels = torch.randn(2, 3, 40, 24), torch.randint(0, 5, (2, 40, 24))
+    options = {"drop_path": 0.5, "drop_path_branch": "both", **VARIANTS["shrunk"], **PREFIX}
+    grads = []
+    for enabled in (False, True):
+        model = tiny_model(**options).train().set_gradient_checkpointing(enabled)
+        torch.manual_seed(0)
+        SegViTLoss(5)(model(images), labels)["total"].backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# Up-sampling
+
+
+def make_upsample(seed=0, **options):
+    torch.manual_seed(seed)
+    upsample = QueryUpsample(32, 2, grid=(3, 5), level_dims=[24, 40], **{"depth": 2, **options})
+    with torch.no_grad():
+        for parameter in upsample.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return upsample
+
+
+def reference_upsample(upsample, levels, grid=(3, 5)):
+    """What `QueryUpsample` means, in the layers of torch, whose parameters have the same names."""
+    image = upsample.queries.T.unflatten(1, (3, 5))[None]
+    if grid != (3, 5):
+        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    tokens = image.flatten(2).transpose(1, 2).expand(len(levels[0]), -1, -1)
+    for stage, features in zip(upsample.stages, levels, strict=True):
+        features = stage.input_norm(stage.input_proj(features))
+        for layer in stage.layers:
+            torch_layer = nn.TransformerDecoderLayer(32, 2, 128, dropout=0.0, batch_first=True)
+            state = layer.state_dict(keep_vars=True)
+            tokens = torch.func.functional_call(torch_layer, state, (tokens, features), strict=True)
+    return tokens
+
+
+@pytest.mark.parametrize("grid", [None, (3, 5), (4, 4), (7, 2)])
+@pytest.mark.parametrize("training", [False, True])
+def test_upsample_values_and_gradients(grid, training):
+    """The batch shares the first steps, which must show in no value and in no gradient."""
+    upsample = make_upsample().train(training)
+    levels = [torch.randn(3, 15, 24), torch.randn(3, 6, 40)]
+    output = upsample(levels, grid)
+    expected = reference_upsample(upsample, levels, grid or (3, 5))
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    parameters = dict(upsample.named_parameters())
+    weights = torch.randn_like(output)
+    actual = torch.autograd.grad((output * weights).sum(), parameters.values())
+    wanted = torch.autograd.grad((expected * weights).sum(), parameters.values())
+    for name, a, b in zip(parameters, actual, wanted, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("training, dropout, batch", [(False, 0.2, 1), (True, 0.0, 1), (True, 0.2, 4)])
+def test_shared_steps_run_once(training, dropout, batch):
+    """Unless every image draws dropout of its own."""
+    upsample = make_upsample(dropout=dropout).train(training)
+    seen = []
+    upsample.stages[0].layers[0].self_attn.register_forward_hook(lambda module, args, out: seen.append(out))
+    output = upsample([torch.randn(4, 15, 24), torch.randn(4, 6, 40)])
+    assert output.shape == (4, 15, 32)
+    assert [len(out) for out in seen] == [batch]
+    if batch > 1:
+        assert not torch.allclose(seen[0][0], seen[0][1])
+
+
+def test_upsample_grids():
+    free, fixed = make_upsample(), make_upsample(resize=False)
+    levels = [torch.randn(2, 24, 24), torch.randn(2, 6, 40)]
+    assert free.output_grid((6, 4)) == (6, 4) and free(levels, (6, 4)).shape == (2, 24, 32)
+    assert fixed.output_grid((6, 4)) == (3, 5) and fixed(levels, (6, 4)).shape == (2, 15, 32)
+    assert free.output_grid() == (3, 5) and free(levels).shape == (2, 15, 32)
+    assert free([level[:0] for level in levels]).shape == (0, 15, 32)
+
+
+@torch.no_grad()
+def test_upsample_fuse():
+    upsample = make_upsample(dropout=0.1).eval()
+    levels = [torch.randn(2, 15, 24), torch.randn(2, 6, 40)]
+    expected = {grid: upsample(levels, grid) for grid in (None, (4, 4))}
+    upsample.fuse()
+    calls = []
+    upsample.stages[0].layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    for grid, output in expected.items():
+        torch.testing.assert_close(upsample(levels, grid), output, atol=1e-5, rtol=1e-5)
+        assert len(calls) == (grid is not None), "folded at the training grid only"
+    keys = set(make_upsample().state_dict())
+    assert set(upsample.state_dict()) == keys
+    other = make_upsample(1).eval()
+    upsample.load_state_dict(other.state_dict())
+    torch.testing.assert_close(upsample(levels), other(levels))
+    upsample.fuse()
+    assert not hasattr(upsample.train(), "fused_tokens")
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_step(variant):
+    """Every parameter gets a gradient, and the step lowers the loss; the grid is odd."""
+    torch.manual_seed(0)
+    model = SegViT(tiny_config(**VARIANTS[variant], decoder_dropout=0.0)).train()
+    images, labels = torch.randn(2, 3, 40, 56), torch.randint(0, 5, (2, 40, 56))
+    output = model(images)
+    if variant == "published":
+        assert output.mask_logits.shape == (2, 5, 4, 4)
+    elif variant == "naive":
+        assert output.mask_logits.shape == (2, 5, 3, 4)
+    else:
+        assert output.mask_logits.shape == (2, 5, 5, 7)
+    outputs = {"shrunk": 2, "published": 2, "mixed": 3}.get(variant, 1)
+    assert len(output.auxiliary) == outputs - 1
+    assert tuple(output.mask_logits.shape[-2:]) == model.mask_grid((40, 56))
+    criterion = SegViTLoss(5)
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-4, 0.01))
+    losses = []
+    for _ in range(3):
+        loss = criterion(model(images), labels)["total"]
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            # A key's bias shifts a row of logits, which softmax does not see.
+            assert parameter.grad.any() or name.endswith("atm.k.bias"), name
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("size", [(32, 32), (40, 24), (8, 8)])
+def test_any_position_and_grid(position, size):
+    taps = (position - 1, 2) if position else (2,)
+    for upsample in (True, False):
+        model = tiny_model(shrink_at=position, taps=taps, upsample=upsample, **PREFIX)
+        output = model(torch.randn(2, 3, *size))
+        grid = (size[0] // 8, size[1] // 8)
+        if not upsample and position == 0:
+            grid = ((grid[0] + 1) // 2, (grid[1] + 1) // 2)
+        assert output.mask_logits.shape == (2, 5, *grid) and output.mask_logits.isfinite().all()
+        assert all(maps.isfinite().all() for maps in model.similarity_maps(torch.randn(1, 3, *size)))
+
+
+@torch.no_grad()
+def test_masks_of_stages_at_different_grids_add_up():
+    model = tiny_model(**VARIANTS["mixed"])
+    images = torch.randn(2, 3, 40, 56)
+    maps, output = model.similarity_maps(images), model(images)
+    coarse, finer, finest = maps
+    assert [tuple(m.shape[-2:]) for m in maps] == [(3, 4), (3, 4), (5, 7)]
+    total = F.interpolate(coarse + finer, size=(5, 7), mode="bilinear", align_corners=False) + finest
+    torch.testing.assert_close(output.mask_logits, total, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.auxiliary[1][1], coarse + finer, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_masks_of_layers_are_not_added_up():
+    model = tiny_model(**VARIANTS["shrunk"])
+    images = torch.randn(2, 3, 40, 56)
+    output, maps = model(images), model.similarity_maps(images)
+    for masks, similarity in zip([output.auxiliary[0][1], output.mask_logits], maps, strict=True):
+        torch.testing.assert_close(masks, similarity)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fuse(variant):
+    model = tiny_model(**VARIANTS[variant])
+    pictures = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 40, 24)]
+    expected = [model(images) for images in pictures]
+    keys = set(model.state_dict())
+    model.fuse()
+    for _ in range(2):
+        for images, output in zip(pictures, expected, strict=True):
+            assert_equal_outputs(model(images), output)
+    assert set(model.state_dict()) == keys
+    if model.config.upsample:
+        assert hasattr(model.decoder.upsample, "fused_tokens")
+        assert not hasattr(copy.deepcopy(model).train().decoder.upsample, "fused_tokens")
+    other = tiny_model(1, **VARIANTS[variant])
+    model.load_state_dict(other.state_dict())
+    assert_equal_outputs(model(pictures[0]), other(pictures[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip(variant, tmp_path):
+    pytest.importorskip("safetensors", reason="needs the extra train")
+    model = tiny_model(**VARIANTS[variant], **PREFIX).fuse()
+    model.save_pretrained(tmp_path)
+    loaded = SegViT.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    images = torch.randn(1, 3, 40, 32)
+    assert_equal_outputs(loaded(images), model(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_label_maps(variant):
+    """Masks of any grid lie where they belong: whole images with padding, windows, mirrored."""
+    model = tiny_model(**VARIANTS[variant])
+    images = torch.randn(1, 3, 37, 51)
+    padded = model.pad_to_patches(images)
+    # Every token sure of its own class, and masks that differ: label maps of several classes.
+    for stage in model.decoder.stages:
+        stage.layers[-1].atm.q.weight.normal_()
+        stage.layers[-1].atm.k.weight.normal_()
+    tokens = model.decoder(model.backbone(padded), (5, 7))[-1].tokens[0]
+    model.decoder.class_head.weight[:-1] = 8 * torch.linalg.pinv(tokens).T
+    scores = model.semantic_scores(model(padded), (40, 56))[..., :37, :51]
+    assert_best(label_maps(model, images, InferenceOptions()), scores)
+    mirrored = model.semantic_scores(model(padded_mirror(images)), (40, 56))[..., :37, :51].flip(-1)
+    labels = label_maps(model, images, InferenceOptions(flip=True))
+    assert_best(labels, (scores + mirrored) / 2)
+    windows = [(0, 0), (0, 19), (5, 0), (5, 19)]
+    total, count = torch.zeros(1, 5, 37, 51), torch.zeros(37, 51)
+    for top, left in windows:
+        crop = images[..., top : top + 32, left : left + 32]
+        total[..., top : top + 32, left : left + 32] += model.semantic_scores(model(crop), (32, 32))
+        count[top : top + 32, left : left + 32] += 1
+    assert_best(label_maps(model, images, InferenceOptions(window=32, stride=32)), total / count)
+
+
+def padded_mirror(images):
+    return F.pad(images.flip(-1), (0, -images.shape[-1] % 8, 0, -images.shape[-2] % 8))
+
+
+def assert_best(labels, scores):
+    chosen = scores.gather(1, labels.long()[:, None])[:, 0]
+    assert (scores.amax(1) - chosen).max() < 1e-4 * scores.max(), "a pixel has a clearly better class"
+    assert labels.unique().numel() > 1
+
+
+@torch.no_grad()
+def test_linear_head_on_a_shrunk_backbone():
+    torch.manual_seed(0)
+    model = LinearSegmenter(tiny_config(**VARIANTS["shrunk"])).eval()
+    images = torch.randn(1, 3, 37, 51)
+    padded = model.pad_to_patches(images)
+    assert model(padded).shape == (1, 5, 3, 4)
+    scores = model.semantic_scores(model(padded), (40, 56))[..., :37, :51]
+    labels = label_maps(model, images, InferenceOptions())
+    chosen = scores.gather(1, labels.long()[:, None])[:, 0]
+    assert (scores.amax(1) - chosen).max() < 1e-4
+
+
+def test_similarity_maps_for_pictures():
+    pytest.importorskip("PIL", reason="needs the extra train")
+    from segvit.predict import similarity_maps
+
+    image = torch.randint(0, 255, (3, 37, 51), dtype=torch.uint8)
+    for variant in ("shrunk", "mixed"):
+        model = tiny_model(**VARIANTS[variant])
+        with torch.no_grad():
+            stages, masks = similarity_maps(model, image, [1, 3])
+        assert {maps.shape for maps in (*stages, masks)} == {(2, 37, 51)}
+        assert np.allclose(masks, stages[-1] if variant == "shrunk" else sum(stages))
+
+
+def test_parameter_groups():
+    model = tiny_model(**VARIANTS["shrunk"], **PREFIX)
+    groups = {group["name"]: group["params"] for group in model.parameter_groups(1e-3, 0.05)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    listed = [names[id(parameter)] for params in groups.values() for parameter in params]
+    assert sorted(listed) == sorted(names.values()), "every parameter once"
+    assert any(parameter is model.decoder.upsample.queries for parameter in groups["decoder"])
+    norms = {names[id(parameter)] for parameter in groups["backbone_norms"]}
+    assert {"backbone.blocks.1.norm1.weight", "backbone.blocks.1.ls1.gamma"} <= norms
+
+
+def test_initialisation():
+    model = SegViT(tiny_config(width=256, heads=4, **VARIANTS["shrunk"]))
+    upsample = model.decoder.upsample
+    assert abs(upsample.queries.std().item() - 1) < 0.1
+    attention = upsample.stages[1].layers[0].multihead_attn
+    limit = (6 / (128 + 3 * 128)) ** 0.5
+    assert 0.95 * limit < attention.in_proj_weight.abs().max() <= limit
+    assert not attention.in_proj_bias.any()
+    for module in upsample.modules():
+        if isinstance(module, nn.Linear):
+            assert abs(module.weight.std().item() - 0.02) < 0.002 and not module.bias.any()
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-5
+    assert model.backbone.blocks[1].norm1.eps == 1e-6
+
+
+@torch.no_grad()
+def test_half_precision():
+    model = tiny_model(**VARIANTS["shrunk"])
+    images = torch.randn(1, 3, 40, 32)
+    expected = model(images)
+    half = copy.deepcopy(model).to(torch.bfloat16).fuse()
+    output = half(images.bfloat16())
+    scale = expected.mask_logits.abs().max()
+    assert output.mask_logits.dtype == torch.bfloat16
+    assert (output.mask_logits.float() - expected.mask_logits).abs().max() < 0.1 * scale
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(images)
+    assert (output.mask_logits.float() - expected.mask_logits).abs().max() < 0.1 * scale
+
+
+# Compilation. AOTAutograd without code generation finds graph breaks and wrong shapes in seconds.
+
+
+def compile_model(variant, **overrides):
+    options = {"depth": 2, "decoder_depth": 1, **VARIANTS[variant]}
+    options["taps"] = tuple(tap for tap in (0, 1) if tap == 1 or len(options["taps"]) > 1)
+    return tiny_model(**options, class_token=True, **overrides)
+
+
+def test_compiled_training():
+    model = compile_model("shrunk", decoder_dropout=0.0).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((40, 24), (48, 40)):  # not the training size, which would take a graph of its own
+        images, labels = torch.randn(2, 3, *size), torch.randint(0, 5, (2, *size))
+        grads = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            SegViTLoss(5)(forward(images), labels)["total"].backward()
+            grads.append([parameter.grad.clone() for parameter in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_training_with_dropout_and_checkpointing():
+    model = compile_model("shrunk", drop_path=0.3, drop_path_branch="both", layer_scale=0.1)
+    model.train().set_gradient_checkpointing()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    SegViTLoss(5)(compiled(torch.randn(2, 3, 48, 40)), torch.randint(0, 5, (2, 48, 40)))["total"].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_compiled_inference():
+    model = compile_model("shrunk").fuse()
+
+    def label_map(images):
+        return model.labels(model(images), tuple(images.shape[-2:]))
+
+    compiled = torch.compile(label_map, fullgraph=True, backend="aot_eager")
+    for size in ((32, 32), (48, 40)):
+        images = torch.randn(2, 3, *size)
+        assert (compiled(images) == label_map(images)).float().mean() > 0.999
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["published", "mixed"])
+def test_no_graph_break(variant):
+    model = compile_model(variant)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for size in ((40, 24), (48, 40)):
+        images = torch.randn(2, 3, *size)
+        assert_equal_outputs(compiled(images), model(images))
+
+
+# From the command line
+
+
+def test_train_evaluate_predict(tmp_path, capsys):
+    pytest.importorskip("jsonargparse", reason="needs the extra train")
+    image_module = pytest.importorskip("PIL.Image", reason="needs the extra train")
+    from segvit.cli import main
+
+    tiny = "{'shrunk': true, 'depth': 3, 'shrink_at': 1, 'width': 32, 'heads': 2, 'patch_size': 8}"
+    cpu, run = ["--accelerator", "cpu"], str(tmp_path / "run")
+    synthetic = ["--data", "synthetic", "--workers", "0", "--no-progress", "--synthetic-validation", "2"]
+    train = ["--max-steps", "2", "--batch-size", "2", "--warmup-steps", "1", "--synthetic-images", "4"]
+    model = ["--preset", "vit_tiny", "--model", tiny, "--image-size", "32"]
+    assert main(["train", *synthetic, *cpu, *train, *model, "--out", run]) == 0
+    assert main(["evaluate", *synthetic, *cpu, "--checkpoint", run]) == 0
+    image_module.fromarray(np.zeros((37, 51, 3), np.uint8)).save(tmp_path / "a.png")
+    out = ["--out", str(tmp_path / "out"), "--maps", "0"]
+    assert main(["predict", str(tmp_path / "a.png"), "--checkpoint", run, *out, *cpu]) == 0
+    config = SegViT.from_pretrained(tmp_path / "run/checkpoints/last").config
+    assert config.upsample and config.backbone.shrink_at == 1 and config.taps == (0, 2)
+    assert isinstance(config.backbone, BackboneConfig)
