@@ -150,6 +150,22 @@ def _cpu(options: argparse.Namespace) -> int:
     return _finish(result, options.out)
 
 
+def _flops(options: argparse.Namespace) -> int:
+    if problem := _out_problem(options.out, False):
+        return _fail(problem)
+    from bench import flops
+
+    known = [model.name for model in flops.MODELS]
+    for name in options.models or ():
+        if name not in known:
+            return _fail(f"--models {name}: no such model; expected some of {', '.join(known)}")
+    result = flops.run(memory=options.memory, names=options.models)
+    if options.out:
+        _write(options.out, json.dumps(result, indent=1, sort_keys=True) + "\n")
+    print(flops.table(result))
+    return 0
+
+
 def _inference(options: argparse.Namespace) -> int:
     if problem := _out_problem(options.out, False):
         return _fail(problem)
@@ -203,13 +219,25 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(json.dumps(cpu.measure_memory(json.loads(arguments[1]))))
         return 0
+    if arguments[:1] == ["_flops_memory"]:
+        from bench import flops
+
+        print(json.dumps(flops.measure_memory(*arguments[1:])))
+        return 0
     if arguments[:1] == ["_inference_memory"]:
         from bench import inference
 
         print(json.dumps(inference.measure_memory(*json.loads(arguments[1]))))
         return 0
     options = _parser().parse_args(arguments)
-    commands = {"gpu": _gpu, "cpu": _cpu, "inference": _inference, "report": _report, "readme": _readme}
+    commands = {
+        "gpu": _gpu,
+        "cpu": _cpu,
+        "flops": _flops,
+        "inference": _inference,
+        "report": _report,
+        "readme": _readme,
+    }
     command = commands[options.command]
     try:
         return command(options)

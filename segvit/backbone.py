@@ -172,8 +172,7 @@ class VisionTransformer(nn.Module):
         Args:
             images: (B, 3, H, W), H and W multiples of the patch size p.
         """
-        patch = self.config.patch_size
-        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        grid = patch_grid(images, self.config.patch_size)
         x = self.patch_embed(images) + self._position_embedding(grid)
         prefix = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         if prefix:
@@ -191,6 +190,14 @@ class VisionTransformer(nn.Module):
             if index in self.taps:
                 features.append(self.norm(x[:, num_prefix:]))
         return features
+
+
+def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of images (B, 3, H, W)."""
+    height, width = images.shape[-2:]
+    if torch.jit.is_tracing():  # fvcore counts by tracing, where sizes are tensors
+        height, width = int(height), int(width)
+    return height // patch_size, width // patch_size
 
 
 def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit._extras import require
-from segvit.backbone import LayerScale, VisionTransformer, adapt_backbone_state
+from segvit.backbone import LayerScale, VisionTransformer, adapt_backbone_state, patch_grid
 from segvit.checkpoint import (
     LoadReport,
     atomic_write,
@@ -109,7 +109,7 @@ class SegViT(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point, got {images.dtype}; see preprocess()")
-        return images.shape[2] // patch, images.shape[3] // patch
+        return patch_grid(images, patch)
 
     # From images to label maps
 

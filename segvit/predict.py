@@ -220,7 +220,9 @@ def run(config: PredictConfig) -> int:
             if classes:
                 stages, accumulated = similarity_maps(model, image, classes)
                 rows = [names[index] for index in classes]
-                pictures["maps"] = visualize.similarity_picture(pixels, stages, accumulated, rows)
+                pictures["maps"] = visualize.similarity_picture(
+                    pixels, stages, accumulated, rows, layers=model.config.upsample
+                )
             for kind, picture in pictures.items():
                 atomic_write(out / f"{stem}_{kind}.png", lambda path, p=picture: p.save(path, "PNG"))
             print(f"{file}: {_summary(labels, names)} -> {out / stem}_overlay.png", flush=True)

@@ -281,6 +281,7 @@ def similarity_picture(
     class_names: Sequence[str],
     *,
     normalize: str = "minmax",
+    layers: bool = False,
 ) -> Image.Image:
     """Similarity maps stage by stage, arranged as in the paper's figure 1.
 
@@ -294,6 +295,7 @@ def similarity_picture(
         class_names: K names.
         normalize: how a stage's map becomes colours, see `heat`. One stage's map is a summand and no
             probability: hence "minmax", with its range written into the picture's corner.
+        layers: the maps are of the layers of a single stage, as in a Shrunk model, and do not add up.
 
     Raises:
         ValueError: there is no class, or the numbers of maps and names differ.
@@ -310,8 +312,9 @@ def similarity_picture(
     cell = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     shown = np.asarray(Image.fromarray(image).resize(cell, Image.Resampling.LANCZOS))
 
-    titles = ["image", *(f"stage {number}" for number in range(1, len(stages) + 1)), "accumulated mask"]
-    notes = ["", *stage_notes(len(stages)), "sigmoid"]
+    kind, mask = ("layer", "mask") if layers else ("stage", "accumulated mask")
+    titles = ["image", *(f"{kind} {number}" for number in range(1, len(stages) + 1)), mask]
+    notes = ["", *([""] * len(stages) if layers else stage_notes(len(stages))), "sigmoid"]
     text, small, gap = _font(16), _font(13), 8
     name_height, head = 30, 50
     row_height = name_height + cell[1] + gap

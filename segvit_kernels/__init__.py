@@ -20,7 +20,18 @@ from segvit_kernels.ops.mask_loss import (
     mask_matching_cost,
     mask_matching_cost_reference,
 )
+from segvit_kernels.ops.query_attention import (
+    QueryAttentionFunction,
+    query_attention,
+    query_attention_reference,
+)
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax, semantic_argmax_reference
+from segvit_kernels.ops.subsample_norm import (
+    SubsampledNorm,
+    SubsampleNormFunction,
+    subsample_layer_norm,
+    subsample_layer_norm_reference,
+)
 
 __all__ = [
     "BACKENDS",
@@ -31,8 +42,11 @@ __all__ = [
     "MaskLoss",
     "MaskLossFunction",
     "MatchingCost",
+    "QueryAttentionFunction",
     "QueryDownsample",
     "QueryUpsample",
+    "SubsampleNormFunction",
+    "SubsampledNorm",
     "View",
     "Views",
     "__version__",
@@ -45,7 +59,11 @@ __all__ = [
     "mask_matching_cost",
     "mask_matching_cost_reference",
     "operator_names",
+    "query_attention",
+    "query_attention_reference",
     "semantic_argmax",
     "semantic_argmax_reference",
+    "subsample_layer_norm",
+    "subsample_layer_norm_reference",
     "why_not",
 ]

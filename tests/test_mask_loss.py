@@ -273,6 +273,18 @@ def test_label_dtypes_give_the_same(dtype):
     torch.testing.assert_close(runs[0][1], runs[1][1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("ignore", [-1, -100, 20])
+def test_ignore_index(ignore, readable, monkeypatch):
+    monkeypatch.setattr(ops, "_can_read", lambda x: readable)
+    inputs = BY_NAME["mask_ignored"].inputs(torch.float32)
+    expected = with_gradients(mask_loss, inputs)
+    inputs["targets"] = torch.where(inputs["targets"] == 255, ignore, inputs["targets"])
+    result = with_gradients(mask_loss, inputs, ignore_index=ignore)
+    torch.testing.assert_close(stacked(result[0]), stacked(expected[0]), rtol=0, atol=0)
+    torch.testing.assert_close(result[1], expected[1], rtol=0, atol=0)
+
+
 def test_labels_that_a_short_dtype_would_wrap_around():
     """Class 299 is not label 43 in uint8, and 2³² + 3 is not class 3."""
     logits = torch.randn(1, 300, 2, 2)
@@ -353,8 +365,10 @@ def test_weights_of_inactive_pairs_do_not_matter():
     assert not weights[~present].any() and weights[present].all()
 
 
+@pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("form", ["labels", "masks"])
-def test_inactive_pairs_get_no_gradient(form):
+def test_inactive_pairs_get_no_gradient(form, readable, monkeypatch):
+    monkeypatch.setattr(ops, "_can_read", lambda x: readable)
     logits = torch.full((2, 4, 3, 3), math.nan)
     logits[0, 1] = 0.5
     if form == "labels":
@@ -371,6 +385,11 @@ def test_inactive_pairs_get_no_gradient(form):
     assert grad[0, 1].all()
     grad[0, 1] = 0
     assert not grad.any()
+    matches = None if form == "labels" else matches
+    sums, _ = torch.ops.segvit.mask_loss_fwd(
+        [logits], targets, matches, 4 if form == "labels" else 1, 0.25, 2.0, False
+    )
+    assert sums[0, 0, 1].all() and sums.count_nonzero() == 4
 
 
 def test_an_image_without_labels_has_no_loss():

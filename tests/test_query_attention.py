@@ -244,6 +244,22 @@ def test_inputs_are_not_changed_and_results_repeat(case, path):
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("argument", "globally"), [(True, False), (False, True), (None, True), (None, False)]
+)
+def test_deterministic_reaches_the_backward(argument, globally, monkeypatch):
+    operator = module._library._operators["query_attention_bwd"]
+    original, asked = operator.eager, []
+    monkeypatch.setattr(operator, "eager", lambda *args: asked.append(args[-1]) or original(*args))
+    case = BY_NAME["odd"]
+    torch.use_deterministic_algorithms(globally)
+    try:
+        run(case, case.inputs(torch.float32), case.gradient(torch.float32), deterministic=argument)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [globally if argument is None else argument]
+
+
 def test_layouts_give_the_same(path):
     """Torch's CPU kernel takes any last stride for 1; neither function nor operator may let one in."""
     shapes = [(2, 5, 3, 16), (2, 9, 3, 16), (2, 9, 3, 16)]

@@ -26,7 +26,7 @@ SIZES = (
     QueryAttentionCase("q48_k33", 2, 48, 33, 1, 64, broadcast=True),
     QueryAttentionCase("q65_k80", 1, 65, 80, 3, 16),
     QueryAttentionCase("q100_k64", 2, 100, 64, 1, 32, strided=True),
-    QueryAttentionCase("q17_k100", 1, 17, 100, 16, 20, dropout_p=0.3),
+    QueryAttentionCase("q17_k100", 1, 17, 100, 5, 20, dropout_p=0.3),
 )
 
 

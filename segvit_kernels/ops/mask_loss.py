@@ -377,7 +377,7 @@ def _bwd_eager(
 ) -> list[Tensor]:
     codes, _ = _codes_and_areas(targets, num_classes, areas.dtype)
     gradients = [areas.new_zeros(logits.shape) for logits in mask_logits]
-    need_bce = not _can_read(areas) or bool(grad_sums[..., 1].any())
+    need_focal, need_bce = (not _can_read(areas) or bool(grad_sums[..., i].any()) for i in range(2))
     slope = 2 * focal_alpha - 1
     for block in _blocks(mask_logits, targets, matches, areas, codes, mask_ignored):
         x, t, (b, q, work) = block.x, block.t, block.scratch
@@ -386,10 +386,13 @@ def _bwd_eager(
         if block.hard:
             # dx = m · [g₀ (1 − α − t) m^(γ−1) (m + γ (1 − m) bce) + (g₂ t + g₃) (1 − m) + g₁ (1 − 2t)]
             b, m, q = _logistic(x.addcmul_(x, t, value=-2), b, q, block.bounded)
-            dx = torch.add(m, b.mul_(q), alpha=focal_gamma, out=b)
-            dx *= m if focal_gamma == 2 else m.clamp(min=tiny) ** (focal_gamma - 1)
-            dx *= torch.mul(t, -g[0], out=work).add_((1 - focal_alpha) * g[0])
-            dx += q.mul_(torch.mul(t, g[2], out=work).add_(g[3]))
+            if need_focal:
+                torch.add(m, b.mul_(q), alpha=focal_gamma, out=b)
+                b *= m if focal_gamma == 2 else m.clamp(min=tiny) ** (focal_gamma - 1)
+                b *= torch.mul(t, -g[0], out=work).add_((1 - focal_alpha) * g[0])
+            dx = q.mul_(torch.mul(t, g[2], out=work).add_(g[3]))
+            if need_focal:
+                dx += b
             if need_bce:
                 dx += torch.mul(t, -2 * g[1], out=work).add_(g[1])
             dx *= m

@@ -72,7 +72,9 @@ CASES = (
     MaskLossCase("same_size", 1, 5, ((12, 17),), (12, 17)),
     MaskLossCase("mask_ignored", 3, 19, ((6, 6), (3, 4)), (33, 47), options={"mask_ignored": True}),
     MaskLossCase("single_class", 1, 1, ((5, 5),), (32, 32), targets=0),
-    MaskLossCase("all_ignored", 2, 4, ((5, 5),), (16, 20), targets=255, options={"mask_ignored": True}),
+    MaskLossCase(
+        "all_ignored", 2, 4, ((5, 5),), (16, 20), targets=255, weighted=True, options={"mask_ignored": True}
+    ),
     MaskLossCase("matched_labels", 2, 20, ((6, 6),), (30, 30), num_targets=7, matched=True),
     MaskLossCase("many_classes", 1, 300, ((2, 3),), (9, 13), options={"ignore_index": 301}),
     MaskLossCase("bool_masks", 2, 6, ((7, 5),), (50, 37), targets="bool"),

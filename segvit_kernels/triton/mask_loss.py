@@ -1,29 +1,30 @@
 r"""Mask loss on a GPU: how :mod:`segvit_kernels.ops.mask_loss` runs in Triton.
 
-Pairs. Labels are counted per image and class (histograms in shared memory, int32 atomics, so repeatable); one
-program then writes the list of active pairs and its length. The main kernels are persistent: a fixed number of
-programs walks the items (active pair, entry of the list, tile), the number of items being read from memory.
-Inactive pairs cost nothing, and the host learns nothing.
+Pairs. Labels are counted by image and class (histograms in shared memory, then int32 atomics: repeatable).
+One program writes the list of active pairs and its length. The main kernels are persistent: a fixed number of
+programs walks the items (active pair, entry of the list, tile), whose number is read from memory. Inactive
+pairs cost nothing, and the host learns nothing.
 
-Interpolation. A tile is 16 groups of R ≤ ⌈scale⌉ consecutive output rows, times BLOCK columns. R rows of a group
-lie between three rows of the low-resolution map, which are loaded and interpolated along x once; then
+Interpolation. A tile is 16 groups of R ≤ ⌈scale⌉ output rows, times BLOCK columns. The rows of a group touch
+three rows of the low-resolution map, which are loaded and interpolated along x once; then
 
-    x = v₀ + clamp(f) (v₁ − v₀) + clamp(f − 1) (v₂ − v₁),    f = position below v₀, clamp to [0, 1],
+    x = v₀ + clamp(f) (v₁ − v₀) + clamp(f − 1) (v₂ − v₁),    f = position below v₀, clamp to [0, 1]:
 
-two multiply-adds a pixel at any scale, and the adjoint is three multiply-adds into sums that stay in registers.
+two multiply-adds a pixel at any scale. The adjoint is three multiply-adds into sums that stay in registers.
 The kernels walk the R rows of all groups at once.
 
-Forward: per tile four sums, written as partials and added in fixed order by a second launch.
+Forward: four sums of every tile, written as partials and added in fixed order by a second launch.
 
-Backward, a gather: a program owns a block of cells and walks the output columns in their support. The sums over
-rows go through two small products, with the weights along x and with the matrix that says which cell a group's
-sum belongs to. Borders are computed by both neighbours. No atomics.
+Backward, a gather: a program owns a block of cells and walks the output columns in their support. The sums
+over rows go through two small products: with the weights along x, and with the matrix that says which cell a
+sum of a group belongs to. Borders of blocks are computed by both neighbours. No atomics.
 
 Matching: the same walk with queries in place of groups; three products of (queries × pixels) and
-(pixels × targets) on tensor cores, targets read or made from the labels on the fly, split over rows.
+(pixels × targets) on tensor cores, targets read or made from the labels on the fly, split over rows. Factors
+are split in two terms that tensor cores take as they are, so that nothing is lost to TF32.
 
-Per pixel one exponential and one reciprocal; log(1 + e) is a polynomial, accurate where e is small as the
-hardware's logarithm is not. Bytes, instructions and choices: docs/kernels.md.
+Per pixel one exponential and one reciprocal square root; log(1 + e) is a polynomial, accurate for small e as
+the hardware's logarithm is not. Bytes, instructions and choices: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -44,17 +45,23 @@ _CLASSES = 1024  # in one histogram
 _COUNTED = 8192  # labels or mask elements of one program
 
 
-def _config(name: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
-    """Launch parameters of ``name`` (``mask_loss_fwd``, ``mask_loss_bwd``, ``mask_loss_matching``).
+def _config(name: str, arch: str, focal_gamma: float = 2.0, target_bytes: int = 1) -> dict[str, Any]:
+    """Launch parameters of ``mask_loss_fwd``, ``mask_loss_bwd`` or ``mask_loss_matching``.
+
+    Args:
+        name: which of them.
+        arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
+        focal_gamma, target_bytes: other powers than 2, and 8 bytes an element, need more registers.
 
     Returns:
-        ``block``, output columns of a tile; ``programs`` per multiprocessor, or with ``mask_matching_sums``
-        wanted ones; ``precision`` of the products; ``num_warps``; ``num_stages``; for matching ``block_q``
-        and ``block_m``, queries and targets of a program.
+        ``block``, output columns of a tile; ``programs`` per multiprocessor; ``multiprocessors``;
+        ``num_warps``; ``num_stages``; perhaps ``maxnreg``. Forward: ``span``, tiles side by side in one item.
+        Matching: ``block_q`` queries and ``block_m`` targets of a program; whether factors are ``split``.
     """
-    found = pinned(arch)[name]
-    kind = "single" if dtype == torch.float32 else "half"
-    return {"multiprocessors": pinned(arch)["multiprocessors"], **found.get(kind, found)}
+    config = {"multiprocessors": pinned(arch)["multiprocessors"], **pinned(arch)[name]}
+    if focal_gamma == 2 and target_bytes < 8:
+        config.pop("maxnreg", None)
+    return config
 
 
 @triton.jit
@@ -138,7 +145,7 @@ def _slopes(x, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO: tl.constexpr, HARD: t
 def _source(i, cells, size):
     """Where output element i of ``size`` lies among ``cells``: the cell before it and the way past that.
 
-    i·cells/size may be off by one cell at a boundary, where it does not matter; the rest is exact in integers.
+    The cell may be off by one at a boundary, where it does not matter; the way is exact but for one rounding.
     """
     position = (2 * i + 1) * cells - size  # in units of 1 / (2 size)
     before = (position.to(tl.float32) / (2 * size).to(tl.float32)).to(tl.int32)
@@ -148,7 +155,7 @@ def _source(i, cells, size):
 
 @triton.jit
 def _rows(y, h, H):
-    """The row of the map above each output row y, the way past it, and the way from one output row to the next."""
+    """The row of the map above each output row y, the way past it, and the way to the next output row."""
     row, past = _source(y, h, H)
     return row, past, h.to(tl.float32) / H.to(tl.float32)
 
@@ -175,24 +182,31 @@ def _between(past):
 
 
 @triton.jit
+def _wide(label):
+    """Labels in at least 32 bits, to compare them with numbers that theirs may not hold."""
+    return label.to(tl.int32) if label.dtype.primitive_bitwidth < 32 else label
+
+
+@triton.jit
 def _read(
     targets_ptr, y, x, target, H, W, M, logits,
-    LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr, EVEN: tl.constexpr, LOWER: tl.constexpr,
+    LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
+    EVEN: tl.constexpr, LOWER: tl.constexpr,
 ):  # fmt: skip
     """Targets of one output row of every group, and the logits.
 
-    Ignored pixels get a logit so low that they add nothing to any sum or gradient; so do those outside if LOWER.
+    Ignored pixels, and if LOWER those outside, get a logit so low that they add nothing to sums or gradients.
     """
     offset = y * W + x
+    inside = (y < H) & (x < W)
     if EVEN:
         t = tl.load(targets_ptr + offset)
     else:
-        inside = (y < H) & (x < W)
         t = tl.load(targets_ptr + offset, mask=inside, other=0)
         if LOWER:
             logits = tl.where(inside, logits, -1e30)
     if LABELS:
-        label = t
+        label = _wide(t)
         t = label == target
         if LOWER:
             t = t & inside
@@ -240,10 +254,7 @@ def _target_of(pair, matches_ptr, areas_ptr, Q, M, valid, LABELS: tl.constexpr):
 @triton.jit
 def _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS: tl.constexpr):
     """The labels of a pair's image, or the pair's mask; and the number of its target."""
-    if matches_ptr is None:
-        target = pair % Q
-    else:
-        target = tl.load(matches_ptr + pair).to(tl.int32)
+    target = pair % Q if matches_ptr is None else tl.load(matches_ptr + pair).to(tl.int32)
     targets_ptr += (pair // Q).to(tl.int64) * stride_tb
     if not LABELS:
         targets_ptr += target.to(tl.int64) * stride_tm
@@ -264,7 +275,7 @@ def _mask_count_kernel(
         count = tl.zeros([CLASSES], tl.int32)
         for i in range(0, CHUNK, BLOCK):
             at = start + i + tl.arange(0, BLOCK)
-            label = tl.load(labels_ptr + at, mask=at < pixels, other=0)
+            label = _wide(tl.load(labels_ptr + at, mask=at < pixels, other=0))
             valid = (at < pixels) & (label >= first) & (label < M) & (label < first + CLASSES)
             index = tl.where(valid, label.to(tl.int32) - first, 0)
             count += tl.histogram(index, CLASSES, mask=valid)
@@ -297,7 +308,7 @@ def _mask_pairs_kernel(
     matches_ptr, counts_ptr, areas_ptr, pairs_ptr, total, areas_total, Q, M,
     LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pairs: the number of active pairs, then the pairs in order. With int32 counts also the areas. One program."""
+    """pairs: how many are active, then these in order. With int32 counts also the areas. One program."""
     i = tl.arange(0, BLOCK)
     if counts_ptr is not None:
         for start in range(0, areas_total, BLOCK):
@@ -328,7 +339,23 @@ def _mask_loss_fwd_kernel(
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         pair, tile = tl.load(pairs_ptr + 1 + item // tiles), item % tiles
         entry, x_ptr, h, w, local = _entry(
-            tile, x0_ptr, x1_ptr, x2_ptr, x3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, ENTRIES
+            tile,
+            x0_ptr,
+            x1_ptr,
+            x2_ptr,
+            x3_ptr,
+            h0,
+            h1,
+            h2,
+            h3,
+            w0,
+            w1,
+            w2,
+            w3,
+            begin1,
+            begin2,
+            begin3,
+            ENTRIES,
         )
         rows = tl.where(entry == 0, rows0, tl.where(entry == 1, rows1, tl.where(entry == 2, rows2, rows3)))
         plane_ptr, target = _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS)
@@ -337,7 +364,9 @@ def _mask_loss_fwd_kernel(
         row, past, step = _rows(y, h, H)
         focal = tl.zeros([GROUPS, BLOCK], tl.float32)
         bce, overlap, total = focal, focal, focal
-        for start in range(local % spans * (SPAN * BLOCK), local % spans * (SPAN * BLOCK) + SPAN * BLOCK, BLOCK):
+        for start in range(
+            local % spans * (SPAN * BLOCK), local % spans * (SPAN * BLOCK) + SPAN * BLOCK, BLOCK
+        ):
             x = (start + tl.arange(0, BLOCK))[None, :]
             column, aside = _columns(x, w, W)
             v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
@@ -398,12 +427,28 @@ def _mask_loss_bwd_kernel(
     ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
     GAMMA_TWO: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of blocks of cells of active pairs; a block is at most GROUPS by CELLS, one less inside a map."""
+    """Gradients of blocks of cells, GROUPS by CELLS or one less, of active pairs."""
     items = tl.load(pairs_ptr) * tiles
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         pair, tile = tl.load(pairs_ptr + 1 + item // tiles), item % tiles
         entry, x_ptr, h, w, local = _entry(
-            tile, x0_ptr, x1_ptr, x2_ptr, x3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, ENTRIES
+            tile,
+            x0_ptr,
+            x1_ptr,
+            x2_ptr,
+            x3_ptr,
+            h0,
+            h1,
+            h2,
+            h3,
+            w0,
+            w1,
+            w2,
+            w3,
+            begin1,
+            begin2,
+            begin3,
+            ENTRIES,
         )
         _, dx_ptr, _, _, _ = _entry(
             tile, dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3,
@@ -536,7 +581,7 @@ def _mask_matching_kernel(
                 logits = v0 + _between(f) * (v1 - v0) + _between(f - 1.0) * (v2 - v1)
                 logits = tl.where(x[None, :] < W, logits, -1e30)  # adds nothing to the totals
                 if LABELS:
-                    label = tl.load(targets_ptr + y * W + x, mask=x < W, other=0)[:, None]
+                    label = _wide(tl.load(targets_ptr + y * W + x, mask=x < W, other=0))[:, None]
                     t = ((label == m) & (x[:, None] < W)).to(tl.float32)  # [BLOCK, BLOCK_M]
                 else:
                     inside = (x[:, None] < W) & (m < M)
@@ -579,10 +624,11 @@ def _addressable(targets: Tensor) -> Tensor:
 def _check_sizes(mask_logits: list[Tensor], targets: Tensor) -> None:
     height, width = targets.shape[-2:]
     for logits in mask_logits:
-        if max(logits.shape[-2] * height, logits.shape[-1] * width) >= 2**29 or height * width >= 2**31 - 2**16:
+        h, w = logits.shape[-2:]
+        if max(h * height, w * width) >= 2**29 or height * width >= 2**31 - 2**16:
             raise ValueError(
-                f"mask_logits {tuple(logits.shape)} and targets {tuple(targets.shape)} are too large for 32-bit "
-                "positions: use backend='eager'"
+                f"mask_logits {tuple(logits.shape)} and targets {tuple(targets.shape)} are too large for "
+                "32-bit positions: use backend='eager'"
             )
 
 
@@ -596,6 +642,7 @@ def _begins(tiles: list[int]) -> dict[str, int]:
     total = sum(tiles)
     begins = {f"begin{i}": sum(tiles[:i]) if i < len(tiles) else total for i in range(1, _ENTRIES)}
     return begins | {"tiles": total}
+
 
 def _sum_launch(partial: Tensor, out: Tensor, parts: int, inner: int) -> Launch:
     """out (…, inner) = the sum of partial (…, parts, inner) over parts."""
@@ -696,7 +743,7 @@ def _options(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _rows_of_a_group(height: int, h: int) -> int:
-    """As many as three rows of the map can serve; such that tiles end with the image where that costs little."""
+    """As many as three rows of the map can serve; fewer where tiles then end with the image."""
     most = min(_MAX_ROWS, triton.cdiv(height, h))
     for rows in range(most, most // 2, -1):
         if height % (_GROUPS * rows) == 0:
@@ -868,9 +915,7 @@ def _matching_launches(
         "SPLIT": config["split"],
         "EXACT": targets.dtype not in (torch.float32, torch.float64),
     }
-    launches.append(
-        Launch(_mask_matching_kernel, blocks * splits, arguments, constants, _options(config))
-    )
+    launches.append(Launch(_mask_matching_kernel, blocks * splits, arguments, constants, _options(config)))
     if splits > 1:
         launches += [
             _sum_launch(part, out, splits, out.numel())
@@ -892,7 +937,7 @@ def mask_loss_fwd(
     config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``segvit::mask_loss_fwd``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_fwd", mask_logits[0].dtype, architecture(targets.device))
+    found = _config("mask_loss_fwd", architecture(targets.device), focal_gamma, targets.element_size())
     arguments = (mask_logits, targets, matches, num_classes, focal_alpha, focal_gamma, mask_ignored)
     results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
     run(launches)
@@ -913,7 +958,7 @@ def mask_loss_bwd(
     config: dict[str, Any] | None = None,
 ) -> list[Tensor]:
     """Launcher of ``segvit::mask_loss_bwd``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_bwd", mask_logits[0].dtype, architecture(targets.device))
+    found = _config("mask_loss_bwd", architecture(targets.device), focal_gamma, targets.element_size())
     arguments = (grad_sums, mask_logits, targets, matches, areas, num_classes)
     options = (focal_alpha, focal_gamma, mask_ignored)
     results, launches = _bwd_launches(*arguments, *options, {**found, **(config or {})})
@@ -931,7 +976,7 @@ def mask_matching_sums(
     config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of ``segvit::mask_matching_sums``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_matching", mask_logits.dtype, architecture(targets.device))
+    found = _config("mask_loss_matching", architecture(targets.device), focal_gamma, targets.element_size())
     arguments = (mask_logits, targets, num_classes, focal_alpha, focal_gamma)
     results, launches = _matching_launches(*arguments, {**found, **(config or {})})
     run(launches)

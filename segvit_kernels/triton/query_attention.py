@@ -1,18 +1,18 @@
 r"""Query attention on a GPU: how :mod:`segvit_kernels.ops.query_attention` runs in Triton.
 
-Forward: one program per (image, head, block of queries, split of the keys) with an online softmax. A block has
-128 queries, so that K and V pass the L2 cache seldom enough. Where programs do not fill the chip the keys are
-split and a second launch combines the partial outputs.
+Forward: one program per (image, head, block of queries, split of the keys) with an online softmax. A block
+has 128 queries, so that K and V pass the L2 cache seldom enough. Where programs do not fill the chip the keys
+are split and a second launch combines the partial outputs.
 
-Backward, plan ``atomics`` (the default): S, P and dS once. A small launch gives δ and zeroes dQ; then a program per
-(image, head, tile of keys) holds dK and dV, loops over the queries and adds its part of dQ to float32 by
-atomics; a last launch scales and rounds dQ and sums it over images that share their queries.
+Backward, plan ``atomics`` (the default): S, P and dS once. A small launch gives δ and zeroes dQ; then a
+program per (image, head, tile of keys) holds dK and dV, loops over the queries and adds its part of dQ to
+float32 by atomics; a last launch scales and rounds dQ and sums it over images that share their queries.
 
-Backward, plan ``repeatable``: S, P and dS twice, nothing added in an order that may change. A program per (image,
-head, block of queries) gives dQ and δ; then the programs of the tiles of keys give dK and dV alone.
+Backward, plan ``repeatable``: S, P and dS twice, nothing added in an order that may change. A program per
+(image, head, block of queries) gives dQ and δ; then the programs of the tiles of keys give dK and dV alone.
 
-All loops run over whole tiles; what is left is one more tile of its own, smaller size (16, 32, …), so that 400
-keys cost 400 exponentials a row and only a ragged last tile is masked.
+All loops run over whole tiles; what is left is one more tile of its own, smaller size (16, 32, …), so that
+400 keys cost 400 exponentials a row and only a ragged last tile is masked.
 
 Bytes moved, the floor and the choice between the plans: docs/kernels.md.
 """
@@ -152,7 +152,7 @@ def _query_attention_fwd_kernel(
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kn
         v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vn
-    if TAIL > 0:
+    if TAIL > 0:  # noqa: SIM102 (decided by the compiler, the inner one by the program)
         if split == splits - 1:
             k = _load(k_ptr, tl.arange(0, TAIL), Nk - whole - 1, stride_kn, D, BLOCK_D)
             v = _load(v_ptr, tl.arange(0, TAIL), Nk - whole - 1, stride_vn, D, BLOCK_D)
@@ -500,7 +500,7 @@ def _bwd_launches(
         **_dropout(dropout_p, seed),
     }
     if atomics:
-        rows, block_r = batch * queries * heads, 32
+        rows, block_r = batch * queries * heads, 1024 // sizes["BLOCK_D"]
         arguments = {
             "do_ptr": grad_output,
             "o_ptr": output,

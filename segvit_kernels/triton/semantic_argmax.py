@@ -38,7 +38,6 @@ from segvit_kernels.triton._launch import Launch, architecture, pinned, run
 _SIGMA_SCALE = 1024.0  # of half-precision σ
 _PROBS_SCALE = 2.0**14  # of half-precision class probabilities up to 1
 _INFO = 5  # integers kept of a view: first cell, h, w, blocks of the head, blocks in all
-_MOST_TESTED = 192  # classes; more leave no registers for the test
 _HOPELESS = 0.25  # a tail worth this share of the head is not worth a test
 
 
@@ -81,9 +80,10 @@ def _config(
         cells = [0, 0]
     elif math.prod(cells) < 16:  # the least inner length of a product
         cells[1] = 16 // cells[0]
-    if turns > 1 or sum(parts) > _MOST_TESTED or queries <= config["head"]:
+    tested = config.pop("tested")  # classes; more leave no registers for the test
+    if turns > 1 or sum(parts) > tested or queries <= config["head"]:
         config["head"] = 0
-    if sum(parts) > 160 or not cells[0]:
+    if sum(parts) > 160 or math.prod(cells) != 16:
         config.pop("maxnreg", None)
     return {**config, "parts": parts, "turns": turns, "cells_y": cells[0], "cells_x": cells[1]}
 

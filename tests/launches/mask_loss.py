@@ -25,7 +25,15 @@ EVERYWHERE = {
 MORE = {
     "batch 1, ignored": (1, 150, [(40, 40)], (640, 640), "bfloat16", "uint8", {"mask_ignored": True}),
     "gamma": (4, 150, [(32, 32)] * 2, (512, 512), "float16", "uint8", {"gamma": 1.5}),
-    "gamma soft": (4, 30, [(32, 32)] * 2, (20, 512, 512), "float32", "float16", {"gamma": 1.5, "matches": True}),
+    "gamma soft": (
+        4,
+        30,
+        [(32, 32)] * 2,
+        (20, 512, 512),
+        "float32",
+        "float16",
+        {"gamma": 1.5, "matches": True},
+    ),
     "pc_vit_l": (16, 60, [(30, 30)] * 3, (480, 480), "bfloat16", "int16", {}),
     "cityscapes_like": (1, 19, [(64, 128)] * 4, (1024, 2048), "bfloat16", "uint8", {}),
     "odd": (2, 300, [(7, 5), (1, 1)], (100, 37), "float16", "int32", {}),
@@ -51,7 +59,8 @@ def launches(case, arch):
     numbers = (num_targets, 0.25, options.get("gamma", 2.0))
     flags = (options.get("mask_ignored", False),)
     fwd, bwd, matching = (
-        mask_loss._config(f"mask_loss_{name}", dtype, arch) for name in ("fwd", "bwd", "matching")
+        mask_loss._config(f"mask_loss_{name}", arch, numbers[2], targets.element_size())
+        for name in ("fwd", "bwd", "matching")
     )
     _, found = mask_loss._fwd_launches(logits, targets, matches, *numbers, *flags, fwd)
     found += mask_loss._bwd_launches(grad_sums, logits, targets, matches, areas, *numbers, *flags, bwd)[1]

@@ -1,0 +1,357 @@
+"""Semantic argmax in Triton's interpreter against float64; on a GPU where there is one (``-m gpu``)."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from segvit_kernels.ops.semantic_argmax import View, Views
+from segvit_kernels.testing.semantic_argmax import CASES, SemanticCase, assert_labels, oracle
+from segvit_kernels.triton import semantic_argmax as kernels
+from segvit_kernels.triton._launch import pinned
+
+BY_NAME = {case.name: case for case in CASES}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+# Large tiles keep the interpreter quick; test_pinned_tiles has those of the architectures.
+LARGE = {"tile_y": 32, "tile_x": 64, "cells": 512}
+SMALL = {"tile_y": 8, "tile_x": 8, "cells": 64}
+
+
+def _run(inputs, *, sigmoid=True, scores=False, prune=0.0, config=None):
+    """The launcher as the operator calls it; ``config`` may give tiles, from which the rest follows."""
+    masks, views, (height, width) = inputs["mask_logits"], inputs["views"], inputs["size"]
+    masks = masks if isinstance(masks, list) else [masks]
+    probs = inputs["class_probs"]
+    reach = views.reach if views else [masks[0].shape[2] / height, masks[0].shape[3] / width]
+    config = dict(LARGE if config is None else config)
+    if "tile_y" in config:
+        cells = [kernels._footprint(config[f"tile_{a}"], r) for a, r in zip("yx", reach, strict=True)]
+        fits = 16 <= math.prod(cells) <= config.pop("cells")
+        config |= {"cells_y": cells[0] * fits, "cells_x": cells[1] * fits}
+    batch = views.batch if views else len(masks[0])
+    tensors = views.tensors if views else []
+    reach = reach if views else []
+    return kernels.semantic_argmax(
+        masks, probs, tensors, batch, height, width, reach, sigmoid, scores, prune, config=config
+    )
+
+
+def _check(name, inputs, *, activation="sigmoid", **options):
+    """Labels, and with ``scores`` the winning scores, within the error budget."""
+    dtype = inputs["class_probs"].dtype
+    prune = options.get("prune", 0.0)
+    truth = oracle(inputs, activation=activation, prune=prune)
+    ordinary = oracle(inputs, dtype, activation=activation, prune=prune)
+    labels, scores = _run(inputs, sigmoid=activation == "sigmoid", **options)
+    differ = assert_labels(name, labels, truth, ordinary)
+    assert differ <= 0.02 * labels.numel() + 1, f"{name}: {differ} of {labels.numel()} labels differ"
+    if not options.get("scores"):
+        assert scores.shape == (0,)
+        return labels
+    best, eps = truth.amax(1), torch.finfo(dtype).eps
+    allowed = 2 * (ordinary.double() - truth).abs().max() + 4 * eps * best.max()
+    assert scores.dtype == torch.float32
+    assert (scores - best).abs().max() <= allowed
+    return labels
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_case(case, dtype, poisoned):
+    _check(case.name, case.inputs(dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("case", ["one_cell", "odd", "classes_171", "classes_300", "mixed"])
+def test_scores(case, dtype, poisoned):
+    inputs = BY_NAME[case].inputs(dtype)
+    labels = _check(case, inputs, scores=True)
+    assert torch.equal(labels, _run(inputs)[0])
+
+
+@DTYPES
+@pytest.mark.parametrize("case", ["one_pixel", "smaller", "sliding"])
+def test_no_activation(case, dtype, poisoned):
+    inputs = BY_NAME[case].inputs(dtype)
+    masks = inputs["mask_logits"]
+    inputs["mask_logits"] = masks.sigmoid()
+    _check(case, inputs, activation="none", scores=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("case", ["classes_171", "mixed"])
+def test_pinned_tiles(case, arch, poisoned):
+    case, dtype = BY_NAME[case], torch.float32 if arch == "sm_80" else torch.float16
+    inputs = case.inputs(dtype)
+    reach = inputs["views"].reach if inputs["views"] else [5 / 20, 6 / 24]
+    config = kernels._config((1, *case.size, case.queries, case.classes), dtype, arch, tuple(reach))
+    _check(case.name, inputs, config=config)
+
+
+@DTYPES
+@pytest.mark.parametrize("cells", [64, 0], ids=["product", "loads"])
+@pytest.mark.parametrize("case", ["odd", "mixed"])
+def test_both_interpolations(case, cells, dtype, poisoned):
+    _check(case, BY_NAME[case].inputs(dtype), config={**SMALL, "cells": cells})
+
+
+@DTYPES
+def test_patches_of_a_power_of_two(dtype, poisoned):
+    """Weights that float16 holds exactly are not split."""
+    case = SemanticCase("patch_16", ((2, 3, 2),), 20, 19, (48, 32))
+    _check(case.name, case.inputs(dtype), config=SMALL)
+
+
+@DTYPES
+@pytest.mark.parametrize("parts", [(16,), (16, 16), (32, 16, 16)], ids=str)
+def test_turns(parts, dtype, poisoned):
+    """Classes that do not fit at once are taken in turns, ties between turns included."""
+    case = SemanticCase("turns", ((1, 5, 6),), 40, 70, (20, 24))
+    inputs = case.inputs(dtype)
+    config = {**SMALL, "parts": parts, "turns": -(-70 // sum(parts)), "head": 0}
+    labels = _check(case.name, inputs, config=config)
+    _check(case.name, inputs, scores=True, config=config)
+    probs = inputs["class_probs"]
+    probs[..., 35:] = probs[..., :35]
+    assert torch.equal(_run(inputs, config=config)[0] < 35, torch.ones_like(labels, dtype=torch.bool))
+
+
+def test_ties_go_to_the_lower_class(poisoned):
+    inputs = BY_NAME["odd"].inputs(torch.float32)
+    inputs["class_probs"][:] = inputs["class_probs"][..., :1]
+    assert not _run(inputs)[0].any()
+    inputs["class_probs"].zero_()
+    assert not _run(inputs)[0].any()
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Counts the blocks of tokens that programs mix."""
+    calls, mix = [], kernels._mix
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return mix(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "_mix", counted)
+    return calls
+
+
+TRAINED = SemanticCase("trained", ((1, 5, 6),), 150, 21, (40, 48))
+
+
+def _trained(dtype):
+    """Few tokens have the class mass, and areas of their own with one border down the middle."""
+    generator = torch.Generator().manual_seed(5)
+    inputs = TRAINED.inputs(dtype)
+    masks, probs = inputs["mask_logits"], inputs["class_probs"]
+    probs[:] = (torch.rand(probs.shape, generator=generator) * 1e-4).to(dtype)
+    heavy = torch.randperm(150, generator=generator)[:6]
+    probs[:, heavy, torch.arange(6)] = 0.9
+    masks[:, heavy] = -9
+    masks[:, heavy[0], :, :3] = 9
+    masks[:, heavy[1], :, 3:] = 9
+    return inputs
+
+
+@DTYPES
+def test_decided_tiles_skip_the_tail(dtype, blocks, poisoned):
+    inputs = _trained(dtype)
+    tiles = 5 * 6
+    labels = _check("decided", inputs, config=SMALL)
+    assert blocks and len(blocks) == tiles, "every tile is decided by one block of 32 tokens"
+    blocks.clear()
+    assert torch.equal(_run(inputs, config={**SMALL, "head": 0})[0], labels)
+    assert len(blocks) == tiles * 5
+
+
+@DTYPES
+def test_undecided_tiles_run_the_tail(dtype, blocks, poisoned):
+    """Two heavy tokens tie, and light ones beyond the head decide; the last column of tiles only."""
+    inputs = _trained(dtype)
+    masks, probs = inputs["mask_logits"], inputs["class_probs"]
+    heavy = probs.amax(-1)[0].topk(6).indices
+    light = [q for q in range(150) if q not in heavy]
+    probs[:, light] = 0
+    probs[:, light[:40], 7] = 2e-3  # fills the head
+    probs[:, light[40:], 8] = 1e-3  # 110 of them: 0.11, all of it in the tail
+    masks[:] = -20
+    masks[:, heavy[0], :, :3] = 9
+    probs[:, heavy[0]] = 0
+    probs[:, heavy[0], 3] = 0.9
+    masks[:, light, :, 5] = 20  # here nothing but light tokens: 0.08 of class 7 and 0.11 of class 8
+    labels = _check("undecided", inputs, config=SMALL)
+    tiles = 5 * 6
+    assert (labels[..., -2:] == 8).all(), "the tail decides"
+    assert tiles < len(blocks) < tiles * 5
+
+
+@DTYPES
+def test_tails_of_several_views(dtype, blocks, poisoned):
+    """The bound is that of the worst view, and groups count once each."""
+    inputs = _trained(dtype)
+    size = inputs["size"]
+    masks, probs = inputs["mask_logits"], inputs["class_probs"]
+    views = [View.whole(0, (5, 6), size), View.crop(0, size, size, 0, 20, (40, 28), (5, 6), True, 1)]
+    other = probs * 0.5
+    other[:, :, 9] += 2e-3
+    inputs["mask_logits"], inputs["class_probs"] = torch.cat([masks, masks]), torch.cat([probs, other])
+    inputs["views"] = Views(views, 1, size)
+    labels = _check("views", inputs, config=SMALL)
+    some = len(blocks)
+    assert torch.equal(_run(inputs, config={**SMALL, "head": 0})[0], labels)
+    assert some < len(blocks) - some
+
+
+def test_without_concentration_there_is_no_test(blocks, monkeypatch):
+    """Where the tail is worth much, all tokens are the head; a negative value has no bound either."""
+    monkeypatch.setattr(kernels, "_decide", None)
+    inputs = TRAINED.inputs(torch.float16)
+    _check("spread", inputs, config=SMALL)
+    inputs = _trained(torch.float16)
+    inputs["class_probs"][0, 77, 3] = -0.01
+    _check("negative", inputs, config=SMALL)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", ["classes_150", "mixed"])
+def test_prune(case, dtype, blocks, poisoned):
+    inputs = BY_NAME[case].inputs(dtype)
+    generator = torch.Generator().manual_seed(3)
+    probs = inputs["class_probs"]
+    probs *= (torch.rand(probs.shape[:2], generator=generator) < 0.2).to(dtype)[..., None] * 0.9 + 0.1
+    full = _run(inputs, config={**LARGE, "head": 0}) and len(blocks)
+    blocks.clear()
+    for scores in (False, True):
+        _check(case, inputs, prune=0.5, scores=scores)
+    assert len(blocks) < 2 * full
+    assert not _run(inputs, prune=1e6)[0].any()
+
+
+def test_bfloat16_is_converted(poisoned):
+    """The products are of float16; nothing is lost but the range beyond 65504."""
+    case = BY_NAME["mixed"]
+    inputs = case.inputs(torch.bfloat16)
+    exact = {**inputs, "mask_logits": [m.to(torch.float16) for m in inputs["mask_logits"]]}
+    assert torch.equal(_run(inputs)[0], _run(exact)[0])
+    inputs = BY_NAME["odd"].inputs(torch.bfloat16)
+    inputs["mask_logits"][:, ::2] *= 1e6
+    truth = oracle(inputs)
+    ordinary = oracle({**inputs, "mask_logits": inputs["mask_logits"].clamp(-65504, 65504)}, torch.bfloat16)
+    assert_labels("huge", _run(inputs)[0], truth, ordinary)
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-4, 60.0])
+def test_small_and_large_probabilities_keep_their_precision(scale, poisoned):
+    """The probabilities of each view are scaled for float16, and weighed against those of other views."""
+    inputs = BY_NAME["mixed"].inputs(torch.float16)
+    plain = _run(inputs)[0]
+    inputs["class_probs"] = inputs["class_probs"].float() * scale
+    assert (_run(inputs)[0] != plain).float().mean() < 0.01
+    inputs = BY_NAME["odd"].inputs(torch.float16)
+    plain, best = _run(inputs, scores=True)
+    inputs["class_probs"] = inputs["class_probs"].float() * scale
+    labels, scores = _run(inputs, scores=True)
+    assert (labels != plain).float().mean() < 0.01
+    torch.testing.assert_close(scores, best * scale, rtol=2e-3, atol=0)
+
+
+def test_small_sigmas_keep_their_precision(poisoned):
+    """σ of 1e-6 is far below float16's normal numbers, but what it says still counts."""
+    inputs = BY_NAME["odd"].inputs(torch.float16)
+    inputs["mask_logits"] = (inputs["mask_logits"].clamp(-3, 3) - 14).to(torch.float16)
+    _check("small", inputs)
+    truth = oracle(inputs).amax(1)
+    torch.testing.assert_close(_run(inputs, scores=True)[1].double(), truth, rtol=3e-3, atol=0)
+
+
+def test_infinite_logits(poisoned):
+    """Weights of zero stay zero beside infinite logits, and σ is 0 or 1 where all four cells agree."""
+    for dtype in (torch.float32, torch.float16):
+        masks = torch.full((1, 2, 4, 4), -math.inf, dtype=dtype)
+        masks[0, 0, :, :2] = math.inf
+        masks[0, 1, :, 2:] = math.inf
+        inputs = {"mask_logits": masks, "class_probs": torch.eye(2, dtype=dtype)[None], "size": (8, 8)}
+        labels = _run({**inputs, "views": None}, config=SMALL)[0]
+        assert (labels[..., :3] == 0).all() and (labels[..., 5:] == 1).all()
+
+
+def test_strides(poisoned):
+    inputs = BY_NAME["mixed"].inputs(torch.float32)
+    labels = _run(inputs)[0]
+    first, second = inputs["mask_logits"]
+    wide = torch.full((3, 35, 5, 12), math.nan)
+    wide[..., 2:9] = first
+    odd = {
+        **inputs,
+        "mask_logits": [wide[..., 2:9], second.transpose(0, 1).contiguous().transpose(0, 1)],
+        "class_probs": inputs["class_probs"].transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    assert torch.equal(_run(odd)[0], labels)
+
+
+def test_repeatable_and_inputs_untouched():
+    inputs = BY_NAME["mixed"].inputs(torch.float16)
+    before = [m.clone() for m in inputs["mask_logits"]]
+    first, second = _run(inputs, scores=True), _run(inputs, scores=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs["mask_logits"], strict=True))
+
+
+def test_empty_batch():
+    masks, probs = torch.empty(0, 5, 4, 4), torch.empty(0, 5, 300)
+    labels, scores = kernels.semantic_argmax([masks], probs, [], 0, 8, 9, [], True, True, 0.0)
+    assert labels.shape == scores.shape == (0, 8, 9)
+    assert labels.dtype == torch.int16
+
+
+def test_far_strides_are_copied():
+    near = torch.empty(2, 8, 4, 32, device="meta")
+    assert kernels._addressable(near, 2) is near
+    far = torch.empty_strided((2, 8, 4, 32), (2**33, 2**30, 2**30, 1), device="meta")
+    assert kernels._addressable(far, 2).is_contiguous()
+
+
+def test_accumulators():
+    assert kernels._parts(150, 192) == ((128, 32), 1)
+    assert kernels._parts(171, 192) == ((128, 32, 16), 1)
+    assert kernels._parts(300, 192) == ((128, 32), 2)
+    for classes in range(1, 1000):
+        parts, turns = kernels._parts(classes, 192)
+        assert classes <= turns * sum(parts) < 1.25 * classes + 16 * turns
+        assert len(parts) <= 3
+
+
+def test_footprints_hold_every_cell_a_tile_touches():
+    for tile in (8, 16, 32):
+        for reach in (0.01, 1 / 16, 0.124, 0.25, 0.3, 1.0, 2.7):
+            cells = kernels._footprint(tile, reach)
+            for offset in torch.linspace(0, 1, 101, dtype=torch.float64).tolist():
+                assert math.floor(offset + (tile - 1) * reach) + 2 <= cells
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_75"])
+def test_configurations_are_pure_and_complete(arch):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for classes in (1, 19, 150, 171, 300, 847):
+            for reach in (1 / 16, 0.3, 4.0):
+                arguments = ((2, 640, 640, 150, classes), dtype, arch, (reach, reach))
+                config = kernels._config(*arguments)
+                assert config == kernels._config(*arguments)
+                assert sum(config["parts"]) * config["turns"] >= classes
+                assert config["head"] % config["block_q"] == 0
+    assert pinned("no such chip") == pinned("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
+@pytest.mark.parametrize("concentrated", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_on_the_device(case, concentrated, dtype):
+    inputs = case.inputs(dtype, "cuda", concentrated=concentrated)
+    truth, ordinary = oracle(inputs), oracle(inputs, dtype)
+    assert_labels(case.name, _run(inputs, config={})[0], truth, ordinary)
