@@ -77,16 +77,24 @@ def _atm(query: Tensor, key: Tensor, value: Tensor, *, need_masks: bool = True, 
     return atm_reference(query.expand(key.shape[0], -1, -1, -1), key, value, **options)
 
 
+def _subsample_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, **where: Any) -> tuple:
+    """As published: queries, keys and values each have a LayerNorm of their own tokens."""
+    from segvit_kernels import subsample_layer_norm_reference
+
+    _, _, x_sub = subsample_layer_norm_reference(x, weight, bias, eps=eps, **where)
+    key, value, query = (F.layer_norm(t, weight.shape, weight, bias, eps) for t in (x, x, x_sub))
+    return (key + value) / 2, query, x_sub
+
+
 @contextlib.contextmanager
 def plain_operators() -> Iterator[None]:
     """Everything by operators that fvcore counts by itself."""
     from segvit_kernels import modules
-    from segvit_kernels.ops.subsample_norm import subsample_layer_norm_reference
 
     with (
         mock.patch.object(modules, "fused_atm", _atm),
         mock.patch.object(modules, "query_attention", _query_attention),
-        mock.patch.object(modules, "subsample_layer_norm", subsample_layer_norm_reference),
+        mock.patch.object(modules, "subsample_layer_norm", _subsample_layer_norm),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
     ):
         yield

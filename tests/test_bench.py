@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import atm, gpu, kernels, report, timing
+from bench import atm, flops, gpu, kernels, report, timing
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -411,3 +411,54 @@ def test_committed_results_are_measurements():
     for path in (ROOT / "bench/results").glob("*.json"):
         result = report.load(path)
         assert result["measurement"] and result["correct"], path.name
+
+
+# ------------------------------------------------------------------------------ operations counted
+
+
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_counters_agree(shrunk):
+    """fvcore on plain operators, fvcore and torch's counter on fused ones: one model, the same products."""
+    from segvit import SegViT, SegViTConfig
+
+    options = {"shrunk": True} if shrunk else {}
+    sizes = {"width": 64, "depth": 4, "heads": 2, "taps": (1, 3), "image_size": (64, 64)}
+    if shrunk:
+        options["shrink_at"] = 2
+    torch.manual_seed(0)
+    model = SegViT(SegViTConfig.preset("vit_tiny", 7, **sizes, **options)).eval().requires_grad_(False)
+    images = torch.zeros(1, 3, 64, 64)
+    with flops.plain_operators():
+        eager, _ = flops.count_fvcore(flops.EagerForm(model), images)
+    form = flops.FusedForm(model)
+    fused, _ = flops.count_fvcore(form, images)
+    assert flops.count_torch(form.to("meta"), images.to("meta")) == pytest.approx(
+        sum(fused.values()), rel=1e-3
+    )
+    assert eager["conv"] == fused["conv"]
+    # Folding takes the first self-attention and its projections away.
+    assert fused["linear"] < eager["linear"]
+    products = sum(fused.get(name, 0) for name in ("atm_fwd", "query_attention_fwd", "attention"))
+    assert products <= eager["bmm"] + eager["matmul"]
+    assert fused["semantic_argmax"] == 7 * 7 * 64 * 64
+
+
+def test_kept_counts_are_the_papers():
+    """What bench/results keeps, and what today's code counts for the smallest of these models."""
+    kept = json.loads((ROOT / "bench/results/flops.json").read_text())["models"]
+    assert [row["model"] for row in kept] == [model.name for model in flops.MODELS]
+    for row in kept:
+        assert row["eager"]["fvcore"] / 1e9 == pytest.approx(row["paper_gflops"], abs=0.1)
+        assert row["fused"]["torch"] == pytest.approx(row["fused"]["fvcore"], rel=1e-3)
+    (fresh,) = flops.run(memory=False, names=[kept[0]["model"]], progress=lambda line: None)["models"]
+    assert fresh["eager"]["by_operator"] == kept[0]["eager"]["by_operator"]
+    assert fresh["fused"]["fvcore"] == kept[0]["fused"]["fvcore"]
+
+
+def test_kept_counts_are_those_measured_on_published_models(shared_dir):
+    reference = json.loads((shared_dir / "reference/macs.json").read_text())
+    for row in json.loads((ROOT / "bench/results/flops.json").read_text())["models"]:
+        measured = reference[row["model"]]
+        assert row["eager"]["fvcore"] == pytest.approx(measured["total_macs"], rel=1e-3)
+        for operator, count in measured["by_operator"].items():
+            assert row["eager"]["by_operator"][operator] == pytest.approx(count, rel=1e-3), operator

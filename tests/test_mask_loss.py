@@ -121,6 +121,15 @@ def test_blocking_does_not_change_the_result(case, shape, poisoned, monkeypatch)
     torch.testing.assert_close(result[1], expected[1])
 
 
+def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
+    """Over many blocks a gradient is rounded once: to the same number but where it falls between two."""
+    inputs = BY_NAME["odd"].inputs(torch.bfloat16)
+    _, (expected,) = with_gradients(mask_loss, inputs)
+    monkeypatch.setattr(ops, "_block_shape", lambda pairs, height, width, device: (1, 1))
+    _, (grad,) = with_gradients(mask_loss, inputs)
+    assert (grad != expected).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_form_that_reads_no_values(case, poisoned, monkeypatch):
     inputs = case.inputs(torch.float64)

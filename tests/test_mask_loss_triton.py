@@ -21,9 +21,6 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(kernels, "_config", lambda *arguments: {**config(*arguments), **FEW})
 
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-
-
 @dataclasses.dataclass
 class Call:
     """Positional arguments of the operators, with random contents."""
@@ -122,10 +119,16 @@ def check(call, config=None):
     return sums, areas, grads
 
 
-@DTYPES
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_case(case, dtype, poisoned):
+def smaller(case):
+    """Fewer pairs: the interpreter takes some 30 ms for each."""
+    queries = case.queries if case.name == "many_classes" else min(case.queries, 6)
+    return dataclasses.replace(case, batch=min(case.batch, 2), queries=queries)
+
+
+@pytest.mark.parametrize("case", map(smaller, CASES), ids=lambda c: c.name)
+def test_case(case, poisoned):
     """Losses and gradients through the public function."""
+    dtype = torch.float16 if case.name in ("odd", "stacked", "soft_masks", "gamma_3") else torch.float32
     inputs = case.inputs(dtype)
     result, grads = with_gradients(mask_loss, inputs, backend="triton")
     truth, truth_grads = oracle(inputs)
@@ -145,12 +148,12 @@ SIZES = {
     "whole tiles": Call.draw(1, 1, [(8, 16)], (64, 128), present=1),
     "down-scaling": Call.draw(1, 3, [(40, 70)], (13, 17)),
     "same size": Call.draw(1, 3, [(21, 70)], (21, 70)),
-    "19 classes": Call.draw(2, 19, [(3, 4)], (33, 50)),
-    "150 classes": Call.draw(2, 150, [(2, 3)], (20, 21)),
-    "300 classes": Call.draw(2, 300, [(3, 2)], (20, 21), targets=torch.int16),
-    "2000 classes": Call.draw(1, 2000, [(2, 2)], (9, 130), targets=torch.int32),
-    "matched labels": Call.draw(2, 9, [(5, 5)], (30, 31), num_targets=7, matched=True),
-    "ignored": Call.draw(2, 5, [(5, 5), (6, 9)], (30, 31), mask_ignored=True),
+    "19 classes": Call.draw(1, 19, [(3, 4)], (33, 50)),
+    "150 classes": Call.draw(1, 150, [(2, 3)], (20, 21)),
+    "300 classes": Call.draw(1, 300, [(3, 2)], (20, 21), targets=torch.int16),
+    "2000 classes": Call.draw(1, 2000, [(2, 2)], (9, 130), targets=torch.int32, present=3),
+    "matched labels": Call.draw(1, 9, [(5, 5)], (30, 31), num_targets=7, matched=True),
+    "ignored": Call.draw(2, 3, [(5, 5), (6, 9)], (30, 31), mask_ignored=True, present=2),
     "gamma 0": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=0.0, alpha=0.6),
     "gamma 1.5": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=1.5),
     "bool": Call.draw(2, 4, [(7, 5)], (50, 70), torch.bool, 3, matched=True),
@@ -171,7 +174,7 @@ def test_half_precision_logits(poisoned):
 @pytest.mark.parametrize("entries", [1, 3, 5])
 def test_every_entry_of_a_list_is_as_if_alone(entries, poisoned):
     grids = [(7, 5), (1, 1), (20, 33), (3, 17), (2, 2)][:entries]
-    call = Call.draw(2, 3, grids, (41, 52), torch.bool, 4, matched=True)
+    call = Call.draw(1, 3, grids, (41, 52), torch.bool, 4, matched=True)
     sums, areas, grads = check(call)
     grad_sums = call.grad_sums()
     for i, logits in enumerate(call.logits):
@@ -183,7 +186,7 @@ def test_every_entry_of_a_list_is_as_if_alone(entries, poisoned):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
 def test_labels_of_any_integer_dtype(dtype, poisoned):
-    call = Call.draw(2, 5, [(4, 6)], (23, 40), mask_ignored=True)
+    call = Call.draw(1, 5, [(4, 6)], (23, 40), mask_ignored=True, present=2)
     labels = torch.where(call.targets == 255, -1, call.targets.long()).to(dtype)
     if dtype == torch.int64:
         labels[0, :3] = 2**32 + 1  # class 1 to whoever looks at 32 bits
@@ -197,7 +200,7 @@ def test_labels_of_any_integer_dtype(dtype, poisoned):
 
 
 def test_images_without_active_pairs(poisoned):
-    call = Call.draw(3, 4, [(4, 6)], (23, 40))
+    call = Call.draw(3, 4, [(4, 6)], (23, 40), present=2)
     call.targets[1] = 255
     check(call)
     call.targets[:] = 4
@@ -207,21 +210,21 @@ def test_images_without_active_pairs(poisoned):
 
 
 def test_more_pairs_than_one_block_of_the_list(poisoned):
-    call = Call.draw(9, 150, [(1, 1)], (4, 5), present=40)
+    call = Call.draw(9, 150, [(1, 1)], (1, 6), present=40)
     assert call.truth()[1].count_nonzero() > 20
     check(call)
 
 
 @pytest.mark.parametrize("config", [
-    {"programs": 1}, {"programs": 50}, {"block": 16}, {"block": 128}, {"span": 1}, {"span": 3},
+    {"programs": 1}, {"programs": 50}, {"block": 16, "span": 3}, {"block": 128, "span": 1},
 ], ids=str)  # fmt: skip
 def test_tiling_does_not_matter(config, poisoned):
-    check(Call.draw(1, 3, [(9, 18)], (45, 100)), config)
+    check(Call.draw(1, 2, [(9, 18)], (45, 100), present=2), config)
 
 
 def test_strides(poisoned):
     """Masks taken from a larger tensor, labels of a crop, logits that are not contiguous."""
-    call = Call.draw(2, 4, [(6, 7)], (40, 30), torch.bool, 3, matched=True)
+    call = Call.draw(2, 2, [(6, 7)], (40, 30), torch.bool, 3, matched=True, seed=1)
     plain = check(call)
     masks = torch.cat([call.targets, ~call.targets], 1)[:, :3]
     logits = [call.logits[0].transpose(2, 3).contiguous().transpose(2, 3)]
@@ -234,32 +237,30 @@ def test_strides(poisoned):
 
 
 def test_repeatable():
-    call = Call.draw(2, 5, [(5, 9), (18, 20)], (60, 70), gamma=1.5)
+    call = Call.draw(1, 2, [(5, 9), (18, 20)], (60, 70), gamma=1.5, present=2)
     first, second = check(call), check(call)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
-@pytest.mark.parametrize("targets", [torch.uint8, torch.float32], ids=["hard", "soft"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("targets", [torch.bool, torch.float32], ids=["hard", "soft"])
 def test_confident_logits(targets, gamma, poisoned):
     """Far from zero losses are tiny or huge, and neither may be lost: log(1 + e), m ** γ, p (1 − p)."""
-    call = Call.draw(1, 4, [(3, 3)], (12, 12), targets, gamma=gamma)
-    if targets == torch.float32:
-        call.targets.round_()
-    for scale in (6.0, 20.0, 3e4):
-        sign = torch.tensor([-1.0, -1.0, 1.0, 0.5]).reshape(1, 4, 1, 1)
-        logits = sign * scale * (1 + torch.rand(1, 4, 3, 3))
-        extreme = dataclasses.replace(call, logits=[logits])
-        sums, areas = extreme.forward()
-        truth, _, true_grads = extreme.truth()
-        grads = extreme.backward(extreme.grad_sums(), areas)
-        torch.testing.assert_close(sums.double(), truth, rtol=1e-5, atol=1e-36)
-        # Where σ(−x) underflows, autograd through powers gives NaN for γ < 1; the kernel gives the limit.
-        expected = true_grads[0]
-        known = expected.isfinite()
-        assert grads[0].isfinite().all()
-        torch.testing.assert_close(grads[0].double()[known], expected[known], rtol=2e-5, atol=1e-30)
+    call = Call.draw(1, 6, [(3, 3)], (12, 12), torch.bool, 2, gamma=gamma)
+    call.targets = call.targets.to(targets)
+    call.targets[:, 0], call.matches = 0, torch.tensor([[0, 1, 0, 1, 0, 1]])
+    scale = torch.tensor([-6.0, 6.0, -20.0, 20.0, -3e4, 3e4]).reshape(1, 6, 1, 1)
+    call.logits = [scale * (1 + torch.rand(1, 6, 3, 3, generator=torch.Generator().manual_seed(2)))]
+    sums, areas = call.forward()
+    truth, _, true_grads = call.truth()
+    torch.testing.assert_close(sums.double(), truth, rtol=1e-5, atol=1e-36)
+    grads = call.backward(call.grad_sums(), areas)
+    assert grads[0].isfinite().all()
+    # Where σ(−x) underflows, autograd through powers gives NaN for γ < 1; the kernel gives the limit.
+    known = true_grads[0].isfinite()
+    assert known[:, :4].all()
+    torch.testing.assert_close(grads[0].double()[known], true_grads[0][known], rtol=2e-5, atol=1e-30)
 
 
 @DTYPES

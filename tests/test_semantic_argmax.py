@@ -500,6 +500,17 @@ def test_infinite_logits_are_the_limit(concentrated):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+def test_scattered_pixels_are_those_of_the_block():
+    """The path of pixels that the shortcut leaves open, on all pixels, with clamped places and ±inf."""
+    masks = torch.randn(6, 4, 5, dtype=torch.float64)
+    masks[0, 1], masks[1, :, 2] = float("inf"), -float("inf")
+    part = module._Part(masks, torch.rand(3, 6, dtype=torch.float64), (0.3, -1.2, -0.25, 4.9), (0, 24))
+    y, x = torch.cartesian_prod(torch.arange(18), torch.arange(24)).unbind(1)
+    block = module._mix(part, 0, 18, True)
+    assert block.isfinite().all()
+    torch.testing.assert_close(module._mix_at(part, y, x), block.flatten(1))
+
+
 @RANDOM_OR_TRAINED
 @named([BY_NAME["classes_150"], BY_NAME["classes_300"], BY_NAME["sliding"]])
 def test_not_a_number_gives_some_class(case, concentrated):
