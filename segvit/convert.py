@@ -45,7 +45,7 @@ def convert(path: str | os.PathLike, fields: Mapping[str, Any] | None = None) ->
     ):
         expected = "weights named backbone.layers... and decode_head..."
         raise ValueError(f"{path}: not a published SegViT checkpoint, which has {expected}")
-    renamed = {key: value.float() for key, value in rename_published_keys(published).items()}
+    renamed = rename_published_keys(published)
     try:
         config = infer_config(renamed, fields)
     except ValueError as error:

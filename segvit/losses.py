@@ -106,6 +106,10 @@ class SegViTLoss(nn.Module):
 
     def _check(self, output: SegViTOutput, labels: Tensor) -> None:
         classes, batch = self.num_classes, output.mask_logits.shape[0]
+        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        if labels.ndim != 3 or labels.shape[0] != batch:
+            raise ValueError(f"labels must have shape ({batch}, H, W), got {tuple(labels.shape)}")
         for class_logits, mask_logits in [output[:2], *output.auxiliary]:
             if class_logits.shape != (batch, classes, classes + 1):
                 expected = (batch, classes, classes + 1)

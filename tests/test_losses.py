@@ -179,7 +179,7 @@ def test_mistakes():
         loss(output, torch.full(labels.shape, float("nan")))
     with pytest.raises(ValueError, match=r"shape \(2, H, W\), got \(2, 1, 13, 17\)"):
         loss(output, labels[:, None])
-    with pytest.raises(ValueError, match=r"from 0 to 7, expected 0\.\.\.4 or 255"):
+    with pytest.raises(ValueError, match="labels from 0 to 7; expected 0 to 4 or 255"):
         loss(output, labels.clone().index_fill_(1, torch.tensor([0]), 7))
     with pytest.raises(ValueError, match=r"class_logits must have shape \(2, 6, 7\)"):
         SegViTLoss(6)(output, labels)

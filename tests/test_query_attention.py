@@ -53,6 +53,17 @@ def test_values_and_gradients(case, dtype, path, fixed_seed, poisoned):
         assert_within_budget(f"gradient of {name}", grads[name], truth_grads[name], plain_grads[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precisions_lose_only_the_last_rounding(dtype, path):
+    """Random rounding errs by about 0.21 of the machine epsilon; products in half precision by twice that."""
+    case = QueryAttentionCase("", 1, 60, 1200, 2, 32)
+    inputs, gradient = case.inputs(dtype), case.gradient(dtype)
+    output, grads = run(case, inputs, gradient)
+    truth, truth_grads = oracle(case, inputs, gradient)
+    for actual, expected in ((output, truth), *((grads[n], truth_grads[n]) for n in INPUTS)):
+        assert relative_error(actual, expected) < 0.25 * torch.finfo(dtype).eps
+
+
 def test_the_same_as_torch(poisoned):
     """Against scaled_dot_product_attention in float64, which shares no line with the reference."""
     case = QueryAttentionCase("", 2, 23, 40, 3, 32)

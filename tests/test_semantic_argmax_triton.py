@@ -1,6 +1,5 @@
 """Semantic argmax in Triton's interpreter against float64; on a GPU where there is one (``-m gpu``)."""
 
-import dataclasses
 import math
 
 import pytest
@@ -15,8 +14,8 @@ BY_NAME = {case.name: case for case in CASES}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 # Large tiles keep the interpreter quick; test_pinned_tiles has those of the architectures.
-LARGE = {"tile_y": 32, "tile_x": 64, "cells": 512}
-SMALL = {"tile_y": 8, "tile_x": 8, "cells": 64}
+LARGE = {"tile_y": 32, "tile_x": 64, "cells": 512, "block_q": 32}
+SMALL = {"tile_y": 8, "tile_x": 8, "cells": 64, "block_q": 32}
 
 
 def _run(inputs, *, sigmoid=True, scores=False, prune=0.0, config=None):
@@ -26,7 +25,7 @@ def _run(inputs, *, sigmoid=True, scores=False, prune=0.0, config=None):
     probs = inputs["class_probs"]
     reach = views.reach if views else [masks[0].shape[2] / height, masks[0].shape[3] / width]
     config = dict(LARGE if config is None else config)
-    if "tile_y" in config:
+    if "cells" in config:
         cells = [kernels._footprint(config[f"tile_{a}"], r) for a, r in zip("yx", reach, strict=True)]
         fits = 16 <= math.prod(cells) <= config.pop("cells")
         config |= {"cells_y": cells[0] * fits, "cells_x": cells[1] * fits}

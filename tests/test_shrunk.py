@@ -443,12 +443,21 @@ def test_half_precision():
 # Compilation. AOTAutograd without code generation finds graph breaks and wrong shapes in seconds.
 
 
+@pytest.fixture
+def compiler():
+    """Compiled here, forgotten afterwards: `SegViT.forward` may be compiled but a few times in a process."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def compile_model(variant, **overrides):
     options = {"depth": 2, "decoder_depth": 1, **VARIANTS[variant]}
     options["taps"] = tuple(tap for tap in (0, 1) if tap == 1 or len(options["taps"]) > 1)
     return tiny_model(**options, class_token=True, **overrides)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_training():
     model = compile_model("shrunk", decoder_dropout=0.0).train()
     images, labels = torch.randn(2, 3, 48, 40), torch.randint(0, 5, (2, 48, 40))
@@ -461,6 +470,7 @@ def test_compiled_training():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_training_with_dropout_and_checkpointing():
     model = compile_model("shrunk", drop_path=0.3, drop_path_branch="both", layer_scale=0.1)
     model.train().set_gradient_checkpointing()
@@ -469,6 +479,7 @@ def test_compiled_training_with_dropout_and_checkpointing():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 def test_compiled_inference():
     model = compile_model("shrunk").fuse()
@@ -482,6 +493,7 @@ def test_compiled_inference():
         assert (compiled(images) == label_map(images)).float().mean() > 0.999
 
 
+@pytest.mark.usefixtures("compiler")
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["shrunk", "published", "mixed"])
 def test_compiled_for_any_size(variant):

@@ -25,7 +25,7 @@ TARGETS = {
 }
 SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64, "default": 99}  # KiB per program
 
-OPERATORS = ("atm", "subsample_norm")
+OPERATORS = ("atm", "subsample_norm", "query_attention")
 
 
 def _resources(compiled) -> dict[str, int]:

@@ -42,8 +42,11 @@ _HOPELESS = 0.25  # a tail worth this share of the head is not worth a test
 
 
 def _parts(classes: int, limit: int) -> tuple[tuple[int, ...], int]:
-    """Widths of the accumulators, at most three powers of two from 16 up, and in how many turns."""
-    turns = triton.cdiv(classes, limit)
+    """Widths of the accumulators, at most three powers of two from 16 up, and in how many turns.
+
+    Up to ``limit`` classes at once; a loop over turns takes registers too, so that its limit is lower.
+    """
+    turns = 1 if classes <= limit else triton.cdiv(classes, min(limit, 192))
     sixteens = triton.cdiv(triton.cdiv(classes, turns), 16)
     while sixteens.bit_count() > 3:
         sixteens += sixteens & -sixteens
