@@ -128,10 +128,12 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of our own rather than tempfile's: files get the usual permissions.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the usual one: some writers leave files that only their owner reads
         writer(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
