@@ -40,6 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (default: all)")
     cpu.add_argument("--smoke", action="store_true", help="tiny shapes; not a measurement")
 
+    flops = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
+    flops.add_argument("--out", type=Path, help="JSON file to write as well")
+    flops.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
+    flops.add_argument(
+        "--memory", action="store_true", help="also run every model for its peak memory (minutes)"
+    )
+
     inference = commands.add_parser(
         "inference", help="label maps of real images by windows, scales and flips"
     )

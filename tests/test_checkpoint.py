@@ -201,6 +201,14 @@ def test_atomic_write(tmp_path):
     path = tmp_path / "sub" / "file.txt"
     atomic_write(path, lambda temporary: temporary.write_text("one"))
     assert path.read_text() == "one"
+    usual = path.stat().st_mode
+
+    def private(temporary):
+        temporary.write_text("one")
+        temporary.chmod(0o600)
+
+    atomic_write(path, private)
+    assert path.stat().st_mode == usual
 
     def fail(temporary):
         temporary.write_text("half")

@@ -29,6 +29,7 @@ the hardware's logarithm is not. Bytes, instructions and choices: docs/kernels.m
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def _power(m, gamma, GAMMA_TWO: tl.constexpr):
     if GAMMA_TWO:
         return m * m
     else:
-        return tl.where(m > 0, tl.exp2(gamma * tl.log2(m)), tl.where(gamma == 0, 1.0, 0.0))
+        return tl.where(m > 0, tl.exp2(gamma * tl.log2(m)), 0.0)  # where m is 0, so is what it multiplies
 
 
 @triton.jit
@@ -426,6 +427,7 @@ def _mask_loss_bwd_kernel(
     total, H, W, Q, M, stride_tb, stride_tm, alpha, gamma,
     ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
     GAMMA_TWO: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of blocks of cells, GROUPS by CELLS or one less, of active pairs."""
     items = tl.load(pairs_ptr) * tiles
@@ -474,7 +476,7 @@ def _mask_loss_bwd_kernel(
         cell = (first_column + tl.arange(0, CELLS))[None, :]
         p0 = tl.zeros([GROUPS, CELLS], tl.float32)
         p1, p2 = p0, p0
-        for start in range(x_begin // 8 * 8, x_end, BLOCK):
+        for start in range(x_begin // ALIGN * ALIGN, x_end, BLOCK):
             x = (start + tl.arange(0, BLOCK))[None, :]
             column, aside = _columns(x, w, W)
             v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
@@ -850,7 +852,10 @@ def _bwd_launches(
             **_begins(tiles),
             "total": batch * queries,
         }
-        constants["CELLS"] = cells
+        # Where supports begin at whole vectors of targets, the compiler is told.
+        steps = [divmod(targets.shape[-1], 2 * logits.shape[3]) for logits in group]
+        align = 1 if any(rest for _, rest in steps) else math.gcd(8, *(step for step, _ in steps))
+        constants |= {"CELLS": cells, "ALIGN": align}
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
         launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, _options(config)))
     return gradients, launches

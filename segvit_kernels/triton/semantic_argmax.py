@@ -247,15 +247,23 @@ def _zeros(PIXELS: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.cons
 
 
 @triton.jit
-def _mix(x, share, probs_ptr, acc, PADDED_C: tl.constexpr, BLOCK_Q: tl.constexpr,
-         SHARED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One block of tokens from logits to scores."""
-    HALF: tl.constexpr = probs_ptr.dtype.element_ty == tl.float16
+def _activate(x, HALF: tl.constexpr, SIGMOID: tl.constexpr):
+    """σ, 2¹⁰ times where the products are of float16."""
     if SIGMOID:
-        if HALF:  # 2^10 σ
+        if HALF:
             x = 1.0 / (0.0009765625 + tl.exp2(x * -1.4426950408889634 - 10.0))
         else:
             x = 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+    return x
+
+
+@triton.jit
+def _mix(
+    x, share, probs_ptr, acc, PADDED_C: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SHARED: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens from logits to scores."""
+    x = _activate(x, probs_ptr.dtype.element_ty == tl.float16, SIGMOID)
     if SHARED:
         x *= share[:, None]
     x = x.to(probs_ptr.dtype.element_ty)
@@ -267,6 +275,16 @@ def _mix(x, share, probs_ptr, acc, PADDED_C: tl.constexpr, BLOCK_Q: tl.constexpr
         new += (tl.dot(x, p, acc[i], input_precision=PRECISION),)
         first += acc[i].shape[1]
     return new
+
+
+@triton.jit
+def _weights(sy, sx, low_y, low_x, h, w, CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr):
+    """Bilinear weights [pixels, cells] of a footprint, and its cells; those past the edge weigh nothing."""
+    i = tl.arange(0, CELLS_Y * CELLS_X)
+    cell_y, cell_x = low_y + i // CELLS_X, low_x + i % CELLS_X
+    weight = tl.maximum(0.0, 1.0 - tl.abs(sy[:, None] - cell_y.to(tl.float32)[None, :]))
+    weight *= tl.maximum(0.0, 1.0 - tl.abs(sx[:, None] - cell_x.to(tl.float32)[None, :]))
+    return weight, tl.minimum(cell_y, h - 1) * w + tl.minimum(cell_x, w - 1)
 
 
 @triton.jit
@@ -282,15 +300,10 @@ def _add_view(
     """
     cols = tl.arange(0, BLOCK_Q)
     if CELLS_Y > 0:
-        i = tl.arange(0, CELLS_Y * CELLS_X)
-        cell_y, cell_x = low_y + i // CELLS_X, low_x + i % CELLS_X
-        weight = tl.maximum(0.0, 1.0 - tl.abs(sy[:, None] - cell_y.to(tl.float32)[None, :]))
-        weight *= tl.maximum(0.0, 1.0 - tl.abs(sx[:, None] - cell_x.to(tl.float32)[None, :]))
+        weight, cell = _weights(sy, sx, low_y, low_x, h, w, CELLS_Y, CELLS_X)
         upper = weight.to(cells_ptr.dtype.element_ty)
         if SPLIT:
             lower = (weight - upper.to(tl.float32)).to(upper.dtype)
-        # Cells past the edge have weight zero.
-        cell = tl.minimum(cell_y, h - 1) * w + tl.minimum(cell_x, w - 1)
         offsets = cell.to(tl.int64)[:, None] * PADDED_Q + cols[None, :]
         for block in tl.range(begin, end, num_stages=STAGES):
             masks = tl.load(cells_ptr + offsets + block * BLOCK_Q)
@@ -543,10 +556,111 @@ def _semantic_argmax_kernel(
         tl.store(scores_ptr + offsets, best * unit)
 
 
+@triton.jit
+def _add_held(
+    acc, weight, offsets, cells_ptr, held,
+    BLOCK_Q: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """Blocks FIRST to LAST of the tokens of one view into the scores, from class probabilities held."""
+    upper = weight.to(tl.float16)
+    if SPLIT:
+        lower = (weight - upper.to(tl.float32)).to(tl.float16)
+    for block in tl.static_range(FIRST, LAST):
+        masks = tl.load(cells_ptr + offsets + block * BLOCK_Q)
+        x = tl.dot(upper, masks)
+        if SPLIT:
+            x = tl.dot(lower, masks, x)
+        x = _activate(x, True, SIGMOID).to(tl.float16)
+        new = ()
+        for i in tl.static_range(len(acc)):
+            new += (tl.dot(x, held[block * len(acc) + i], acc[i]),)
+        acc = new
+    return acc
+
+
+@triton.jit
+def _semantic_argmax_held_kernel(
+    cells_ptr, probs_ptr, tails_ptr, info_ptr, units_ptr, labels_ptr, scores_ptr,
+    H, W, step_y, offset_y, step_x, offset_x, C, sigma_scale, run,
+    PADDED_Q: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    HEAD: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
+):  # fmt: skip
+    """Without views: labels of ``run`` tiles in a row, with the class probabilities of their image held."""
+    PIXELS: tl.constexpr = TILE_Y * TILE_X
+    PADDED_C: tl.constexpr = N0 + N1 + N2
+    BLOCKS: tl.constexpr = PADDED_Q // BLOCK_Q
+    columns = tl.cdiv(W, TILE_X)
+    tiles = tl.cdiv(H, TILE_Y) * columns
+    runs = tl.cdiv(tiles, run)
+    b = tl.program_id(0) // runs
+    first_tile = tl.program_id(0) % runs * run
+    view = b.to(tl.int64)
+    info_ptr += view * 5
+    h, w = tl.load(info_ptr + 1), tl.load(info_ptr + 2)
+    cells_ptr += tl.load(info_ptr).to(tl.int64) * PADDED_Q
+    probs_ptr += view * PADDED_Q * PADDED_C
+    has_tail = tl.load(info_ptr + 3) < tl.load(info_ptr + 4)
+    rows = tl.arange(0, BLOCK_Q)[:, None] * PADDED_C
+    held = ()
+    for block in tl.static_range(BLOCKS):
+        ptrs = probs_ptr + block * BLOCK_Q * PADDED_C + rows
+        held += (tl.load(ptrs + tl.arange(0, N0)[None, :]),)
+        if N1 > 0:
+            held += (tl.load(ptrs + N0 + tl.arange(0, N1)[None, :]),)
+        if N2 > 0:
+            held += (tl.load(ptrs + N0 + N1 + tl.arange(0, N2)[None, :]),)
+
+    pixel, cols = tl.arange(0, PIXELS), tl.arange(0, BLOCK_Q)
+    groups = tl.full([PIXELS], 1.0, tl.float32)
+    for tile in range(first_tile, tl.minimum(first_tile + run, tiles)):
+        y0, x0 = tile // columns * TILE_Y, tile % columns * TILE_X
+        y, x = tl.minimum(y0 + pixel // TILE_X, H - 1), tl.minimum(x0 + pixel % TILE_X, W - 1)
+        low_y = _place(y0, step_y, offset_y, h).to(tl.int32)
+        low_x = _place(x0, step_x, offset_x, w).to(tl.int32)
+        weight, cell = _weights(
+            _place(y, step_y, offset_y, h), _place(x, step_x, offset_x, w), low_y, low_x, h, w, CELLS_Y, CELLS_X
+        )
+        offsets = cell.to(tl.int64)[:, None] * PADDED_Q + cols[None, :]
+        acc = _zeros(PIXELS, N0, N1, N2)
+        FIRST: tl.constexpr = HEAD // BLOCK_Q if HEAD > 0 else BLOCKS
+        acc = _add_held(acc, weight, offsets, cells_ptr, held, BLOCK_Q, 0, FIRST, SPLIT, SIGMOID)
+        label = tl.full([PIXELS], 2048, tl.int32)
+        best = tl.full([PIXELS], 0.0, tl.float32)
+        more = 1
+        if HEAD > 0:
+            if has_tail:
+                tails, any_tail = _tails(
+                    tails_ptr, info_ptr - view * 5, units_ptr, None, b, b + 1, y0, x0, 1.0,
+                    PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
+                )  # fmt: skip
+                label = _decide(acc, tails, groups * sigma_scale)
+                more = (tl.max(label, 0) >= 2048).to(tl.int32)
+        if more != 0:
+            acc = _add_held(acc, weight, offsets, cells_ptr, held, BLOCK_Q, FIRST, BLOCKS, SPLIT, SIGMOID)
+            best, label = _top(acc, C)
+        outputs = view * H * W + y * W + x
+        tl.store(labels_ptr + outputs, label.to(labels_ptr.dtype.element_ty))
+        if scores_ptr is not None:
+            tl.store(scores_ptr + outputs, best * tl.load(units_ptr + b) / sigma_scale)
+
+
 def _addressable(tensor: Tensor, axes: int) -> Tensor:
     """The tensor itself, or a copy where 32-bit offsets along the last ``axes`` axes would not reach."""
     reach = sum((n - 1) * abs(s) for n, s in zip(tensor.shape[-axes:], tensor.stride()[-axes:], strict=True))
     return tensor if reach < 2**31 else tensor.contiguous()
+
+
+def _holds(config: dict[str, Any], dtype: torch.dtype, padded_q: int, views: list[Tensor], prune: float) -> bool:
+    """Whether a program can keep all class probabilities in shared memory while it goes from tile to tile."""
+    bytes_held = 2 * padded_q * sum(config["parts"])
+    whole = dtype == torch.float16 and config["turns"] == 1 and config["cells_y"] > 0
+    return whole and not views and prune <= 0 and bytes_held <= config["held"]
+
+
+def _run_length(config: dict[str, Any], batch: int, tiles: int) -> int:
+    """Tiles a program: as many as leave each multiprocessor six programs, at most 16."""
+    return max(1, min(16, batch * tiles // (3 * config["programs"])))
 
 
 def _launches(
@@ -679,9 +793,18 @@ def _launches(
         "PRECISION": config["precision"] if single else None,
         "STAGES": config["num_stages"],
     }
-    programs = batch * triton.cdiv(height, config["tile_y"]) * triton.cdiv(width, config["tile_x"])
+    tiles = triton.cdiv(height, config["tile_y"]) * triton.cdiv(width, config["tile_x"])
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
-    launches.append(Launch(_semantic_argmax_kernel, programs, arguments, constants, options))
+    kernel, programs = _semantic_argmax_kernel, batch * tiles
+    if _holds(config, dtype, padded_q, views, prune):
+        kernel, run = _semantic_argmax_held_kernel, _run_length(config, batch, tiles)
+        programs = batch * triton.cdiv(tiles, run)
+        for name in ("starts_ptr", "layout_ptr", "affine_ptr", "probs_scale"):
+            del arguments[name]
+        for name in ("TURNS", "TAILS", "PRECISION", "STAGES"):
+            del constants[name]
+        arguments["run"], constants["HEAD"] = run, head
+    launches.append(Launch(kernel, programs, arguments, constants, options))
     return (labels, scores), launches
 
 

@@ -17,6 +17,7 @@ KERNELS = {
 EVERYWHERE = {
     "qu_self": ((16, 1600, 1600, 16, 32), "bfloat16", {}),
     "qd_vit_l batch 1": ((1, 400, 1600, 16, 64), "bfloat16", {}),
+    "key splits": ((1, 100, 1600, 16, 32), "bfloat16", {"plans": ()}),
     "dim 16": ((16, 1600, 1600, 8, 16), "bfloat16", {"plans": ("atomics",)}),
     "dim 128": ((16, 400, 1600, 8, 128), "bfloat16", {}),
     "dropout": ((16, 1600, 1600, 16, 32), "bfloat16", {"dropout": True}),
