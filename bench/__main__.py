@@ -169,7 +169,7 @@ def _flops(options: argparse.Namespace) -> int:
     result = flops.run(memory=options.memory, names=options.models)
     if options.out:
         _write(options.out, json.dumps(result, indent=1, sort_keys=True) + "\n")
-    print(flops.table(result))
+    print(flops.tables(result)["models"])
     return 0
 
 

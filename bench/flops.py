@@ -245,8 +245,8 @@ def _line(row: dict) -> str:
     return f"{row['model']}: eager {eager:.2f}, paper {row['paper_gflops']}, fused {fused:.2f} GMACs"
 
 
-def table(result: dict) -> str:
-    """Markdown, one line a model."""
+def tables(result: dict) -> dict[str, str]:
+    """Markdown: ``models``, one line each."""
     from bench.report import markdown, size
 
     lines = []
@@ -266,4 +266,4 @@ def table(result: dict) -> str:
     header = ["model", "paper, GFLOPs", "eager", "fused, fvcore", "fused, torch", "parameters"]
     if lines and len(lines[0]) > len(header):
         header += ["memory, eager", "memory, fused"]
-    return markdown(header, lines)
+    return {"models": markdown(header, lines)}

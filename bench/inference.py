@@ -114,7 +114,8 @@ def run(
             row[f"{kind}_miou"] = matrix.miou
         rows.append(row | {f"{kind}_s": value / count for kind, value in seconds.items()})
         progress(json.dumps(rows[-1]))
-    result = {"environment": environment.describe(torch.device("cpu")), "checkpoint": Path(checkpoint).name}
+    result = {"schema": 1, "kind": "inference", "environment": environment.describe(torch.device("cpu"))}
+    result["environment"]["threads"] = threads
     return result | {"protocols": rows, "memory": [_memory(*case) for case in SCALING]}
 
 
@@ -142,3 +143,32 @@ def measure_memory(kind: str, classes: int, count: int) -> int | None:
     masks = [3 * torch.randn(classes, 20, 20, generator=generator) for _ in runs]
     probabilities = [torch.randn(classes, classes, generator=generator).softmax(-1) for _ in runs]
     return timing.resident_peak(lambda: METHODS[kind](masks, probabilities, runs, (320, 320)))
+
+
+def tables(result: dict) -> dict[str, str]:
+    """Markdown: ``protocols`` and ``memory``."""
+    from bench.report import markdown, seconds, size
+
+    lines = [
+        [
+            f"{row['protocol']}, {row['passes']} passes",
+            str(row["images"]),
+            *(f"{100 * row[f'{kind}_miou']:.2f}" for kind in METHODS),
+            f"{100 * row['agreement']:.3f} %",
+            *(seconds(row[f"{kind}_s"]) for kind in (*METHODS, "network")),
+        ]
+        for row in result["protocols"]
+    ]
+    header = ["protocol", "images", "mIoU, fused", "mIoU, plain", "same labels"]
+    header += ["label map, fused", "label map, plain", "network"]
+    memory = [
+        [
+            f"{row['classes']} classes, {row['passes']} passes",
+            *(size(row[f"{k}_extra_bytes"]) for k in METHODS),
+        ]
+        for row in result["memory"]
+    ]
+    return {
+        "protocols": markdown(header, lines),
+        "memory": markdown(["320×320 image", "fused", "plain"], memory),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -283,6 +284,8 @@ def document(result: dict, title: str) -> str:
 
 def _body(name: str, results: Path) -> str:
     stem, _, table = name.partition("/")
+    if stem in ("flops", "inference"):
+        return _own_tables(stem, table, results / f"{stem}.json") + "\n"
     result = load(results / f"{stem}.json")
     if not result["measurement"]:
         raise ReportError(f"{results / (stem + '.json')}: not a measurement, and so not for the README")
@@ -290,6 +293,20 @@ def _body(name: str, results: Path) -> str:
     if table not in named:
         raise ReportError(f"marker bench:{name}: no table {table!r}; expected one of {', '.join(named)}")
     return named[table] + "\n"
+
+
+def _own_tables(stem: str, table: str, path: Path) -> str:
+    """A table of ``bench flops`` or ``bench inference``, whose results have a schema of their own."""
+    module = importlib.import_module(f"bench.{stem}")
+    try:
+        result = json.loads(path.read_text())
+        named = {**module.tables(result), "environment": _environment({**result, "ceilings": []})}
+    except (OSError, ValueError, LookupError) as error:
+        raise ReportError(f"{path}: not a result of 'bench {stem}': {error}") from None
+    if table not in named:
+        expected = ", ".join(named)
+        raise ReportError(f"marker bench:{stem}/{table}: no such table; expected one of {expected}")
+    return named[table]
 
 
 def regenerate(text: str, results: Path) -> str:

@@ -25,7 +25,7 @@ TARGETS = {
 }
 SHARED_MEMORY = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64, "default": 99}  # KiB per program
 
-OPERATORS = ("atm", "subsample_norm", "query_attention")
+OPERATORS = ("atm", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
 
 
 def _resources(compiled) -> dict[str, int]:
