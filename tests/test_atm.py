@@ -168,6 +168,16 @@ def test_compile_fullgraph_and_second_size(fixed_seed):
     assert len(frames) == 1
 
 
+def test_compile_with_one_tensor_twice():
+    """Dynamo refuses a Function that gets a tensor twice."""
+    torch._dynamo.reset()
+    features = torch.randn(2, 9, 3, 16, requires_grad=True)
+    compiled = torch.compile(lambda x: fused_atm(x, x, x).output, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(features).sum(), features)
+    (expected,) = torch.autograd.grad(fused_atm(features, features, features).output.sum(), features)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_compile_with_inductor_and_dropout():
     torch._dynamo.reset()
     layer = FusedATM(32, 2, attn_drop=0.5)

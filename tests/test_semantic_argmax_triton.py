@@ -97,11 +97,23 @@ def test_both_interpolations(case, cells, dtype, poisoned):
     _check(case, BY_NAME[case].inputs(dtype), config={**SMALL, "tile_y": 16, "tile_x": 16, "cells": cells})
 
 
+@pytest.mark.parametrize("case", [c.name for c in CASES if not c.views and c.classes <= 176])
+def test_held_class_probs(case, poisoned):
+    """Programs that run through several tiles, the last of them shorter, with class probabilities held."""
+    case = BY_NAME[case]
+    inputs = case.inputs(torch.float16)
+    tile = {"tile_y": 16, "tile_x": 32} if max(case.size) > 40 else {"tile_y": 8, "tile_x": 8}
+    config = {**LARGE, **tile, "held": 2**20, "programs": 1}
+    labels = _check(case.name, inputs, config=config)
+    assert torch.equal(_check(case.name, inputs, scores=True, config=config), labels)
+
+
 @DTYPES
 def test_patches_of_a_power_of_two(dtype, poisoned):
     """Weights that float16 holds exactly are not split."""
     case = SemanticCase("patch_16", ((2, 3, 2),), 20, 19, (48, 32))
-    _check(case.name, case.inputs(dtype), config=SMALL)
+    for held in (0, 2**20):
+        _check(case.name, case.inputs(dtype), config={**SMALL, "held": held})
 
 
 @pytest.mark.parametrize(
@@ -129,14 +141,14 @@ def test_ties_go_to_the_lower_class(poisoned):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Counts the blocks of tokens that programs mix."""
-    calls, mix = [], kernels._mix
+    """Counts the blocks of tokens of which programs compute σ."""
+    calls, activate = [], kernels._activate
 
     def counted(*args, **kwargs):
         calls.append(1)
-        return mix(*args, **kwargs)
+        return activate(*args, **kwargs)
 
-    monkeypatch.setattr(kernels, "_mix", counted)
+    monkeypatch.setattr(kernels, "_activate", counted)
     return calls
 
 
@@ -158,18 +170,26 @@ def _trained(dtype):
     return inputs
 
 
-@DTYPES
-def test_decided_tiles_skip_the_tail(dtype, blocks, poisoned):
+HELD = pytest.mark.parametrize(
+    ("dtype", "held"),
+    [(torch.float32, 0), (torch.float16, 0), (torch.float16, 2**20)],
+    ids=["fp32", "fp16", "fp16-held"],
+)
+
+
+@HELD
+def test_decided_tiles_skip_the_tail(dtype, held, blocks, poisoned):
     inputs = _trained(dtype)
-    labels = _check("decided", inputs, config=SMALL)
+    config = {**SMALL, "held": held}
+    labels = _check("decided", inputs, config=config)
     assert blocks and len(blocks) == TILES, "every tile is decided by one block of 32 tokens"
     blocks.clear()
-    assert torch.equal(_run(inputs, config={**SMALL, "head": 0})[0], labels)
+    assert torch.equal(_run(inputs, config={**config, "head": 0})[0], labels)
     assert len(blocks) == TILES * 5
 
 
-@DTYPES
-def test_undecided_tiles_run_the_tail(dtype, blocks, poisoned):
+@HELD
+def test_undecided_tiles_run_the_tail(dtype, held, blocks, poisoned):
     """Two heavy tokens tie, and light ones beyond the head decide; the last column of tiles only."""
     inputs = _trained(dtype)
     masks, probs = inputs["mask_logits"], inputs["class_probs"]
@@ -183,7 +203,7 @@ def test_undecided_tiles_run_the_tail(dtype, blocks, poisoned):
     probs[:, heavy[0]] = 0
     probs[:, heavy[0], 3] = 0.9
     masks[:, light, :, 5] = 20  # here nothing but light tokens: 0.08 of class 7 and 0.11 of class 8
-    labels = _check("undecided", inputs, config=SMALL)
+    labels = _check("undecided", inputs, config={**SMALL, "held": held})
     assert (labels[..., -2:] == 8).all(), "the tail decides"
     assert TILES < len(blocks) < TILES * 5
 
@@ -212,7 +232,8 @@ def test_without_concentration_there_is_no_test(blocks, monkeypatch):
     _check("spread", inputs, config=SMALL)
     inputs = _trained(torch.float16)
     inputs["class_probs"][0, 77, 3] = -0.01
-    _check("negative", inputs, config=SMALL)
+    for held in (0, 2**20):
+        _check("negative", inputs, config={**SMALL, "held": held})
 
 
 @pytest.mark.parametrize(("case", "dtype"), [("classes_150", torch.float16), ("mixed", torch.float32)])

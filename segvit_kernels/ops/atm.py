@@ -347,6 +347,9 @@ def fused_atm(
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = _draw_seed(query.device) if dropout_p > 0 else None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+        # Dynamo does not trace a Function that is given one tensor twice.
+        key = key.view_as(key) if key is query else key
+        value = value.view_as(value) if value is key or value is query else value
         output, masks = ATMFunction.apply(
             query, key, value, previous_masks, seed, scale, dropout_p, need_masks, deterministic, backend
         )

@@ -6,7 +6,8 @@ padded, so that the second reads whole rows and needs no predicates. It also sum
 first few can add to a class. One such launch for every tensor of masks: it is here that grids of different
 sizes meet in one buffer.
 
-The second, one launch whatever the views, has one program for a tile of output pixels. Per block of tokens:
+The second, one launch whatever the views, has one program for a tile of output pixels (without views, for a
+run of tiles between which the class probabilities stay in shared memory). Per block of tokens:
 
 1. logits [pixels, tokens] = W [pixels, cells] · masks [cells, tokens], the bilinear interpolation as a
    product with the few cells under the tile; W(pixel, cell) is the product of two hat functions
@@ -72,8 +73,9 @@ def _config(
     Returns:
         ``tile_y``, ``tile_x``; ``cells_y``, ``cells_x`` of the footprint, 0 where every pixel loads its own
         four cells; ``parts``, widths of the accumulators; ``turns``; ``block_q`` tokens at a time; ``head``,
-        tokens before the test, 0 for no test; ``programs`` that prepare; ``precision`` of float32 products;
-        ``num_warps``; ``num_stages``; perhaps ``maxnreg``.
+        tokens before the test, 0 for no test; ``held``, most bytes of class probabilities to keep in shared
+        memory; ``programs`` that fill the device; ``precision`` of float32 products; ``num_warps``;
+        ``num_stages``; perhaps ``maxnreg``.
     """
     config = dict(pinned(arch)["semantic_argmax"]["single" if dtype == torch.float32 else "half"])
     _, _, _, queries, classes = shape
@@ -558,13 +560,10 @@ def _semantic_argmax_kernel(
 
 @triton.jit
 def _add_held(
-    acc, weight, offsets, cells_ptr, held,
-    BLOCK_Q: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
+    acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST to LAST of the tokens of one view into the scores, from class probabilities held."""
-    upper = weight.to(tl.float16)
-    if SPLIT:
-        lower = (weight - upper.to(tl.float32)).to(tl.float16)
     for block in tl.static_range(FIRST, LAST):
         masks = tl.load(cells_ptr + offsets + block * BLOCK_Q)
         x = tl.dot(upper, masks)
@@ -596,11 +595,9 @@ def _semantic_argmax_held_kernel(
     b = tl.program_id(0) // runs
     first_tile = tl.program_id(0) % runs * run
     view = b.to(tl.int64)
-    info_ptr += view * 5
-    h, w = tl.load(info_ptr + 1), tl.load(info_ptr + 2)
-    cells_ptr += tl.load(info_ptr).to(tl.int64) * PADDED_Q
+    h, w = tl.load(info_ptr + view * 5 + 1), tl.load(info_ptr + view * 5 + 2)
+    cells_ptr += tl.load(info_ptr + view * 5).to(tl.int64) * PADDED_Q
     probs_ptr += view * PADDED_Q * PADDED_C
-    has_tail = tl.load(info_ptr + 3) < tl.load(info_ptr + 4)
     rows = tl.arange(0, BLOCK_Q)[:, None] * PADDED_C
     held = ()
     for block in tl.static_range(BLOCKS):
@@ -613,31 +610,46 @@ def _semantic_argmax_held_kernel(
 
     pixel, cols = tl.arange(0, PIXELS), tl.arange(0, BLOCK_Q)
     groups = tl.full([PIXELS], 1.0, tl.float32)
-    for tile in range(first_tile, tl.minimum(first_tile + run, tiles)):
+    last_tile = tl.minimum(first_tile + run, tiles)
+    # What could move out of this loop would take the registers of the scores.
+    for tile in tl.range(first_tile, last_tile, num_stages=1, disable_licm=True):
         y0, x0 = tile // columns * TILE_Y, tile % columns * TILE_X
         y, x = tl.minimum(y0 + pixel // TILE_X, H - 1), tl.minimum(x0 + pixel % TILE_X, W - 1)
         low_y = _place(y0, step_y, offset_y, h).to(tl.int32)
         low_x = _place(x0, step_x, offset_x, w).to(tl.int32)
         weight, cell = _weights(
-            _place(y, step_y, offset_y, h), _place(x, step_x, offset_x, w), low_y, low_x, h, w, CELLS_Y, CELLS_X
+            _place(y, step_y, offset_y, h),
+            _place(x, step_x, offset_x, w),
+            low_y,
+            low_x,
+            h,
+            w,
+            CELLS_Y,
+            CELLS_X,
         )
+        upper = weight.to(tl.float16)
+        lower = upper
+        if SPLIT:
+            lower = (weight - upper.to(tl.float32)).to(tl.float16)
         offsets = cell.to(tl.int64)[:, None] * PADDED_Q + cols[None, :]
         acc = _zeros(PIXELS, N0, N1, N2)
         FIRST: tl.constexpr = HEAD // BLOCK_Q if HEAD > 0 else BLOCKS
-        acc = _add_held(acc, weight, offsets, cells_ptr, held, BLOCK_Q, 0, FIRST, SPLIT, SIGMOID)
+        acc = _add_held(acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q, 0, FIRST, SPLIT, SIGMOID)
         label = tl.full([PIXELS], 2048, tl.int32)
         best = tl.full([PIXELS], 0.0, tl.float32)
         more = 1
         if HEAD > 0:
-            if has_tail:
-                tails, any_tail = _tails(
-                    tails_ptr, info_ptr - view * 5, units_ptr, None, b, b + 1, y0, x0, 1.0,
-                    PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
-                )  # fmt: skip
+            tails, any_tail = _tails(
+                tails_ptr, info_ptr, units_ptr, None, b, b + 1, y0, x0, 1.0,
+                PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
+            )  # fmt: skip
+            if any_tail != 0:
                 label = _decide(acc, tails, groups * sigma_scale)
                 more = (tl.max(label, 0) >= 2048).to(tl.int32)
         if more != 0:
-            acc = _add_held(acc, weight, offsets, cells_ptr, held, BLOCK_Q, FIRST, BLOCKS, SPLIT, SIGMOID)
+            acc = _add_held(
+                acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q, FIRST, BLOCKS, SPLIT, SIGMOID
+            )
             best, label = _top(acc, C)
         outputs = view * H * W + y * W + x
         tl.store(labels_ptr + outputs, label.to(labels_ptr.dtype.element_ty))
@@ -651,7 +663,9 @@ def _addressable(tensor: Tensor, axes: int) -> Tensor:
     return tensor if reach < 2**31 else tensor.contiguous()
 
 
-def _holds(config: dict[str, Any], dtype: torch.dtype, padded_q: int, views: list[Tensor], prune: float) -> bool:
+def _holds(
+    config: dict[str, Any], dtype: torch.dtype, padded_q: int, views: list[Tensor], prune: float
+) -> bool:
     """Whether a program can keep all class probabilities in shared memory while it goes from tile to tile."""
     bytes_held = 2 * padded_q * sum(config["parts"])
     whole = dtype == torch.float16 and config["turns"] == 1 and config["cells_y"] > 0
@@ -659,7 +673,7 @@ def _holds(config: dict[str, Any], dtype: torch.dtype, padded_q: int, views: lis
 
 
 def _run_length(config: dict[str, Any], batch: int, tiles: int) -> int:
-    """Tiles a program: as many as leave each multiprocessor six programs, at most 16."""
+    """Tiles a program: as many as leave three times the programs that fill the device, at most 16."""
     return max(1, min(16, batch * tiles // (3 * config["programs"])))
 
 
