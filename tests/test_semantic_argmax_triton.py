@@ -8,7 +8,6 @@ import torch
 from segvit_kernels.ops.semantic_argmax import View, Views
 from segvit_kernels.testing.semantic_argmax import CASES, SemanticCase, assert_labels, oracle
 from segvit_kernels.triton import semantic_argmax as kernels
-from segvit_kernels.triton._launch import pinned
 
 BY_NAME = {case.name: case for case in CASES}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -188,29 +187,44 @@ def test_decided_tiles_skip_the_tail(dtype, held, blocks, poisoned):
     assert len(blocks) == TILES * 5
 
 
-@HELD
-def test_undecided_tiles_run_the_tail(dtype, held, blocks, poisoned):
-    """Two heavy tokens tie, and light ones beyond the head decide; the last column of tiles only."""
+def _undecided(dtype, tail):
+    """In the last columns light tokens are alone: 0.08 for class 7, and 110 ``tail`` for class 8."""
     inputs = _trained(dtype)
     masks, probs = inputs["mask_logits"], inputs["class_probs"]
     heavy = probs.amax(-1)[0].topk(6).indices
     light = [q for q in range(150) if q not in heavy]
     probs[:, light] = 0
     probs[:, light[:40], 7] = 2e-3  # fills the head
-    probs[:, light[40:], 8] = 1e-3  # 110 of them: 0.11, all of it in the tail
+    probs[:, light[40:], 8] = tail
     masks[:] = -20
     masks[:, heavy[0], :, :3] = 9
     probs[:, heavy[0]] = 0
     probs[:, heavy[0], 3] = 0.9
-    masks[:, light, :, 5] = 20  # here nothing but light tokens: 0.08 of class 7 and 0.11 of class 8
-    labels = _check("undecided", inputs, config={**SMALL, "held": held})
+    masks[:, light, :, 5] = 20
+    return inputs
+
+
+@HELD
+def test_undecided_tiles_run_the_tail(dtype, held, blocks, poisoned):
+    labels = _check("undecided", _undecided(dtype, 1e-3), config={**SMALL, "held": held})
     assert (labels[..., -2:] == 8).all(), "the tail decides"
     assert TILES < len(blocks) < TILES * 5
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_the_bound_is_that_of_the_worst_view(order, poisoned):
+    both = [_undecided(torch.float32, tail) for tail in (1.8e-3, 1e-6)]
+    inputs = {key: torch.cat([both[i][key] for i in order]) for key in ("mask_logits", "class_probs")}
+    size = TRAINED.size
+    for groups in ((0, 0), (0, 1)):
+        views = Views([View.whole(0, (5, 6), size, group) for group in groups], 1, size)
+        labels = _check("views", {**inputs, "size": size, "views": views}, config=SMALL)
+        assert (labels[..., -2:] == 8).all(), "the tail of one view decides"
+
+
 @DTYPES
 def test_tails_of_several_views(dtype, blocks, poisoned):
-    """The bound is that of the worst view, and groups count once each."""
+    """A flipped second view over a part of the image."""
     inputs = _trained(dtype)
     size = inputs["size"]
     masks, probs = inputs["mask_logits"], inputs["class_probs"]
@@ -362,7 +376,6 @@ def test_configurations_are_pure_and_complete(arch):
                 assert config == kernels._config(*arguments)
                 assert sum(config["parts"]) * config["turns"] >= classes
                 assert config["head"] % config["block_q"] == 0
-    assert pinned("no such chip") == pinned("default")
 
 
 @pytest.mark.gpu

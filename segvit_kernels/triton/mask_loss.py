@@ -52,7 +52,7 @@ def _config(name: str, arch: str, focal_gamma: float = 2.0, target_bytes: int = 
     Args:
         name: which of them.
         arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
-        focal_gamma, target_bytes: other powers than 2, and 8 bytes an element, need more registers.
+        focal_gamma, target_bytes: other powers than 2, and more than a byte, need more registers.
 
     Returns:
         ``block``, output columns of a tile; ``programs`` per multiprocessor; ``multiprocessors``;
@@ -60,8 +60,8 @@ def _config(name: str, arch: str, focal_gamma: float = 2.0, target_bytes: int = 
         Matching: ``block_q`` queries and ``block_m`` targets of a program; whether factors are ``split``.
     """
     config = {"multiprocessors": pinned(arch)["multiprocessors"], **pinned(arch)[name]}
-    if focal_gamma == 2 and target_bytes < 8:
-        config.pop("maxnreg", None)
+    if "maxnreg" in config and (focal_gamma != 2 or target_bytes > 1):
+        config["maxnreg"] = 255
     return config
 
 
