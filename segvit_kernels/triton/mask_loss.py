@@ -46,23 +46,19 @@ _CLASSES = 1024  # in one histogram
 _COUNTED = 8192  # labels or mask elements of one program
 
 
-def _config(name: str, arch: str, focal_gamma: float = 2.0, target_bytes: int = 1) -> dict[str, Any]:
+def _config(name: str, arch: str) -> dict[str, Any]:
     """Launch parameters of ``mask_loss_fwd``, ``mask_loss_bwd`` or ``mask_loss_matching``.
 
     Args:
         name: which of them.
         arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
-        focal_gamma, target_bytes: other powers than 2, and more than a byte, need more registers.
 
     Returns:
         ``block``, output columns of a tile; ``programs`` per multiprocessor; ``multiprocessors``;
         ``num_warps``; ``num_stages``; perhaps ``maxnreg``. Forward: ``span``, tiles side by side in one item.
         Matching: ``block_q`` queries and ``block_m`` targets of a program; whether factors are ``split``.
     """
-    config = {"multiprocessors": pinned(arch)["multiprocessors"], **pinned(arch)[name]}
-    if "maxnreg" in config and (focal_gamma != 2 or target_bytes > 1):
-        config["maxnreg"] = 255
-    return config
+    return {"multiprocessors": pinned(arch)["multiprocessors"], **pinned(arch)[name]}
 
 
 @triton.jit
@@ -740,8 +736,10 @@ def _common(
     return arguments, constants
 
 
-def _options(config: dict[str, Any]) -> dict[str, int]:
-    return {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
+def _options(config: dict[str, Any], crowded: bool = True) -> dict[str, int]:
+    """Compiler options. In a crowded kernel the assembler, left to itself, spills to fit more programs."""
+    names = ("num_warps", "num_stages", "maxnreg") if crowded else ("num_warps", "num_stages")
+    return {name: config[name] for name in names if name in config}
 
 
 def _rows_of_a_group(height: int, h: int) -> int:
@@ -791,7 +789,9 @@ def _fwd_launches(
         even = width % (block * span) == 0 and all(height % (_GROUPS * r) == 0 for r in rows)
         constants |= {"EVEN": even, "SPAN": span}
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
-        launches.append(Launch(_mask_loss_fwd_kernel, programs, arguments, constants, _options(config)))
+        crowded = focal_gamma != 2 or targets.element_size() > 1 or not even
+        options = _options(config, crowded)
+        launches.append(Launch(_mask_loss_fwd_kernel, programs, arguments, constants, options))
         arguments = {
             "partial_ptr": partial,
             "matches_ptr": matches,
@@ -857,7 +857,9 @@ def _bwd_launches(
         align = 1 if any(rest for _, rest in steps) else math.gcd(8, *(step for step, _ in steps))
         constants |= {"CELLS": cells, "ALIGN": align}
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
-        launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, _options(config)))
+        crowded = focal_gamma != 2 or targets.element_size() > 1 or cells > _GROUPS
+        options = _options(config, crowded)
+        launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, options))
     return gradients, launches
 
 
@@ -942,7 +944,7 @@ def mask_loss_fwd(
     config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launcher of ``segvit::mask_loss_fwd``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_fwd", architecture(targets.device), focal_gamma, targets.element_size())
+    found = _config("mask_loss_fwd", architecture(targets.device))
     arguments = (mask_logits, targets, matches, num_classes, focal_alpha, focal_gamma, mask_ignored)
     results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
     run(launches)
@@ -963,7 +965,7 @@ def mask_loss_bwd(
     config: dict[str, Any] | None = None,
 ) -> list[Tensor]:
     """Launcher of ``segvit::mask_loss_bwd``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_bwd", architecture(targets.device), focal_gamma, targets.element_size())
+    found = _config("mask_loss_bwd", architecture(targets.device))
     arguments = (grad_sums, mask_logits, targets, matches, areas, num_classes)
     options = (focal_alpha, focal_gamma, mask_ignored)
     results, launches = _bwd_launches(*arguments, *options, {**found, **(config or {})})
@@ -981,7 +983,7 @@ def mask_matching_sums(
     config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launcher of ``segvit::mask_matching_sums``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_matching", architecture(targets.device), focal_gamma, targets.element_size())
+    found = _config("mask_loss_matching", architecture(targets.device))
     arguments = (mask_logits, targets, num_classes, focal_alpha, focal_gamma)
     results, launches = _matching_launches(*arguments, {**found, **(config or {})})
     run(launches)

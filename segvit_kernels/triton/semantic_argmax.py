@@ -673,8 +673,8 @@ def _holds(
 
 
 def _run_length(config: dict[str, Any], batch: int, tiles: int) -> int:
-    """Tiles a program: as many as leave three times the programs that fill the device, at most 16."""
-    return max(1, min(16, batch * tiles // (3 * config["programs"])))
+    """Tiles a program: as many as leave six times the programs that fill the device, at most 16."""
+    return max(1, min(16, batch * tiles // (6 * config["programs"])))
 
 
 def _launches(

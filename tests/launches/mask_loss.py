@@ -58,10 +58,7 @@ def launches(case, arch):
         grad_sums, areas = torch.empty(len(grids), batch, queries, 4), torch.empty(batch, num_targets)
     numbers = (num_targets, 0.25, options.get("gamma", 2.0))
     flags = (options.get("mask_ignored", False),)
-    fwd, bwd, matching = (
-        mask_loss._config(f"mask_loss_{name}", arch, numbers[2], targets.element_size())
-        for name in ("fwd", "bwd", "matching")
-    )
+    fwd, bwd, matching = (mask_loss._config(f"mask_loss_{name}", arch) for name in ("fwd", "bwd", "matching"))
     _, found = mask_loss._fwd_launches(logits, targets, matches, *numbers, *flags, fwd)
     found += mask_loss._bwd_launches(grad_sums, logits, targets, matches, areas, *numbers, *flags, bwd)[1]
     return found + mask_loss._matching_launches(logits[0], targets, *numbers, matching)[1]
