@@ -96,9 +96,9 @@ class Operator:
 
 def operators() -> dict[str, Operator]:
     """Every benchmarked operator by name."""
-    from bench import atm, mask_loss, semantic_argmax
+    from bench import atm, mask_loss, query_attention, semantic_argmax
 
-    return {m.OPERATOR.name: m.OPERATOR for m in (atm, mask_loss, semantic_argmax)}
+    return {m.OPERATOR.name: m.OPERATOR for m in (atm, query_attention, mask_loss, semantic_argmax)}
 
 
 def budget_row(
