@@ -62,7 +62,7 @@ def test_case(case, dtype, poisoned):
 
 
 @DTYPES
-@pytest.mark.parametrize("case", ["one_cell", "odd", "classes_171", "classes_300", "mixed"])
+@pytest.mark.parametrize("case", ["one_cell", "odd", "classes_300", "mixed"])
 def test_scores(case, dtype, poisoned):
     inputs = BY_NAME[case].inputs(dtype)
     labels = _check(case, inputs, scores=True)
@@ -70,21 +70,22 @@ def test_scores(case, dtype, poisoned):
 
 
 @DTYPES
-@pytest.mark.parametrize("case", ["one_pixel", "smaller", "sliding"])
+@pytest.mark.parametrize("case", ["one_pixel", "smaller", "mixed"])
 def test_no_activation(case, dtype, poisoned):
     inputs = BY_NAME[case].inputs(dtype)
     masks = inputs["mask_logits"]
-    inputs["mask_logits"] = masks.sigmoid()
+    masks = masks if isinstance(masks, list) else [masks]
+    inputs["mask_logits"] = [m.sigmoid() for m in masks]
     _check(case, inputs, activation="none", scores=True)
 
 
 @pytest.mark.parametrize(
-    ("case", "arch"), [("classes_171", "sm_80"), ("classes_171", "sm_90"), ("mixed", "gfx942")]
+    ("case", "arch"), [("classes_171", "sm_80"), ("classes_171", "sm_90"), ("classes_300", "gfx942")]
 )
 def test_pinned_tiles(case, arch, poisoned):
     case, dtype = BY_NAME[case], torch.float32 if arch == "sm_80" else torch.float16
     inputs = case.inputs(dtype)
-    reach = inputs["views"].reach if inputs["views"] else [5 / 20, 6 / 24]
+    reach = [grid / side for grid, side in zip(inputs["mask_logits"].shape[2:], case.size, strict=True)]
     config = kernels._config((1, *case.size, case.queries, case.classes), dtype, arch, tuple(reach))
     _check(case.name, inputs, config=config)
 
@@ -110,7 +111,7 @@ def test_held_class_probs(case, poisoned):
 @DTYPES
 def test_patches_of_a_power_of_two(dtype, poisoned):
     """Weights that float16 holds exactly are not split."""
-    case = SemanticCase("patch_16", ((2, 3, 2),), 20, 19, (48, 32))
+    case = SemanticCase("patch_16", ((1, 2, 2),), 20, 19, (32, 32))
     for held in (0, 2**20):
         _check(case.name, case.inputs(dtype), config={**SMALL, "held": held})
 
@@ -197,9 +198,7 @@ def _undecided(dtype, tail):
     probs[:, light[:40], 7] = 2e-3  # fills the head
     probs[:, light[40:], 8] = tail
     masks[:] = -20
-    masks[:, heavy[0], :, :3] = 9
-    probs[:, heavy[0]] = 0
-    probs[:, heavy[0], 3] = 0.9
+    masks[:, heavy[0], :, :5] = 9
     masks[:, light, :, 5] = 20
     return inputs
 
@@ -277,7 +276,7 @@ def test_bfloat16_is_converted(poisoned):
     assert_labels("huge", _run(inputs)[0], truth, ordinary)
 
 
-@pytest.mark.parametrize("scale", [1e-7, 1e-4, 60.0])
+@pytest.mark.parametrize("scale", [1e-7, 60.0])
 def test_small_and_large_probabilities_keep_their_precision(scale, poisoned):
     """The probabilities of each view are scaled for float16, and weighed against those of other views."""
     inputs = BY_NAME["mixed"].inputs(torch.float16)

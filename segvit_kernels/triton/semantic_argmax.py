@@ -350,7 +350,7 @@ def _top(acc, classes):
 
 
 @triton.jit
-def _decide(acc, tails, groups):
+def _decide(acc, tails, groups, scale):
     """Label of every pixel if the tail cannot change it, otherwise a number of 2048 or more.
 
     A class is in the running if its score with all of its tail reaches the best score without any.
@@ -363,7 +363,10 @@ def _decide(acc, tails, groups):
     first = 0
     for i in tl.static_range(len(acc)):
         c = first + tl.arange(0, acc[i].shape[1])[None, :]
-        running = acc[i] + tails[i] * groups[:, None] >= best[:, None]
+        most = tails[i] * scale
+        if groups is not None:
+            most *= groups[:, None]
+        running = acc[i] + most >= best[:, None]
         code += tl.sum(tl.where(running, 2048 + c, 0), 1, keep_dims=True)
         first += acc[i].shape[1]
     return tl.max(code, 1)
@@ -386,23 +389,22 @@ def _tails(
     found = 0
     tail = _zeros(1, N0, N1, N2)
     for v in range(first_view, last_view):
-        view = v
-        meets = v >= 0
-        factor = 1.001  # more than rounding makes of σ and of its share
+        view = tl.cast(v, tl.int64)
+        counts = 1.001  # more than rounding makes of σ and of its share
         if layout_ptr is not None:
-            view = tl.load(layout_ptr + v * 7)
+            view = tl.load(layout_ptr + v * 7).to(tl.int64)
             meets = _meets(layout_ptr + v * 7 + 3, y0, x0, TILE_Y, TILE_X)
-            factor *= tl.load(units_ptr + view) * probs_scale
-        view = view.to(tl.int64)
-        if meets & (tl.load(info_ptr + view * 5 + 3) < tl.load(info_ptr + view * 5 + 4)):
-            found = 1
-            new = ()
-            first = 0
-            for i in tl.static_range(len(tail)):
-                c = first + tl.arange(0, tail[i].shape[1])[None, :]
-                new += (tl.maximum(tail[i], factor * tl.load(tails_ptr + view * PADDED_C + c)),)
-                first += tail[i].shape[1]
-            tail = new
+            counts = tl.where(meets, tl.load(units_ptr + view) * probs_scale * counts, 0.0)
+        has_tail = tl.load(info_ptr + view * 5 + 3) < tl.load(info_ptr + view * 5 + 4)
+        counts = tl.where(has_tail, counts, 0.0)
+        found += (counts > 0.0).to(tl.int32)
+        new = ()
+        first = 0
+        for i in tl.static_range(len(tail)):
+            c = first + tl.arange(0, tail[i].shape[1])[None, :]
+            new += (tl.maximum(tail[i], counts * tl.load(tails_ptr + view * PADDED_C + c)),)
+            first += tail[i].shape[1]
+        tail = new
     return tail, found
 
 
@@ -531,8 +533,8 @@ def _semantic_argmax_kernel(
                 PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
             )  # fmt: skip
             if any_tail != 0:
-                label = _decide(acc, tails, groups * sigma_scale)
-                more = (tl.max(label, 0) >= 2048).to(tl.int32)
+                label = _decide(acc, tails, groups if VIEWS else None, sigma_scale)
+            more = (tl.max(label, 0) >= 2048).to(tl.int32)
         if more != 0:
             if TAILS:
                 if VIEWS:
@@ -609,7 +611,6 @@ def _semantic_argmax_held_kernel(
             held += (tl.load(ptrs + N0 + N1 + tl.arange(0, N2)[None, :]),)
 
     pixel, cols = tl.arange(0, PIXELS), tl.arange(0, BLOCK_Q)
-    groups = tl.full([PIXELS], 1.0, tl.float32)
     last_tile = tl.minimum(first_tile + run, tiles)
     # What could move out of this loop would take the registers of the scores.
     for tile in tl.range(first_tile, last_tile, num_stages=1, disable_licm=True):
@@ -644,9 +645,10 @@ def _semantic_argmax_held_kernel(
                 PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
             )  # fmt: skip
             if any_tail != 0:
-                label = _decide(acc, tails, groups * sigma_scale)
-                more = (tl.max(label, 0) >= 2048).to(tl.int32)
-        if more != 0:
+                label = _decide(acc, tails, None, sigma_scale)
+            more = (tl.max(label, 0) >= 2048).to(tl.int32)
+        # A loop of one pass or none: Triton 3.6 fails on products under a condition inside a loop.
+        for _ in tl.range(0, more, num_stages=1, disable_licm=True):
             acc = _add_held(
                 acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q, FIRST, BLOCKS, SPLIT, SIGMOID
             )
