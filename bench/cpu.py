@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,18 +128,12 @@ def measure_memory(spec: dict) -> dict:
 
 def _memory(op: kernels.Operator, peers: Sequence[kernels.Peer], shape: str, batch: int) -> list[dict]:
     rows = []
-    path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
-    # Blocks from 64 KiB on are mapped and unmapped one by one, so that what is resident is what is in use.
-    variables = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     for peer in peers:
         for mode in op.modes:
             key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": DTYPE, "mode": mode}
             key["peer"] = peer.name
             spec = json.dumps(key | {"threads": torch.get_num_threads()})
-            done = subprocess.run(
-                [sys.executable, "-m", "bench", "_memory", spec],
-                cwd=environment.ROOT, env=variables, capture_output=True, text=True,
-            )  # fmt: skip
+            done = environment.memory_process("_memory", spec)
             row = {"table": "memory", **key, "method": "resident set high-water mark"}
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -128,3 +129,12 @@ def ceilings(device: torch.device, tiny: bool = False) -> Iterator[tuple[str, Ca
     yield "exp2_per_s", lambda: _exp2(device, tiny)
     yield "matmul_float16_flop_per_s", lambda: _matmul(device, torch.float16, 64 if tiny else 8192)
     yield "matmul_float32_flop_per_s", lambda: _matmul(device, torch.float32, 64 if tiny else 4096)
+
+
+def memory_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m bench ARGUMENTS`` in a process where what is resident is what is in use: blocks from 64 KiB
+    on are mapped and unmapped one by one."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)

@@ -11,9 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -223,12 +220,8 @@ def run(*, memory: bool, names: Sequence[str] | None = None, progress: Callable[
 
 def _memory(name: str, form: str) -> int | None:
     """Peak memory beyond weights and image of one inference, in a process of its own."""
-    path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-m", "bench", "_flops_memory", name, form]
-    done = subprocess.run(
-        command, cwd=environment.ROOT, env=variables, capture_output=True, text=True, check=True
-    )
+    done = environment.memory_process("_flops_memory", name, form)
+    done.check_returncode()
     return json.loads(done.stdout.splitlines()[-1])
 
 

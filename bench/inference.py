@@ -4,9 +4,6 @@ implementation that accumulates full-size scores: mIoU on real images, time and 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,14 +117,10 @@ def run(
 
 
 def _memory(classes: int, count: int) -> dict:
-    path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     row = {"classes": classes, "passes": count, "size": [320, 320]}
     for kind in METHODS:
-        command = [sys.executable, "-m", "bench", "_inference_memory", json.dumps([kind, classes, count])]
-        done = subprocess.run(
-            command, cwd=environment.ROOT, env=variables, capture_output=True, text=True, check=True
-        )
+        done = environment.memory_process("_inference_memory", json.dumps([kind, classes, count]))
+        done.check_returncode()
         row[f"{kind}_extra_bytes"] = json.loads(done.stdout.splitlines()[-1])
     return row
 

@@ -347,9 +347,7 @@ def fused_atm(
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = _draw_seed(query.device) if dropout_p > 0 else None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        # Dynamo does not trace a Function that is given one tensor twice.
-        key = key.view_as(key) if key is query else key
-        value = value.view_as(value) if value is key or value is query else value
+        query, key, value = _distinct(query, key, value)
         output, masks = ATMFunction.apply(
             query, key, value, previous_masks, seed, scale, dropout_p, need_masks, deterministic, backend
         )
@@ -367,6 +365,12 @@ def _draw_seed(device: torch.device) -> Tensor:
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _distinct(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views where one tensor is given twice: Dynamo does not trace a Function that is called so."""
+    value = value.view_as(value) if value is key or value is query else value
+    return query, key.view_as(key) if key is query else key, value
 
 
 def _validate(tensors: dict[str, Tensor], dropout_p: float, need_masks: bool) -> None:

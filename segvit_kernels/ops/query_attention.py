@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from segvit_kernels import _library
 from segvit_kernels.ops import atm
-from segvit_kernels.ops.atm import _draw_seed, _unit_stride
+from segvit_kernels.ops.atm import _distinct, _draw_seed, _unit_stride
 
 
 def query_attention_reference(
@@ -223,8 +223,6 @@ def query_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = _draw_seed(query.device) if dropout_p > 0 else None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        # Dynamo does not trace a Function that is given one tensor twice.
-        key = key.view_as(key) if key is query else key
-        value = value.view_as(value) if value is key or value is query else value
-        return QueryAttentionFunction.apply(query, key, value, seed, scale, dropout_p, deterministic, backend)
+        inputs = _distinct(query, key, value)
+        return QueryAttentionFunction.apply(*inputs, seed, scale, dropout_p, deterministic, backend)
     return _query_attention_fwd(query, key, value, seed, scale, dropout_p, backend)[0]
