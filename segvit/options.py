@@ -78,8 +78,9 @@ class ModelOptions:
 
     preset: str = option("vit_small", "vit_tiny, vit_small, vit_base or vit_large")
     image_size: int = option(512, "side of the square training crop in pixels, a multiple of the patch size")
+    shrunk: bool = option(False, "the Shrunk structure: query-based down- and up-sampling, 40 % less compute")
     model: dict[str, Any] = option(
-        {}, "changes to the preset's fields, e.g. {'shrunk': true} or {'patch_size': 14, 'class_token': true}"
+        {}, "changes to the preset's fields, e.g. {'patch_size': 14, 'class_token': true}"
     )
     head: Literal["segvit", "linear"] = option(
         "segvit", "the SegViT decoder, or a linear layer as a baseline"

@@ -164,7 +164,7 @@ def build_model(config: TrainConfig, dataset: Any) -> SegViT:
     Raises:
         ValueError, FileNotFoundError: unknown preset or field; weights that do not fit.
     """
-    overrides = {"image_size": config.image_size, **config.model}
+    overrides = {"image_size": config.image_size, "shrunk": config.shrunk, **config.model}
     overrides.setdefault("class_names", dataset.class_names)
     overrides.setdefault("palette", dataset.palette)
     try:
