@@ -9,7 +9,8 @@ import sys
 import torch
 
 import segvit_kernels
-from segvit_kernels._library import BACKENDS, ENVIRONMENT_VARIABLE, requested_backend, why_not
+from segvit_kernels import _native
+from segvit_kernels._library import BACKENDS, ENVIRONMENT_VARIABLE, preferred, requested_backend, why_not
 
 
 def _version(distribution: str) -> str:
@@ -37,13 +38,18 @@ def report() -> str:
             devices.append(torch.device("cuda", i))
     else:
         lines.append("no CUDA or ROCm device")
+    native = _native.library()
+    if native.reason is None:
+        lines.append(f"native library: {native.path}, CPU code for {native.isa}")
+        lines.append(f"native CUDA kernels: {native.cuda_archs or 'none, built without nvcc'}")
+    else:
+        lines.append(f"native library: {native.reason}")
     requested = requested_backend()
     lines.append(f"{ENVIRONMENT_VARIABLE}: {requested or 'not set (each device takes its default)'}")
     for device in devices:
         lines += ["", f"on {device}:"]
         reasons = {name: why_not(name, device) for name in BACKENDS}
-        default = "triton" if device.type == "cuda" and reasons["triton"] is None else "eager"
-        chosen = requested or default
+        chosen = requested or preferred(device.type, device.index)
         for name in segvit_kernels.operator_names():
             note = f" (unavailable: {reasons[chosen]})" if reasons[chosen] else ""
             lines.append(f"  segvit::{name:<12} {chosen}{note}")

@@ -10,7 +10,11 @@ backend      where it lives                                          takes
 ``eager``    ``segvit_kernels/ops/<stem>.py``, plain PyTorch         any device, float64 included
 ``triton``   ``segvit_kernels/triton/<stem>.py``                     CUDA and ROCm tensors; CPU tensors
                                                                      under Triton's interpreter
+``cuda``     ``csrc/cuda/<stem>.cu``, in the native library          CUDA tensors
+``cpu``      ``csrc/cpu/<stem>.cpp``, in the native library          CPU tensors
 ============ ======================================================= ==============================
+
+Without a choice a call takes the first of ``triton``, ``cuda``, ``cpu`` that can run it, else ``eager``.
 """
 
 from __future__ import annotations
@@ -26,7 +30,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("eager", "triton")
+from segvit_kernels import _native
+
+BACKENDS = ("eager", "triton", "cuda", "cpu")
+_PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # by type of device
 ENVIRONMENT_VARIABLE = "SEGVIT_KERNELS_BACKEND"
 
 _chosen: str | None = None
@@ -89,10 +96,12 @@ def why_not(name: str, device: torch.device | str) -> str | None:
     device = torch.device(device)
     if name == "eager":
         return None
+    capability = _compute_capability(device.index or 0) if device.type == "cuda" else None
+    if name != "triton":
+        return _native.why_not(name, device, capability)
     if not _triton_installed():
         return "Triton is not installed: pip install triton"
     if device.type == "cuda":
-        capability = _compute_capability(device.index or 0)
         if torch.version.hip is None and capability < (8, 0):
             return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}: use eager"
         return None
@@ -112,6 +121,13 @@ def _device(args: Sequence[Any]) -> torch.device:
     raise TypeError("no tensor among the arguments")
 
 
+@functools.cache
+def preferred(device_type: str, index: int | None) -> str:
+    """The first backend that runs on a device when none is asked for."""
+    device = torch.device(device_type, index)
+    return next((n for n in _PREFERRED.get(device_type, ()) if why_not(n, device) is None), "eager")
+
+
 class Operator:
     """One operator, its implementations and how a call finds its backend."""
 
@@ -122,34 +138,40 @@ class Operator:
         self.macs = macs
         self.refuse = refuse
         self.arity = 0  # arguments without the backend
-        self._triton: Callable | None = None
+        self.kernels: dict[str, Callable] = {}  # by backend, filled at the first call
 
     def select(self, device: torch.device, args: Sequence[Any], argument: str | None) -> str:
         """The backend of one call. An explicit choice that cannot be honoured raises; it never falls back."""
-        name = requested_backend(argument)
-        if name == "eager" or (name is None and device.type != "cuda"):
-            return "eager"
-        reason = why_not("triton", device)
-        if reason is not None:
-            if name is None:
-                return "eager"
-            raise BackendUnavailableError(f"segvit::{self.name}: backend 'triton' is not available: {reason}")
-        error = self.refuse(*args) if self.refuse else None
-        if error is not None:
-            if name is None:
-                return "eager"
+        asked = requested_backend(argument)
+        name = asked or preferred(device.type, device.index)
+        if name == "eager":
+            return name
+        if asked and (reason := why_not(name, device)) is not None:
+            raise BackendUnavailableError(f"segvit::{self.name}: backend {name!r} is not available: {reason}")
+        error = self.refuse(name, *args) if self.refuse else None
+        if error is None:
+            return name
+        if asked:
             raise error
-        return "triton"
+        return "eager"
+
+    def kernel(self, name: str, device: torch.device) -> Callable:
+        """The implementation of a backend, imported or loaded when it is first needed."""
+        if name not in self.kernels:
+            if name == "triton":
+                module = importlib.import_module(f"segvit_kernels.triton.{self.stem}")
+                self.kernels[name] = getattr(module, self.name)
+            else:
+                self.kernels[name] = _native.implementation(name, self.name, device)
+        return self.kernels[name]
 
     def __call__(self, *args: Any) -> Any:
         *args, argument = args
         device = _device(args)
-        if self.select(device, args, argument) == "triton":
-            if self._triton is None:
-                module = importlib.import_module(f"segvit_kernels.triton.{self.stem}")
-                self._triton = getattr(module, self.name)
+        name = self.select(device, args, argument)
+        if name != "eager":
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                return self._triton(*args)
+                return self.kernel(name, device)(*args)
         # Autocast is still active in here and would round the float32 statistics.
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
@@ -169,8 +191,8 @@ def define(
             of the same name in ``segvit_kernels/triton/<stem>.py`` has the same signature.
         fake: the same signature on fake tensors; gives the shapes.
         macs: the same signature with shapes in place of tensors; gives the multiply-accumulates.
-        refuse: the same signature; an exception that says why the Triton kernels cannot take these
-            arguments, or ``None``.
+        refuse: takes the name of a backend other than eager, then the same arguments; gives an exception that
+            says why its kernels cannot take these arguments, or ``None``.
     """
     name, _, rest = schema.partition("(")
     arguments, _, results = rest.partition(") -> ")
@@ -181,6 +203,8 @@ def define(
         return operator(*args) if len(args) == count else operator(*args, backend)
 
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
+    for namespace in ("segvit_native", "segvit_emulated"):  # csrc/library.cpp implements these
+        torch.library.define(f"{namespace}::{name}", f"({arguments}) -> {results}".replace("SymInt", "int"))
     op = getattr(torch.ops.segvit, name).default
     count = len(op._schema.arguments)
     operator.arity = count - 1

@@ -1,17 +1,24 @@
 """Fixtures and guards of the whole suite. Triton's interpreter is chosen before anything imports Triton."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# The operators' definition, whether or not the native library is built; tests of other backends name them.
+os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
+os.environ.setdefault(
+    "SEGVIT_KERNELS_CUDA_EMULATOR",
+    str(Path(__file__).resolve().parents[1] / "build" / "native" / "libsegvit_emulated.so"),
+)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: threads that spin while they wait would cost the others more than they bring.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pathlib import Path
-
 import pytest
 import torch
+
+from segvit_kernels import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +30,15 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference material at {path} (set SEGVIT_SHARED)")
     return path
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def native_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the native library that runs on CPU tensors; "cuda" where its emulator is built."""
+    reason = _library.why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
 
 
 @pytest.fixture

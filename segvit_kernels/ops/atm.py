@@ -32,8 +32,8 @@ from segvit_kernels import _library
 from segvit_kernels.ops._philox import dropout_scale, keep_mask
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TRITON_DTYPES = _DTYPES[:3]
-_TRITON_MAX_HEAD_DIM = 128
+_KERNEL_DTYPES = _DTYPES[:3]
+_KERNEL_MAX_HEAD_DIM = 128
 
 
 class ATMOutput(NamedTuple):
@@ -216,12 +216,12 @@ def _bwd_macs(
     return (2 if grad_output is None else 5) * _product_macs(query, key)
 
 
-def _triton_refuses(query: Tensor) -> Exception | None:
-    if query.dtype not in _TRITON_DTYPES:
-        return TypeError(f"backend 'triton' takes float32, float16 and bfloat16; query is {query.dtype}")
-    if query.shape[-1] > _TRITON_MAX_HEAD_DIM:
+def _kernels_refuse(backend: str, query: Tensor) -> Exception | None:
+    if query.dtype not in _KERNEL_DTYPES:
+        return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; query is {query.dtype}")
+    if query.shape[-1] > _KERNEL_MAX_HEAD_DIM:
         return ValueError(
-            f"backend 'triton' takes head dims up to {_TRITON_MAX_HEAD_DIM}; query has shape "
+            f"backend {backend!r} takes head dims up to {_KERNEL_MAX_HEAD_DIM}; query has shape "
             f"{tuple(query.shape)}, head dim {query.shape[-1]}"
         )
     return None
@@ -233,7 +233,7 @@ _atm_fwd = _library.define(
     eager=_fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
-    refuse=lambda query, *_: _triton_refuses(query),
+    refuse=lambda backend, query, *_: _kernels_refuse(backend, query),
 )
 
 _atm_bwd = _library.define(
@@ -243,7 +243,7 @@ _atm_bwd = _library.define(
     eager=_bwd_eager,
     fake=_bwd_fake,
     macs=_bwd_macs,
-    refuse=lambda grad_output, grad_masks, query, *_: _triton_refuses(query),
+    refuse=lambda backend, grad_output, grad_masks, query, *_: _kernels_refuse(backend, query),
 )
 
 

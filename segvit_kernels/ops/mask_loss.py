@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from segvit_kernels import _library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TRITON_DTYPES = _DTYPES[:3]
+_KERNEL_DTYPES = _DTYPES[:3]
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MASK_DTYPES = (torch.bool, *_DTYPES)
 # Below it no exp(x) overflows in float32.
@@ -456,10 +456,10 @@ def _matching_macs(mask_logits: tuple[int, ...], targets: tuple[int, ...], num_c
     return 3 * math.prod(mask_logits[:2]) * num_classes * math.prod(targets[-2:])
 
 
-def _triton_refuses(logits: Tensor) -> Exception | None:
-    if logits.dtype not in _TRITON_DTYPES:
+def _kernels_refuse(backend: str, logits: Tensor) -> Exception | None:
+    if logits.dtype not in _KERNEL_DTYPES:
         return TypeError(
-            f"backend 'triton' takes float32, float16 and bfloat16; mask_logits is {logits.dtype}"
+            f"backend {backend!r} takes float32, float16 and bfloat16; mask_logits is {logits.dtype}"
         )
     return None
 
@@ -470,7 +470,7 @@ _mask_loss_fwd = _library.define(
     eager=_fwd_eager,
     fake=_fwd_fake,
     macs=lambda *_: 0,
-    refuse=lambda mask_logits, *_: _triton_refuses(mask_logits[0]),
+    refuse=lambda backend, mask_logits, *_: _kernels_refuse(backend, mask_logits[0]),
 )
 
 _mask_loss_bwd = _library.define(
@@ -479,7 +479,7 @@ _mask_loss_bwd = _library.define(
     eager=_bwd_eager,
     fake=_bwd_fake,
     macs=lambda *_: 0,
-    refuse=lambda grad_sums, mask_logits, *_: _triton_refuses(mask_logits[0]),
+    refuse=lambda backend, grad_sums, mask_logits, *_: _kernels_refuse(backend, mask_logits[0]),
 )
 
 _mask_matching_sums = _library.define(
@@ -488,7 +488,7 @@ _mask_matching_sums = _library.define(
     eager=_matching_eager,
     fake=_matching_fake,
     macs=_matching_macs,
-    refuse=lambda mask_logits, *_: _triton_refuses(mask_logits),
+    refuse=lambda backend, mask_logits, *_: _kernels_refuse(backend, mask_logits),
 )
 
 

@@ -132,7 +132,7 @@ _query_attention_fwd = _library.define(
     eager=_fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
-    refuse=lambda query, *_: atm._triton_refuses(query),
+    refuse=lambda backend, query, *_: atm._kernels_refuse(backend, query),
 )
 
 _query_attention_bwd = _library.define(
@@ -142,7 +142,7 @@ _query_attention_bwd = _library.define(
     eager=_bwd_eager,
     fake=_bwd_fake,
     macs=_bwd_macs,
-    refuse=lambda grad_output, query, *_: atm._triton_refuses(query),
+    refuse=lambda backend, grad_output, query, *_: atm._kernels_refuse(backend, query),
 )
 
 

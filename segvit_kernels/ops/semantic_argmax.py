@@ -547,10 +547,12 @@ def _macs(
     return math.prod(class_probs) * height * width
 
 
-def _triton_refuses(mask_logits: list[Tensor], class_probs: Tensor, *_: Any) -> Exception | None:
+def _kernels_refuse(
+    backend: str, mask_logits: list[Tensor], class_probs: Tensor, *_: Any
+) -> Exception | None:
     for name, tensor in (("mask_logits", mask_logits[0]), ("class_probs", class_probs)):
         if tensor.dtype == torch.float64:
-            return TypeError(f"backend 'triton' takes float32, float16 and bfloat16; {name} is float64")
+            return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; {name} is float64")
     return None
 
 
@@ -561,7 +563,7 @@ _semantic_argmax = _library.define(
     eager=_eager,
     fake=_fake,
     macs=_macs,
-    refuse=_triton_refuses,
+    refuse=_kernels_refuse,
 )
 
 

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from segvit_kernels import _library
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TRITON_DTYPES = _DTYPES[:3]
+_KERNEL_DTYPES = _DTYPES[:3]
 _TRITON_MAX_CHANNELS = 8192
 
 
@@ -200,10 +200,10 @@ def _bwd_macs(
     return 2 * _fwd_macs(x, weight)
 
 
-def _triton_refuses(x: Tensor) -> Exception | None:
-    if x.dtype not in _TRITON_DTYPES:
-        return TypeError(f"backend 'triton' takes float32, float16 and bfloat16; x is {x.dtype}")
-    if x.shape[-1] > _TRITON_MAX_CHANNELS:
+def _kernels_refuse(backend: str, x: Tensor) -> Exception | None:
+    if x.dtype not in _KERNEL_DTYPES:
+        return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; x is {x.dtype}")
+    if backend == "triton" and x.shape[-1] > _TRITON_MAX_CHANNELS:
         return ValueError(
             f"backend 'triton' takes up to {_TRITON_MAX_CHANNELS} channels; x has shape {tuple(x.shape)}"
         )
@@ -218,7 +218,7 @@ _subsample_norm_fwd = _library.define(
     eager=_fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
-    refuse=lambda x, *_: _triton_refuses(x),
+    refuse=lambda backend, x, *_: _kernels_refuse(backend, x),
 )
 
 _subsample_norm_bwd = _library.define(
@@ -228,7 +228,7 @@ _subsample_norm_bwd = _library.define(
     eager=_bwd_eager,
     fake=_bwd_fake,
     macs=_bwd_macs,
-    refuse=lambda grad_normed, grad_normed_sub, grad_x_sub, x, *_: _triton_refuses(x),
+    refuse=lambda backend, grad_normed, grad_normed_sub, grad_x_sub, x, *_: _kernels_refuse(backend, x),
 )
 
 

@@ -1,0 +1,170 @@
+"""Builds the native library: ``python csrc/build.py``; needs torch and a C++ compiler, and nvcc for CUDA.
+
+Everything lands in build/native but the library itself, which goes into the package. A source is compiled
+again when it, a header or its flags have changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
+OPERATORS = ("atm", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
+# One entry per instruction set, in csrc/cpu/isa.h too.
+X86 = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
+}
+X86["avx512_bf16"] = [*X86["avx512"], "-mavx512bf16"]
+# The oldest torch whose stable ABI the binary asks for: 2.11.
+TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CUDA_ARCHS = "75;80;90a"
+
+
+def library_name(emulate: bool = False) -> str:
+    return f"libsegvit_{'emulated' if emulate else 'native'}{SUFFIX}"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDACXX, CUDA_HOME or the path; ``None`` if there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for candidate in (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc"):
+        if candidate and (found := shutil.which(candidate)):
+            return found
+    found = Path("/usr/local/cuda/bin/nvcc")
+    return str(found) if found.exists() else None
+
+
+def _gencode(archs: str) -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
+    # Intermediate code of the newest plain architecture, for GPUs to come.
+    newest = max((a for a in archs.split(";") if a.isdigit()), default=None, key=lambda a: int(a))
+    return flags + ([f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else [])
+
+
+def _plan(
+    args: argparse.Namespace, torch_folder: Path, nvcc: str | None
+) -> list[tuple[Path, str, list[str]]]:
+    """(source, name of the object, command without output) of everything to compile."""
+    include = ["-isystem", str(torch_folder / "include")]
+    cxx = [os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O3", "-g1"]
+    # GCC's own headers of intrinsics would warn of what they mean to leave uninitialised.
+    cxx += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", TORCH_VERSION]
+    if args.sanitize:
+        cxx += [f"-fsanitize={args.sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    if args.emulate:
+        flags = [*cxx, *include, "-DSEGVIT_EMULATE", "-x", "c++"]
+        sources = [HERE / "library.cpp", HERE / "cpu" / "isa.cpp", *sorted((HERE / "cuda").glob("*.cu"))]
+        return [(source, f"emulated_{source.stem}.o", [*flags, "-c", str(source)]) for source in sources]
+    define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
+    plan = [(HERE / "library.cpp", "library.o", [*cxx, *include, *define, "-c", str(HERE / "library.cpp")])]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    for source in sorted((HERE / "cpu").glob("*.cpp")):
+        if source.stem.endswith("_kernels"):
+            for isa, flags in (X86 if x86 else {"portable": []}).items():
+                command = [*cxx, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
+                name = f"{source.stem}_{isa}.o"
+                plan.append((source, name, [*command, f"-DSEGVIT_ISA={isa}", "-c", str(source)]))
+        else:
+            plan.append((source, f"cpu_{source.stem}.o", [*cxx, *include, "-c", str(source)]))
+    if nvcc:
+        flags = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012", TORCH_VERSION, "-DUSE_CUDA"]
+        flags += [*include, *_gencode(args.archs)]
+        for source in sorted((HERE / "cuda").glob("*.cu")):
+            plan.append((source, f"cuda_{source.stem}.o", [*flags, "-c", str(source)]))
+    return plan
+
+
+def build(args: argparse.Namespace) -> Path:
+    """Compile what has changed, link, and return the path of the library.
+
+    Raises:
+        RuntimeError: a compiler fails or is missing.
+    """
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    nvcc = None if args.cpu_only or args.emulate else find_nvcc()
+    headers = b"".join(p.read_bytes() for p in sorted(HERE.rglob("*.h")) + sorted(HERE.rglob("*.cuh")))
+    folder = ROOT / "build" / "native"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(item: tuple[Path, str, list[str]]) -> Path:
+        source, name, command = item
+        content = headers + source.read_bytes() + repr((command, torch.__version__)).encode()
+        target = folder / f"{hashlib.sha256(content).hexdigest()[:16]}_{name}"
+        if not target.exists():
+            temporary = target.with_suffix(".part")
+            _run([*command, "-o", str(temporary)], args.verbose)
+            temporary.replace(target)
+        return target
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        objects = list(pool.map(compile_one, _plan(args, torch_folder, nvcc)))
+
+    library = Path(args.out) / library_name(args.emulate)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_suffix(f".{os.getpid()}.part")
+    command = [os.environ.get("CXX", "c++"), "-shared", "-o", str(temporary), *map(str, objects)]
+    command.append(f"-L{torch_folder / 'lib'}")
+    # libtorch.so itself is empty; through it the CUDA part is found where torch has one.
+    command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    if args.sanitize:
+        command.append(f"-fsanitize={args.sanitize}")
+    if nvcc:
+        home = Path(nvcc).resolve().parents[1]
+        command += [f"-L{home / lib}" for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    _run(command, args.verbose)
+    temporary.replace(library)
+    return library
+
+
+def _run(command: list[str], verbose: bool) -> None:
+    if verbose:
+        print(" ".join(command), flush=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"no compiler {command[0]!r}: install one or set CXX") from None
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+    if result.stderr.strip() and verbose:
+        print(result.stderr, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="csrc/build.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=str(ROOT / "segvit_kernels"), help="folder of the library")
+    parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA kernels out")
+    parser.add_argument("--archs", default=os.environ.get("SEGVIT_KERNELS_CUDA_ARCHS", CUDA_ARCHS))
+    parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
+    parser.add_argument("--sanitize", default="", help="e.g. address,undefined")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--verbose", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    try:
+        print(build(parse()))
+    except RuntimeError as error:
+        print(f"csrc/build.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

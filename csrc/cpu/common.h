@@ -1,0 +1,89 @@
+// What the launchers share: element types, a parallel loop, and views of tensors without their type.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace segvit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Type type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
+    default: STD_TORCH_CHECK(false, "segvit: expected float32, float16 or bfloat16");
+  }
+}
+inline Type type_of(const Tensor& tensor) { return type_of(tensor.scalar_type()); }
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, std::optional<ScalarType> type = {}) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// The address of the first element, or null where there is no tensor.
+template <class T>
+T* data(const Tensor& tensor) { return static_cast<T*>(tensor.data_ptr()); }
+template <class T>
+T* data(const std::optional<Tensor>& tensor) { return tensor ? data<T>(*tensor) : nullptr; }
+
+// The tensor, or a copy of it where neighbours along the last axis are not neighbours in memory.
+inline Tensor unit_stride(const Tensor& tensor) {
+  int64_t last = tensor.dim() - 1;
+  return tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+inline std::optional<Tensor> unit_stride(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(unit_stride(*tensor)) : std::nullopt;
+}
+
+// Parameters in float32 and one piece.
+inline std::optional<Tensor> as_float(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Float));
+}
+
+constexpr int64_t round_up(int64_t n, int64_t step = 16) { return (n + step - 1) / step * step; }
+
+// Calls f(task) for every task, on torch's threads, each taking the next one when it is done.
+template <class F>
+void parallel(int64_t tasks, const F& f) {
+  int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+  });
+}
+
+// Memory of one task: aligned to a cache line, without a destructor call per element.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(static_cast<char*>(::operator new(bytes + 64, std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class T>
+  T* as() const { return reinterpret_cast<T*>(memory_); }
+
+ private:
+  char* memory_;
+};
+
+}  // namespace segvit

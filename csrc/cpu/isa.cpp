@@ -1,0 +1,45 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace segvit {
+
+namespace {
+
+Isa detect() {
+  Isa best = Isa::portable;
+#ifdef SEGVIT_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni"))
+    best = Isa::avx512;
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
+#endif
+  if (const char* wanted = std::getenv("SEGVIT_KERNELS_ISA"))
+    for (Isa less : {Isa::portable, Isa::avx2, Isa::avx512})
+      if (less < best && !std::strcmp(wanted, isa_name(less))) best = less;
+  return best;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    default: return "portable";
+  }
+}
+
+}  // namespace segvit

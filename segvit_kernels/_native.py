@@ -1,0 +1,94 @@
+"""The native library (sources in csrc/): finds it, loads it once, and says why it is not there.
+
+``make native`` builds it in a source tree; installing with SEGVIT_KERNELS_NATIVE=1 builds it too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY_VARIABLE = "SEGVIT_KERNELS_LIBRARY"
+"""Environment variable: path of a native library to load instead of the package's own."""
+
+EMULATOR_VARIABLE = "SEGVIT_KERNELS_CUDA_EMULATOR"
+"""Environment variable: path of the CUDA kernels built to run on the CPU, for tests."""
+
+BUILD = (
+    "build it with `make native` in a source tree, or `SEGVIT_KERNELS_NATIVE=1 pip install "
+    "--no-build-isolation segvit-kernels`"
+)
+_SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
+
+
+class _Library:
+    """A loaded library, or the reason why there is none."""
+
+    def __init__(self, path: Path, missing: str) -> None:
+        self.path = path
+        self.reason: str | None = None
+        self.isa = self.cuda_archs = ""
+        if not path.is_file():
+            self.reason = missing
+            return
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            self.reason = f"{path} does not load into torch {torch.__version__}: {error}"
+            return
+        inside = ctypes.CDLL(str(path))
+        inside.segvit_native_isa.restype = inside.segvit_native_cuda_archs.restype = ctypes.c_char_p
+        self.isa = inside.segvit_native_isa().decode()
+        self.cuda_archs = inside.segvit_native_cuda_archs().decode()
+
+
+@functools.cache
+def library() -> _Library:
+    """The native library; loaded at the first call."""
+    path = os.environ.get(LIBRARY_VARIABLE)
+    if path:
+        return _Library(Path(path), f"{LIBRARY_VARIABLE} is {path}, and there is no such file")
+    own = Path(__file__).with_name(f"libsegvit_native{_SUFFIX}")
+    return _Library(own, f"the native library is not built: {BUILD}")
+
+
+@functools.cache
+def _emulator() -> _Library:
+    path = os.environ.get(EMULATOR_VARIABLE)
+    missing = f"{EMULATOR_VARIABLE} is {path}, and there is no such file"
+    return _Library(Path(path or ""), missing if path else "runs on CUDA tensors, not on CPU tensors")
+
+
+def why_not(name: str, device: torch.device, capability: tuple[int, int] | None) -> str | None:
+    """Why the native backend ``name``, "cpu" or "cuda", cannot run on tensors of ``device``.
+
+    Args:
+        capability: compute capability of the device, if it is an NVIDIA GPU.
+    """
+    if device.type not in {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}[name]:
+        return f"runs on {name.upper()} tensors, not on {device.type} tensors"
+    if name == "cuda" and device.type == "cpu":
+        return _emulator().reason
+    found = library()
+    if found.reason is not None or name == "cpu":
+        return found.reason
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs"
+    if not found.cuda_archs:
+        return "the native library was built without nvcc: install the CUDA toolkit and build it again"
+    lowest = min(int(arch.rstrip("af")) for arch in found.cuda_archs.split(";"))
+    if capability is not None and capability[0] * 10 + capability[1] < lowest:
+        return f"built for {found.cuda_archs}, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def implementation(name: str, operator: str, device: torch.device) -> Callable:
+    """The operator in a backend's native code; it takes the schema's arguments."""
+    emulated = name == "cuda" and device.type == "cpu"
+    return getattr(torch.ops.segvit_emulated if emulated else torch.ops.segvit_native, operator).default
