@@ -63,14 +63,22 @@ def _plan(
     cxx += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", TORCH_VERSION]
     if args.sanitize:
         cxx += [f"-fsanitize={args.sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    chosen = args.only.split(",") if args.only else list(OPERATORS)
+    cxx += [f"-DSEGVIT_WITH_{name}" for name in chosen]
+
+    def sources_in(folder: str, pattern: str) -> list[Path]:
+        left_out = set(OPERATORS) - set(chosen)
+        found = sorted((HERE / folder).glob(pattern))
+        return [p for p in found if p.stem.removesuffix("_kernels") not in left_out]
+
     if args.emulate:
         flags = [*cxx, *include, "-DSEGVIT_EMULATE", "-x", "c++"]
-        sources = [HERE / "library.cpp", HERE / "cpu" / "isa.cpp", *sorted((HERE / "cuda").glob("*.cu"))]
+        sources = [HERE / "library.cpp", HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
         return [(source, f"emulated_{source.stem}.o", [*flags, "-c", str(source)]) for source in sources]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
     plan = [(HERE / "library.cpp", "library.o", [*cxx, *include, *define, "-c", str(HERE / "library.cpp")])]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    for source in sorted((HERE / "cpu").glob("*.cpp")):
+    for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):
             for isa, flags in (X86 if x86 else {"portable": []}).items():
                 command = [*cxx, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
@@ -82,7 +90,7 @@ def _plan(
         flags = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012", TORCH_VERSION, "-DUSE_CUDA"]
         flags += [*include, *_gencode(args.archs)]
-        for source in sorted((HERE / "cuda").glob("*.cu")):
+        for source in sources_in("cuda", "*.cu"):
             plan.append((source, f"cuda_{source.stem}.o", [*flags, "-c", str(source)]))
     return plan
 
@@ -151,6 +159,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA kernels out")
     parser.add_argument("--archs", default=os.environ.get("SEGVIT_KERNELS_CUDA_ARCHS", CUDA_ARCHS))
     parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
+    parser.add_argument("--only", default="", help="operators, with commas between them; the others are left out")
     parser.add_argument("--sanitize", default="", help="e.g. address,undefined")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true")

@@ -10,19 +10,53 @@ namespace {
 
 using torch::stable::detail::StableLibrary;
 
-#define SEGVIT_BIND(name) m.impl(#name, TORCH_BOX(&name))
+#define SEGVIT_BIND(name) m.impl(#name, TORCH_BOX(&name));
+#if defined(SEGVIT_WITH_atm)
+#define SEGVIT_BIND_ATM SEGVIT_BIND(atm_fwd) SEGVIT_BIND(atm_bwd)
+#else
+#define SEGVIT_BIND_ATM
+#endif
+#if defined(SEGVIT_WITH_query_attention)
+#define SEGVIT_BIND_QUERY_ATTENTION SEGVIT_BIND(query_attention_fwd) SEGVIT_BIND(query_attention_bwd)
+#else
+#define SEGVIT_BIND_QUERY_ATTENTION
+#endif
+#if defined(SEGVIT_WITH_mask_loss)
+#define SEGVIT_BIND_MASK_LOSS \
+  SEGVIT_BIND(mask_loss_fwd) SEGVIT_BIND(mask_loss_bwd) SEGVIT_BIND(mask_matching_sums)
+#else
+#define SEGVIT_BIND_MASK_LOSS
+#endif
+#if defined(SEGVIT_WITH_semantic_argmax)
+#define SEGVIT_BIND_SEMANTIC_ARGMAX SEGVIT_BIND(semantic_argmax)
+#else
+#define SEGVIT_BIND_SEMANTIC_ARGMAX
+#endif
+#if defined(SEGVIT_WITH_subsample_norm)
+#define SEGVIT_BIND_SUBSAMPLE_NORM SEGVIT_BIND(subsample_norm_fwd) SEGVIT_BIND(subsample_norm_bwd)
+#else
+#define SEGVIT_BIND_SUBSAMPLE_NORM
+#endif
 
 #if !defined(SEGVIT_EMULATE)
 void bind_cpu(StableLibrary& m) {
   using namespace segvit::cpu;
-  SEGVIT_BIND(subsample_norm_fwd);
-  SEGVIT_BIND(subsample_norm_bwd);
+  // SEGVIT_BIND_ATM
+  // SEGVIT_BIND_QUERY_ATTENTION
+  // SEGVIT_BIND_MASK_LOSS
+  // SEGVIT_BIND_SEMANTIC_ARGMAX
+  SEGVIT_BIND_SUBSAMPLE_NORM
 }
 #endif
 
 #if defined(SEGVIT_EMULATE) || defined(SEGVIT_CUDA_ARCHS)
 void bind_cuda(StableLibrary& m) {
   using namespace segvit::cuda;
+  // SEGVIT_BIND_ATM
+  // SEGVIT_BIND_QUERY_ATTENTION
+  // SEGVIT_BIND_MASK_LOSS
+  // SEGVIT_BIND_SEMANTIC_ARGMAX
+  // SEGVIT_BIND_SUBSAMPLE_NORM
 }
 #endif
 
