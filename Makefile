@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test native emulator lint bench gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 
 demo: $(VENV)/.installed  ## train a small model on synthetic images and write an HTML report
 	$(BIN)/segvit demo
+
+native: $(VENV)/.installed  ## C++ kernels for the CPU, and CUDA C++ kernels where nvcc is; needs a C++ compiler
+	$(BIN)/python csrc/build.py
+
+emulator: $(VENV)/.installed  ## the CUDA C++ kernels built to run on the CPU, for tests
+	$(BIN)/python csrc/build.py --emulate --out build/native
 
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
@@ -31,4 +37,4 @@ gpu:  ## correctness, then timings, on this machine's GPU
 	PYTHONPATH=. $(PYTHON) -m bench gpu
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info segvit_kernels/libsegvit_*

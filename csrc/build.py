@@ -159,7 +159,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA kernels out")
     parser.add_argument("--archs", default=os.environ.get("SEGVIT_KERNELS_CUDA_ARCHS", CUDA_ARCHS))
     parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
-    parser.add_argument("--only", default="", help="operators, with commas between them; the others are left out")
+    parser.add_argument("--only", default="", help="operators to build, with commas between")
     parser.add_argument("--sanitize", default="", help="e.g. address,undefined")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true")

@@ -79,6 +79,10 @@ class ModelOptions:
     preset: str = option("vit_small", "vit_tiny, vit_small, vit_base or vit_large")
     image_size: int = option(512, "side of the square training crop in pixels, a multiple of the patch size")
     shrunk: bool = option(False, "the Shrunk structure: query-based down- and up-sampling, 40 % less compute")
+    locate_images: int = option(
+        64,
+        "images that show a Shrunk model's queries where they are before the first step; 0: random queries",
+    )
     model: dict[str, Any] = option(
         {}, "changes to the preset's fields, e.g. {'patch_size': 14, 'class_token': true}"
     )

@@ -183,7 +183,7 @@ def _check(config: TrainConfig) -> None:
     """Raises ValueError for values that no run can have."""
     least = {
         "max_steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "devices": 1, "warmup_steps": 0,
-        "evaluate_every": 0, "workers": 0, "weight_decay": 0, "seed": 0,
+        "evaluate_every": 0, "locate_images": 0, "workers": 0, "weight_decay": 0, "seed": 0,
     }  # fmt: skip
     for name, minimum in least.items():
         if getattr(config, name) < minimum:
@@ -284,6 +284,23 @@ class _Trainer:
 
         torch.manual_seed(config.seed)
         self.model = build_model(config, training).to(fabric.device).train()
+        augment = Augment(
+            config.image_size,
+            scale=config.scale,
+            class_share=config.class_share,
+            flip=config.flip,
+            photometric=config.photometric,
+            mean=self.model.config.mean,
+            ignore_index=training.ignore_index,
+            seed=config.seed,
+        )
+        if (
+            config.locate_images
+            and config.head == "segvit"
+            and self.model.config.upsample
+            and not config.resume
+        ):
+            self._locate(training, augment)
         groups = self.model.parameter_groups(config.lr, config.weight_decay, config.decoder_lr_scale)
         for group in groups:
             group["peak_lr"] = group["lr"]
@@ -308,16 +325,6 @@ class _Trainer:
         self.wrapped, self.fabric_optimizer = fabric.setup(compiled, self.optimizer)
         if saved:
             fabric._precision.load_state_dict(saved["scaler"])
-        augment = Augment(
-            config.image_size,
-            scale=config.scale,
-            class_share=config.class_share,
-            flip=config.flip,
-            photometric=config.photometric,
-            mean=self.model.config.mean,
-            ignore_index=training.ignore_index,
-            seed=config.seed,
-        )
         sampler = StepSampler(
             len(training),
             config.batch_size,
@@ -540,6 +547,21 @@ class _Trainer:
         for folder in self.checkpoints.iterdir():
             if folder.name.isdigit() and folder.resolve() not in kept:
                 shutil.rmtree(folder)
+
+    @torch.no_grad()
+    def _locate(self, training: Any, augment: Augment) -> None:
+        """Show the up-sampling queries of a Shrunk model where they are: see `QueryUpsample.locate`."""
+        count = min(self.config.locate_images, len(training))
+        indices = [len(training) * i // count for i in range(count)]
+        levels = []
+        self.model.eval()
+        for start in range(0, count, self.config.batch_size):
+            part = indices[start : start + self.config.batch_size]
+            items = [(training[i], i) for i in part]
+            crops = [augment(item["image"], item["label"], 0, i)[0] for item, i in items]
+            levels.append(self.model.backbone(self.model.preprocess(torch.stack(crops))))
+        self.model.train()
+        self.model.decoder.upsample.locate([torch.cat(level) for level in zip(*levels, strict=True)])
 
     def _load(self) -> dict[str, Any] | None:
         """Continue from checkpoints/last, if there is one.

@@ -10,7 +10,7 @@ import torch
 
 import segvit_kernels
 from segvit_kernels import _native
-from segvit_kernels._library import BACKENDS, ENVIRONMENT_VARIABLE, preferred, requested_backend, why_not
+from segvit_kernels._library import BACKENDS, ENVIRONMENT_VARIABLE, operators, requested_backend, why_not
 
 
 def _version(distribution: str) -> str:
@@ -49,10 +49,11 @@ def report() -> str:
     for device in devices:
         lines += ["", f"on {device}:"]
         reasons = {name: why_not(name, device) for name in BACKENDS}
-        chosen = requested or preferred(device.type, device.index)
-        for name in segvit_kernels.operator_names():
-            note = f" (unavailable: {reasons[chosen]})" if reasons[chosen] else ""
-            lines.append(f"  segvit::{name:<12} {chosen}{note}")
+        for operator in operators():
+            chosen = requested or operator.default(device)
+            reason = operator.why_not(chosen, device)
+            note = f" (unavailable: {reason})" if reason else ""
+            lines.append(f"  segvit::{operator.name:<20} {chosen}{note}")
         lines += [f"  {name} missing: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines)
 

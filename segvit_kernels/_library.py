@@ -121,13 +121,6 @@ def _device(args: Sequence[Any]) -> torch.device:
     raise TypeError("no tensor among the arguments")
 
 
-@functools.cache
-def preferred(device_type: str, index: int | None) -> str:
-    """The first backend that runs on a device when none is asked for."""
-    device = torch.device(device_type, index)
-    return next((n for n in _PREFERRED.get(device_type, ()) if why_not(n, device) is None), "eager")
-
-
 class Operator:
     """One operator, its implementations and how a call finds its backend."""
 
@@ -139,14 +132,29 @@ class Operator:
         self.refuse = refuse
         self.arity = 0  # arguments without the backend
         self.kernels: dict[str, Callable] = {}  # by backend, filled at the first call
+        self.defaults: dict[torch.device, str] = {}
+
+    def why_not(self, name: str, device: torch.device) -> str | None:
+        """Why this operator cannot run on backend ``name`` on a device; ``None`` if it can."""
+        reason = why_not(name, device)
+        if reason is None and name in ("cuda", "cpu"):
+            return _native.why_not_operator(name, self.name, device)
+        return reason
+
+    def default(self, device: torch.device) -> str:
+        """The backend of calls that ask for none."""
+        if device not in self.defaults:
+            names = _PREFERRED.get(device.type, ())
+            self.defaults[device] = next((n for n in names if self.why_not(n, device) is None), "eager")
+        return self.defaults[device]
 
     def select(self, device: torch.device, args: Sequence[Any], argument: str | None) -> str:
         """The backend of one call. An explicit choice that cannot be honoured raises; it never falls back."""
         asked = requested_backend(argument)
-        name = asked or preferred(device.type, device.index)
+        name = asked or self.default(device)
         if name == "eager":
             return name
-        if asked and (reason := why_not(name, device)) is not None:
+        if asked and (reason := self.why_not(name, device)) is not None:
             raise BackendUnavailableError(f"segvit::{self.name}: backend {name!r} is not available: {reason}")
         error = self.refuse(name, *args) if self.refuse else None
         if error is None:
@@ -236,6 +244,11 @@ def fvcore_handles() -> dict[str, Callable]:
         return count
 
     return {f"segvit::{name}": handle(operator) for name, operator in _operators.items()}
+
+
+def operators() -> tuple[Operator, ...]:
+    """All registered operators."""
+    return tuple(_operators.values())
 
 
 def operator_names() -> tuple[str, ...]:

@@ -88,7 +88,20 @@ def why_not(name: str, device: torch.device, capability: tuple[int, int] | None)
     return None
 
 
+def _qualified(name: str, operator: str, device: torch.device) -> str:
+    emulated = name == "cuda" and device.type == "cpu"
+    return f"{'segvit_emulated' if emulated else 'segvit_native'}::{operator}"
+
+
+def why_not_operator(name: str, operator: str, device: torch.device) -> str | None:
+    """Why a loaded library cannot run one operator: it may be older than this package, or built in part."""
+    key = device.type.upper()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(_qualified(name, operator, device), key):
+        return None
+    return f"the native library has no {operator} for {device.type} tensors: {BUILD}"
+
+
 def implementation(name: str, operator: str, device: torch.device) -> Callable:
     """The operator in a backend's native code; it takes the schema's arguments."""
-    emulated = name == "cuda" and device.type == "cpu"
-    return getattr(torch.ops.segvit_emulated if emulated else torch.ops.segvit_native, operator).default
+    namespace, _, operator = _qualified(name, operator, device).partition("::")
+    return getattr(getattr(torch.ops, namespace), operator).default

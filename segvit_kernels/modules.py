@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -301,6 +302,26 @@ class _UpsampleLayer(nn.Module):
         return self.norm3(tokens + self.dropout(self.linear2(hidden)))
 
 
+def _place_code(grid: tuple[int, int], size: int) -> Tensor:
+    """(h·w, size): the lowest two-dimensional cosines, but for the constant, at the cells of a grid."""
+    height, width = grid
+    waves = sorted(((u, v) for u in range(size + 1) for v in range(size + 1)), key=lambda w: (w[0] + w[1], w))
+    rows, columns = ((torch.arange(n) + 0.5) * (math.pi / n) for n in (height, width))
+    waves = waves[1 : size + 1]
+    return torch.stack(
+        [torch.outer((u * rows).cos(), (v * columns).cos()).flatten() for u, v in waves], dim=1
+    )
+
+
+def _subsampled(code: Tensor, tokens: int) -> Tensor:
+    """Every s-th row and column of (h, w, size), for the s that leaves this number of them."""
+    for stride in range(1, max(code.shape[:2]) + 1):
+        kept = code[::stride, ::stride].flatten(0, 1)
+        if len(kept) == tokens:
+            return kept
+    raise ValueError(f"levels: {tokens} tokens are no subsampled grid of {tuple(code.shape[:2])}")
+
+
 class _UpsampleStage(nn.Module):
     """The layers that look at one feature level, and the projection of its features."""
 
@@ -391,6 +412,48 @@ class QueryUpsample(nn.Module):
             elif isinstance(module, _PackedAttention):
                 nn.init.xavier_uniform_(module.in_proj_weight)
                 nn.init.zeros_(module.in_proj_bias)
+
+    @torch.no_grad()
+    def locate(self, levels: Sequence[Tensor], sharpness: float = 4.0) -> None:
+        """Start from queries that look at the features of their own place, instead of anywhere.
+
+        With random queries attention begins as a mean over the whole image, and training first has to find
+        out which query is where: thousands of steps. Here queries begin as a code of their place (products of
+        cosines), keys as the linear map that best reads this code off the features of some images (ridge
+        regression), values as a copy of half the weight. Every parameter stays free.
+
+        Args:
+            levels: feature maps (B, Nk, level_dim) of some images of the training size, as in `forward`; a
+                few dozen images are enough. Each has the training grid, or every s-th row and column of it.
+            sharpness: standard deviation of the attention logits of a query.
+
+        Raises:
+            ValueError: a level is no subsampled training grid.
+        """
+        self.unfuse()
+        heads = self.stages[0].layers[0].self_attn.heads
+        dim = self.queries.shape[1]
+        code = _place_code(self.grid, dim // heads).to(self.queries)
+        basis = nn.init.orthogonal_(torch.empty_like(self.queries[: dim // heads]))
+        self.queries.copy_(code @ basis)
+        self.queries.div_(self.queries.std())
+        for stage, features in zip(self.stages, levels, strict=True):
+            keys = stage.input_norm(stage.input_proj(features)).float()
+            places = _subsampled(code.float().unflatten(0, self.grid), keys.shape[1])
+            centred = (keys - keys.mean((0, 1))).flatten(0, 1)
+            gram = centred.T @ centred
+            gram.diagonal().add_(0.05 * gram.diagonal().mean())
+            read = torch.linalg.solve(gram, centred.T @ places.repeat(len(keys), 1))
+            seen = F.layer_norm(self.queries, (dim,)) @ basis.T
+            logits = seen.float() @ (centred[: keys.shape[1]] @ read).T
+            gain = (sharpness * (dim // heads) ** 0.5 / logits.std(1).mean()).sqrt()
+            for layer in stage.layers:
+                attention = layer.multihead_attn
+                query, key, value = attention.in_proj_weight.chunk(3)
+                query.copy_((gain * basis).repeat(heads, 1))
+                key.copy_((gain * read.T).repeat(heads, 1))
+                nn.init.orthogonal_(value)
+                attention.out_proj.weight.copy_(value.T / 2)
 
     def output_grid(self, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width of the output where ``grid`` is asked for."""

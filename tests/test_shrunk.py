@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from segvit import BackboneConfig, SegViT, SegViTConfig, SegViTLoss
 from segvit.inference import InferenceOptions, label_maps
 from segvit.linear_head import LinearSegmenter
-from segvit_kernels import QueryUpsample
+from segvit_kernels import QueryUpsample, modules, query_attention
 
 VARIANTS = {
     "shrunk": {"shrink_at": 1, "taps": (0, 2), "upsample": True},
@@ -205,6 +205,54 @@ def test_shared_steps_run_once(training, dropout, batch):
     assert [len(out) for out in seen] == [batch]
     if batch > 1:
         assert not torch.allclose(seen[0][0], seen[0][1])
+
+
+def attention_distances(upsample, levels, monkeypatch):
+    """Mean distance, in cells of the full grid, between a query and what it attends to, by layer."""
+    size, found = upsample.grid[0], []
+
+    def places(stride):
+        axis = torch.arange(0, size, stride).float()
+        return torch.cartesian_prod(axis, axis)
+
+    def recorded(query, key, value, **options):
+        weights = torch.einsum("bqhd,bkhd->bhqk", query.expand(len(key), -1, -1, -1), key)
+        weights = (weights * query.shape[-1] ** -0.5).softmax(-1)
+        stride = 1 if key.shape[1] == size**2 else 2
+        found.append((weights * torch.cdist(places(1), places(stride))).sum(-1).mean().item())
+        return query_attention(query, key, value, **options)
+
+    monkeypatch.setattr(modules, "query_attention", recorded)
+    upsample(levels)
+    return found[1::2]  # every other one is self-attention
+
+
+def test_located_queries_attend_to_their_own_place(monkeypatch):
+    torch.manual_seed(0)
+    upsample = QueryUpsample(64, 4, grid=(8, 8), level_dims=[48, 40], depth=2).eval()
+    axis = torch.linspace(0, 1, 8)
+    place = torch.cartesian_prod(axis, axis)
+
+    def features(count, width, stride, seed):
+        """Content with a trace of the place in it, as features of a Vision Transformer have."""
+        mixing = torch.randn(16, width, generator=torch.Generator().manual_seed(width))
+        waves = torch.cat([(place * f * torch.pi).cos() for f in range(1, 9)], dim=1) @ mixing / 4
+        content = torch.randn(count, 64, width, generator=torch.Generator().manual_seed(seed))
+        return (waves + content).unflatten(1, (8, 8))[:, ::stride, ::stride].flatten(1, 2)
+
+    shown, others = (
+        [features(count, 48, 1, seed), features(count, 40, 2, seed + 1)] for count, seed in ((24, 1), (4, 9))
+    )
+    before = attention_distances(upsample, others, monkeypatch)
+    upsample.fuse()
+    upsample.locate(shown)
+    assert not hasattr(upsample, "fused_tokens")
+    after = attention_distances(upsample, others, monkeypatch)
+    assert len(before) == len(after) == 4
+    assert all(b > 3.8 for b in before), before  # about the mean distance of two cells
+    assert after[0] < 0.5 * before[0] and all(a < 0.75 * b for a, b in zip(after, before, strict=True)), after
+    with pytest.raises(ValueError, match=r"levels: 63 tokens are no subsampled grid of \(8, 8\)"):
+        upsample.locate([shown[0][:, 1:], shown[1]])
 
 
 def test_upsample_grids():

@@ -19,6 +19,7 @@ from segvit.evaluate import evaluate, load_model
 from segvit.options import EvaluateConfig, TrainConfig
 from segvit.synthetic import SyntheticShapes
 from segvit.train import StepSampler, learning_rate_factor, train
+from segvit_kernels import QueryUpsample
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"width": 16, "depth": 2, "heads": 2, "taps": [0, 1], "patch_size": 8, "decoder_depth": 1}
@@ -169,6 +170,25 @@ def test_loss_falls_for_both_heads_and_with_accumulation(tmp_path):
     model = load_model(tmp_path / "linear")
     assert type(model).__name__ == "LinearSegmenter"
     assert model.predict(torch.zeros(3, 20, 37, dtype=torch.uint8)).shape == (20, 37)
+
+
+def test_queries_of_a_shrunk_model_are_located_once(tmp_path, monkeypatch):
+    seen, locate = [], QueryUpsample.locate
+
+    def recorded(self, levels):
+        seen.append([tuple(level.shape) for level in levels])
+        locate(self, levels)
+
+    monkeypatch.setattr(QueryUpsample, "locate", recorded)
+    model = {k: v for k, v in TINY.items() if k != "taps"} | {"shrink_at": 1}
+    options = {"shrunk": True, "max_steps": 1, "image_size": 64, "model": model}
+    train(tiny(tmp_path / "located", locate_images=5, **options))
+    assert len(seen) == 1 and [shape[0] for shape in seen[0]] == [5, 5]
+    train(tiny(tmp_path / "random", locate_images=0, **options))
+    assert len(seen) == 1
+    start = weights(tmp_path / "located"), weights(tmp_path / "random")
+    queries = [w["decoder.upsample.queries"] for w in start]
+    assert not torch.allclose(*queries, atol=0.1)
 
 
 def test_frozen_backbone_stays(tmp_path):
