@@ -103,6 +103,11 @@ class OptimizerOptions:
     accumulate: int = option(1, "split each batch into this many smaller ones to save memory")
     lr: float = option(1e-4, "peak learning rate of the backbone")
     decoder_lr_scale: float = option(10.0, "factor on lr for everything but the backbone")
+    upsample_lr_scale: float | None = option(
+        None,
+        "the same for the up-sampling of a Shrunk model; when not given, 1 if its queries are located, else "
+        "decoder_lr_scale",
+    )
     weight_decay: float = option(0.01, "AdamW weight decay (none on the backbone's norms)")
     warmup_steps: int = option(1500, "steps of linear warm-up")
     warmup_lr: float = option(1e-6, "learning rate of the first step")

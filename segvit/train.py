@@ -190,6 +190,8 @@ def _check(config: TrainConfig) -> None:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {minimum}")
     if config.lr <= 0:
         raise ValueError(f"lr: got {config.lr}, expected more than 0")
+    if config.upsample_lr_scale is not None and config.upsample_lr_scale <= 0:
+        raise ValueError(f"upsample_lr_scale: got {config.upsample_lr_scale}, expected more than 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema: got {config.ema}, expected a decay between 0 and 1")
     if config.batch_size % config.accumulate:
@@ -294,14 +296,15 @@ class _Trainer:
             ignore_index=training.ignore_index,
             seed=config.seed,
         )
-        if (
-            config.locate_images
-            and config.head == "segvit"
-            and self.model.config.upsample
-            and not config.resume
-        ):
-            self._locate(training, augment)
-        groups = self.model.parameter_groups(config.lr, config.weight_decay, config.decoder_lr_scale)
+        queries = config.head == "segvit" and self.model.config.upsample
+        scales = {"decoder_lr_scale": config.decoder_lr_scale}
+        if queries:
+            # Steps as large as the decoder's would undo a located start before the masks learn from it.
+            default = 1.0 if config.locate_images else config.decoder_lr_scale
+            scales["upsample_lr_scale"] = config.upsample_lr_scale or default
+            if config.locate_images and not config.resume:
+                self._locate(training, augment)
+        groups = self.model.parameter_groups(config.lr, config.weight_decay, **scales)
         for group in groups:
             group["peak_lr"] = group["lr"]
         # Fused AdamW unscales by itself and then cannot clip.
