@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test native emulator lint bench gpu clean
+.PHONY: demo test native emulator sanitize lint bench gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,14 @@ native: $(VENV)/.installed  ## C++ kernels for the CPU, and CUDA C++ kernels whe
 emulator: $(VENV)/.installed  ## the CUDA C++ kernels built to run on the CPU, for tests
 	$(BIN)/python csrc/build.py --emulate --out build/native
 
+# Leaks are torch's own; the battery of the CPU kernels, sanitizers in place of speed.
+sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer and UBSan
+	$(BIN)/python csrc/build.py --cpu-only --sanitize address,undefined --out build/sanitized
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/test_native.py tests/test_*_native.py
+
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,7 +42,9 @@ bench: $(VENV)/.installed  ## measure the CPU paths on this machine
 
 # Needs torch and Triton with a GPU, nothing installed: runs from the source tree with the machine's own Python.
 gpu:  ## correctness, then timings, on this machine's GPU
-	PYTHONPATH=. $(PYTHON) -m bench gpu
+	PYTHONPATH=. $(PYTHON) -m bench gpu --budget 460
+	PYTHONPATH=. $(PYTHON) -m bench model --batch 8 --rounds 5 --dtype bfloat16 \
+		--models vit_l_ade20k_640 vit_l_ade20k_640_shrunk
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info segvit_kernels/libsegvit_*

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--peers", nargs="+", metavar="NAME", help="time only these peers (default: all)")
     gpu.add_argument("--in-process", action="store_true", help="no child processes (for debugging)")
 
-    cpu = commands.add_parser("cpu", help="the eager path against its peers on this machine's CPU, float32")
+    cpu = commands.add_parser("cpu", help="the operators against their peers on this machine's CPU, float32")
     cpu.add_argument("--out", type=Path, help="JSON file to write (default: results/ and the CPU's name)")
     cpu.add_argument("--threads", type=int, default=2, help="threads of every peer (default %(default)s)")
     cpu.add_argument("--rounds", type=int, default=15, help="samples of every peer (default %(default)s)")
@@ -55,6 +55,22 @@ def _parser() -> argparse.ArgumentParser:
     inference.add_argument("--out", type=Path, required=True, help="JSON file to write")
     inference.add_argument("--images", type=int, help="only the first so many (default: all)")
     inference.add_argument("--threads", type=int, default=2, help="threads (default %(default)s)")
+
+    model = commands.add_parser(
+        "model", help="whole models, image to label map, against the published formula"
+    )
+    model.add_argument("--out", type=Path, help="JSON file to write (default: results/model- and the device)")
+    model.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
+    model.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default 1)")
+    model.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default: the first two"
+    )
+    model.add_argument("--threads", type=int, default=2, help="threads on a CPU (default %(default)s)")
+    model.add_argument("--rounds", type=int, default=7, help="samples of every way (default %(default)s)")
+    model.add_argument(
+        "--compile", action="store_true", help="torch.compile of the published formula too (minutes)"
+    )
+    model.add_argument("--smoke", action="store_true", help="a tiny model; not a measurement")
 
     report = commands.add_parser("report", help="Markdown of result files")
     report.add_argument("files", nargs="+", type=Path, metavar="FILE")
@@ -188,6 +204,39 @@ def _inference(options: argparse.Namespace) -> int:
     return 0
 
 
+def _model(options: argparse.Namespace) -> int:
+    if problem := _out_problem(options.out, options.smoke):
+        return _fail(problem)
+    for name in ("threads", "rounds"):
+        if getattr(options, name) < 1:
+            return _fail(f"--{name} is {getattr(options, name)}; expected at least 1")
+    if min(options.batch) < 1:
+        return _fail(f"--batch is {min(options.batch)}; expected at least 1")
+    from bench import environment, flops, model
+
+    known = [m.name for m in flops.MODELS]
+    for name in options.models or ():
+        if name not in known:
+            return _fail(f"--models {name}: no such model; expected some of {', '.join(known)}")
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {environment.cpu_model()}"
+    result = model.run(
+        names=options.models,
+        batches=options.batch,
+        dtypes=options.dtype or model.DTYPES,
+        threads=options.threads,
+        rounds=options.rounds,
+        compiled=options.compile,
+        smoke=options.smoke,
+    )
+    _write(
+        options.out or _default_out(f"model {device}"), json.dumps(result, indent=1, sort_keys=True) + "\n"
+    )
+    print(model.tables(result)["models"])
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from bench import report
 
@@ -242,6 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         "cpu": _cpu,
         "flops": _flops,
         "inference": _inference,
+        "model": _model,
         "report": _report,
         "readme": _readme,
     }

@@ -1,4 +1,6 @@
-"""``python -m bench cpu``: the eager path against its peers on the CPU, in float32.
+"""``python -m bench cpu``: the operators against their peers on the CPU, in float32.
+
+Ours is the backend that CPU tensors take: the native library if it is built, else eager.
 
 Times come from one process, peers in turn. Memory comes from a process per peer: the resident set's
 high-water mark sees everything a call touches, scratch of the BLAS and of compiled code included, which no
@@ -18,9 +20,15 @@ import torch
 
 from bench import environment, kernels, timing
 from bench.gpu import _one_line, assemble
+from segvit_kernels._library import why_not
 
 DTYPE = "float32"
 _DEVICE = torch.device("cpu")
+
+
+def backend() -> str:
+    """The backend that is measured."""
+    return "eager" if why_not("cpu", _DEVICE) else "cpu"
 
 
 def _checks(op: kernels.Operator, shape: str, batch: int) -> list[dict]:
@@ -33,7 +41,7 @@ def _checks(op: kernels.Operator, shape: str, batch: int) -> list[dict]:
         "batch": batch,
         "dtype": DTYPE,
     }
-    rows = kernels.checked(op, kernels.Check("values", case, DTYPE), _DEVICE, "eager")
+    rows = kernels.checked(op, kernels.Check("values", case, DTYPE), _DEVICE, backend())
     return [key | row for row in rows]
 
 
@@ -111,7 +119,7 @@ def measure_memory(spec: dict) -> dict:
     """Peak extra memory of one call; runs in a process of its own."""
     torch.set_num_threads(spec["threads"])
     op = kernels.operators()[spec["operator"]]
-    peer = next(p for p in op.peers("eager") if p.name == spec["peer"])
+    peer = next(p for p in op.peers(backend()) if p.name == spec["peer"])
     leaves, gradients = op.inputs(op.shape(spec["shape"], spec["batch"]), torch.float32, _DEVICE)
     run = kernels.runner(peer, spec["mode"])
 
@@ -170,18 +178,18 @@ def run(
 ) -> dict:
     """The result of a whole run, as plain data (schema: bench/README.md)."""
     begun = time.time()
-    kernels.check_peers("eager", names)
+    kernels.check_peers(backend(), names)
     torch.set_num_threads(threads)
     _keep_freed_memory()
     torch.manual_seed(torch.seed() % 2**31)
     rows: list[dict[str, Any]] = [
-        {"table": "environment", **environment.describe(_DEVICE), "backend": "eager"}
+        {"table": "environment", **environment.describe(_DEVICE), "backend": backend()}
     ]
     sections = []
     for op in kernels.operators().values():
         for shape, batch in [(op.tiny.name, op.tiny.batch)] if smoke else op.cpu_shapes:
             started = time.time()
-            peers = kernels.select(op.peers("eager"), names)
+            peers = kernels.select(op.peers(backend()), names)
             rows += _checks(op, shape, batch)
             rows += _timings(op, peers, shape, batch, rounds, seconds_per_peer)
             rows += _memory(op, peers, shape, batch)

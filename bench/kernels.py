@@ -96,9 +96,10 @@ class Operator:
 
 def operators() -> dict[str, Operator]:
     """Every benchmarked operator by name."""
-    from bench import atm, mask_loss, query_attention, semantic_argmax
+    from bench import atm, mask_loss, query_attention, semantic_argmax, subsample_norm
 
-    return {m.OPERATOR.name: m.OPERATOR for m in (atm, query_attention, mask_loss, semantic_argmax)}
+    modules = (atm, query_attention, mask_loss, semantic_argmax, subsample_norm)
+    return {m.OPERATOR.name: m.OPERATOR for m in modules}
 
 
 def budget_row(

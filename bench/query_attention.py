@@ -177,6 +177,6 @@ OPERATOR = Operator(
     inputs=inputs,
     peers=peers,
     costs=costs,
-    cpu_shapes=(("qu_self", 1), ("qd_vit_l", 1)),
+    cpu_shapes=(("qu_self", 1), ("qu_cross_low", 1), ("qd_vit_l", 1)),
     targets=_targets(),
 )

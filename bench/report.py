@@ -284,7 +284,7 @@ def document(result: dict, title: str) -> str:
 
 def _body(name: str, results: Path) -> str:
     stem, _, table = name.partition("/")
-    if stem in ("flops", "inference"):
+    if stem.partition("-")[0] in ("flops", "inference", "model"):
         return _own_tables(stem, table, results / f"{stem}.json") + "\n"
     result = load(results / f"{stem}.json")
     if not result["measurement"]:
@@ -296,8 +296,8 @@ def _body(name: str, results: Path) -> str:
 
 
 def _own_tables(stem: str, table: str, path: Path) -> str:
-    """A table of ``bench flops`` or ``bench inference``, whose results have a schema of their own."""
-    module = importlib.import_module(f"bench.{stem}")
+    """A table of ``bench flops``, ``inference`` or ``model``, whose results have a schema of their own."""
+    module = importlib.import_module(f"bench.{stem.partition('-')[0]}")
     try:
         result = json.loads(path.read_text())
         named = {**module.tables(result), "environment": _environment({**result, "ceilings": []})}
