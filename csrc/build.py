@@ -95,16 +95,16 @@ def _plan(
     return plan
 
 
-def build(args: argparse.Namespace) -> Path:
-    """Compile what has changed, link, and return the path of the library.
+def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
+    """Compile what has changed; the object files by name, those whose name starts with ``prefix``.
 
     Raises:
         RuntimeError: a compiler fails or is missing.
     """
     import torch
 
-    torch_folder = Path(torch.__file__).parent
     nvcc = None if args.cpu_only or args.emulate else find_nvcc()
+    plan = [item for item in _plan(args, Path(torch.__file__).parent, nvcc) if item[1].startswith(prefix)]
     headers = b"".join(p.read_bytes() for p in sorted(HERE.rglob("*.h")) + sorted(HERE.rglob("*.cuh")))
     folder = ROOT / "build" / "native"
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,12 +120,25 @@ def build(args: argparse.Namespace) -> Path:
         return target
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        objects = list(pool.map(compile_one, _plan(args, torch_folder, nvcc)))
+        return dict(zip((name for _, name, _ in plan), pool.map(compile_one, plan), strict=True))
+
+
+def build(args: argparse.Namespace) -> Path:
+    """Compile what has changed, link, and return the path of the library.
+
+    Raises:
+        RuntimeError: a compiler fails or is missing.
+    """
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    nvcc = None if args.cpu_only or args.emulate else find_nvcc()
+    compiled = objects(args)
 
     library = Path(args.out) / library_name(args.emulate)
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.part")
-    command = [os.environ.get("CXX", "c++"), "-shared", "-o", str(temporary), *map(str, objects)]
+    command = [os.environ.get("CXX", "c++"), "-shared", "-o", str(temporary), *map(str, compiled.values())]
     command.append(f"-L{torch_folder / 'lib'}")
     # libtorch.so itself is empty; through it the CUDA part is found where torch has one.
     command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]

@@ -41,10 +41,10 @@ using torch::stable::detail::StableLibrary;
 #if !defined(SEGVIT_EMULATE)
 void bind_cpu(StableLibrary& m) {
   using namespace segvit::cpu;
-  // SEGVIT_BIND_ATM
-  // SEGVIT_BIND_QUERY_ATTENTION
-  // SEGVIT_BIND_MASK_LOSS
-  // SEGVIT_BIND_SEMANTIC_ARGMAX
+  SEGVIT_BIND_ATM
+  SEGVIT_BIND_QUERY_ATTENTION
+  SEGVIT_BIND_MASK_LOSS
+  SEGVIT_BIND_SEMANTIC_ARGMAX
   SEGVIT_BIND_SUBSAMPLE_NORM
 }
 #endif
@@ -52,11 +52,11 @@ void bind_cpu(StableLibrary& m) {
 #if defined(SEGVIT_EMULATE) || defined(SEGVIT_CUDA_ARCHS)
 void bind_cuda(StableLibrary& m) {
   using namespace segvit::cuda;
-  // SEGVIT_BIND_ATM
-  // SEGVIT_BIND_QUERY_ATTENTION
-  // SEGVIT_BIND_MASK_LOSS
-  // SEGVIT_BIND_SEMANTIC_ARGMAX
-  // SEGVIT_BIND_SUBSAMPLE_NORM
+  SEGVIT_BIND_ATM
+  SEGVIT_BIND_QUERY_ATTENTION
+  SEGVIT_BIND_MASK_LOSS
+  SEGVIT_BIND_SEMANTIC_ARGMAX
+  SEGVIT_BIND_SUBSAMPLE_NORM
 }
 #endif
 

@@ -124,7 +124,7 @@ def test_float32_parameters_of_half_tokens(native_backend, poisoned):
 
 @DTYPES
 def test_strides(dtype, native_backend, poisoned):
-    """One image expanded to three, gradients of a sum, rows between NaN, at any address."""
+    """One image expanded to three, gradients of a sum, rows between NaN, rows at any address."""
     plain, gradients = SMALL.inputs(dtype), SMALL.gradients(dtype)
     plain["x"] = plain["x"][:1].expand(3, -1, -1).contiguous()
     gradients = (
@@ -148,7 +148,8 @@ def test_strides(dtype, native_backend, poisoned):
     unaligned = tuple(
         torch.cat([torch.full_like(g[..., :3], math.nan), g], dim=-1)[..., 3:] for g in gradients
     )
-    _same(_everything(SMALL, shifted, unaligned, native_backend), expected)
+    # Single elements in place of vectors may be added in another order.
+    torch.testing.assert_close(_everything(SMALL, shifted, unaligned, native_backend), expected)
     parameters = {
         n: t if n == "x" else torch.stack([t, torch.full_like(t, math.nan)], -1)[:, 0]
         for n, t in plain.items()

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: element types, launches, warp sums, matrix products on tensor cores, asynchronous
-// copies. The same kernels compile for the CPU with -DSEGVIT_EMULATE (emulator.h), for tests.
+// What the CUDA kernels share: element types, launches, warp sums, matrix products on tensor cores,
+// asynchronous copies. The same kernels compile for the CPU with -DSEGVIT_EMULATE (emulator.h), for tests.
 //
 // Kernels are launched by launch(), not by <<<>>>, and take their shared memory from shared_memory().
 #pragma once
@@ -34,7 +34,7 @@
 
 namespace segvit::cuda {
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Launches
 
 #if defined(SEGVIT_EMULATE)
@@ -43,9 +43,9 @@ using Stream = void*;
 // Device and stream of a tensor for as long as this lives.
 struct Device {
   explicit Device(const Tensor&) {}
-  // Compute capability times ten; SEGVIT_KERNELS_EMULATE chooses another one.
+  // Compute capability times ten; SEGVIT_KERNELS_EMULATED_CAPABILITY chooses another one.
   int capability() const {
-    const char* chosen = std::getenv("SEGVIT_KERNELS_EMULATE");
+    const char* chosen = std::getenv("SEGVIT_KERNELS_EMULATED_CAPABILITY");
     return chosen ? std::atoi(chosen) : 90;
   }
   int multiprocessors() const { return 4; }
@@ -99,10 +99,12 @@ struct Device {
 
 // Runs kernel(args...); nothing where the grid is empty.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Args... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -117,7 +119,10 @@ SEGVIT_DEVICE char* shared_memory() {
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------
+// Number of blocks for n of something, `step` a block.
+inline unsigned ceil_div(int64_t n, int64_t step) { return static_cast<unsigned>((n + step - 1) / step); }
+
+// -----------------------------------------------------------------------------------------------------------
 // Elements
 
 struct half {
@@ -127,22 +132,14 @@ struct bf16 {
   uint16_t bits;
 };
 
-// Calls f(T{}) for the element type T.
-template <class F>
-void with_type(Type type, const F& f) {
-  switch (type) {
-    case Type::f32: return f(float{});
-    case Type::f16: return f(half{});
-    case Type::bf16: return f(bf16{});
-  }
-}
-
 SEGVIT_DEVICE float to_float(float x) { return x; }
 SEGVIT_DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 template <class T>
 SEGVIT_DEVICE T from_float(float x);
 template <>
-SEGVIT_DEVICE float from_float<float>(float x) { return x; }
+SEGVIT_DEVICE float from_float<float>(float x) {
+  return x;
+}
 
 #if defined(SEGVIT_EMULATE)
 inline float to_float(half x) {
@@ -168,15 +165,17 @@ inline bf16 from_float<bf16>(float x) {
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_log2(float x) { return std::log2(x); }
 inline float fast_rcp(float x) { return 1 / x; }
-inline float fast_rsqrt(float x) { return 1 / std::sqrt(x); }
-inline float fast_tanh(float x) { return std::tanh(x); }
 #else
 SEGVIT_DEVICE float to_float(half x) { return __half2float(__ushort_as_half(x.bits)); }
 template <>
-SEGVIT_DEVICE half from_float<half>(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+SEGVIT_DEVICE half from_float<half>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
 template <>
-SEGVIT_DEVICE bf16 from_float<bf16>(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
-// One instruction each, to about two units in the last place (tanh: 2^-11); subnormals count as zero.
+SEGVIT_DEVICE bf16 from_float<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+// One instruction each, to about two units in the last place; subnormals count as zero.
 SEGVIT_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -190,16 +189,6 @@ SEGVIT_DEVICE float fast_log2(float x) {
 SEGVIT_DEVICE float fast_rcp(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-SEGVIT_DEVICE float fast_rsqrt(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-SEGVIT_DEVICE float fast_tanh(float x) {  // sm_75 and up
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 #endif
@@ -226,10 +215,11 @@ SEGVIT_DEVICE uint32_t pack2(float low, float high) {
 }
 template <class T>
 SEGVIT_DEVICE float2 unpack2(uint32_t word) {
-  return make_float2(to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)}));
+  return make_float2(to_float(T{static_cast<uint16_t>(word)}),
+                     to_float(T{static_cast<uint16_t>(word >> 16)}));
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Warps
 
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -251,14 +241,15 @@ SEGVIT_DEVICE float warp_max(float x) {
   return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Tensor cores and copies. Fragments lie over the lanes as the PTX manual draws them for mma.m16n8k16: with
 // g = lane / 4 and t = lane % 4, an accumulator holds (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 
 #if defined(SEGVIT_EMULATE)
 // d = a b + c; a 16 by 16, row after row; b 16 by 8, column after column.
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], T) {
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                         T) {
   int g = lane_index() / 4, t = lane_index() % 4 * 2;
   const auto& e = emulator::collective(
       "mma_m16n8k16", kAllLanes,
@@ -300,7 +291,7 @@ inline void emulated_ldmatrix(uint32_t (&r)[4], const void* row) {
     if (transposed) {
       uint16_t pair[2];
       for (int k = 0; k < 2; ++k)
-        pair[k] = reinterpret_cast<const uint16_t(*)[8]>(e.matrices[i])[lane % 4 * 2 + k][lane / 4];
+        pair[k] = reinterpret_cast<const uint16_t (*)[8]>(e.matrices[i])[lane % 4 * 2 + k][lane / 4];
       r[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
     } else {
       r[i] = e.matrices[i][lane / 4][lane % 4];
@@ -309,20 +300,24 @@ inline void emulated_ldmatrix(uint32_t (&r)[4], const void* row) {
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<false>(r, row); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<true>(r, row); }
-#elif SEGVIT_HAS_MMA
-SEGVIT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
-                                half) {
+#else  // only where SEGVIT_HAS_MMA
+SEGVIT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                const float (&c)[4], half) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
 }
-SEGVIT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
-                                bf16) {
+SEGVIT_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                const float (&c)[4], bf16) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
 }
 SEGVIT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -338,9 +333,9 @@ SEGVIT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 }
 #endif
 
-// 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`, and then nothing is read.
-// Asynchronous where there is hardware for it: a group of copies ends with copy_commit, and copy_wait<n> returns
-// when all groups but the last n of this thread have arrived.
+// 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`, and then nothing is
+// read. Asynchronous where there is hardware for it: a group of copies ends with copy_commit, and
+// copy_wait<n> returns when all groups but the last n of this thread have arrived.
 SEGVIT_DEVICE void copy_async16(void* shared, const void* global, bool valid) {
 #if SEGVIT_HAS_MMA && !defined(SEGVIT_EMULATE)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(

@@ -1,15 +1,16 @@
 // Runs CUDA kernels on the CPU, for tests: every thread of a block is a fiber, all of them on one OS thread.
 //
-// A fiber runs until it waits, at a barrier of the block or in a collective of its warp; then the next fiber that
-// can go on does. So a thread is as far ahead of its neighbours as the barriers allow, and a missing one shows.
-// Errors: threads that wait for others that never come (divergence), lanes of a warp in different collectives, a
-// matrix load off its alignment, a write past the end of shared memory. Shared memory is NaN before every block.
-// Blocks run one after another, in order. GCC only.
+// A fiber runs until it waits, at a barrier of the block or in a collective of its warp; then the next fiber
+// that can go on does. So a thread is as far ahead of its neighbours as the barriers allow, and a missing one
+// shows. Errors: threads that wait for others that never come (divergence), lanes of a warp in different
+// collectives, a matrix load off its alignment, a write past the end of shared memory. Shared memory is NaN
+// before every block. Blocks run one after another, in order. GCC only.
 #pragma once
 
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -22,8 +23,6 @@
 
 #define __global__
 #define __device__
-#define __host__
-#define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define threadIdx (::segvit::emulator::machine.thread)
@@ -35,17 +34,17 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace segvit::emulator {
@@ -58,7 +57,6 @@ struct Barrier {
 // What the lanes of a warp exchange. Two of them take turns, so that a lane may be one collective ahead.
 union Exchange {
   uint32_t words[32];
-  const void* rows[32];
   uint32_t matrices[4][8][4];
   struct {
     float a[16][16], b[16][8], d[16][8];
@@ -128,8 +126,10 @@ inline void yield() {
     if (next != from) resume(m.fibers[from], fiber);
     return;
   }
-  if (m.finished == m.threads) resume(m.fibers[from], m.main);
-  else fail("threads of the block wait for others that have ended or wait elsewhere");
+  if (m.finished == m.threads)
+    resume(m.fibers[from], m.main);
+  else
+    fail("threads of the block wait for others that have ended or wait elsewhere");
 }
 
 // The last of `expected` threads to come does not wait.
@@ -159,7 +159,8 @@ inline void fiber_main() {
 
 inline int lane() { return machine.current & 31; }
 
-// A collective of a warp: every lane deposits, the last one completes, then every lane reads what is returned.
+// A collective of a warp: every lane deposits, the last one completes, then every lane reads what is
+// returned.
 template <class Deposit, class Complete>
 inline const Exchange& collective(const char* name, unsigned mask, const Deposit& deposit,
                                   const Complete& complete) {
@@ -188,7 +189,8 @@ inline void prepare(int threads) {
   if (!m.shared) m.shared = static_cast<char*>(std::aligned_alloc(1024, kSharedBytes + kGuardBytes));
   while (static_cast<int>(m.fibers.size()) < threads) {
     Fiber& fiber = m.fibers.emplace_back();
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = stack;
     fiber.start.uc_stack.ss_size = kStackBytes;
@@ -208,8 +210,8 @@ inline void run_block(int threads, size_t shared_bytes) {
     Fiber& fiber = m.fibers[i];
     fiber.done = false;
     fiber.waits_at = nullptr;
-    fiber.thread = dim3(i % m.block_size.x, i / m.block_size.x % m.block_size.y,
-                        i / (m.block_size.x * m.block_size.y));
+    fiber.thread =
+        dim3(i % m.block_size.x, i / m.block_size.x % m.block_size.y, i / (m.block_size.x * m.block_size.y));
   }
   m.current = m.finished = 0;
   resume(m.main, m.fibers[0]);
@@ -240,7 +242,8 @@ std::string run(const F& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
         run_block(m.threads, shared_bytes);
         if (!m.error.empty()) {
           for (Fiber& fiber : m.fibers) fiber.started = false;  // their stacks stand anywhere
-          return m.error + " (block " + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
+          return m.error + " (block " + std::to_string(x) + ", " + std::to_string(y) + ", " +
+                 std::to_string(z) + ")";
         }
       }
   return {};
@@ -263,17 +266,8 @@ inline T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
   int lane = segvit::emulator::lane(), source = lane ^ bits;
-  return segvit::emulator::shuffle("__shfl_xor_sync", mask, value, source < (lane & -width) + width ? source : lane);
-}
-template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  int lane = segvit::emulator::lane(), source = lane + static_cast<int>(delta);
-  return segvit::emulator::shuffle("__shfl_down_sync", mask, value, source < (lane & -width) + width ? source : lane);
-}
-template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
-  int lane = segvit::emulator::lane(), source = lane - static_cast<int>(delta);
-  return segvit::emulator::shuffle("__shfl_up_sync", mask, value, source >= (lane & -width) ? source : lane);
+  return segvit::emulator::shuffle("__shfl_xor_sync", mask, value,
+                                   source < (lane & -width) + width ? source : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   using namespace segvit::emulator;
@@ -283,7 +277,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   for (int i = 0; i < 32; ++i) bits |= e.words[i] << i;
   return bits;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 
 // One fiber runs at a time: nothing to guard against.
@@ -292,24 +285,9 @@ inline int atomicAdd(int* address, int value) {
   *address = old + value;
   return old;
 }
-inline int atomicMax(int* address, int value) {
-  int old = *address;
-  *address = old > value ? old : value;
-  return old;
-}
-inline unsigned atomicOr(unsigned* address, unsigned value) {
-  unsigned old = *address;
-  *address = old | value;
-  return old;
-}
 
-template <class T>
-inline T __ldg(const T* address) { return *address; }
+using std::max;
+using std::min;
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
-inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
-inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

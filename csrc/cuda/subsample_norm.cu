@@ -131,15 +131,17 @@ SEGVIT_DEVICE float2 block_sum(float a, float b, float* memory) {
   return make_float2(a, b);
 }
 
-// Calls f(channel, values) for the thread's channels: first those it holds, then others that `read` fetches.
+// Calls f(channel, values, held) for the thread's channels: those it holds, then others that `read` fetches.
 template <int V, class Read, class F>
-SEGVIT_DEVICE void for_channels(int channels, float (&held)[V], const Read& read, const F& f) {
-  int channel = static_cast<int>(threadIdx.x) * V, step = static_cast<int>(blockDim.x) * V;
-  if (channel < channels) f(channel, held);
-  for (channel += step; channel < channels; channel += step) {
-    float values[V];
-    read(channel, values);
-    f(channel, values);
+SEGVIT_DEVICE void for_channels(int channels, float (&values)[V], const Read& read, const F& f) {
+  int channel = static_cast<int>(threadIdx.x) * V;
+  if (channel < channels) f(channel, values, std::true_type{});
+  if constexpr (V == 1) {
+    for (channel += blockDim.x; channel < channels; channel += blockDim.x) {
+      float others[V];
+      read(channel, others);
+      f(channel, others, std::false_type{});
+    }
   }
 }
 
@@ -157,13 +159,13 @@ __global__ void __launch_bounds__(kMaxThreads) subsample_norm_fwd_kernel(Forward
   if (first < channels) read(first, x);
 
   float sum = 0;
-  for_channels(channels, x, read, [&](int, float(&values)[V]) {
+  for_channels(channels, x, read, [&](int, float(&values)[V], auto) {
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += values[i];
   });
   float mean = block_sum(sum, 0, memory).x / channels;
   sum = 0;
-  for_channels(channels, x, read, [&](int, float(&values)[V]) {
+  for_channels(channels, x, read, [&](int, float(&values)[V], auto) {
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += (values[i] - mean) * (values[i] - mean);
   });
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kMaxThreads) subsample_norm_fwd_kernel(Forward
   if (threadIdx.x == 0) args.mean[blockIdx.x] = mean, args.rstd[blockIdx.x] = rstd;
 
   int kept = kept_index(grid, token);
-  for_channels(channels, x, read, [&](int channel, float(&values)[V]) {
+  for_channels(channels, x, read, [&](int channel, float(&values)[V], auto) {
     if (kept >= 0) store(args.x_sub.type, row_of(args.x_sub, image, kept), channel, values);
     float y[V], parameter[V];
 #pragma unroll
@@ -203,6 +205,7 @@ __global__ void __launch_bounds__(kMaxThreads) subsample_norm_bwd_kernel(Backwar
     for (int channel = first + blockDim.x * V; channel < channels; channel += blockDim.x * V)
       for (int i = 0; i < V; ++i) sums[channel + i] = sums[channels + channel + i] = 0;
 
+  int turn = 0;
   int64_t begin = blockIdx.x * args.run, end = begin + args.run < args.total ? begin + args.run : args.total;
   for (int64_t at = begin; at < end; ++at) {
     int64_t image = at / grid.tokens;
@@ -235,6 +238,14 @@ __global__ void __launch_bounds__(kMaxThreads) subsample_norm_bwd_kernel(Backwar
         for (int i = 0; i < V; ++i) values[i] += more[i];
       }
     };
+    auto normal_of = [&](int channel, float(&values)[V], auto held) {
+      if constexpr (decltype(held)::value) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) values[i] = x[i];
+      } else {
+        read_x(channel, values);
+      }
+    };
     auto weigh = [&](int channel, float(&values)[V]) {
       if (!args.weight) return;
       float weight[V];
@@ -246,14 +257,13 @@ __global__ void __launch_bounds__(kMaxThreads) subsample_norm_bwd_kernel(Backwar
     float m1 = 0, m2 = 0;  // means of w∘g and w∘g∘x̂
     if (any) {
       if (first < channels) read_x(first, x), read_g(first, g);
-      for_channels(channels, g, read_g, [&](int channel, float(&grad)[V]) {
-        float other[V];
-        if (channel != first) read_x(channel, other);
-        const float(&normal)[V] = channel == first ? x : other;
+      for_channels(channels, g, read_g, [&](int channel, float(&grad)[V], auto held) {
+        float normal[V];
+        normal_of(channel, normal, held);
         if (sums) {
 #pragma unroll
           for (int i = 0; i < V; ++i) {
-            if (channel == first) {
+            if constexpr (decltype(held)::value) {
               weight_sum[i] += grad[i] * normal[i], bias_sum[i] += grad[i];
             } else {
               sums[channel + i] += grad[i] * normal[i], sums[channels + channel + i] += grad[i];
@@ -265,16 +275,16 @@ __global__ void __launch_bounds__(kMaxThreads) subsample_norm_bwd_kernel(Backwar
         for (int i = 0; i < V; ++i) m1 += grad[i], m2 += grad[i] * normal[i];
       });
       // Two pieces of memory take turns: one barrier a token.
-      float2 total = block_sum(m1, m2, memory + at % 2 * (2 * warps));
+      float2 total = block_sum(m1, m2, memory + turn * 2 * warps);
+      turn ^= 1;
       m1 = total.x / channels, m2 = total.y / channels;
     }
     auto read_weighed = [&](int channel, float(&values)[V]) { read_g(channel, values), weigh(channel, values); };
-    for_channels(channels, g, read_weighed, [&](int channel, float(&grad)[V]) {
+    for_channels(channels, g, read_weighed, [&](int channel, float(&grad)[V], auto held) {
       float d[V] = {};
       if (any) {
-        float other[V];
-        if (channel != first) read_x(channel, other);
-        const float(&normal)[V] = channel == first ? x : other;
+        float normal[V];
+        normal_of(channel, normal, held);
 #pragma unroll
         for (int i = 0; i < V; ++i) d[i] = (grad[i] - m1 - normal[i] * m2) * rstd;
       }
@@ -305,7 +315,8 @@ __global__ void __launch_bounds__(kColumns* kParts)
   __syncthreads();
   if (part > 0 || column >= 2 * channels) return;
   for (int i = 1; i < kParts; ++i) total += memory[i * kColumns + lane];
-  (column < channels ? weight : bias - channels)[column] = total;
+  if (column < channels) weight[column] = total;
+  else bias[column - channels] = total;
 }
 
 Tokens tokens_of(const Optional& tensor) {

@@ -1,0 +1,18 @@
+// Attention-to-mask; what is computed stands in segvit_kernels/ops/atm.py, how in attention_fwd.cu and
+// attention_bwd.cu.
+#include "attention.cuh"
+
+namespace segvit::cuda {
+
+std::tuple<Tensor, Tensor, Tensor> atm_fwd(Tensor query, Tensor key, Tensor value, Optional previous_masks,
+                                           Optional seed, double scale, double dropout_p, bool need_masks) {
+  return attention_fwd(query, key, value, previous_masks, seed, scale, dropout_p, need_masks);
+}
+
+std::tuple<Tensor, Tensor, Tensor> atm_bwd(Optional grad_output, Optional grad_masks, Tensor query,
+                                           Tensor key, Tensor value, Tensor output, Tensor lse, Optional seed,
+                                           double scale, double dropout_p, bool) {
+  return attention_bwd(grad_output, grad_masks, query, key, value, output, lse, seed, scale, dropout_p);
+}
+
+}  // namespace segvit::cuda
