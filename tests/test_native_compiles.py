@@ -17,7 +17,27 @@ KERNELS = {
         "attention_bwd_sum_kernel",
     },
     "attention_fwd": {"attention_fwd_kernel", "attention_masks_kernel"},
+    "mask_loss": {
+        "mask_area_kernel",
+        "mask_count_kernel",
+        "mask_loss_bwd_kernel",
+        "mask_loss_fwd_kernel",
+        "mask_loss_sum_kernel",
+        "mask_matching_kernel",
+        "mask_pairs_kernel",
+        "mask_sum_kernel",
+    },
     "query_attention": set(),
+    "semantic_argmax": {
+        "semantic_argmax_fma_kernel",
+        "semantic_argmax_mma_kernel",
+        "semantic_argmax_prepare_kernel",
+    },
+    "subsample_norm": {
+        "subsample_norm_bwd_kernel",
+        "subsample_norm_fwd_kernel",
+        "subsample_norm_sum_kernel",
+    },
 }
 """Kernels by source, without their template arguments."""
 

@@ -223,14 +223,12 @@ void copy_tile(const HeadsView& view, int64_t batch, int64_t token, int64_t toke
             padded_dim(dim));
 }
 
-// Asks for the rows begin/of...end/of of a tile, to be written or, of the next tile, to be read. A share at a
-// time between other work: more would wait for each other.
-template <bool kWrite>
-void prefetch(const HeadsView& view, int64_t batch, int64_t token, int64_t tokens, int64_t head, int64_t dim,
-              int64_t begin, int64_t end, int64_t of) {
-  for (int64_t i = tokens * begin / of; i < tokens * end / of; ++i) {
-    const char* row = address(view, batch, token + i, head);
-    for (int64_t byte = 0; byte < dim * size_of(view.type); byte += 64) __builtin_prefetch(row + byte, kWrite, 2);
+// Asks for rows that will be written. A share at a time between other work: more would wait for each other.
+void prefetch_rows(const HeadsView& view, int64_t batch, int64_t begin, int64_t end, int64_t head,
+                   int64_t dim) {
+  for (int64_t token = begin; token < end; ++token) {
+    const char* row = address(view, batch, token, head);
+    for (int64_t byte = 0; byte < dim * size_of(view.type); byte += 64) __builtin_prefetch(row + byte, 1);
   }
 }
 
@@ -318,7 +316,7 @@ void attention_fwd(const AttentionFwd& args, const AttentionBlock& block, float*
   const AttentionShape& shape = args.shape;
   int64_t dim = shape.dim, rows = padded_dim(dim), batch = block.batch;
   int64_t columns = padded_queries(block.query_end - block.query);
-  int64_t heads = block.head_end - block.head, queries_here = block.query_end - block.query;
+  int64_t heads = block.head_end - block.head;
   float* queries = scratch;
   float* key_tile = queries + heads * rows * columns;
   float* value_tile = key_tile + kTileKeys * rows;
@@ -336,7 +334,7 @@ void attention_fwd(const AttentionFwd& args, const AttentionBlock& block, float*
       for (int64_t j = 0; j < width; ++j) output[(rows + 1) * width + j] = -1e38f;
     });
   for (int64_t key = block.key; key < block.key_end; key += kTileKeys) {
-    int64_t keys = min_of(kTileKeys, block.key_end - key), next_keys = min_of(kTileKeys, block.key_end - key - keys);
+    int64_t keys = min_of(kTileKeys, block.key_end - key);
     if (args.masks.data) __builtin_memset(masks, 0, kTileKeys * columns * sizeof(float));
     for (int64_t h = 0; h < heads; ++h) {
       int64_t head = block.head + h;
@@ -346,8 +344,6 @@ void attention_fwd(const AttentionFwd& args, const AttentionBlock& block, float*
         float* output = state + (h * columns + before) * (rows + 2);
         float *sums = output + rows * width, *largest = sums + width, *mask_tile = masks + before * kTileKeys;
         float rescale[kTileQueries];
-        prefetch<false>(args.key, batch, key + keys, next_keys, head, dim, before, before + n, queries_here);
-        prefetch<false>(args.value, batch, key + keys, next_keys, head, dim, before, before + n, queries_here);
         product<false, Start::zero>(keys, n, key_tile, rows, queries + (h * columns + before) * rows, scores,
                                     width, dim);
         if (dropout) dropout_tile(shape, batch, head, key, keys, q, width, factors);
@@ -479,7 +475,7 @@ void attention_bwd(const AttentionBwd& args, const AttentionBlock& block, float*
         }
       });
     for (int64_t key = block.key; key < block.key_end; key += kTileKeys) {
-      int64_t keys = min_of(kTileKeys, block.key_end - key), next_keys = min_of(kTileKeys, block.key_end - key - keys);
+      int64_t keys = min_of(kTileKeys, block.key_end - key);
       if (with_masks)
         for_panels(0, shape.queries, [&](int64_t q, int64_t n, int64_t width, int64_t) {
           copy_transposed(args.grad_masks.type, address(args.grad_masks, batch, q, key),
@@ -494,10 +490,9 @@ void attention_bwd(const AttentionBwd& args, const AttentionBlock& block, float*
           int64_t panel = h * columns + q;
           auto* sum_of = q ? &product<false, Start::sum> : &product<false, Start::zero>;
           const float* grad_scores = masks + q * kTileKeys;
-          prefetch<true>(args.grad_key, batch, key, keys, head, dim, q, q + n, shape.queries);
-          prefetch<true>(args.grad_value, batch, key, keys, head, dim, q, q + n, shape.queries);
-          prefetch<false>(args.key, batch, key + keys, next_keys, head, dim, q, q + n, shape.queries);
-          prefetch<false>(args.value, batch, key + keys, next_keys, head, dim, q, q + n, shape.queries);
+          int64_t begin = keys * q / shape.queries, end = keys * (q + n) / shape.queries;
+          prefetch_rows(args.grad_key, batch, key + begin, key + end, head, dim);
+          prefetch_rows(args.grad_value, batch, key + begin, key + end, head, dim);
           if (with_output) {
             product<false, Start::zero>(keys, n, key_tile, rows, query_columns + panel * rows, scores, width,
                                         dim);

@@ -28,14 +28,14 @@ constexpr float kSigmaScale = 1024, kProbsScale = 16384, kLargestHalf = 65504, k
 // Masks of a view: (Q, h, w), the last stride 1; strides in elements.
 struct Masks {
   const char* data;
-  int64_t query_stride, row_stride;
-  int h, w;
+  int64_t query_stride;
+  int row_stride, h, w;
 };
 
 struct Stack {
   const char* data;
-  int64_t view_stride, query_stride, row_stride;
-  int h, w, end;  // one past its last view
+  int64_t view_stride, query_stride;
+  int row_stride, h, w, end;  // one past its last view
 };
 
 struct Prepare {
@@ -166,13 +166,23 @@ SEGVIT_DEVICE float cell(const T* from) {
   float largest = sizeof(T) == 4 ? kHuge : kLargestHalf;
   return fminf(fmaxf(to_float(*from), -largest), largest);
 }
+// The four cells of a pixel and its way between them.
+struct Taps {
+  int upper_left, upper_right, lower_left, lower_right;
+  float down, right;
+};
+SEGVIT_DEVICE Taps taps_of(const Masks& masks, int y, int x, Axis ay, Axis ax) {
+  Place row = place_of(y, ay, masks.h), column = place_of(x, ax, masks.w);
+  int upper = row.before * masks.row_stride, lower = row.after * masks.row_stride;
+  return {upper + column.before, upper + column.after, lower + column.before, lower + column.after,
+          row.way, column.way};
+}
 template <class T>
-SEGVIT_DEVICE float interpolate(const T* mask, int64_t row_stride, Place y, Place x) {
-  const T *upper = mask + y.before * row_stride, *lower = mask + y.after * row_stride;
-  float above = cell(upper + x.before), below = cell(lower + x.before);
-  above += x.way * (cell(upper + x.after) - above);
-  below += x.way * (cell(lower + x.after) - below);
-  return above + y.way * (below - above);
+SEGVIT_DEVICE float interpolate(const T* mask, const Taps& taps) {
+  float above = cell(mask + taps.upper_left), below = cell(mask + taps.lower_left);
+  above += taps.right * (cell(mask + taps.upper_right) - above);
+  below += taps.right * (cell(mask + taps.lower_right) - below);
+  return above + taps.down * (below - above);
 }
 
 // Calls f(view, y axis, x axis, share) for every view of the image that meets the tile; share(y, x) is the view's
@@ -247,10 +257,10 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_mma_kernel(const 
     for_views<kHeight, kWidth>(a, image, y0, x0, kProbsScale, [&](int view, Axis ay, Axis ax, const auto& share_of) {
       Masks masks = a.masks[view];
       const T* data = reinterpret_cast<const T*>(masks.data);
-      Place row = place_of(y, ay, masks.h), column[2];
+      Taps taps[2];
       float share[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) column[i] = place_of(x[i], ax, masks.w), share[i] = share_of(y, x[i]);
+      for (int i = 0; i < 2; ++i) taps[i] = taps_of(masks, y, x[i], ay, ax), share[i] = share_of(y, x[i]);
       const half* probs = reinterpret_cast<const half*>(a.probs) +
                           static_cast<int64_t>(view) * a.padded_queries * a.padded_classes + turn * tiles * 8;
       auto fetch = [&](int block) {
@@ -279,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_mma_kernel(const 
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
               const T* mask = data + min(q + j, a.queries - 1) * masks.query_stride;
-              float logit = interpolate(mask, masks.row_stride, row, column[i]);
+              float logit = interpolate(mask, taps[i]);
               if (a.sigmoid) values[j] = share[i] * fast_rcp(1 / kSigmaScale + fast_exp2(logit * -kLog2e - 10));
               else values[j] = fminf(fmaxf(share[i] * logit, -kLargestHalf), kLargestHalf);
             }
@@ -330,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_fma_kernel(const 
     float acc[kSide][each] = {};
     for_views<kSide, kSide>(a, image, y0, x0, kProbsScale, [&](int view, Axis ay, Axis ax, const auto& share_of) {
       Masks masks = a.masks[view];
-      Place row = place_of(y, ay, masks.h), column = place_of(x, ax, masks.w);
+      Taps taps = taps_of(masks, y, x, ay, ax);
       float share = share_of(y, x);
       const float* probs = reinterpret_cast<const float*>(a.probs) +
                            static_cast<int64_t>(view) * a.padded_queries * a.padded_classes + turn * kClasses;
@@ -341,11 +351,11 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_fma_kernel(const 
           int64_t offset = min(first + i, a.queries - 1) * masks.query_stride;
           float logit;
           if (a.type == Type::f32)
-            logit = interpolate(reinterpret_cast<const float*>(masks.data) + offset, masks.row_stride, row, column);
+            logit = interpolate(reinterpret_cast<const float*>(masks.data) + offset, taps);
           else if (a.type == Type::f16)
-            logit = interpolate(reinterpret_cast<const half*>(masks.data) + offset, masks.row_stride, row, column);
+            logit = interpolate(reinterpret_cast<const half*>(masks.data) + offset, taps);
           else
-            logit = interpolate(reinterpret_cast<const bf16*>(masks.data) + offset, masks.row_stride, row, column);
+            logit = interpolate(reinterpret_cast<const bf16*>(masks.data) + offset, taps);
           sigma[i * kPixels + pixel] = share * (a.sigmoid ? fast_rcp(1 + fast_exp2(logit * -kLog2e)) : logit);
         }
         for (int i = threadIdx.x; i < kStep * kClasses; i += kThreads)
@@ -411,7 +421,12 @@ std::tuple<Tensor, Tensor> semantic_argmax(std::vector<Tensor> mask_logits, Tens
                                            std::vector<Tensor> views, int64_t batch, int64_t height, int64_t width,
                                            std::vector<double>, bool sigmoid, bool need_scores, double prune) {
   Device device(class_probs);
-  for (Tensor& masks : mask_logits) masks = unit_stride(masks);
+  for (Tensor& masks : mask_logits) {
+    masks = unit_stride(masks);
+    // Cells of a mask are found by 32 bits.
+    if (masks.size(2) * std::abs(masks.stride(2)) >= int64_t{1} << 30) masks = torch::stable::contiguous(masks);
+    STD_TORCH_CHECK(masks.size(2) * masks.size(3) < int64_t{1} << 31, "segvit: semantic_argmax: masks too large");
+  }
   class_probs = unit_stride(class_probs);
   int64_t count = class_probs.size(0), queries = class_probs.size(1), classes = class_probs.size(2);
   Tensor labels = empty(class_probs, {batch, height, width}, classes <= 256 ? ScalarType::Byte : ScalarType::Short);
@@ -441,7 +456,7 @@ std::tuple<Tensor, Tensor> semantic_argmax(std::vector<Tensor> mask_logits, Tens
     for (int i = 0; i < a.count; ++i) {
       const Tensor& m = mask_logits[first + i];
       first_view += m.size(0);
-      a.stacks[i] = {data<char>(m),    m.stride(0),       m.stride(1),       m.stride(2),
+      a.stacks[i] = {data<char>(m),      m.stride(0),       m.stride(1),       narrow(m.stride(2)),
                      narrow(m.size(2)), narrow(m.size(3)), narrow(first_view)};
     }
     a.type = type;
