@@ -174,10 +174,14 @@ def test_faults_are_found_and_products_are_right(tmp_path):
 
 
 @pytest.fixture
-def without_tensor_cores(monkeypatch, poisoned):
-    """The kernels as a GPU older than sm_80 runs them."""
+def emulated(poisoned):
     if reason := _library.why_not("cuda", "cpu"):
         pytest.skip(f"backend cuda: {reason}")
+
+
+@pytest.fixture
+def without_tensor_cores(monkeypatch, emulated):
+    """The kernels as a GPU older than sm_80 runs them."""
     monkeypatch.setenv("SEGVIT_KERNELS_EMULATED_CAPABILITY", "75")
 
 
@@ -194,3 +198,21 @@ def test_atm_without_tensor_cores(case, dtype, without_tensor_cores):
 @pytest.mark.parametrize("case", query_attention.CASES, ids=lambda c: c.name)
 def test_query_attention_without_tensor_cores(case, dtype, without_tensor_cores):
     check_query_attention(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("capability", ["75", "90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_logits_far_below_zero(dtype, capability, emulated, monkeypatch):
+    """The weight of a key that is not there, in the last tile, would be infinite."""
+    monkeypatch.setenv("SEGVIT_KERNELS_EMULATED_CAPABILITY", capability)
+    query, key = torch.full((1, 5, 1, 32), 3.0, dtype=dtype), torch.full((1, 70, 1, 32), -3.0, dtype=dtype)
+    value, gradient = torch.randn(1, 70, 1, 32).to(dtype), torch.randn(1, 5, 1, 32).to(dtype)
+    ops, results = torch.ops.segvit, {}
+    for backend in ("cuda", "eager"):
+        output, lse = ops.query_attention_fwd(query, key, value, None, 1.0, 0.0, backend=backend)
+        tensors = (gradient, query, key, value, output, lse)
+        grads = ops.query_attention_bwd(*tensors, None, 1.0, 0.0, True, backend=backend)
+        results[backend] = (output, lse, grads[1], grads[2])
+        assert grads[0].abs().max() < 1e-2  # all keys are the same: nothing to gain from another query
+    for found, expected in zip(results["cuda"], results["eager"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)

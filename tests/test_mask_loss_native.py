@@ -169,6 +169,7 @@ SIZES = {
     "ignored": Call.draw(2, 3, [(5, 5), (6, 9)], (30, 31), mask_ignored=True, present=2),
     "ignored, gamma 1": Call.draw(1, 3, [(5, 5)], (30, 31), mask_ignored=True, present=2, gamma=1.0),
     "gamma 0": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=0.0, alpha=0.6),
+    "alpha of nearly 1": Call.draw(1, 4, [(5, 5)], (30, 31), matched=True, num_targets=1, alpha=0.9997),
     "gamma 1.5": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=1.5),
     "bool": Call.draw(2, 4, [(7, 5)], (50, 35), torch.bool, 3, matched=True),
     "soft": Call.draw(2, 4, [(7, 5)], (50, 35), torch.float32, 3, matched=True),
@@ -498,6 +499,11 @@ def test_matching_of_regions(kind, gamma, native_backend, poisoned):
 @pytest.mark.parametrize("targets", [torch.int16, torch.bool], ids=str)
 def test_matching_sizes(queries, count, grid, size, targets, native_backend, poisoned):
     _check_matching(Call.draw(2, queries, [grid], size, targets, count), native_backend)
+
+
+def test_matching_with_alpha_of_nearly_1(native_backend, poisoned):
+    """1 − α has to be rounded once."""
+    _check_matching(Call.draw(1, 5, [(6, 24)], (33, 55), num_targets=1, alpha=0.9997), native_backend)
 
 
 def test_matching_of_more_masks_than_a_piece_holds(native_backend, poisoned):

@@ -31,8 +31,8 @@ def named(*names):
 def check(name, inputs, backend, **options):
     """Labels with and without scores, and scores, within the error budget; returns the labels.
 
-    Half precision inputs are read as they are and summed in float32, as by the eager backend; the CUDA kernels
-    multiply float16 where the masks are of half precision.
+    Half precision inputs are read as they are and summed in float32, as by the eager backend; where the masks
+    are of half precision the CUDA kernels multiply float16.
     """
     masks = inputs["mask_logits"]
     half = backend == "cuda" and (masks[0] if isinstance(masks, list) else masks).dtype != torch.float32

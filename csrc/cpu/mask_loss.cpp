@@ -162,6 +162,7 @@ struct Problem {
             pairs.data(),
             first_pair.data(),
             static_cast<float>(alpha),
+            static_cast<float>(1 - alpha),
             static_cast<float>(gamma),
             mask_ignored};
   }
@@ -309,6 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
                     batch,
                     queries,
                     static_cast<float>(focal_alpha),
+                    static_cast<float>(1 - focal_alpha),
                     static_cast<float>(focal_gamma),
                     rows,
                     columns,

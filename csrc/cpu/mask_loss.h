@@ -54,7 +54,7 @@ struct MaskLoss {
   int64_t grid_width;  // of the widest entry
   const MaskPair* pairs;
   const int64_t* first_pair;
-  float alpha, gamma;
+  float alpha, alpha_outside, gamma;  // alpha_outside: 1 - alpha, rounded once
   bool mask_ignored;
 };
 
@@ -85,7 +85,7 @@ struct MaskMatching {
   MaskTargets targets;
   MaskEntry entry;
   int64_t batch, queries;
-  float alpha, gamma;
+  float alpha, alpha_outside, gamma;  // alpha_outside: 1 - alpha, rounded once
   // Pieces of the image: pixels, columns a multiple of 16; chunk_targets: the most that a register of them
   // has.
   int64_t chunk_rows, chunk_columns, chunk_targets;

@@ -367,7 +367,7 @@ struct Pixel {
 struct Band {
   const Tile& tile;
   IVec code;  // of pixels that are inside
-  float alpha, gamma;
+  float alpha, alpha_outside, gamma;
   bool ignored;
 };
 
@@ -389,7 +389,7 @@ void forward_band(const Band& band, const GridRows& grid, const float* weight, i
         Pixel<kHard> pixel(rows, r, target, band.code);
         Vec bce = pixel.bce(), p = pixel.sigmoid();
         Vec focal =
-            pixel.choose(band.alpha, 1 - band.alpha) * bce * pixel.template power<kSquare>(band.gamma);
+            pixel.choose(band.alpha, band.alpha_outside) * bce * pixel.template power<kSquare>(band.gamma);
         Sums<4> terms;
         if constexpr (kHard)
           terms = {focal, bce, where(pixel.inside, p), p};
@@ -421,7 +421,7 @@ template <bool kHard, bool kSquare, bool kIgnored, bool kFocal, bool kBce>
 void backward_band(const Band& band, const GridRows& grid, const float* weight, int64_t begin, int64_t end,
                    const float* g, float* upper, float* lower) {
   const Tile& tile = band.tile;
-  float focal_one = band.alpha * g[0], focal_zero = (1 - band.alpha) * g[0], slope = band.gamma * kLn2;
+  float focal_one = band.alpha * g[0], focal_zero = band.alpha_outside * g[0], slope = band.gamma * kLn2;
   Rows rows;
   for (int64_t k = 0; k < tile.columns(); ++k) {
     Vec top = load(grid.upper + k * kWidth), step = grid.step(k * kWidth);
@@ -514,7 +514,7 @@ SEGVIT_INLINE void for_pairs(const MaskLoss& loss, int64_t image, const Strip& s
     int32_t target = loss.pairs[pair].target;
     bool hard = labels || fill_mask(tile, targets, image, target, strip.top, 0, buffer);
     IVec code = IVec{} + (labels ? target : 0x3f800000);  // the bits of 1.0f
-    f(pair, Band{tile, code, loss.alpha, loss.gamma, loss.mask_ignored && labels}, hard);
+    f(pair, Band{tile, code, loss.alpha, loss.alpha_outside, loss.gamma, loss.mask_ignored && labels}, hard);
   }
 }
 
@@ -731,8 +731,8 @@ void runs_of_masks(const Tile& tile, int64_t stride, int64_t count, Runs& runs) 
 
 // Adds the products of one query with the targets that occur, a register each, and the totals.
 template <bool kSquare>
-void match_runs(const Runs& runs, const Tile& tile, const GridRows& grid, const float* weight, float alpha,
-                float gamma, float* products, Sums<3>& totals) {
+void match_runs(const MaskMatching& args, const Runs& runs, const Tile& tile, const GridRows& grid,
+                const float* weight, float* products, Sums<3>& totals) {
   Rows rows;
   Sums<3> column;
   for (int64_t i = 0; i < runs.num_runs; ++i) {
@@ -746,12 +746,12 @@ void match_runs(const Runs& runs, const Tile& tile, const GridRows& grid, const 
       Vec over = where(above, y);
       Vec plus = x.log + over, minus = x.log + (over - y);  // softplus of x and of -x, over ln 2
       Vec p = select(above, x.large, x.small), q = select(above, x.small, x.large);
-      return Sums<5>{minus * (kSquare ? q * q : exp2_down(-gamma * plus)),
-                     plus * (kSquare ? p * p : exp2_down(-gamma * minus)), y, plus, p};
+      return Sums<5>{minus * (kSquare ? q * q : exp2_down(-args.gamma * plus)),
+                     plus * (kSquare ? p * p : exp2_down(-args.gamma * minus)), y, plus, p};
     });
     maps.keep(first_lanes(tile.lanes(run.column)));
-    Vec outside = (1 - alpha) * maps.v[1];
-    Vec inside[3] = {alpha * maps.v[0] - outside, maps.v[2], maps.v[4]};
+    Vec outside = args.alpha_outside * maps.v[1];
+    Vec inside[3] = {args.alpha * maps.v[0] - outside, maps.v[2], maps.v[4]};
     column += {outside, maps.v[3], maps.v[4]};
     if (i + 1 == runs.num_runs || runs.runs[i + 1].column != run.column) {
       totals += column;
@@ -813,7 +813,7 @@ void mask_matching(const MaskMatching& args, int64_t image, int64_t begin, int64
       __builtin_memset(sums, 0, 3 * kWidth * runs.num_targets * sizeof(float));
       Sums<3> total;
       auto* run = args.gamma == 2 ? match_runs<true> : match_runs<false>;
-      run(runs, tile, grid, entry.rows.weight + top, args.alpha, args.gamma, sums, total);
+      run(args, runs, tile, grid, entry.rows.weight + top, sums, total);
       for (int k = 0; k < 3; ++k) {
         totals[k * queries + i] += sum(total.v[k]);
         for (int64_t slot = 0; slot < runs.num_targets; ++slot)

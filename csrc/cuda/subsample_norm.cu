@@ -1,7 +1,7 @@
 // LayerNorm of all tokens and of a strided subset; what is computed stands in segvit_kernels/ops/subsample_norm.py.
 //
 // A block has one thread for every 8 channels and holds a row in registers: x is read once, results are written
-// once. Where rows are not aligned to 16 bytes, or wider than 8 · 1024, a thread has single channels, one here and
+// once. Where rows are not aligned to 16 bytes, or wider than 8 · 512, a thread has single channels, one here and
 // one a block's width further on, and reads again what it does not hold.
 //
 // Backward: a block walks a run of tokens. Its threads own their channels, so that the gradients of weight and bias
@@ -17,7 +17,7 @@ namespace segvit::cuda {
 namespace {
 
 constexpr int kVector = 8;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 512;
 constexpr int64_t kRuns = 1024, kTokensPerRun = 4;
 constexpr int kColumns = 32, kParts = 8;  // of a block that adds runs
 
