@@ -18,6 +18,8 @@
 // targets go through shared memory, 64 pixels at a time; products in float32 from registers, 4 by 2 a thread.
 //
 // Bytes: maps and targets are read once per active pair, mostly from the caches; nothing of full size is written.
+// sm_80 and sm_90a, no spills: forward 80 registers, backward 118 and 11 KiB of shared memory for 640 columns,
+// matching 136 and 60 KiB.
 #include "../operators.h"
 #include "common.cuh"
 

@@ -12,7 +12,8 @@
 // underflows in float16. Otherwise: tiles of 8 by 8 pixels, σ through shared memory, products in float32 from
 // registers, 8 pixels by up to 6 classes a thread.
 //
-// Bytes: masks and probabilities are read once per tile, from the caches; labels are written once.
+// Bytes: masks and probabilities are read once per tile, from the caches; labels are written once. For 150 classes,
+// sm_80 and sm_90a, no spills: half precision 232 registers and 21 KiB of shared memory, otherwise 204 and 14 KiB.
 #include "../operators.h"
 #include "common.cuh"
 
@@ -23,7 +24,8 @@ namespace {
 constexpr int kStacks = 64;    // tensors of masks in one launch
 constexpr int kThreads = 256;  // eight warps
 constexpr int kQueries = 32;   // of one block in shared memory; a multiple of them is stored
-constexpr float kSigmaScale = 1024, kProbsScale = 16384, kLargestHalf = 65504, kHuge = 1e30f;
+[[maybe_unused]] constexpr float kSigmaScale = 1024;
+constexpr float kProbsScale = 16384, kLargestHalf = 65504, kHuge = 1e30f;
 
 // Masks of a view: (Q, h, w), the last stride 1; strides in elements.
 struct Masks {
