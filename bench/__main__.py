@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     cpu = commands.add_parser("cpu", help="the operators against their peers on this machine's CPU, float32")
     cpu.add_argument("--out", type=Path, help="JSON file to write (default: results/ and the CPU's name)")
     cpu.add_argument("--threads", type=int, default=2, help="threads of every peer (default %(default)s)")
-    cpu.add_argument("--rounds", type=int, default=15, help="samples of every peer (default %(default)s)")
+    cpu.add_argument("--rounds", type=int, default=9, help="samples of every peer (default %(default)s)")
     cpu.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (default: all)")
     cpu.add_argument("--smoke", action="store_true", help="tiny shapes; not a measurement")
 

@@ -138,16 +138,14 @@ def build(args: argparse.Namespace) -> Path:
     library = Path(args.out) / library_name(args.emulate)
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.part")
-    command = [os.environ.get("CXX", "c++"), "-shared", "-o", str(temporary), *map(str, compiled.values())]
-    command.append(f"-L{torch_folder / 'lib'}")
+    # nvcc links, where it is, since it knows where its runtime lies.
+    command = [nvcc, "-cudart=static"] if nvcc else [os.environ.get("CXX", "c++")]
+    command += ["-shared", "-o", str(temporary), *map(str, compiled.values()), f"-L{torch_folder / 'lib'}"]
     # libtorch.so itself is empty; through it the CUDA part is found where torch has one.
-    command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    for option in ("--no-as-needed", "-ltorch", "-ltorch_cpu", "--as-needed"):
+        command += ["-Xlinker", option] if option.startswith("--") else [option]
     if args.sanitize:
         command.append(f"-fsanitize={args.sanitize}")
-    if nvcc:
-        home = Path(nvcc).resolve().parents[1]
-        command += [f"-L{home / lib}" for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
-        command += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     _run(command, args.verbose)
     temporary.replace(library)
     return library
