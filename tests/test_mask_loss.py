@@ -533,7 +533,7 @@ REFUSALS = {
     "weights type": ({"pair_weights": 2.0}, TypeError, "pair_weights is a float; expected a tensor"),
     "gamma": ({"focal_gamma": -1.0}, ValueError, "focal_gamma is -1.0; expected at least 0"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction is 'max'; expected 'mean', 'sum' or 'none'"),
-    "backend": ({"backend": "cuda"}, ValueError, "argument 'backend' is 'cuda'"),
+    "backend": ({"backend": "cudnn"}, ValueError, "argument 'backend' is 'cudnn'"),
 }
 
 

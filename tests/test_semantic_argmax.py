@@ -559,7 +559,7 @@ VIEWS = Views([View.whole(i, (4, 5), (8, 9)) for i in range(2)], 2, (8, 9))
         ({"activation": "softmax"}, ValueError, "activation is 'softmax'; expected one of sigmoid, none"),
         ({"prune": -0.1}, ValueError, "prune is -0.1"),
         ({"prune": float("nan")}, ValueError, "prune is nan"),
-        ({"backend": "cuda"}, ValueError, "'cuda'"),
+        ({"backend": "cudnn"}, ValueError, "'cudnn'"),
     ],
 )
 def test_refusals(change, error, message):

@@ -45,7 +45,7 @@ class Mixing {
     }
     order.reserve(queries);
     for (int64_t q = 0; q < queries; ++q)
-      if (!(static_cast<float>(mass[q]) < prune)) order.push_back(static_cast<int32_t>(q));
+      if (prune <= 0 || !(static_cast<float>(mass[q]) < prune)) order.push_back(static_cast<int32_t>(q));
     if (bounded_)
       std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return mass[a] > mass[b]; });
     stride = round_up(std::max<int64_t>(1, order.size()));

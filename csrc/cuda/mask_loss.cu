@@ -42,6 +42,10 @@ enum class Element : int { u8, i8, i16, i32, i64, boolean, f16, bf16, f32, f64 }
 // How a kernel reads them: bytes, other labels, masks of bool, other masks.
 enum class Kind { bytes, labels, hard, soft };
 
+struct Focal {
+  float alpha, other, gamma;  // other: 1 − alpha, from float64
+};
+
 struct Targets {
   const char* data;
   const int64_t* matches;             // (B, Q), or null
@@ -67,7 +71,7 @@ struct Loss {
   const float* grad_sums;  // backward: (entries, B·Q, 4)
   int64_t total;           // B·Q
   int cell_rows;           // backward: rows of cells of a tile
-  float alpha, gamma;
+  Focal focal;
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -173,43 +177,43 @@ struct Sums {
   float focal = 0, bce = 0, overlap = 0, total = 0;
 };
 
-SEGVIT_DEVICE void add_losses(Sums& sums, float x, bool t, float alpha, float gamma) {
+SEGVIT_DEVICE void add_losses(Sums& sums, float x, bool t, const Focal& o) {
   Logistic l = logistic(x);
   float bce = fmaxf(t ? -x : x, 0) + l.log;
-  sums.focal += (t ? alpha : 1 - alpha) * power(t ? l.q : l.p, gamma) * bce;
+  sums.focal += (t ? o.alpha : o.other) * power(t ? l.q : l.p, o.gamma) * bce;
   sums.bce += bce;
   sums.overlap += t ? l.p : 0;
   sums.total += l.p;
 }
-SEGVIT_DEVICE void add_losses(Sums& sums, float x, float t, float alpha, float gamma) {
+SEGVIT_DEVICE void add_losses(Sums& sums, float x, float t, const Focal& o) {
   Logistic l = logistic(x);
   float bce = l.log + x * ((x > 0 ? 1.0f : 0.0f) - t), m = l.p * (1 - t) + l.q * t;
-  sums.focal += (alpha * t + (1 - alpha) * (1 - t)) * power(m, gamma) * bce;
+  sums.focal += (o.alpha * t + o.other * (1 - t)) * power(m, o.gamma) * bce;
   sums.bce += bce;
   sums.overlap += l.p * t;
   sums.total += l.p;
 }
 
 // Derivative of g.focal · focal + g.bce · bce + g.overlap · p t + g.total · p in x.
-SEGVIT_DEVICE float slope(const Sums& g, float x, bool t, float alpha, float gamma) {
+SEGVIT_DEVICE float slope(const Sums& g, float x, bool t, const Focal& o) {
   // With z = −x inside and x outside: bce = softplus(z), m = σ(z), n = 1 − m.
   Logistic l = logistic(x);
   float bce = fmaxf(t ? -x : x, 0) + l.log, m = t ? l.q : l.p, n = t ? l.p : l.q;
-  float focal = (t ? -alpha * g.focal : (1 - alpha) * g.focal) * (gamma * n * bce + m);
+  float focal = (t ? -o.alpha * g.focal : o.other * g.focal) * (o.gamma * n * bce + m);
   float rest = (t ? -g.bce : g.bce) + (t ? g.overlap + g.total : g.total) * n;
-  return gamma == 2 ? m * (m * focal + rest) : power(m, gamma) * focal + m * rest;
+  return o.gamma == 2 ? m * (m * focal + rest) : power(m, o.gamma) * focal + m * rest;
 }
-SEGVIT_DEVICE float slope(const Sums& g, float x, float t, float alpha, float gamma) {
+SEGVIT_DEVICE float slope(const Sums& g, float x, float t, const Focal& o) {
   Logistic l = logistic(x);
   float bce = l.log + x * ((x > 0 ? 1.0f : 0.0f) - t), m = l.p * (1 - t) + l.q * t;
   float both = l.p * l.q, error = l.p * (1 - t) - l.q * t, focal;
-  if (gamma == 2) {
+  if (o.gamma == 2) {
     focal = m * (2 * (1 - 2 * t) * both * bce + m * error);
   } else {
     // m is at least the smaller of p and 1 − p, so that the ratio is at most 1.
-    focal = power(m, gamma) * (gamma * (1 - 2 * t) * (m > 0 ? both / m : 0) * bce + error);
+    focal = power(m, o.gamma) * (o.gamma * (1 - 2 * t) * (m > 0 ? both / m : 0) * bce + error);
   }
-  return g.focal * (alpha * t + (1 - alpha) * (1 - t)) * focal + g.bce * error + (g.overlap * t + g.total) * both;
+  return g.focal * (o.alpha * t + o.other * (1 - t)) * focal + g.bce * error + (g.overlap * t + g.total) * both;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -405,7 +409,7 @@ __global__ void __launch_bounds__(kMaxThreads) mask_loss_fwd_kernel(const Loss a
     columns.start(a, entry, first);
     Sums sums, row;  // short sums of short sums lose less
     auto pixel = [&](float x, auto t, int k, float) {
-      add_losses(row, x, t, a.alpha, a.gamma);
+      add_losses(row, x, t, a.focal);
       if (k < kColumns - 1) return;
       sums.focal += row.focal, sums.bce += row.bce, sums.overlap += row.overlap, sums.total += row.total;
       row = Sums{};
@@ -443,7 +447,7 @@ __global__ void __launch_bounds__(256) mask_loss_sum_kernel(const Loss a, const 
 }
 
 template <Kind kind>
-__global__ void __launch_bounds__(kMaxThreads) mask_loss_bwd_kernel(const Loss a) {
+__global__ void __launch_bounds__(kMaxThreads, 2) mask_loss_bwd_kernel(const Loss a) {
   const Targets& t = a.targets;
   int threads = static_cast<int>(blockDim.x), span = threads * kColumns, turn = 0;
   float* line = reinterpret_cast<float*>(shared_memory());  // two of them: what the columns give to a row of cells
@@ -500,7 +504,7 @@ __global__ void __launch_bounds__(kMaxThreads) mask_loss_bwd_kernel(const Loss a
         for (int k = 0; k < kColumns; ++k) above[k] = below[k], below[k] = 0;
       };
       auto pixel = [&](float x, auto target, int k, float down) {
-        float dx = slope(g, x, target, a.alpha, a.gamma);
+        float dx = slope(g, x, target, a.focal);
         above[k] += (1 - down) * dx;
         below[k] += down * dx;
       };
@@ -522,7 +526,7 @@ struct Matching {
   int h, w, batch, rows;  // rows: of a split
   Targets targets;
   float *products, *totals;  // (splits, 3, B, Q, M) and (splits, 3, B, Q)
-  float alpha, gamma;
+  Focal focal;
 };
 
 // A sum that remembers what rounding took (Kahan).
@@ -593,8 +597,8 @@ __global__ void __launch_bounds__(256, 1) mask_matching_kernel(const Matching a)
           float logit = v00 + down * (v10 - v00);
           Logistic l = logistic(logit);
           float outside = fmaxf(logit, 0) + l.log;
-          float negative = (1 - a.alpha) * power(l.p, a.gamma) * outside;
-          focal = a.alpha * power(l.q, a.gamma) * (fmaxf(-logit, 0) + l.log) - negative;
+          float negative = a.focal.other * power(l.p, a.focal.gamma) * outside;
+          focal = a.focal.alpha * power(l.q, a.focal.gamma) * (fmaxf(-logit, 0) + l.log) - negative;
           negated = -logit, p = l.p;
           part[0] += negative, part[1] += outside, part[2] += p;
         }
@@ -677,6 +681,10 @@ int64_t bytes_of(Element element) {
 Kind kind_of(const Targets& t) {
   if (t.labels) return t.element == Element::u8 ? Kind::bytes : Kind::labels;
   return t.element == Element::boolean ? Kind::hard : Kind::soft;
+}
+
+Focal focal_of(double alpha, double gamma) {
+  return {static_cast<float>(alpha), static_cast<float>(1 - alpha), static_cast<float>(gamma)};
 }
 
 unsigned blocks_of(int64_t total, int64_t each) { return static_cast<unsigned>((total + each - 1) / each); }
@@ -767,7 +775,7 @@ Loss loss_of(const std::vector<Tensor>& logits, size_t first, const Targets& tar
   a.targets = targets;
   a.pairs = data<int>(pairs);
   a.total = logits[0].size(0) * logits[0].size(1);
-  a.alpha = static_cast<float>(alpha), a.gamma = static_cast<float>(gamma);
+  a.focal = focal_of(alpha, gamma);
   return a;
 }
 
@@ -873,8 +881,7 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
              t,
              data<float>(partial),
              data<float>(partial_totals),
-             static_cast<float>(focal_alpha),
-             static_cast<float>(focal_gamma)};
+             focal_of(focal_alpha, focal_gamma)};
   size_t shared = ((3 * kQueryTile + kTargetTile) * kPitch + 2 * kPixelTile + 1) * sizeof(float);
   STD_TORCH_CHECK(batch * splits < 65536 && tiles_m < 65536, "segvit: mask_matching_cost: too many images or rows");
   launch(mask_matching_kernel, dim3(tiles_q, tiles_m, static_cast<unsigned>(batch * splits)), 256, shared,

@@ -216,7 +216,8 @@ def semantic_argmax_reference(
     stacks = [mask_logits] if isinstance(mask_logits, Tensor) else list(mask_logits)
     masks = [mask for stack in stacks for mask in stack]
     probs = class_probs.to(stacks[0].dtype)
-    probs = probs * (class_probs.sum(-1, keepdim=True) >= prune)
+    if prune:
+        probs = probs * (class_probs.sum(-1, keepdim=True) >= prune)
 
     def activate(x: Tensor) -> Tensor:
         return x.sigmoid() if activation == "sigmoid" else x
