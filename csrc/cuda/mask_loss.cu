@@ -1,25 +1,26 @@
-// Mask loss: focal, BCE and dice sums of upsampled logits, their gradient, and the sums that matching needs; what is
-// computed stands in segvit_kernels/ops/mask_loss.py.
+// Mask loss: focal, BCE and dice sums of upsampled logits, their gradient, and the sums that matching needs;
+// what is computed stands in segvit_kernels/ops/mask_loss.py.
 //
-// Areas: labels are counted in histograms in shared memory and added as integers. One block writes the list of
-// active pairs. The main kernels are persistent: blocks walk the items (active pair, tile), whose number they read
-// from memory, so that inactive pairs cost nothing and the host learns nothing.
+// Areas: labels are counted in histograms in shared memory and added as integers. One block writes the list
+// of active pairs. The main kernels are persistent: blocks walk the items (active pair, tile), whose number
+// they read from memory, so that inactive pairs cost nothing and the host learns nothing.
 //
-// Forward: a tile is kStrip output rows by kColumns columns a thread. The two rows of the map between which an
-// output row lies are interpolated along x once and stay in registers while rows go down; a pixel then costs one
-// multiply-add and its loss. Four sums a tile, added in order by another kernel.
+// Forward: a tile is kStrip output rows by kColumns columns a thread. The two rows of the map between which
+// an output row lies are interpolated along x once and stay in registers while rows go down; a pixel then
+// costs one multiply-add and its loss. Four sums a tile, added in order by another kernel.
 //
-// Backward, a gather: a tile is some rows of cells, and a block walks all output pixels in their support in the
-// same way. Threads add what their columns give to the row above and below; whenever the walk passes a row of cells
-// its sums go through shared memory to four lanes per cell, which add the columns in the cell's support. Rows
-// between two tiles are walked by both.
+// Backward, a gather: a tile is some rows of cells, and a block walks all output pixels in their support in
+// the same way. Threads add what their columns give to the row above and below; whenever the walk passes a
+// row of cells its sums go through shared memory to four lanes per cell, which add the columns in the cell's
+// support. Rows between two tiles are walked by both.
 //
-// Matching: blocks of 64 queries by 32 targets by some output rows. Three values of every query and pixel and the
-// targets go through shared memory, 64 pixels at a time; products in float32 from registers, 4 by 2 a thread.
+// Matching: blocks of 64 queries by 32 targets by some output rows. Three values of every query and pixel and
+// the targets go through shared memory, 64 pixels at a time; products in float32 from registers, 4 by 2 a
+// thread.
 //
-// Bytes: maps and targets are read once per active pair, mostly from the caches; nothing of full size is written.
-// sm_80 and sm_90a, no spills: forward 80 registers, backward 118 and 11 KiB of shared memory for 640 columns,
-// matching 136 and 60 KiB.
+// Bytes: maps and targets are read once per active pair, mostly from the caches; nothing of full size is
+// written. sm_80 and sm_90a, no spills: forward 80 registers, backward 118 and 11 KiB of shared memory for
+// 640 columns, matching 136 and 60 KiB.
 #include "../operators.h"
 #include "common.cuh"
 
@@ -27,15 +28,15 @@ namespace segvit::cuda {
 
 namespace {
 
-constexpr int kEntries = 16;       // of the list of logits, in one launch
-constexpr int kColumns = 4;        // output columns of a thread, a block's width apart
+constexpr int kEntries = 16;  // of the list of logits, in one launch
+constexpr int kColumns = 4;   // output columns of a thread, a block's width apart
 constexpr int kMaxThreads = 256;
-constexpr int kStrip = 16;         // output rows of a tile of the forward
-constexpr int kLanes = 4;          // that add up a cell
-constexpr int kCounted = 8192;     // labels or mask elements of one block
-constexpr int kClasses = 8192;     // of a histogram in shared memory
+constexpr int kStrip = 16;      // output rows of a tile of the forward
+constexpr int kLanes = 4;       // that add up a cell
+constexpr int kCounted = 8192;  // labels or mask elements of one block
+constexpr int kClasses = 8192;  // of a histogram in shared memory
 constexpr int kQueryTile = 64, kTargetTile = 32, kPixelTile = 64, kPitch = kPixelTile + 4;
-constexpr float kLow = -1e30f;     // a logit that adds nothing to sums and gradients outside a target
+constexpr float kLow = -1e30f;  // a logit that adds nothing to sums and gradients outside a target
 
 // What the targets are made of.
 enum class Element : int { u8, i8, i16, i32, i64, boolean, f16, bf16, f32, f64 };
@@ -78,7 +79,9 @@ struct Loss {
 // Targets and maps
 
 template <class T>
-SEGVIT_DEVICE T at(const char* data, int64_t index) { return reinterpret_cast<const T*>(data)[index]; }
+SEGVIT_DEVICE T at(const char* data, int64_t index) {
+  return reinterpret_cast<const T*>(data)[index];
+}
 
 // A label as a number that fits, -1 if it does not.
 SEGVIT_DEVICE int read_label(const char* plane, Element element, int64_t index) {
@@ -109,9 +112,12 @@ SEGVIT_DEVICE float element_of(const char* data, Type type, int64_t index) {
 }
 
 SEGVIT_DEVICE void store(char* data, Type type, int64_t index, float value) {
-  if (type == Type::f32) reinterpret_cast<float*>(data)[index] = value;
-  else if (type == Type::f16) reinterpret_cast<half*>(data)[index] = from_float<half>(value);
-  else reinterpret_cast<bf16*>(data)[index] = from_float<bf16>(value);
+  if (type == Type::f32)
+    reinterpret_cast<float*>(data)[index] = value;
+  else if (type == Type::f16)
+    reinterpret_cast<half*>(data)[index] = from_float<half>(value);
+  else
+    reinterpret_cast<bf16*>(data)[index] = from_float<bf16>(value);
 }
 
 // The target of a pair, or -1 where it is not active. `sizes` (B, M): areas or counts.
@@ -213,7 +219,8 @@ SEGVIT_DEVICE float slope(const Sums& g, float x, float t, const Focal& o) {
     // m is at least the smaller of p and 1 − p, so that the ratio is at most 1.
     focal = power(m, o.gamma) * (o.gamma * (1 - 2 * t) * (m > 0 ? both / m : 0) * bce + error);
   }
-  return g.focal * (o.alpha * t + o.other * (1 - t)) * focal + g.bce * error + (g.overlap * t + g.total) * both;
+  return g.focal * (o.alpha * t + o.other * (1 - t)) * focal + g.bce * error +
+         (g.overlap * t + g.total) * both;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -229,7 +236,8 @@ __global__ void __launch_bounds__(256) mask_count_kernel(Targets t, int* counts)
     for (int c = threadIdx.x; c < t.targets; c += blockDim.x) histogram[c] = 0;
     __syncthreads();
   }
-  int64_t pixels = static_cast<int64_t>(t.height) * t.width, begin = static_cast<int64_t>(blockIdx.x) * kCounted;
+  int64_t pixels = static_cast<int64_t>(t.height) * t.width,
+          begin = static_cast<int64_t>(blockIdx.x) * kCounted;
   for (int i = threadIdx.x; i < kCounted; i += blockDim.x) {
     int label = begin + i < pixels ? read_label(plane, t.element, begin + i) : -1;
     // Neighbours mostly have one label: then one lane counts for its warp.
@@ -249,8 +257,10 @@ __global__ void __launch_bounds__(256) mask_count_kernel(Targets t, int* counts)
 // partial (chunks, B·M) = the sum of kCounted elements of mask blockIdx.x.
 __global__ void __launch_bounds__(256) mask_area_kernel(Targets t, float* partial) {
   float* memory = reinterpret_cast<float*>(shared_memory());
-  const char* plane = t.data + blockIdx.x / t.targets * t.image_stride + blockIdx.x % t.targets * t.mask_stride;
-  int64_t pixels = static_cast<int64_t>(t.height) * t.width, begin = static_cast<int64_t>(blockIdx.y) * kCounted;
+  const char* plane =
+      t.data + blockIdx.x / t.targets * t.image_stride + blockIdx.x % t.targets * t.mask_stride;
+  int64_t pixels = static_cast<int64_t>(t.height) * t.width,
+          begin = static_cast<int64_t>(blockIdx.y) * kCounted;
   float sum = 0;
   for (int i = threadIdx.x; i < kCounted && begin + i < pixels; i += blockDim.x)
     sum += read_mask(plane, t.element, begin + i);
@@ -263,7 +273,8 @@ __global__ void __launch_bounds__(256) mask_area_kernel(Targets t, float* partia
 }
 
 // out (size) = Σ over parts of partial (parts, size), in order.
-__global__ void __launch_bounds__(256) mask_sum_kernel(const float* partial, float* out, int64_t size, int parts) {
+__global__ void __launch_bounds__(256)
+    mask_sum_kernel(const float* partial, float* out, int64_t size, int parts) {
   int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= size) return;
   double sum = 0;
@@ -271,8 +282,8 @@ __global__ void __launch_bounds__(256) mask_sum_kernel(const float* partial, flo
   out[i] = static_cast<float>(sum);
 }
 
-// The list of active pairs with its length in front, if there is room for it; with counts also the areas. One block
-// of 1024 threads.
+// The list of active pairs with its length in front, if there is room for it; with counts also the areas. One
+// block of 1024 threads.
 __global__ void __launch_bounds__(1024)
     mask_pairs_kernel(Targets t, const int* counts, float* areas, int64_t size, int* pairs, int64_t total) {
   int* found = reinterpret_cast<int*>(shared_memory());  // by every warp, in turns of two
@@ -324,20 +335,24 @@ struct Columns {
       to[k] = way[k] < 0 ? kLow : left + way[k] * (right - left);
     }
   }
-  SEGVIT_DEVICE void read(const char* map, Type type, int row, const Entry& entry, float (&to)[kColumns]) const {
+  SEGVIT_DEVICE void read(const char* map, Type type, int row, const Entry& entry,
+                          float (&to)[kColumns]) const {
     row = min(row, entry.h - 1);
-    if (type == Type::f32) read_as<float>(map, row, entry.w, to);
-    else if (type == Type::f16) read_as<half>(map, row, entry.w, to);
-    else read_as<bf16>(map, row, entry.w, to);
+    if (type == Type::f32)
+      read_as<float>(map, row, entry.w, to);
+    else if (type == Type::f16)
+      read_as<half>(map, row, entry.w, to);
+    else
+      read_as<bf16>(map, row, entry.w, to);
   }
 };
 
-// Output rows begin...end: calls f(x, t, k, down) for the pixel of every column k of the thread, `down` of the way
-// from the row of cells above it to the one below, and passed(row) when it leaves the row above it behind.
-// Gives the row of cells that it ends in.
+// Output rows begin...end: calls f(x, t, k, down) for the pixel of every column k of the thread, `down` of
+// the way from the row of cells above it to the one below, and passed(row) when it leaves the row above it
+// behind. Gives the row of cells that it ends in.
 template <Kind kind, class F, class Passed>
-SEGVIT_DEVICE int walk(const Loss& a, const Entry& entry, const char* map, const char* plane, int target, int first,
-                       int begin, int end, Columns& columns, const F& f, const Passed& passed) {
+SEGVIT_DEVICE int walk(const Loss& a, const Entry& entry, const char* map, const char* plane, int target,
+                       int first, int begin, int end, Columns& columns, const F& f, const Passed& passed) {
   const Targets& t = a.targets;
   Place place = place_of(begin, entry.h, t.height);
   int row = place.before;
@@ -416,7 +431,8 @@ __global__ void __launch_bounds__(kMaxThreads) mask_loss_fwd_kernel(const Loss a
     };
     walk<kind>(a, entry, item.map, item.plane, item.target, first, begin,
                min(begin + kStrip, a.targets.height), columns, pixel, [](int) {});
-    float4 sum = make_float4(warp_sum(sums.focal), warp_sum(sums.bce), warp_sum(sums.overlap), warp_sum(sums.total));
+    float4 sum =
+        make_float4(warp_sum(sums.focal), warp_sum(sums.bce), warp_sum(sums.overlap), warp_sum(sums.total));
     if (lane_index() == 0) memory[turn + warp_index()] = sum;
     __syncthreads();
     if (threadIdx.x > 0) continue;
@@ -450,7 +466,8 @@ template <Kind kind>
 __global__ void __launch_bounds__(kMaxThreads, 2) mask_loss_bwd_kernel(const Loss a) {
   const Targets& t = a.targets;
   int threads = static_cast<int>(blockDim.x), span = threads * kColumns, turn = 0;
-  float* line = reinterpret_cast<float*>(shared_memory());  // two of them: what the columns give to a row of cells
+  float* line =
+      reinterpret_cast<float*>(shared_memory());  // two of them: what the columns give to a row of cells
   float* way = line + 2 * span;
   int* before = reinterpret_cast<int*>(way + span);
   float* cells = reinterpret_cast<float*>(before + span);  // (cell_rows, w)
@@ -467,7 +484,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) mask_loss_bwd_kernel(const Los
     __syncthreads();  // the last item's cells and columns may still be read
     // A cell belongs to the same lanes throughout: nobody waits for these sums.
     for (int c = owner; c < entry.w; c += owners)
-      for (int row = first_row; row < last_row && lane == 0; ++row) cells[(row - first_row) * entry.w + c] = 0;
+      for (int row = first_row; row < last_row && lane == 0; ++row)
+        cells[(row - first_row) * entry.w + c] = 0;
     for (int first = 0; first < t.width; first += span) {
       if (first > 0) __syncthreads();
       Columns columns;
@@ -508,12 +526,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2) mask_loss_bwd_kernel(const Los
         above[k] += (1 - down) * dx;
         below[k] += down * dx;
       };
-      int row = walk<kind>(a, entry, item.map, item.plane, item.target, first, begin, end, columns, pixel, passed);
+      int row =
+          walk<kind>(a, entry, item.map, item.plane, item.target, first, begin, end, columns, pixel, passed);
       for (; row < last_row; ++row) passed(row);
     }
     for (int c = owner; c < entry.w; c += owners)
       for (int row = first_row; row < last_row && lane == 0; ++row)
-        store(entry.grad, a.type, (item.pair * entry.h + row) * entry.w + c, cells[(row - first_row) * entry.w + c]);
+        store(entry.grad, a.type, (item.pair * entry.h + row) * entry.w + c,
+              cells[(row - first_row) * entry.w + c]);
   }
 }
 
@@ -622,7 +642,8 @@ __global__ void __launch_bounds__(256, 1) mask_matching_kernel(const Matching a)
             hit[j] = *reinterpret_cast<const float4*>(hits + (row_m + 16 * j) * kPitch + pixel);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            float4 v = *reinterpret_cast<const float4*>(values + (k * kQueryTile + row_q + 16 * i) * kPitch + pixel);
+            float4 v =
+                *reinterpret_cast<const float4*>(values + (k * kQueryTile + row_q + 16 * i) * kPitch + pixel);
 #pragma unroll
             for (int j = 0; j < 2; ++j)
               product[i][j] += v.x * hit[j].x + v.y * hit[j].y + v.z * hit[j].z + v.w * hit[j].w;
@@ -671,9 +692,13 @@ Element element_type(ScalarType type) {
 
 int64_t bytes_of(Element element) {
   switch (element) {
-    case Element::i16: case Element::f16: case Element::bf16: return 2;
-    case Element::i32: case Element::f32: return 4;
-    case Element::i64: case Element::f64: return 8;
+    case Element::i16:
+    case Element::f16:
+    case Element::bf16: return 2;
+    case Element::i32:
+    case Element::f32: return 4;
+    case Element::i64:
+    case Element::f64: return 8;
     default: return 1;
   }
 }
@@ -702,7 +727,8 @@ Targets targets_of(const Tensor& targets, const Optional& matches, int64_t queri
   bool labels = targets.dim() == 3;
   Element element = element_type(targets.scalar_type());
   int64_t bytes = bytes_of(element), dim = targets.dim();
-  STD_TORCH_CHECK(queries < 1 << 30 && num_targets < 1 << 30, "segvit: mask_loss: too many queries or targets");
+  STD_TORCH_CHECK(queries < 1 << 30 && num_targets < 1 << 30,
+                  "segvit: mask_loss: too many queries or targets");
   return {data<char>(targets),
           data<int64_t>(matches),
           targets.stride(0) * bytes,
@@ -722,11 +748,13 @@ void check_sizes(const Tensor& logits, const Tensor& targets) {
   STD_TORCH_CHECK(std::max(h * height, w * width) < 1 << 29 && std::max(height, width) < 1 << 28,
                   "segvit: mask_loss: logits of ", h, " by ", w, " and targets of ", height, " by ", width,
                   " are too large for 32-bit positions: use backend='eager'");
-  STD_TORCH_CHECK(logits.size(0) * logits.size(1) < int64_t{1} << 31, "segvit: mask_loss: 2^31 pairs or more");
+  STD_TORCH_CHECK(logits.size(0) * logits.size(1) < int64_t{1} << 31,
+                  "segvit: mask_loss: 2^31 pairs or more");
 }
 
 // areas (B, M); for labels also the counts that they are to be made from.
-std::tuple<Tensor, Optional> areas_of(const Device& device, const Targets& t, const Tensor& like, int64_t batch) {
+std::tuple<Tensor, Optional> areas_of(const Device& device, const Targets& t, const Tensor& like,
+                                      int64_t batch) {
   Tensor areas = empty(like, {batch, t.targets}, ScalarType::Float);
   unsigned chunks = blocks_of(static_cast<int64_t>(t.height) * t.width, kCounted);
   if (t.labels) {
@@ -737,17 +765,17 @@ std::tuple<Tensor, Optional> areas_of(const Device& device, const Targets& t, co
   }
   int64_t size = batch * t.targets;
   Tensor partial = empty(areas, {chunks, size});
-  launch(mask_area_kernel, dim3(static_cast<unsigned>(size), chunks), 256, 8 * sizeof(float), device.stream, t,
-         data<float>(partial));
-  launch(mask_sum_kernel, blocks_of(size, 256), 256, 0, device.stream, data<float>(partial), data<float>(areas), size,
-         static_cast<int>(chunks));
+  launch(mask_area_kernel, dim3(static_cast<unsigned>(size), chunks), 256, 8 * sizeof(float), device.stream,
+         t, data<float>(partial));
+  launch(mask_sum_kernel, blocks_of(size, 256), 256, 0, device.stream, data<float>(partial),
+         data<float>(areas), size, static_cast<int>(chunks));
   return {areas, std::nullopt};
 }
 
 void launch_pairs(const Device& device, const Targets& t, const Optional& counts, const Tensor& areas,
                   const Optional& pairs, int64_t total) {
-  launch(mask_pairs_kernel, 1, 1024, 64 * sizeof(int), device.stream, t, data<int>(counts), data<float>(areas),
-         areas.numel(), data<int>(pairs), total);
+  launch(mask_pairs_kernel, 1, 1024, 64 * sizeof(int), device.stream, t, data<int>(counts),
+         data<float>(areas), areas.numel(), data<int>(pairs), total);
 }
 
 // Threads of a block, so that a whole number of them covers a row.
@@ -810,15 +838,15 @@ std::tuple<Tensor, Tensor> mask_loss_fwd(std::vector<Tensor> mask_logits, Tensor
                                mask_loss_fwd_kernel<Kind::hard>, mask_loss_fwd_kernel<Kind::soft>};
     launch(kernels[static_cast<int>(kind_of(t))], persistent_blocks(device, a), threads,
            2 * threads / 32 * sizeof(float4), device.stream, a);
-    launch(mask_loss_sum_kernel, blocks_of(a.count * total, 256), 256, 0, device.stream, a, data<float>(areas),
-           reinterpret_cast<float4*>(data<float>(sums)) + first * total);
+    launch(mask_loss_sum_kernel, blocks_of(a.count * total, 256), 256, 0, device.stream, a,
+           data<float>(areas), reinterpret_cast<float4*>(data<float>(sums)) + first * total);
   }
   return {sums, areas};
 }
 
-std::vector<Tensor> mask_loss_bwd(Tensor grad_sums, std::vector<Tensor> mask_logits, Tensor targets, Optional matches,
-                                  Tensor areas, int64_t num_classes, double focal_alpha, double focal_gamma,
-                                  bool mask_ignored) {
+std::vector<Tensor> mask_loss_bwd(Tensor grad_sums, std::vector<Tensor> mask_logits, Tensor targets,
+                                  Optional matches, Tensor areas, int64_t num_classes, double focal_alpha,
+                                  double focal_gamma, bool mask_ignored) {
   Device device(targets);
   targets = whole_planes(targets);
   if (matches) matches = torch::stable::contiguous(*matches);
@@ -828,8 +856,8 @@ std::vector<Tensor> mask_loss_bwd(Tensor grad_sums, std::vector<Tensor> mask_log
   int64_t widest = 1;
   for (Tensor& logits : mask_logits) {
     check_sizes(logits, targets), logits = torch::stable::contiguous(logits);
-    gradients.push_back(torch::stable::new_zeros(
-        logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)}));
+    gradients.push_back(
+        torch::stable::new_zeros(logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)}));
     widest = std::max(widest, logits.size(3));
   }
   int64_t batch = mask_logits[0].size(0), queries = mask_logits[0].size(1), total = batch * queries;
@@ -849,7 +877,8 @@ std::vector<Tensor> mask_loss_bwd(Tensor grad_sums, std::vector<Tensor> mask_log
     a.cell_rows = static_cast<int>(rows);
     void (*kernels[])(Loss) = {mask_loss_bwd_kernel<Kind::bytes>, mask_loss_bwd_kernel<Kind::labels>,
                                mask_loss_bwd_kernel<Kind::hard>, mask_loss_bwd_kernel<Kind::soft>};
-    launch(kernels[static_cast<int>(kind_of(t))], persistent_blocks(device, a), threads, shared, device.stream, a);
+    launch(kernels[static_cast<int>(kind_of(t))], persistent_blocks(device, a), threads, shared,
+           device.stream, a);
   }
   return gradients;
 }
@@ -865,11 +894,13 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
   auto [areas, counts] = areas_of(device, t, mask_logits, batch);
   if (counts) launch_pairs(device, t, counts, areas, std::nullopt, 0);
   // As many splits as fill the device twice.
-  unsigned tiles_q = blocks_of(queries, kQueryTile), tiles_m = std::max(1u, blocks_of(num_classes, kTargetTile));
+  unsigned tiles_q = blocks_of(queries, kQueryTile),
+           tiles_m = std::max(1u, blocks_of(num_classes, kTargetTile));
   int64_t blocks = std::max<int64_t>(1, batch * tiles_q * tiles_m);
   int64_t rows = std::max<int64_t>(1, t.height * blocks / (2 * device.multiprocessors()));
   int64_t splits = blocks_of(t.height, rows);
-  Tensor products = empty(areas, {3, batch, queries, num_classes}), totals = empty(areas, {3, batch, queries});
+  Tensor products = empty(areas, {3, batch, queries, num_classes}),
+         totals = empty(areas, {3, batch, queries});
   Tensor partial = empty(areas, {splits, 3, batch, queries, num_classes});
   Tensor partial_totals = empty(areas, {splits, 3, batch, queries});
   Matching a{data<char>(mask_logits),
@@ -883,7 +914,8 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
              data<float>(partial_totals),
              focal_of(focal_alpha, focal_gamma)};
   size_t shared = ((3 * kQueryTile + kTargetTile) * kPitch + 2 * kPixelTile + 1) * sizeof(float);
-  STD_TORCH_CHECK(batch * splits < 65536 && tiles_m < 65536, "segvit: mask_matching_cost: too many images or rows");
+  STD_TORCH_CHECK(batch * splits < 65536 && tiles_m < 65536,
+                  "segvit: mask_matching_cost: too many images or rows");
   launch(mask_matching_kernel, dim3(tiles_q, tiles_m, static_cast<unsigned>(batch * splits)), 256, shared,
          device.stream, a);
   launch(mask_sum_kernel, blocks_of(products.numel(), 256), 256, 0, device.stream, data<float>(partial),

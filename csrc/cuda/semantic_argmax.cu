@@ -1,19 +1,22 @@
-// Semantic argmax: labels of a mask classifier; what is computed stands in segvit_kernels/ops/semantic_argmax.py.
+// Semantic argmax: labels of a mask classifier; what is computed stands in
+// segvit_kernels/ops/semantic_argmax.py.
 //
-// A first kernel writes the class probabilities of every view as whole rows, padded with zeros, without the queries
-// that `prune` leaves out, and says where the view's masks are. The second has one block per tile of output pixels.
-// Over the views that cover the tile and over the queries it interpolates the masks, each pixel from its four cells
-// in the caches, takes σ and adds σ · probabilities to the scores, which stay in registers with the running argmax.
-// Classes that do not fit are taken in turns, each of which computes σ again.
+// A first kernel writes the class probabilities of every view as whole rows, padded with zeros, without the
+// queries that `prune` leaves out, and says where the view's masks are. The second has one block per tile of
+// output pixels. Over the views that cover the tile and over the queries it interpolates the masks, each
+// pixel from its four cells in the caches, takes σ and adds σ · probabilities to the scores, which stay in
+// registers with the running argmax. Classes that do not fit are taken in turns, each of which computes σ
+// again.
 //
-// Half-precision masks, sm_80 and up: tiles of 8 by 16 pixels, a row a warp. Its lanes compute σ where the tensor
-// cores want it, in fragments of 16 pixels by 16 queries; the probabilities of 32 queries come through shared memory
-// while those before them are at work. σ is scaled by 2^10 and the probabilities by a power of two, so that neither
-// underflows in float16. Otherwise: tiles of 8 by 8 pixels, σ through shared memory, products in float32 from
-// registers, 8 pixels by up to 6 classes a thread.
+// Half-precision masks, sm_80 and up: tiles of 8 by 16 pixels, a row a warp. Its lanes compute σ where the
+// tensor cores want it, in fragments of 16 pixels by 16 queries; the probabilities of 32 queries come through
+// shared memory while those before them are at work. σ is scaled by 2^10 and the probabilities by a power of
+// two, so that neither underflows in float16. Otherwise: tiles of 8 by 8 pixels, σ through shared memory,
+// products in float32 from registers, 8 pixels by up to 6 classes a thread.
 //
-// Bytes: masks and probabilities are read once per tile, from the caches; labels are written once. For 150 classes,
-// sm_80 and sm_90a, no spills: half precision 232 registers and 21 KiB of shared memory, otherwise 204 and 14 KiB.
+// Bytes: masks and probabilities are read once per tile, from the caches; labels are written once. For 150
+// classes, sm_80 and sm_90a, no spills: half precision 232 registers and 21 KiB of shared memory, otherwise
+// 204 and 14 KiB.
 #include "../operators.h"
 #include "common.cuh"
 
@@ -118,7 +121,8 @@ __global__ void __launch_bounds__(1024) semantic_argmax_prepare_kernel(const Pre
     for (int c = lane_index(); c < a.padded_classes; c += 32) {
       float p = kept && c < a.classes ? scale * element_of(probs, a.probs_type, q * a.query_stride + c) : 0;
       if (a.half_precision)
-        reinterpret_cast<half*>(a.out)[out + c] = from_float<half>(fminf(fmaxf(p, -kLargestHalf), kLargestHalf));
+        reinterpret_cast<half*>(a.out)[out + c] =
+            from_float<half>(fminf(fmaxf(p, -kLargestHalf), kLargestHalf));
       else
         reinterpret_cast<float*>(a.out)[out + c] = p;
     }
@@ -138,7 +142,8 @@ SEGVIT_DEVICE bool meets(const int* layout, int y, int x, int height, int width)
 // How many of the views from `first` on, a group, cover a pixel.
 SEGVIT_DEVICE int covering(const int* layout, int first, int y, int x) {
   int count = 0;
-  for (int v = first, end = first + layout[first * 7 + 2]; v < end; ++v) count += inside(layout + v * 7, y, x);
+  for (int v = first, end = first + layout[first * 7 + 2]; v < end; ++v)
+    count += inside(layout + v * 7, y, x);
   return count;
 }
 SEGVIT_DEVICE int covering_groups(const Argmax& a, int image, int y, int x) {
@@ -176,8 +181,12 @@ struct Taps {
 SEGVIT_DEVICE Taps taps_of(const Masks& masks, int y, int x, Axis ay, Axis ax) {
   Place row = place_of(y, ay, masks.h), column = place_of(x, ax, masks.w);
   int upper = row.before * masks.row_stride, lower = row.after * masks.row_stride;
-  return {upper + column.before, upper + column.after, lower + column.before, lower + column.after,
-          row.way, column.way};
+  return {upper + column.before,
+          upper + column.after,
+          lower + column.before,
+          lower + column.after,
+          row.way,
+          column.way};
 }
 template <class T>
 SEGVIT_DEVICE float interpolate(const T* mask, const Taps& taps) {
@@ -187,8 +196,8 @@ SEGVIT_DEVICE float interpolate(const T* mask, const Taps& taps) {
   return above + taps.down * (below - above);
 }
 
-// Calls f(view, y axis, x axis, share) for every view of the image that meets the tile; share(y, x) is the view's
-// share in the sum of a pixel, but for a factor of all views.
+// Calls f(view, y axis, x axis, share) for every view of the image that meets the tile; share(y, x) is the
+// view's share in the sum of a pixel, but for a factor of all views.
 template <int height, int width, class F>
 SEGVIT_DEVICE void for_views(const Argmax& a, int image, int y0, int x0, float scale, const F& f) {
   if (!a.layout) {
@@ -233,10 +242,13 @@ SEGVIT_DEVICE Best warp_best(Best best) {
 SEGVIT_DEVICE void write(const Argmax& a, int image, int y, int x, Best best, float scale) {
   if (y >= a.height || x >= a.width) return;
   int64_t at = (static_cast<int64_t>(image) * a.height + y) * a.width + x;
-  if (a.classes <= 256) reinterpret_cast<uint8_t*>(a.labels)[at] = static_cast<uint8_t>(best.label);
-  else reinterpret_cast<int16_t*>(a.labels)[at] = static_cast<int16_t>(best.label);
+  if (a.classes <= 256)
+    reinterpret_cast<uint8_t*>(a.labels)[at] = static_cast<uint8_t>(best.label);
+  else
+    reinterpret_cast<int16_t*>(a.labels)[at] = static_cast<int16_t>(best.label);
   if (!a.scores) return;
-  float unit = a.layout ? 1 / (kProbsScale * static_cast<float>(covering_groups(a, image, y, x))) : a.units[image];
+  float unit =
+      a.layout ? 1 / (kProbsScale * static_cast<float>(covering_groups(a, image, y, x))) : a.units[image];
   a.scores[at] = best.score * unit * scale;
 }
 
@@ -252,63 +264,68 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_mma_kernel(const 
   int y0 = tile / columns * kHeight, x0 = tile % columns * kWidth;
   int lane = lane_index(), y = min(y0 + warp_index(), a.height - 1);
   // The lane has pixels lane / 4 and 8 further, and of 16 queries 2, 2 and 8 further.
-  int x[2] = {min(x0 + lane / 4, a.width - 1), min(x0 + lane / 4 + 8, a.width - 1)}, first_query = lane % 4 * 2;
+  int x[2] = {min(x0 + lane / 4, a.width - 1), min(x0 + lane / 4 + 8, a.width - 1)},
+      first_query = lane % 4 * 2;
   Best best[2];
   for (int turn = 0; turn < a.turns; ++turn) {
     float acc[tiles][4] = {};
-    for_views<kHeight, kWidth>(a, image, y0, x0, kProbsScale, [&](int view, Axis ay, Axis ax, const auto& share_of) {
-      Masks masks = a.masks[view];
-      const T* data = reinterpret_cast<const T*>(masks.data);
-      Taps taps[2];
-      float share[2];
+    for_views<kHeight, kWidth>(
+        a, image, y0, x0, kProbsScale, [&](int view, Axis ay, Axis ax, const auto& share_of) {
+          Masks masks = a.masks[view];
+          const T* data = reinterpret_cast<const T*>(masks.data);
+          Taps taps[2];
+          float share[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) taps[i] = taps_of(masks, y, x[i], ay, ax), share[i] = share_of(y, x[i]);
-      const half* probs = reinterpret_cast<const half*>(a.probs) +
-                          static_cast<int64_t>(view) * a.padded_queries * a.padded_classes + turn * tiles * 8;
-      auto fetch = [&](int block) {
-        if (block * kQueries < a.padded_queries)
-          for (int i = threadIdx.x; i < kQueries * tiles; i += kThreads) {
-            int q = i / tiles, c = i % tiles * 8;
-            copy_async16(held + block % 2 * kBlock + q * kPitch + c,
-                         probs + static_cast<int64_t>(block * kQueries + q) * a.padded_classes + c, true);
-          }
-        copy_commit();
-      };
-      __syncthreads();  // the last view's probabilities may still be read
-      fetch(0);
-      for (int block = 0; block * kQueries < a.padded_queries; ++block) {
-        fetch(block + 1);
-        copy_wait<1>();
-        __syncthreads();
-        const half* from = held + block % 2 * kBlock + lane % 16 * kPitch + lane / 16 * 8;
+          for (int i = 0; i < 2; ++i) taps[i] = taps_of(masks, y, x[i], ay, ax), share[i] = share_of(y, x[i]);
+          const half* probs = reinterpret_cast<const half*>(a.probs) +
+                              static_cast<int64_t>(view) * a.padded_queries * a.padded_classes +
+                              turn * tiles * 8;
+          auto fetch = [&](int block) {
+            if (block * kQueries < a.padded_queries)
+              for (int i = threadIdx.x; i < kQueries * tiles; i += kThreads) {
+                int q = i / tiles, c = i % tiles * 8;
+                copy_async16(held + block % 2 * kBlock + q * kPitch + c,
+                             probs + static_cast<int64_t>(block * kQueries + q) * a.padded_classes + c, true);
+              }
+            copy_commit();
+          };
+          __syncthreads();  // the last view's probabilities may still be read
+          fetch(0);
+          for (int block = 0; block * kQueries < a.padded_queries; ++block) {
+            fetch(block + 1);
+            copy_wait<1>();
+            __syncthreads();
+            const half* from = held + block % 2 * kBlock + lane % 16 * kPitch + lane / 16 * 8;
 #pragma unroll 1
-        for (int step = 0; step < kQueries; step += 16) {
-          uint32_t sigma[4];
+            for (int step = 0; step < kQueries; step += 16) {
+              uint32_t sigma[4];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            float values[2];
-            int i = k % 2, q = block * kQueries + step + k / 2 * 8 + first_query;
+              for (int k = 0; k < 4; ++k) {
+                float values[2];
+                int i = k % 2, q = block * kQueries + step + k / 2 * 8 + first_query;
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const T* mask = data + min(q + j, a.queries - 1) * masks.query_stride;
-              float logit = interpolate(mask, taps[i]);
-              if (a.sigmoid) values[j] = share[i] * fast_rcp(1 / kSigmaScale + fast_exp2(logit * -kLog2e - 10));
-              else values[j] = fminf(fmaxf(share[i] * logit, -kLargestHalf), kLargestHalf);
+                for (int j = 0; j < 2; ++j) {
+                  const T* mask = data + min(q + j, a.queries - 1) * masks.query_stride;
+                  float logit = interpolate(mask, taps[i]);
+                  if (a.sigmoid)
+                    values[j] = share[i] * fast_rcp(1 / kSigmaScale + fast_exp2(logit * -kLog2e - 10));
+                  else
+                    values[j] = fminf(fmaxf(share[i] * logit, -kLargestHalf), kLargestHalf);
+                }
+                sigma[k] = pack2<half>(values[0], values[1]);
+              }
+#pragma unroll
+              for (int n = 0; n < tiles; n += 2) {
+                uint32_t p[4];
+                ldmatrix_x4_trans(p, from + step * kPitch + n * 8);
+                mma_m16n8k16(acc[n], sigma, {p[0], p[1]}, acc[n], half{});
+                mma_m16n8k16(acc[n + 1], sigma, {p[2], p[3]}, acc[n + 1], half{});
+              }
             }
-            sigma[k] = pack2<half>(values[0], values[1]);
+            __syncthreads();
           }
-#pragma unroll
-          for (int n = 0; n < tiles; n += 2) {
-            uint32_t p[4];
-            ldmatrix_x4_trans(p, from + step * kPitch + n * 8);
-            mma_m16n8k16(acc[n], sigma, {p[0], p[1]}, acc[n], half{});
-            mma_m16n8k16(acc[n + 1], sigma, {p[2], p[3]}, acc[n + 1], half{});
-          }
-        }
-        __syncthreads();
-      }
-      copy_wait<0>();
-    });
+          copy_wait<0>();
+        });
 #pragma unroll
     for (int n = 0; n < tiles; ++n)
 #pragma unroll
@@ -320,7 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_mma_kernel(const 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     Best found = warp_best<4>(best[i]);
-    if (lane % 4 == 0) write(a, image, y0 + warp_index(), x0 + lane / 4 + i * 8, found, a.sigmoid ? 1 / kSigmaScale : 1);
+    if (lane % 4 == 0)
+      write(a, image, y0 + warp_index(), x0 + lane / 4 + i * 8, found, a.sigmoid ? 1 / kSigmaScale : 1);
   }
 #endif
 }
@@ -340,51 +358,55 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_fma_kernel(const 
   Best best[kSide];
   for (int turn = 0; turn < a.turns; ++turn) {
     float acc[kSide][each] = {};
-    for_views<kSide, kSide>(a, image, y0, x0, kProbsScale, [&](int view, Axis ay, Axis ax, const auto& share_of) {
-      Masks masks = a.masks[view];
-      Taps taps = taps_of(masks, y, x, ay, ax);
-      float share = share_of(y, x);
-      const float* probs = reinterpret_cast<const float*>(a.probs) +
-                           static_cast<int64_t>(view) * a.padded_queries * a.padded_classes + turn * kClasses;
-      for (int first = 0; first < a.padded_queries; first += kStep) {
-        __syncthreads();
+    for_views<kSide, kSide>(
+        a, image, y0, x0, kProbsScale, [&](int view, Axis ay, Axis ax, const auto& share_of) {
+          Masks masks = a.masks[view];
+          Taps taps = taps_of(masks, y, x, ay, ax);
+          float share = share_of(y, x);
+          const float* probs = reinterpret_cast<const float*>(a.probs) +
+                               static_cast<int64_t>(view) * a.padded_queries * a.padded_classes +
+                               turn * kClasses;
+          for (int first = 0; first < a.padded_queries; first += kStep) {
+            __syncthreads();
 #pragma unroll
-        for (int i = first_query; i < kStep; i += kThreads / kPixels) {
-          int64_t offset = min(first + i, a.queries - 1) * masks.query_stride;
-          float logit;
-          if (a.type == Type::f32)
-            logit = interpolate(reinterpret_cast<const float*>(masks.data) + offset, taps);
-          else if (a.type == Type::f16)
-            logit = interpolate(reinterpret_cast<const half*>(masks.data) + offset, taps);
-          else
-            logit = interpolate(reinterpret_cast<const bf16*>(masks.data) + offset, taps);
-          sigma[i * kPixels + pixel] = share * (a.sigmoid ? fast_rcp(1 + fast_exp2(logit * -kLog2e)) : logit);
-        }
-        for (int i = threadIdx.x; i < kStep * kClasses; i += kThreads)
-          held[i] = probs[static_cast<int64_t>(first + i / kClasses) * a.padded_classes + i % kClasses];
-        __syncthreads();
-        float part[kSide][each] = {};  // sums of sums lose less
+            for (int i = first_query; i < kStep; i += kThreads / kPixels) {
+              int64_t offset = min(first + i, a.queries - 1) * masks.query_stride;
+              float logit;
+              if (a.type == Type::f32)
+                logit = interpolate(reinterpret_cast<const float*>(masks.data) + offset, taps);
+              else if (a.type == Type::f16)
+                logit = interpolate(reinterpret_cast<const half*>(masks.data) + offset, taps);
+              else
+                logit = interpolate(reinterpret_cast<const bf16*>(masks.data) + offset, taps);
+              sigma[i * kPixels + pixel] =
+                  share * (a.sigmoid ? fast_rcp(1 + fast_exp2(logit * -kLog2e)) : logit);
+            }
+            for (int i = threadIdx.x; i < kStep * kClasses; i += kThreads)
+              held[i] = probs[static_cast<int64_t>(first + i / kClasses) * a.padded_classes + i % kClasses];
+            __syncthreads();
+            float part[kSide][each] = {};  // sums of sums lose less
 #pragma unroll 4
-        for (int q = 0; q < kStep; ++q) {
-          float s[kSide], p[each];
+            for (int q = 0; q < kStep; ++q) {
+              float s[kSide], p[each];
 #pragma unroll
-          for (int i = 0; i < kSide; i += 4) {
-            float4 four = *reinterpret_cast<const float4*>(sigma + q * kPixels + warp_index() * kSide + i);
-            s[i] = four.x, s[i + 1] = four.y, s[i + 2] = four.z, s[i + 3] = four.w;
+              for (int i = 0; i < kSide; i += 4) {
+                float4 four =
+                    *reinterpret_cast<const float4*>(sigma + q * kPixels + warp_index() * kSide + i);
+                s[i] = four.x, s[i + 1] = four.y, s[i + 2] = four.z, s[i + 3] = four.w;
+              }
+#pragma unroll
+              for (int j = 0; j < each; ++j) p[j] = held[q * kClasses + j * 32 + lane];
+#pragma unroll
+              for (int i = 0; i < kSide; ++i)
+#pragma unroll
+                for (int j = 0; j < each; ++j) part[i][j] += s[i] * p[j];
+            }
+#pragma unroll
+            for (int i = 0; i < kSide; ++i)
+#pragma unroll
+              for (int j = 0; j < each; ++j) acc[i][j] += part[i][j];
           }
-#pragma unroll
-          for (int j = 0; j < each; ++j) p[j] = held[q * kClasses + j * 32 + lane];
-#pragma unroll
-          for (int i = 0; i < kSide; ++i)
-#pragma unroll
-            for (int j = 0; j < each; ++j) part[i][j] += s[i] * p[j];
-        }
-#pragma unroll
-        for (int i = 0; i < kSide; ++i)
-#pragma unroll
-          for (int j = 0; j < each; ++j) acc[i][j] += part[i][j];
-      }
-    });
+        });
 #pragma unroll
     for (int i = 0; i < kSide; ++i)
 #pragma unroll
@@ -420,25 +442,29 @@ std::pair<Kernel, int> fma_kernel(int64_t classes) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> semantic_argmax(std::vector<Tensor> mask_logits, Tensor class_probs,
-                                           std::vector<Tensor> views, int64_t batch, int64_t height, int64_t width,
-                                           std::vector<double>, bool sigmoid, bool need_scores, double prune) {
+                                           std::vector<Tensor> views, int64_t batch, int64_t height,
+                                           int64_t width, std::vector<double>, bool sigmoid, bool need_scores,
+                                           double prune) {
   Device device(class_probs);
   for (Tensor& masks : mask_logits) {
     masks = unit_stride(masks);
     // Cells of a mask are found by 32 bits.
-    if (masks.size(2) * std::abs(masks.stride(2)) >= int64_t{1} << 30) masks = torch::stable::contiguous(masks);
-    STD_TORCH_CHECK(masks.size(2) * masks.size(3) < int64_t{1} << 31, "segvit: semantic_argmax: masks too large");
+    if (masks.size(2) * std::abs(masks.stride(2)) >= int64_t{1} << 30)
+      masks = torch::stable::contiguous(masks);
+    STD_TORCH_CHECK(masks.size(2) * masks.size(3) < int64_t{1} << 31,
+                    "segvit: semantic_argmax: masks too large");
   }
   class_probs = unit_stride(class_probs);
   int64_t count = class_probs.size(0), queries = class_probs.size(1), classes = class_probs.size(2);
-  Tensor labels = empty(class_probs, {batch, height, width}, classes <= 256 ? ScalarType::Byte : ScalarType::Short);
+  Tensor labels =
+      empty(class_probs, {batch, height, width}, classes <= 256 ? ScalarType::Byte : ScalarType::Short);
   Tensor scores = need_scores ? empty(class_probs, {batch, height, width}, ScalarType::Float)
                               : empty(class_probs, {0}, ScalarType::Float);
   if (batch == 0) return {labels, scores};
 
   Type type = type_of(mask_logits[0]);
   bool tensor_cores = type != Type::f32 && device.capability() >= 80;
-  auto [kernel, width_of_turn] = !tensor_cores      ? fma_kernel(classes)
+  auto [kernel, width_of_turn] = !tensor_cores       ? fma_kernel(classes)
                                  : type == Type::f16 ? mma_kernel<half>(classes)
                                                      : mma_kernel<bf16>(classes);
   int64_t turns = (classes + width_of_turn - 1) / width_of_turn, padded_classes = turns * width_of_turn;
@@ -458,7 +484,7 @@ std::tuple<Tensor, Tensor> semantic_argmax(std::vector<Tensor> mask_logits, Tens
     for (int i = 0; i < a.count; ++i) {
       const Tensor& m = mask_logits[first + i];
       first_view += m.size(0);
-      a.stacks[i] = {data<char>(m),      m.stride(0),       m.stride(1),       narrow(m.stride(2)),
+      a.stacks[i] = {data<char>(m),     m.stride(0),       m.stride(1),       narrow(m.stride(2)),
                      narrow(m.size(2)), narrow(m.size(3)), narrow(first_view)};
     }
     a.type = type;
@@ -472,8 +498,8 @@ std::tuple<Tensor, Tensor> semantic_argmax(std::vector<Tensor> mask_logits, Tens
     a.masks = masks;
     a.out = data<char>(probs);
     a.units = data<float>(units);
-    launch(semantic_argmax_prepare_kernel, static_cast<unsigned>(first_view - a.first_view), 1024, 32 * sizeof(float),
-           device.stream, a);
+    launch(semantic_argmax_prepare_kernel, static_cast<unsigned>(first_view - a.first_view), 1024,
+           32 * sizeof(float), device.stream, a);
   }
 
   Argmax a{};
@@ -487,7 +513,8 @@ std::tuple<Tensor, Tensor> semantic_argmax(std::vector<Tensor> mask_logits, Tens
   }
   a.height = narrow(height), a.width = narrow(width);
   a.queries = narrow(queries), a.classes = narrow(classes);
-  a.padded_queries = narrow(padded_queries), a.padded_classes = narrow(padded_classes), a.turns = narrow(turns);
+  a.padded_queries = narrow(padded_queries), a.padded_classes = narrow(padded_classes),
+  a.turns = narrow(turns);
   double step_y = static_cast<double>(mask_logits[0].size(2)) / height;
   double step_x = static_cast<double>(mask_logits[0].size(3)) / width;
   a.ay = step_y, a.by = step_y / 2 - 0.5, a.ax = step_x, a.bx = step_x / 2 - 0.5;

@@ -1,14 +1,16 @@
-// LayerNorm of all tokens and of a strided subset; what is computed stands in segvit_kernels/ops/subsample_norm.py.
+// LayerNorm of all tokens and of a strided subset; what is computed stands in
+// segvit_kernels/ops/subsample_norm.py.
 //
-// A block has one thread for every 8 channels and holds a row in registers: x is read once, results are written
-// once. Where rows are not aligned to 16 bytes, or wider than 8 · 512, a thread has single channels, one here and
-// one a block's width further on, and reads again what it does not hold.
+// A block has one thread for every 8 channels and holds a row in registers: x is read once, results are
+// written once. Where rows are not aligned to 16 bytes, or wider than 8 · 512, a thread has single channels,
+// one here and one a block's width further on, and reads again what it does not hold.
 //
-// Backward: a block walks a run of tokens. Its threads own their channels, so that the gradients of weight and bias
-// are sums in registers; each run writes its own, and a second kernel adds the runs in order.
+// Backward: a block walks a run of tokens. Its threads own their channels, so that the gradients of weight
+// and bias are sums in registers; each run writes its own, and a second kernel adds the runs in order.
 //
-// Bytes, for s-byte elements and a quarter of the tokens kept: forward (1 + 1 + ¼ + ¼ + ¼) s per element, backward
-// (1 + 1 + 1 + ¼ + ¼) s and 16 bytes per run and channel. sm_80 and sm_90a, no spills: 40 and 84 registers.
+// Bytes, for s-byte elements and a quarter of the tokens kept: forward (1 + 1 + ¼ + ¼ + ¼) s per element,
+// backward (1 + 1 + 1 + ¼ + ¼) s and 16 bytes per run and channel. sm_80 and sm_90a, no spills: 40 and 84
+// registers.
 #include "../operators.h"
 #include "common.cuh"
 
@@ -92,8 +94,10 @@ SEGVIT_DEVICE void store_as(char* row, int channel, const float (&values)[V]) {
       uint32_t word[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if constexpr (sizeof(T) == 4) word[k] = __float_as_uint(values[i + k]);
-        else word[k] = pack2<T>(values[i + 2 * k], values[i + 2 * k + 1]);
+        if constexpr (sizeof(T) == 4)
+          word[k] = __float_as_uint(values[i + k]);
+        else
+          word[k] = pack2<T>(values[i + 2 * k], values[i + 2 * k + 1]);
       }
       *reinterpret_cast<uint4*>(to + i) = make_uint4(word[0], word[1], word[2], word[3]);
     }
@@ -108,19 +112,25 @@ SEGVIT_DEVICE char* row_of(const Tokens& tokens, int64_t image, int token) {
 // V channels of a row.
 template <int V>
 SEGVIT_DEVICE void load(Type type, const char* row, int channel, float (&values)[V]) {
-  if (type == Type::f32) load_as<V, float>(row, channel, values);
-  else if (type == Type::f16) load_as<V, half>(row, channel, values);
-  else load_as<V, bf16>(row, channel, values);
+  if (type == Type::f32)
+    load_as<V, float>(row, channel, values);
+  else if (type == Type::f16)
+    load_as<V, half>(row, channel, values);
+  else
+    load_as<V, bf16>(row, channel, values);
 }
 template <int V>
 SEGVIT_DEVICE void store(Type type, char* row, int channel, const float (&values)[V]) {
-  if (type == Type::f32) store_as<V, float>(row, channel, values);
-  else if (type == Type::f16) store_as<V, half>(row, channel, values);
-  else store_as<V, bf16>(row, channel, values);
+  if (type == Type::f32)
+    store_as<V, float>(row, channel, values);
+  else if (type == Type::f16)
+    store_as<V, half>(row, channel, values);
+  else
+    store_as<V, bf16>(row, channel, values);
 }
 
-// The sums of a and b over the block. `memory`: two floats for every warp, another piece for every call until all
-// threads have met again.
+// The sums of a and b over the block. `memory`: two floats for every warp, another piece for every call until
+// all threads have met again.
 SEGVIT_DEVICE float2 block_sum(float a, float b, float* memory) {
   int warps = static_cast<int>(blockDim.x / 32);
   a = warp_sum(a), b = warp_sum(b);
@@ -154,18 +164,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_fwd_kernel(Forw
   int64_t image = blockIdx.x / grid.tokens;
   int token = static_cast<int>(blockIdx.x % grid.tokens);
   const char* row = row_of(args.x, image, token);
-  auto read = [&](int channel, float(&values)[V]) { load(args.x.type, row, channel, values); };
+  auto read = [&](int channel, float (&values)[V]) { load(args.x.type, row, channel, values); };
   float x[V];
   if (first < channels) read(first, x);
 
   float sum = 0;
-  for_channels(channels, x, read, [&](int, float(&values)[V], auto) {
+  for_channels(channels, x, read, [&](int, float (&values)[V], auto) {
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += values[i];
   });
   float mean = block_sum(sum, 0, memory).x / channels;
   sum = 0;
-  for_channels(channels, x, read, [&](int, float(&values)[V], auto) {
+  for_channels(channels, x, read, [&](int, float (&values)[V], auto) {
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += (values[i] - mean) * (values[i] - mean);
   });
@@ -173,7 +183,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_fwd_kernel(Forw
   if (threadIdx.x == 0) args.mean[blockIdx.x] = mean, args.rstd[blockIdx.x] = rstd;
 
   int kept = kept_index(grid, token);
-  for_channels(channels, x, read, [&](int channel, float(&values)[V], auto) {
+  for_channels(channels, x, read, [&](int channel, float (&values)[V], auto) {
     if (kept >= 0) store(args.x_sub.type, row_of(args.x_sub, image, kept), channel, values);
     float y[V], parameter[V];
 #pragma unroll
@@ -219,12 +229,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_bwd_kernel(Back
 
     // x is replaced by x̂.
     float mean = args.mean[at], rstd = args.rstd[at], x[V], g[V];
-    auto read_x = [&](int channel, float(&values)[V]) {
+    auto read_x = [&](int channel, float (&values)[V]) {
       load(args.x.type, x_row, channel, values);
 #pragma unroll
       for (int i = 0; i < V; ++i) values[i] = (values[i] - mean) * rstd;
     };
-    auto read_g = [&](int channel, float(&values)[V]) {
+    auto read_g = [&](int channel, float (&values)[V]) {
       if (all) {
         load(args.grad_normed.type, all, channel, values);
       } else {
@@ -238,7 +248,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_bwd_kernel(Back
         for (int i = 0; i < V; ++i) values[i] += more[i];
       }
     };
-    auto normal_of = [&](int channel, float(&values)[V], auto held) {
+    auto normal_of = [&](int channel, float (&values)[V], auto held) {
       if constexpr (decltype(held)::value) {
 #pragma unroll
         for (int i = 0; i < V; ++i) values[i] = x[i];
@@ -246,7 +256,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_bwd_kernel(Back
         read_x(channel, values);
       }
     };
-    auto weigh = [&](int channel, float(&values)[V]) {
+    auto weigh = [&](int channel, float (&values)[V]) {
       if (!args.weight) return;
       float weight[V];
       load_as<V, float>(reinterpret_cast<const char*>(args.weight), channel, weight);
@@ -257,7 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_bwd_kernel(Back
     float m1 = 0, m2 = 0;  // means of w∘g and w∘g∘x̂
     if (any) {
       if (first < channels) read_x(first, x), read_g(first, g);
-      for_channels(channels, g, read_g, [&](int channel, float(&grad)[V], auto held) {
+      for_channels(channels, g, read_g, [&](int channel, float (&grad)[V], auto held) {
         float normal[V];
         normal_of(channel, normal, held);
         if (sums) {
@@ -279,8 +289,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_bwd_kernel(Back
       turn ^= 1;
       m1 = total.x / channels, m2 = total.y / channels;
     }
-    auto read_weighed = [&](int channel, float(&values)[V]) { read_g(channel, values), weigh(channel, values); };
-    for_channels(channels, g, read_weighed, [&](int channel, float(&grad)[V], auto held) {
+    auto read_weighed = [&](int channel, float (&values)[V]) {
+      read_g(channel, values), weigh(channel, values);
+    };
+    for_channels(channels, g, read_weighed, [&](int channel, float (&grad)[V], auto held) {
       float d[V] = {};
       if (any) {
         float normal[V];
@@ -315,8 +327,10 @@ __global__ void __launch_bounds__(kColumns* kParts)
   __syncthreads();
   if (part > 0 || column >= 2 * channels) return;
   for (int i = 1; i < kParts; ++i) total += memory[i * kColumns + lane];
-  if (column < channels) weight[column] = total;
-  else bias[column - channels] = total;
+  if (column < channels)
+    weight[column] = total;
+  else
+    bias[column - channels] = total;
 }
 
 Tokens tokens_of(const Optional& tensor) {
@@ -327,7 +341,8 @@ Tokens tokens_of(const Optional& tensor) {
 Grid grid_of(const Tensor& x, int64_t height, int64_t width, int64_t stride, int64_t prefix) {
   STD_TORCH_CHECK(x.size(0) * x.size(1) < int64_t{1} << 31 && 2 * x.size(2) < int64_t{1} << 31,
                   "segvit: subsample_norm: at most 2^31 tokens and 2^30 channels");
-  int64_t kept_width = (width + stride - 1) / stride, kept = prefix + (height + stride - 1) / stride * kept_width;
+  int64_t kept_width = (width + stride - 1) / stride,
+          kept = prefix + (height + stride - 1) / stride * kept_width;
   auto narrow = [](int64_t n) { return static_cast<int>(n); };
   return {narrow(x.size(1)),  narrow(kept),   narrow(x.size(2)), narrow(width),
           narrow(kept_width), narrow(stride), narrow(prefix)};
@@ -338,19 +353,23 @@ bool vectors(const Grid& grid, std::initializer_list<Tokens> all, const float* w
   auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   bool result = grid.channels % kVector == 0 && grid.channels <= kVector * kMaxThreads;
   for (const Tokens& tokens : all)
-    result = result && aligned(tokens.data) && tokens.batch_stride % kVector == 0 && tokens.token_stride % kVector == 0;
+    result = result && aligned(tokens.data) && tokens.batch_stride % kVector == 0 &&
+             tokens.token_stride % kVector == 0;
   return result && aligned(weight) && aligned(bias);
 }
 
 int threads_for(const Grid& grid, int vector) {
-  return static_cast<int>(std::min<int64_t>(kMaxThreads, round_up((grid.channels + vector - 1) / vector, 32)));
+  return static_cast<int>(
+      std::min<int64_t>(kMaxThreads, round_up((grid.channels + vector - 1) / vector, 32)));
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> subsample_norm_fwd(
-    Tensor x, Optional weight, Optional bias, int64_t height, int64_t width, int64_t stride, int64_t prefix_tokens,
-    double eps, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> subsample_norm_fwd(Tensor x, Optional weight,
+                                                                      Optional bias, int64_t height,
+                                                                      int64_t width, int64_t stride,
+                                                                      int64_t prefix_tokens, double eps,
+                                                                      ScalarType dtype) {
   Device device(x);
   x = unit_stride(x);
   auto w = as_float(weight), b = as_float(bias);
@@ -361,18 +380,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> subsample_norm_fwd(
   Tensor x_sub = empty(x, {batch, grid.kept_tokens, grid.channels});
   Tensor mean = empty(x, {batch, grid.tokens}, ScalarType::Float);
   Tensor rstd = empty(x, {batch, grid.tokens}, ScalarType::Float);
-  Forward args{grid,          tokens_of(x),   tokens_of(normed), tokens_of(normed_sub), tokens_of(x_sub),
-               data<float>(w), data<float>(b), data<float>(mean), data<float>(rstd),     static_cast<float>(eps)};
+  Forward args{
+      grid,           tokens_of(x),   tokens_of(normed), tokens_of(normed_sub), tokens_of(x_sub),
+      data<float>(w), data<float>(b), data<float>(mean), data<float>(rstd),     static_cast<float>(eps)};
   bool wide = vectors(grid, {args.x, args.normed, args.normed_sub, args.x_sub}, args.weight, args.bias);
-  unsigned blocks = static_cast<unsigned>(batch * grid.tokens), threads = threads_for(grid, wide ? kVector : 1);
+  unsigned blocks = static_cast<unsigned>(batch * grid.tokens),
+           threads = threads_for(grid, wide ? kVector : 1);
   launch(wide ? subsample_norm_fwd_kernel<kVector> : subsample_norm_fwd_kernel<1>, blocks, threads,
          threads / 32 * 4 * sizeof(float), device.stream, args);
   return {normed, normed_sub, x_sub, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> subsample_norm_bwd(
-    Optional grad_normed, Optional grad_normed_sub, Optional grad_x_sub, Tensor x, Optional weight, Tensor mean,
-    Tensor rstd, int64_t height, int64_t width, int64_t stride, int64_t prefix_tokens) {
+std::tuple<Tensor, Tensor, Tensor> subsample_norm_bwd(Optional grad_normed, Optional grad_normed_sub,
+                                                      Optional grad_x_sub, Tensor x, Optional weight,
+                                                      Tensor mean, Tensor rstd, int64_t height, int64_t width,
+                                                      int64_t stride, int64_t prefix_tokens) {
   Device device(x);
   x = unit_stride(x);
   grad_normed = unit_stride(grad_normed);
@@ -402,8 +424,8 @@ std::tuple<Tensor, Tensor, Tensor> subsample_norm_bwd(
   bool wide = vectors(grid, {args.grad_normed, args.grad_normed_sub, args.grad_x_sub, args.x, args.grad_x},
                       args.weight, args.sums);
   unsigned threads = threads_for(grid, wide ? kVector : 1);
-  launch(wide ? subsample_norm_bwd_kernel<kVector> : subsample_norm_bwd_kernel<1>, static_cast<unsigned>(runs),
-         threads, threads / 32 * 4 * sizeof(float), device.stream, args);
+  launch(wide ? subsample_norm_bwd_kernel<kVector> : subsample_norm_bwd_kernel<1>,
+         static_cast<unsigned>(runs), threads, threads / 32 * 4 * sizeof(float), device.stream, args);
   if (weight)
     launch(subsample_norm_sum_kernel, static_cast<unsigned>((2 * size + kColumns - 1) / kColumns),
            kColumns * kParts, kColumns * kParts * sizeof(float), device.stream, data<float>(sums),
