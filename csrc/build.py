@@ -46,6 +46,16 @@ def find_nvcc() -> str | None:
     return str(found) if found.exists() else None
 
 
+def _own_arch() -> str:
+    """The architecture of this machine's GPU; from 9.0 on with the features of that chip alone ("90a")."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("--archs native: there is no GPU that PyTorch can use")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}{'a' if major >= 9 else ''}"
+
+
 def _gencode(archs: str) -> list[str]:
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
     # Intermediate code of the newest plain architecture, for GPUs to come.
@@ -133,6 +143,8 @@ def build(args: argparse.Namespace) -> Path:
 
     torch_folder = Path(torch.__file__).parent
     nvcc = None if args.cpu_only or args.emulate else find_nvcc()
+    if args.archs == "native":
+        args.archs = _own_arch()
     compiled = objects(args)
 
     library = Path(args.out) / library_name(args.emulate)
@@ -168,7 +180,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="csrc/build.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=str(ROOT / "segvit_kernels"), help="folder of the library")
     parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA kernels out")
-    parser.add_argument("--archs", default=os.environ.get("SEGVIT_KERNELS_CUDA_ARCHS", CUDA_ARCHS))
+    parser.add_argument(
+        "--archs",
+        default=os.environ.get("SEGVIT_KERNELS_CUDA_ARCHS", CUDA_ARCHS),
+        help="CUDA architectures with semicolons between, or 'native' for this GPU's (default %(default)s)",
+    )
     parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
     parser.add_argument("--only", default="", help="operators to build, with commas between")
     parser.add_argument("--sanitize", default="", help="e.g. address,undefined")

@@ -237,13 +237,11 @@ class SegViT(nn.Module):
         lr: float,
         weight_decay: float,
         decoder_lr_scale: float = 10.0,
-        upsample_lr_scale: float | None = None,
     ) -> list[dict[str, Any]]:
         """Optimizer groups of the published recipe.
 
         No decay on the backbone's norms (and LayerScale); every decoder parameter, its norms included, with
-        decay and `decoder_lr_scale` times the learning rate. `upsample_lr_scale` is for the query-based
-        up-sampling of a Shrunk model, which otherwise is part of the decoder.
+        decay and `decoder_lr_scale` times the learning rate.
         """
         norms = {
             id(parameter)
@@ -252,14 +250,11 @@ class SegViT(nn.Module):
             for parameter in module.parameters()
         }
         backbone = [p for p in self.backbone.parameters() if p.requires_grad]
-        apart = upsample_lr_scale is not None and self.config.upsample
-        upsample = set(self.decoder.upsample.parameters()) if apart else set()
         decoder = [p for p in self.decoder.parameters() if p.requires_grad]
         groups = [
             ("backbone", [p for p in backbone if id(p) not in norms], lr, weight_decay),
             ("backbone_norms", [p for p in backbone if id(p) in norms], lr, 0.0),
-            ("decoder", [p for p in decoder if p not in upsample], lr * decoder_lr_scale, weight_decay),
-            ("upsample", [p for p in decoder if p in upsample], lr * (upsample_lr_scale or 1), weight_decay),
+            ("decoder", decoder, lr * decoder_lr_scale, weight_decay),
         ]
         return [
             {"name": name, "params": params, "lr": rate, "weight_decay": decay}

@@ -49,6 +49,7 @@ from segvit.losses import SegViTLoss
 from segvit.model import WEIGHTS_FILE, SegViT
 from segvit.options import TrainConfig
 from segvit.transforms import Augment, sample_seed
+from segvit_kernels import FusedATM
 
 __all__ = ["TrainConfig", "build_model", "learning_rate_factor", "run", "train"]
 
@@ -176,6 +177,11 @@ def build_model(config: TrainConfig, dataset: Any) -> SegViT:
         model.load_backbone(config.backbone_weights)
     if config.freeze_backbone:
         model.backbone.requires_grad_(False)
+    with torch.no_grad():
+        for module in model.decoder.modules():
+            if isinstance(module, FusedATM):
+                module.q.weight.mul_(config.similarity_gain)
+                module.k.weight.mul_(config.similarity_gain)
     return model
 
 
@@ -188,10 +194,9 @@ def _check(config: TrainConfig) -> None:
     for name, minimum in least.items():
         if getattr(config, name) < minimum:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {minimum}")
-    if config.lr <= 0:
-        raise ValueError(f"lr: got {config.lr}, expected more than 0")
-    if config.upsample_lr_scale is not None and config.upsample_lr_scale <= 0:
-        raise ValueError(f"upsample_lr_scale: got {config.upsample_lr_scale}, expected more than 0")
+    for name in ("lr", "similarity_gain"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected more than 0")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema: got {config.ema}, expected a decay between 0 and 1")
     if config.batch_size % config.accumulate:
@@ -297,14 +302,9 @@ class _Trainer:
             seed=config.seed,
         )
         queries = config.head == "segvit" and self.model.config.upsample
-        scales = {"decoder_lr_scale": config.decoder_lr_scale}
-        if queries:
-            # Steps as large as the decoder's would undo a located start before the masks learn from it.
-            default = 1.0 if config.locate_images else config.decoder_lr_scale
-            scales["upsample_lr_scale"] = config.upsample_lr_scale or default
-            if config.locate_images and not config.resume:
-                self._locate(training, augment)
-        groups = self.model.parameter_groups(config.lr, config.weight_decay, **scales)
+        if queries and config.locate_images and not config.resume:
+            self._locate(training, augment)
+        groups = self.model.parameter_groups(config.lr, config.weight_decay, config.decoder_lr_scale)
         for group in groups:
             group["peak_lr"] = group["lr"]
         # Fused AdamW unscales by itself and then cannot clip.

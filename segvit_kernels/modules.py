@@ -322,6 +322,20 @@ def _subsampled(code: Tensor, tokens: int) -> Tensor:
     raise ValueError(f"levels: {tokens} tokens are no subsampled grid of {tuple(code.shape[:2])}")
 
 
+def _place_and_content(features: Tensor, code: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """Linear maps from centred features (B, Nk, C) to the code of their place (C, places) and to their first
+    whitened principal components (C, at most ``share``)."""
+    targets = _subsampled(code.float(), features.shape[1])
+    centred = (features - features.mean((0, 1))).float().flatten(0, 1)
+    gram = centred.T @ centred / len(centred)
+    variances, directions = torch.linalg.eigh(gram)
+    variances, directions = variances.flip(0)[:share], directions.flip(1)[:, :share]
+    components = directions * variances.clamp(min=1e-6 * variances[0]).rsqrt()
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    read = torch.linalg.solve(gram, centred.T @ targets.repeat(len(features), 1) / len(centred))
+    return read.to(features), components.to(features)
+
+
 class _UpsampleStage(nn.Module):
     """The layers that look at one feature level, and the projection of its features."""
 
@@ -414,13 +428,16 @@ class QueryUpsample(nn.Module):
                 nn.init.zeros_(module.in_proj_bias)
 
     @torch.no_grad()
-    def locate(self, levels: Sequence[Tensor], sharpness: float = 4.0) -> None:
+    def locate(self, levels: Sequence[Tensor], sharpness: float = 6.0) -> None:
         """Start from queries that look at the features of their own place, instead of anywhere.
 
         With random queries attention begins as a mean over the whole image, and training first has to find
-        out which query is where: thousands of steps. Here queries begin as a code of their place (products of
-        cosines), keys as the linear map that best reads this code off the features of some images (ridge
-        regression), values as a copy of half the weight. Every parameter stays free.
+        out which query is where: thousands of steps. Here the channels are shared out at the start: the first
+        hold a code of the place (products of cosines), the rest one part for each level. Queries begin as
+        the code; a level's projection as the linear map that best reads this code off the features of some
+        images (ridge regression) beside their whitened principal components; attention compares codes and
+        adds the components of what it sees to the level's own channels; self-attention and feed-forward
+        begin as nothing. Every parameter stays free.
 
         Args:
             levels: feature maps (B, Nk, level_dim) of some images of the training size, as in `forward`; a
@@ -431,29 +448,38 @@ class QueryUpsample(nn.Module):
             ValueError: a level is no subsampled training grid.
         """
         self.unfuse()
-        heads = self.stages[0].layers[0].self_attn.heads
-        dim = self.queries.shape[1]
-        code = _place_code(self.grid, dim // heads).to(self.queries)
-        basis = nn.init.orthogonal_(torch.empty_like(self.queries[: dim // heads]))
-        self.queries.copy_(code @ basis)
-        self.queries.div_(self.queries.std())
+        dim, heads = self.queries.shape[1], self.stages[0].layers[0].self_attn.heads
+        head_dim = dim // heads
+        places = min(head_dim, dim // 4)
+        code = math.sqrt(2) * _place_code(self.grid, places).to(self.queries)
+        self.queries.zero_()
+        self.queries[:, :places] = code
+        first, share = places, (dim - places) // len(self.stages)
         for stage, features in zip(self.stages, levels, strict=True):
-            keys = stage.input_norm(stage.input_proj(features)).float()
-            places = _subsampled(code.float().unflatten(0, self.grid), keys.shape[1])
-            centred = (keys - keys.mean((0, 1))).flatten(0, 1)
-            gram = centred.T @ centred
-            gram.diagonal().add_(0.05 * gram.diagonal().mean())
-            read = torch.linalg.solve(gram, centred.T @ places.repeat(len(keys), 1))
-            seen = F.layer_norm(self.queries, (dim,)) @ basis.T
-            logits = seen.float() @ (centred[: keys.shape[1]] @ read).T
-            gain = (sharpness * (dim // heads) ** 0.5 / logits.std(1).mean()).sqrt()
+            read, components = _place_and_content(features, code.unflatten(0, self.grid), share)
+            weight = torch.zeros_like(stage.input_proj.weight)
+            content = slice(first, first + components.shape[1])
+            weight[:places], weight[content] = read.T, components.T
+            stage.input_proj.weight.copy_(weight)
+            stage.input_proj.bias.copy_(-weight @ features.mean((0, 1)))
+            keys = stage.input_norm(stage.input_proj(features))[..., :places]
+            logits = F.layer_norm(self.queries, (dim,))[:, :places] @ keys.transpose(1, 2)
+            gain = (sharpness * head_dim**0.5 / logits.std(-1).mean()).sqrt()
             for layer in stage.layers:
                 attention = layer.multihead_attn
                 query, key, value = attention.in_proj_weight.chunk(3)
-                query.copy_((gain * basis).repeat(heads, 1))
-                key.copy_((gain * read.T).repeat(heads, 1))
-                nn.init.orthogonal_(value)
-                attention.out_proj.weight.copy_(value.T / 2)
+                for projection in (query, key):
+                    by_head = projection.zero_().unflatten(0, (heads, head_dim))
+                    by_head[:, :places, :places] = gain * torch.eye(places).to(gain)
+                count = components.shape[1]
+                value[:count] = 0
+                value[:count, content].fill_diagonal_(1)
+                attention.out_proj.weight[:places] = 0
+                attention.out_proj.weight[content] = 0
+                attention.out_proj.weight[content, :count].fill_diagonal_(0.5)
+                layer.linear2.weight.zero_()
+                layer.self_attn.out_proj.weight.zero_()
+            first += share
 
     def output_grid(self, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width of the output where ``grid`` is asked for."""

@@ -263,6 +263,13 @@ def test_opcheck(case, native_backend):
 
 @pytest.mark.gpu
 @DTYPES
-@pytest.mark.parametrize("case", (*CASES, *SIZES, *SHAPES), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", (*CASES, *SIZES), ids=lambda c: c.name)
 def test_on_the_device(case, dtype):
+    _check(case, dtype, "cuda", device="cuda")
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
+def test_shapes_on_the_device(case, dtype):
     _check(case, dtype, "cuda", device="cuda")

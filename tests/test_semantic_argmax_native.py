@@ -414,3 +414,10 @@ def test_opcheck(case, need_scores, native_backend):
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     op = torch.ops.segvit.semantic_argmax.default
     torch.library.opcheck(op, arguments, {"backend": native_backend}, test_utils=utils)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_on_the_device(case, dtype):
+    check(case.name, case.inputs(dtype, "cuda"), "cuda")
