@@ -63,6 +63,11 @@ def _gencode(archs: str) -> list[str]:
     return flags + ([f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else [])
 
 
+def _nvcc(args: argparse.Namespace) -> str | None:
+    """nvcc, where CUDA kernels are wanted and it is there."""
+    return None if args.cpu_only or args.emulate or not args.archs else find_nvcc()
+
+
 def _plan(
     args: argparse.Namespace, torch_folder: Path, nvcc: str | None
 ) -> list[tuple[Path, str, list[str]]]:
@@ -113,7 +118,7 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
     """
     import torch
 
-    nvcc = None if args.cpu_only or args.emulate else find_nvcc()
+    nvcc = _nvcc(args)
     plan = [item for item in _plan(args, Path(torch.__file__).parent, nvcc) if item[1].startswith(prefix)]
     headers = b"".join(p.read_bytes() for p in sorted(HERE.rglob("*.h")) + sorted(HERE.rglob("*.cuh")))
     folder = ROOT / "build" / "native"
@@ -142,7 +147,7 @@ def build(args: argparse.Namespace) -> Path:
     import torch
 
     torch_folder = Path(torch.__file__).parent
-    nvcc = None if args.cpu_only or args.emulate else find_nvcc()
+    nvcc = _nvcc(args)
     if args.archs == "native":
         args.archs = _own_arch()
     compiled = objects(args)
@@ -183,7 +188,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--archs",
         default=os.environ.get("SEGVIT_KERNELS_CUDA_ARCHS", CUDA_ARCHS),
-        help="CUDA architectures with semicolons between, or 'native' for this GPU's (default %(default)s)",
+        help="'80;90a', 'native' for this GPU's, '' for no CUDA (default %(default)s)",
     )
     parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
     parser.add_argument("--only", default="", help="operators to build, with commas between")

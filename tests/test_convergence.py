@@ -47,13 +47,15 @@ def curve(dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("form", ["plain formula", "triton"])
+@pytest.mark.parametrize("form", ["plain formula", "triton", "cpu"])
 def test_the_loss_curve_does_not_depend_on_the_kernels(form, dropout, monkeypatch):
+    if form == "cpu" and (reason := segvit_kernels.why_not("cpu", "cpu")):
+        pytest.skip(f"backend cpu: {reason}")
     expected = curve(dropout)
     assert expected[-1] < 0.85 * expected[0]
     if form == "plain formula":
         monkeypatch.setattr(segvit_kernels.modules, "fused_atm", plain_formula)
-    with segvit_kernels.backend("triton") if form == "triton" else nullcontext():
+    with segvit_kernels.backend(form) if form != "plain formula" else nullcontext():
         torch.testing.assert_close(curve(dropout), expected, rtol=2e-3, atol=0)
 
 

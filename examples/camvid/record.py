@@ -1,6 +1,7 @@
 """Keep the result of a run beside the recipe, and write the README's table from what is kept.
 
 python -m examples.camvid.record RUN EVALUATION.json NAME   # -> examples/camvid/results/NAME.json
+python -m examples.camvid.record costs NAME=RUN...          # time and memory of kept runs, measured in turn
 python -m examples.camvid.record                            # only the table
 """
 
@@ -8,13 +9,23 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 
-from bench.environment import describe
+from bench import timing
+from bench.environment import ROOT, describe
+from bench.flops import count_torch
+from bench.report import size
+from segvit.evaluate import load_model
+from segvit.linear_head import CrossEntropy, LinearSegmenter
+from segvit.losses import SegViTLoss
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -45,6 +56,88 @@ def record(run: Path, evaluation: Path, name: str) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+SIZE, CROP, BATCH = (360, 480), 224, 8
+THREADS = 2
+
+
+def _inference(model: torch.nn.Module) -> Callable[[], object]:
+    """One image of the data set's size, in, its label map out."""
+    model = model.eval().fuse()
+    image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+
+    return lambda: model.predict(image)
+
+
+def _training(model: torch.nn.Module) -> Callable[[], object]:
+    """One step of the recipe on one batch, the optimizer's included."""
+    model = model.unfuse().train()
+    images = torch.randint(0, 256, (BATCH, 3, CROP, CROP), dtype=torch.uint8)
+    labels = torch.randint(0, model.config.num_classes, (BATCH, 4, 4)).repeat_interleave(CROP // 4, 1)
+    labels = labels.repeat_interleave(CROP // 4, 2)
+    linear = isinstance(model, LinearSegmenter)
+    loss = CrossEntropy() if linear else SegViTLoss(model.config.num_classes, 255)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def call() -> None:
+        loss(model(model.preprocess(images)), labels)["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+WORK = {"inference": _inference, "training": _training}
+
+
+def _peak(kind: str, run: str) -> None:
+    torch.set_num_threads(THREADS)
+    print(timing.resident_peak(WORK[kind](load_model(run))))
+
+
+def costs(runs: dict[str, str]) -> None:
+    """Operations, time and peak memory of kept runs' models; adds them to their results."""
+    torch.set_num_threads(THREADS)
+    found: dict[str, dict] = {}
+    for name, run in runs.items():
+        model = load_model(run).eval()
+        found[name] = {"parameters": sum(p.numel() for p in model.parameters())}
+        call = _inference(model.requires_grad_(False))
+        found[name]["macs"] = count_torch(lambda _, call=call: call(), None)
+    for kind, work in WORK.items():
+
+        def sampler(run: str, work: Callable = work) -> Callable[[], float]:
+            call = work(load_model(run))
+            call()
+
+            def sample() -> float:
+                start = time.perf_counter()
+                call()
+                return time.perf_counter() - start
+
+            return sample
+
+        samples = timing.interleave(
+            {name: sampler(run) for name, run in runs.items()}, rounds=9, seconds_per_peer=30.0
+        )
+        for name, run in runs.items():
+            # Freed blocks go back at once: what is resident is what is in use.
+            variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+            command = [sys.executable, "-m", "examples.camvid.record", "_peak", kind, run]
+            done = subprocess.run(
+                command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+            )
+            found[name][kind] = timing.summary(samples[name]) | {"extra_bytes": json.loads(done.stdout)}
+    for name, values in found.items():
+        path = RESULTS / f"{name}.json"
+        environment = {**describe(torch.device("cpu")), "threads": THREADS}
+        result = json.loads(path.read_text()) | {"costs": {"environment": environment, **values}}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cost(render: Callable[[dict], str]) -> Callable[[dict], str]:
+    return lambda result: render(result["costs"]) if "costs" in result else "–"
+
+
 def table() -> str:
     """Markdown of every kept result: one column each."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
@@ -57,7 +150,12 @@ def table() -> str:
                 ("**mIoU**", lambda r: f"**{100 * r['evaluation']['miou']:.1f}**"),
                 ("pixel accuracy", lambda r: f"{100 * r['evaluation']['accuracy']:.1f}"),
                 ("optimizer steps of 8 images", lambda r: str(r["options"]["max_steps"])),
-                ("minutes, evaluations included", lambda r: f"{r['seconds'] / 60:.0f}"),
+                ("GMACs of an image", _cost(lambda c: f"{c['macs'] / 1e9:.2f}")),
+                ("parameters", _cost(lambda c: f"{c['parameters'] / 1e6:.1f} M")),
+                ("images/s, image to label map", _cost(lambda c: f"{1 / c['inference']['median_s']:.2f}")),
+                ("its memory beyond the weights", _cost(lambda c: size(c["inference"]["extra_bytes"]))),
+                ("seconds of a training step", _cost(lambda c: f"{c['training']['median_s']:.2f}")),
+                ("its memory beyond weights", _cost(lambda c: size(c["training"]["extra_bytes"]))),
                 (
                     "mIoU on the way (step)",
                     lambda r: ", ".join(f"{100 * p['miou']:.1f} ({p['step']})" for p in r["curve"]),
@@ -83,10 +181,15 @@ def table() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) not in (0, 3):
+    if arguments[:1] == ["_peak"]:
+        _peak(*arguments[1:])
+        return 0
+    if arguments[:1] == ["costs"]:
+        costs(dict(pair.partition("=")[::2] for pair in arguments[1:]))
+    elif len(arguments) not in (0, 3):
         print(__doc__, file=sys.stderr)
         return 2
-    if arguments:
+    elif arguments:
         record(Path(arguments[0]), Path(arguments[1]), arguments[2])
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(START)
