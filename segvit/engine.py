@@ -31,7 +31,9 @@ __all__ = ["METHODS", "InferenceEngine"]
 
 METHODS = ("auto", "eager", "graph", "compile")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PIXEL = 1 / 128  # what a step of a uint8 image becomes: exact in every dtype, and half precision keeps its range
+_PIXEL = (
+    1 / 128
+)  # what a step of a uint8 image becomes: exact in every dtype, and half precision keeps its range
 _WARM_UP = 3  # calls before capture: kernels are built, libraries take their workspaces
 
 
@@ -246,7 +248,9 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     try:
         import_module("torchao.quantization")
     except ImportError as error:
-        raise ValueError(f"fp8: torchao cannot be imported ({error}); {expected}: pip install torchao") from None
+        raise ValueError(
+            f"fp8: torchao cannot be imported ({error}); {expected}: pip install torchao"
+        ) from None
 
 
 def _quantise_backbone(network: SegViT) -> None:
