@@ -12,10 +12,12 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,7 +75,10 @@ def run(config: BenchConfig) -> int:
     try:
         with pick_backend(config.backend, device):
             result = measure(
-                config, model, _images(config, size, device), log=lambda line: print(line, flush=True)
+                config,
+                model,
+                _images(config, size, device),
+                log=lambda line: print(line, file=sys.stderr, flush=True),
             )
     except RuntimeError as error:
         if "memory" not in str(error):
@@ -104,7 +109,6 @@ def measure(
     """
     device, size, batch = images.device, tuple(images.shape[-2:]), len(images)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    log(f"{config.model}: building the engine")
     engine = model.compile_for_inference(size, batch, dtype=dtype, method=config.method)
     plain = Way(f"predict, {_short(model.mean.dtype)}", model.predict)
     main = Way(f"engine, {engine.method}, {_short(engine.dtype)}", engine)
@@ -241,8 +245,8 @@ def interleave(
 
 
 def _summary(samples: Sequence[float]) -> dict[str, Any]:
-    p50, p95 = np.percentile(samples, (50, 95))
-    return {"p50_s": float(p50), "p95_s": float(p95), "min_s": min(samples), "calls": len(samples)}
+    quantiles = np.percentile(samples, (25, 50, 75, 95)).tolist()
+    return {**dict(zip(("p25_s", "p50_s", "p75_s", "p95_s"), quantiles, strict=True)), "calls": len(samples)}
 
 
 class _Marks:
@@ -263,8 +267,8 @@ class _Marks:
         _synchronize(self.device)
         points, self.points = self.points, []
         if self.device.type == "cuda":
-            return [a.elapsed_time(b) * 1e-3 for a, b in zip(points, points[1:], strict=False)]
-        return [b - a for a, b in zip(points, points[1:], strict=False)]
+            return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(points)]
+        return [b - a for a, b in itertools.pairwise(points)]
 
 
 @torch.no_grad()
@@ -481,46 +485,44 @@ def advice(result: dict[str, Any]) -> list[str]:
         result: what `measure` collects.
     """
     plain, main, *others = result["ways"]
-    found = []
-    for name, reason in result["missing"].items():
-        found.append(f"the operators ran as plain PyTorch, backend {name} is missing: {reason}")
-    gain = _gain(plain, main)
-    numbers = f"{_seconds(main['p50_s'])} against {_seconds(plain['p50_s'])}"
-    if gain >= _MATTERS:
-        found.append(f"model.compile_for_inference(size, batch): {gain:.2f}x predict ({numbers})")
-    else:
-        found.append(f"the engine gains nothing over predict here ({numbers})")
+    found = [
+        f"the operators ran as plain PyTorch, backend {name} is missing: {reason}"
+        for name, reason in result["missing"].items()
+    ]
+    found.append(f"model.compile_for_inference(size, batch): {_verdict(plain, main)} over predict")
     for row in others:
-        gain = _gain(main, row)
-        numbers = f"{_seconds(row['p50_s'])} against {_seconds(main['p50_s'])}"
-        if row["option"] == "shrunk" and gain >= _MATTERS:
-            found.append(
-                f"segvit train --shrunk, a model of its own that has to be trained: {gain:.2f}x ({numbers})"
-            )
-        elif gain >= _MATTERS:
-            found.append(f"{row['option']}: {gain:.2f}x ({numbers})")
-        else:
-            found.append(f"{row['option']}: no gain ({numbers})")
+        what = row["option"]
+        if what == "shrunk":
+            what = "segvit train --shrunk, which makes another model"
+        found.append(f"{what}: {_verdict(main, row)}")
     if result["engine"]["method"] != "compile":
-        found.append("not measured: torch.compile; --method compile does (it builds for minutes)")
+        found.append("--method compile (torch.compile): not measured, it builds for minutes")
     return found
 
 
-def _gain(slow: dict[str, Any], fast: dict[str, Any]) -> float:
-    return slow["p50_s"] / fast["p50_s"]
+def _verdict(usual: dict[str, Any], other: dict[str, Any]) -> str:
+    """How much faster the other way is; a gain only where it is clear of the spread of both."""
+    gain = usual["p50_s"] / other["p50_s"]
+    numbers = f"({_seconds(other['p50_s'])} against {_seconds(usual['p50_s'])})"
+    if other["same_labels"] is not None and other["same_labels"] < 0.995:
+        numbers += f", but {100 * other['same_labels']:.1f} % of the labels are predict's"
+    if gain >= _MATTERS and other["p75_s"] < usual["p25_s"]:
+        return f"{gain:.2f}x {numbers}"
+    return f"no gain {numbers}"
 
 
 def report(result: dict[str, Any]) -> str:
     """The result for a reader."""
     model, images, machine = result["model"], result["images"], result["environment"]
-    weights = "" if model["trained"] else ", random weights"
+    weights, commit = "" if model["trained"] else ", random weights", machine["commit"]
     lines = [
         "",
         f"{model['name']}{' (Shrunk)' if model['shrunk'] else ''}{weights}: "
         f"{model['parameters'] / 1e6:.1f} M parameters, {model['classes']} classes; "
         f"{images['batch']} x {images['height']} x {images['width']} pixels, {images['source']}",
-        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} CPU threads, torch {machine['torch']}, "
-        f"segvit-kernels {machine['segvit_kernels']}{' at ' + machine['commit'] if machine['commit'] else ''}",
+        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} CPU threads, "
+        f"torch {machine['torch']}, segvit-kernels {machine['segvit_kernels']}"
+        + (f" at {commit}" if commit else ""),
         "",
     ]
     rows = [("image to labels", "images/s", "p50", "p95", "calls", "labels as predict")]

@@ -31,9 +31,7 @@ __all__ = ["METHODS", "InferenceEngine"]
 
 METHODS = ("auto", "eager", "graph", "compile")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PIXEL = (
-    1 / 128
-)  # what a step of a uint8 image becomes: exact in every dtype, and half precision keeps its range
+_PIXEL = 1 / 128  # a step of uint8: exact in every dtype, and keeps the range of half precision
 _WARM_UP = 3  # calls before capture: kernels are built, libraries take their workspaces
 
 

@@ -210,7 +210,7 @@ class SegViT(nn.Module):
         fp8: bool = False,
         options: InferenceOptions | None = None,
     ) -> InferenceEngine:
-        """A callable for images of one size, uint8 (B, 3, H, W) on the model's device to label maps (B, H, W).
+        """A callable: uint8 images (B, 3, H, W) of one size, on the model's device, to label maps (B, H, W).
 
         The labels are those of `predict`: the same up to ties in float32, and with bfloat16's rounding else.
         The call copies nothing to the host and does not wait. The engine holds a fused copy of the model with
