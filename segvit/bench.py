@@ -81,12 +81,13 @@ def run(config: BenchConfig) -> int:
                 log=lambda line: print(line, file=sys.stderr, flush=True),
             )
     except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        shape = f"{config.batch} x {size[0]} x {size[1]} pixels"
-        raise ValueError(
-            f"size, batch: {shape} do not fit into memory ({str(error).splitlines()[0]})"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "memory" in str(error):
+            shape = f"{config.batch} x {size[0]} x {size[1]} pixels"
+            raise ValueError(f"size, batch: {shape} do not fit into memory ({reason})") from None
+        if config.method == "compile":
+            raise ValueError(f"method: torch.compile failed on this machine ({reason})") from None
+        raise
     finally:
         torch.set_num_threads(before)
     print(report(result))

@@ -74,7 +74,7 @@ class InferenceEngine:
             cuda = self.device.type == "cuda"
             if self.method == "compile":
                 mode = "max-autotune-no-cudagraphs" if cuda else None  # the capture below is the graph
-                self._run = torch.compile(self.function, mode=mode, fullgraph=True, dynamic=False)
+                self._run = torch.compile(_own(self.function), mode=mode, fullgraph=True, dynamic=False)
             if cuda and self.method != "eager":
                 self._run = _Graph(self._run, (batch, 3, *sides), self.device)
 
@@ -172,6 +172,16 @@ def _fold_positions(network: SegViT, crops: set[tuple[int, int]]) -> None:
         upsample = network.decoder.upsample
         queries = resize_positions(upsample.queries[None], upsample.grid, grid)[0]
         upsample.queries, upsample.grid = nn.Parameter(queries, requires_grad=False), grid
+
+
+def _own(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function under a code object of its own: torch.compile keeps no more than eight results for one."""
+
+    def call(images: Tensor) -> Tensor:
+        return function(images)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 class _Graph:

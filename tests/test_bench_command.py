@@ -291,6 +291,15 @@ def test_too_large_for_memory(capsys):
     assert f"size, batch: {10**12} x 32 x 32 pixels do not fit into memory" in line
 
 
+def test_torch_compile_without_a_compiler(checkpoint, capsys, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fail)
+    line = fails(capsys, checkpoint, "--accelerator", "cpu", "--method", "compile")
+    assert "method: torch.compile failed on this machine (no C++ compiler)" in line
+
+
 def test_help_needs_no_torch():
     script = (
         "import sys\nfrom segvit.cli import main\n"
