@@ -1,4 +1,4 @@
-"""The command line: `segvit train|evaluate|predict|demo`, also `python -m segvit`.
+"""The command line: `segvit train|evaluate|predict|convert|bench|demo`, also `python -m segvit`.
 
 Options are the fields of the dataclasses in `segvit.options`; torch is imported only after they have been
 read. A mistake in options, files or data is one line on stderr and exit code 2.
@@ -18,7 +18,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from segvit._extras import require
-from segvit.options import ConvertConfig, DemoConfig, EvaluateConfig, PredictConfig, TrainConfig
+from segvit.options import (
+    BenchConfig,
+    ConvertConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    TrainConfig,
+)
 
 __all__ = ["main"]
 
@@ -27,6 +34,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateConfig, "mIoU of a checkpoint on a data set"),
     "predict": (PredictConfig, "label maps and overlays of images"),
     "convert": (ConvertConfig, "turn a published SegViT checkpoint into one of this package"),
+    "bench": (
+        BenchConfig,
+        "how fast a model runs on this machine, where the time goes, and what to switch on",
+    ),
     "demo": (DemoConfig, "train a small model on synthetic data and write an HTML report"),
 }
 
@@ -95,7 +106,7 @@ def _parser(only: str | None = None) -> Any:
     )
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     for name, (options, summary) in COMMANDS.items():
-        files = {"predict": "IMAGE... ", "convert": "IN.pth OUT "}.get(name, "")
+        files = {"predict": "IMAGE... ", "convert": "IN.pth OUT ", "bench": "MODEL "}.get(name, "")
         sub = jsonargparse.ArgumentParser(
             description=f"{summary[0].upper()}{summary[1:]}.",
             usage=f"segvit {name} {files}[options]",

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from segvit.decoder import ATMDecoder
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
 from segvit_kernels import Views, semantic_argmax
+
+if TYPE_CHECKING:
+    from segvit.engine import InferenceEngine
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -196,6 +199,41 @@ class SegViT(nn.Module):
         finally:
             self.train(training)
         return labels if images.ndim == 4 else labels[0]
+
+    def compile_for_inference(
+        self,
+        size: int | tuple[int, int],
+        batch: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        method: str = "auto",
+        fp8: bool = False,
+        options: InferenceOptions | None = None,
+    ) -> InferenceEngine:
+        """A callable: uint8 images (B, 3, H, W) of one size, on the model's device, to label maps (B, H, W).
+
+        The labels are those of `predict`: the same up to ties in float32, and with bfloat16's rounding else.
+        The call copies nothing to the host and does not wait. The engine holds a fused copy of the model with
+        the weights of now, and the model stays as it is; engines do not disturb each other.
+
+        Args:
+            size: height and width of the images, any; one number for squares.
+            batch: images of a call.
+            dtype: of the network; by default bfloat16 for a float32 model where the GPU has it and on CPUs
+                with AMX, otherwise the model's.
+            method: "eager" runs layer by layer; "graph" replays a CUDA graph of that; "compile" is
+                torch.compile (minutes, needs a compiler), in a CUDA graph on GPUs. "auto": "graph" on GPUs,
+                "eager" elsewhere.
+            fp8: the backbone's projections in fp8, by torchao, best with "compile", its default method; on
+                GPUs of compute capability 8.9 or more.
+            options: sliding window, scales, mirroring; by default the whole image at once.
+
+        Raises:
+            ValueError: an argument is out of range, or this machine cannot do what is asked.
+        """
+        from segvit.engine import InferenceEngine
+
+        return InferenceEngine(self, size, batch, dtype=dtype, method=method, fp8=fp8, options=options)
 
     # Modes
 

@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 __all__ = [
+    "BenchConfig",
     "ConvertConfig",
     "DemoConfig",
     "EvaluateConfig",
@@ -180,6 +181,33 @@ class ConvertConfig:
         "fields that the shapes of an unpublished size do not tell, e.g. {'taps': [5, 7, 11], 'heads': 12}; "
         "a Shrunk one also needs 'shrink_at'",
     )
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """Benchmark"""
+
+    model: str = option(
+        ...,
+        "checkpoint folder, owner/name on the Hub, or a preset with random weights (vit_tiny, vit_small, "
+        "vit_base, vit_large)",
+        positional=True,
+    )
+    size: list[int] = option([], "height and width of the images, or one side; the model's own if not given")
+    batch: int = option(1, "images of a call")
+    image: str | None = option(None, "picture to measure on, resized; random pixels when not given")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "precision of the engine")
+    method: Literal["auto", "eager", "graph", "compile"] = option(
+        "auto", "how the engine runs: layer by layer, as a CUDA graph, or through torch.compile (minutes)"
+    )
+    seconds: float = option(5.0, "time for each way of running the model, and for finding where it goes")
+    alternatives: bool = option(True, "also measure what could be switched on")
+    threads: int | None = option(None, "CPU threads; torch's choice when not given")
+    shrunk: bool = option(False, "the Shrunk structure of a preset")
+    classes: int | None = option(None, "classes of a preset, 150 when not given")
+    json: str | None = option(None, "also write the result to this JSON file")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
 
 
 @dataclass(kw_only=True)

@@ -143,6 +143,21 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def pick_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context in which every operator runs on this backend; None leaves the choice to the device.
+
+    Raises:
+        ValueError: no such backend, or it cannot run on the device.
+    """
+    if name is None:
+        return contextlib.nullcontext()
+    if name not in segvit_kernels.BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected {' or '.join(segvit_kernels.BACKENDS)}")
+    if reason := segvit_kernels.why_not(name, device):
+        raise ValueError(f"backend: {name!r} is not available: {reason}")
+    return segvit_kernels.backend(name)
+
+
 def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
     """Class indices (H, W) as grey values: 8-bit, or 16-bit above 256 classes."""
     image_module = require("PIL.Image", extra="train")
@@ -185,15 +200,7 @@ def run(config: PredictConfig) -> int:
     if not 0 <= config.alpha <= 1:
         raise ValueError(f"alpha: got {config.alpha}, expected 0 to 1")
     device = pick_device(config.accelerator)
-    choice = contextlib.nullcontext()
-    if config.backend is not None:
-        if config.backend not in segvit_kernels.BACKENDS:
-            raise ValueError(
-                f"backend: got {config.backend!r}, expected {' or '.join(segvit_kernels.BACKENDS)}"
-            )
-        if reason := segvit_kernels.why_not(config.backend, device):
-            raise ValueError(f"backend: {config.backend!r} is not available: {reason}")
-        choice = segvit_kernels.backend(config.backend)
+    choice = pick_backend(config.backend, device)
 
     from segvit import visualize
     from segvit.checkpoint import atomic_write

@@ -6,6 +6,7 @@ from segvit_kernels._library import (
     backend,
     fvcore_handles,
     operator_names,
+    record_backends,
     why_not,
 )
 from segvit_kernels._version import __version__
@@ -61,6 +62,7 @@ __all__ = [
     "operator_names",
     "query_attention",
     "query_attention_reference",
+    "record_backends",
     "semantic_argmax",
     "semantic_argmax_reference",
     "subsample_layer_norm",

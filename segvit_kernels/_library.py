@@ -38,6 +38,7 @@ ENVIRONMENT_VARIABLE = "SEGVIT_KERNELS_BACKEND"
 
 _chosen: str | None = None
 _operators: dict[str, Operator] = {}
+_recorded: dict[str, set[str]] | None = None
 
 
 class BackendUnavailableError(RuntimeError):
@@ -68,6 +69,20 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen = previous
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[dict[str, set[str]]]:
+    """Collect, for every operator that runs inside the ``with`` block, the backends that it took.
+
+    Process wide, like :func:`backend`. Yields a dict that fills: operator name -> names of backends.
+    """
+    global _recorded
+    previous, _recorded = _recorded, {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
 
 
 def requested_backend(argument: str | None = None) -> str | None:
@@ -177,6 +192,8 @@ class Operator:
         *args, argument = args
         device = _device(args)
         name = self.select(device, args, argument)
+        if _recorded is not None:
+            _recorded.setdefault(self.name, set()).add(name)
         if name != "eager":
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 return self.kernel(name, device)(*args)

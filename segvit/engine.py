@@ -1,0 +1,273 @@
+"""The inference engine: uint8 images of one size in, label maps out, one call without a host synchronisation.
+
+A fused copy of the model whose constants are folded for one size and batch:
+
+- normalisation: its scale goes into the patch embedding's weights; its shift is part of the conversion from
+  uint8, so that 0, which is what padding adds, stays the mean colour;
+- position embedding, and the up-sampling queries of a Shrunk model, resized to the size's grid;
+- what `SegViT.fuse` folds (on that grid);
+- class logits of the stages before the last one are left out: inference has no use for them.
+
+On GPUs the whole call is captured in one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from segvit.backbone import Block, resize_positions
+from segvit.inference import InferenceOptions, crops_of, passes, views_of
+
+if TYPE_CHECKING:
+    from segvit.model import SegViT
+
+__all__ = ["METHODS", "InferenceEngine"]
+
+METHODS = ("auto", "eager", "graph", "compile")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PIXEL = 1 / 128  # a step of uint8: exact in every dtype, and keeps the range of half precision
+_WARM_UP = 3  # calls before capture: kernels are built, libraries take their workspaces
+
+
+class InferenceEngine:
+    """A model made ready for images of one size; see `SegViT.compile_for_inference`.
+
+    Attributes:
+        size, batch: height and width, and number, of the images of a call.
+        device, dtype: where and in which precision the network runs.
+        method: "eager", "graph" or "compile".
+        function: the module behind it, uint8 images to label maps, without graph or compilation.
+    """
+
+    def __init__(
+        self,
+        model: SegViT,
+        size: int | tuple[int, int],
+        batch: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        method: str = "auto",
+        fp8: bool = False,
+        options: InferenceOptions | None = None,
+    ) -> None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise ValueError(f"size: got {size}, expected height and width in pixels")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch: got {batch}, expected at least 1")
+        self.size, self.batch, self.device = sides, batch, model.mean.device
+        self.dtype = _dtype(model, dtype)
+        self.method = _method(method, self.device, fp8)
+        if fp8:
+            _check_fp8(self.device, self.dtype)
+        with torch.no_grad():
+            self.function = _LabelMaps(model, sides, batch, self.dtype, options or InferenceOptions())
+            if fp8:
+                _quantise_backbone(self.function.network)
+            self._run: Callable[[Tensor], Tensor] = self.function
+            cuda = self.device.type == "cuda"
+            if self.method == "compile":
+                mode = "max-autotune-no-cudagraphs" if cuda else None  # the capture below is the graph
+                self._run = torch.compile(_own(self.function), mode=mode, fullgraph=True, dynamic=False)
+            if cuda and self.method != "eager":
+                self._run = _Graph(self._run, (batch, 3, *sides), self.device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Label maps (B, H, W) of uint8 images (B, 3, H, W): uint8, int16 for more than 256 classes.
+
+        The result is the caller's own; a later call does not change it. Calls of one engine belong on one
+        stream at a time: a CUDA graph has one set of buffers.
+
+        Raises:
+            ValueError: images of another shape, dtype or device than the engine was made for.
+        """
+        expected = (self.batch, 3, *self.size)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise ValueError(
+                f"images: got {getattr(images, 'dtype', type(images).__name__)}, expected torch.uint8"
+            )
+        if tuple(images.shape) != expected:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected {expected}")
+        if images.device != self.device:
+            raise ValueError(f"images: got device {images.device}, expected {self.device}")
+        return self._run(images)
+
+    def __repr__(self) -> str:
+        return (
+            f"InferenceEngine(size={self.size}, batch={self.batch}, method={self.method!r}, "
+            f"dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
+
+class _LabelMaps(nn.Module):
+    """From uint8 images of one size to label maps, as a function of the images alone."""
+
+    def __init__(
+        self,
+        model: SegViT,
+        size: tuple[int, int],
+        batch: int,
+        dtype: torch.dtype,
+        options: InferenceOptions,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.runs = passes(size, options, model.config.backbone.patch_size)
+        self.network = copy.deepcopy(model).eval().unfuse().requires_grad_(False)
+        self.register_buffer("shift", _fold_normalisation(self.network))
+        _fold_positions(self.network, {run.crop for run in self.runs})
+        self.to(dtype)
+        self.network.fuse()
+        # Every stage classifies its tokens: here the last stage's alone, after the network.
+        self.class_head = getattr(self.network.decoder, "class_head", None)
+        if self.class_head is not None:
+            self.network.decoder.class_head = nn.Identity()
+        grids = tuple(model.mask_grid(run.crop) for run in self.runs)
+        self.views = views_of(batch, size, tuple(self.runs), grids, self.shift.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = torch.add(self.shift, images, alpha=_PIXEL)
+        outputs = [self.network(crops) for crops in crops_of(images, self.runs)]
+        if self.class_head is not None:
+            outputs = [out._replace(class_logits=self.class_head(out.class_logits)) for out in outputs]
+        return self.network.labels(outputs, self.size, self.views)
+
+
+def _fold_normalisation(network: SegViT) -> Tensor:
+    """Scale the patch embedding for pixels u · _PIXEL + shift in place of (u / 255 − mean) / std.
+
+    Returns the shift (3, 1, 1): such a pixel is normalised up to a factor, and 0 where that is 0.
+    """
+    projection = network.backbone.patch_embed.proj
+    exact = torch.promote_types(projection.weight.dtype, torch.float32)
+    mean, std = (
+        torch.tensor(values, dtype=exact, device=projection.weight.device).view(3, 1, 1)
+        for values in (network.config.mean, network.config.std)
+    )
+    step = 255 * _PIXEL
+    weight = projection.weight.to(exact) / (step * std)
+    projection.weight = nn.Parameter(weight, requires_grad=False)
+    return -step * mean
+
+
+def _fold_positions(network: SegViT, crops: set[tuple[int, int]]) -> None:
+    """Store position embedding and up-sampling queries for the grid of the crops, where all have one.
+
+    Otherwise they are resized in each call, on the device.
+    """
+    if len(crops) > 1:
+        return
+    backbone, patch = network.backbone, network.config.backbone.patch_size
+    (grid,) = ((height // patch, width // patch) for height, width in crops)
+    positions = resize_positions(backbone.pos_embed, backbone.grid, grid)
+    backbone.pos_embed, backbone.grid = nn.Parameter(positions, requires_grad=False), grid
+    if network.config.upsample and network.config.resize_queries:
+        upsample = network.decoder.upsample
+        queries = resize_positions(upsample.queries[None], upsample.grid, grid)[0]
+        upsample.queries, upsample.grid = nn.Parameter(queries, requires_grad=False), grid
+
+
+def _own(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function under a code object of its own: torch.compile keeps no more than eight results for one."""
+
+    def call(images: Tensor) -> Tensor:
+        return function(images)
+
+    call.__code__ = call.__code__.replace()
+    return call
+
+
+class _Graph:
+    """A function of one tensor as a CUDA graph: copy in, replay, copy out."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        with torch.cuda.device(device):
+            self.images = torch.zeros(shape, dtype=torch.uint8, device=device)
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    function(self.images)
+            current.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.labels = function(self.images)
+        self.function = function  # the graph reads its weights where they are
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.cuda.device(self.images.device):
+            self.images.copy_(images)
+            self.graph.replay()
+            return self.labels.clone()
+
+
+def _dtype(model: SegViT, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for; else that of a model that was converted; else the faster one of its device."""
+    if asked is not None:
+        if asked not in _DTYPES:
+            raise ValueError(f"dtype: got {asked}, expected one of {', '.join(map(str, _DTYPES))}")
+        return asked
+    own, device = model.backbone.patch_embed.proj.weight.dtype, model.mean.device
+    if own == torch.float32 and prefers_bfloat16(device):
+        return torch.bfloat16
+    return own
+
+
+def prefers_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are the faster ones of a device.
+
+    On CPUs with AMX. AVX-512 BF16 alone multiplies no faster than float32, measured on whole models.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def _method(asked: str, device: torch.device, fp8: bool) -> str:
+    if asked not in METHODS:
+        raise ValueError(f"method: got {asked!r}, expected one of {', '.join(METHODS)}")
+    if asked == "graph" and device.type != "cuda":
+        raise ValueError(f"method: got 'graph' for a model on {device.type}; CUDA graphs need a GPU")
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "eager"
+    return "compile" if fp8 else "graph"
+
+
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    expected = "expected torchao and a GPU of compute capability 8.9 or more"
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise ValueError(f"fp8: got a model on {device.type}; {expected}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise ValueError(f"fp8: got a GPU of compute capability {capability[0]}.{capability[1]}; {expected}")
+    if dtype != torch.bfloat16:
+        raise ValueError(f"fp8: got dtype {dtype}, expected torch.bfloat16 for what is not in fp8")
+    try:
+        import_module("torchao.quantization")
+    except ImportError as error:
+        raise ValueError(
+            f"fp8: torchao cannot be imported ({error}); {expected}: pip install torchao"
+        ) from None
+
+
+def _quantise_backbone(network: SegViT) -> None:
+    """fp8 weights and, row by row as they come, activations in the blocks' projections.
+
+    The block that shrinks keeps its dtype: it takes its projection apart.
+    """
+    torchao = import_module("torchao.quantization")
+    config = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+    for block in network.backbone.blocks:
+        if isinstance(block, Block):
+            torchao.quantize_(block, config)
