@@ -19,7 +19,7 @@ SEED = torch.tensor([0x123456789ABCDEF], dtype=torch.int64)
 @pytest.fixture
 def fixed_seed(monkeypatch):
     """Every call draws the dropout mask of SEED."""
-    monkeypatch.setattr(atm, "_draw_seed", SEED.to)
+    monkeypatch.setattr(atm, "draw_seed", SEED.to)
 
 
 def run(case, inputs, gradients, **options):
@@ -88,7 +88,7 @@ def test_a_planted_bug_turns_the_battery_red(dropped, monkeypatch):
     case = CASES[3]
     inputs, gradients = case.inputs(torch.float32), case.gradients(torch.float32)
     truth, plain = (oracle(case, inputs, gradients, dtype=d)[1] for d in (torch.float64, torch.float32))
-    original = atm._bwd_eager
+    original = atm.bwd_eager
 
     def wrong(grad_output, grad_masks, query, key, value, output, *rest):
         if dropped == "mask gradient":

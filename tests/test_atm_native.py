@@ -281,7 +281,7 @@ def test_backward_by_another_backend(forwards, dropout_p, native_backend, poison
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_through_the_public_function(dtype, native_backend, monkeypatch, poisoned):
-    monkeypatch.setattr(atm, "_draw_seed", SEED.to)
+    monkeypatch.setattr(atm, "draw_seed", SEED.to)
     case = dataclasses.replace(SMALL, dropout_p=0.1)
     inputs, gradients = case.inputs(dtype), case.gradients(dtype)
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}

@@ -11,13 +11,13 @@ from segvit.losses import SegViTLoss
 from segvit.model import SegViT
 from segvit.synthetic import CLASS_NAMES, SyntheticShapes
 from segvit_kernels import ATMOutput, atm_reference
-from segvit_kernels.ops.atm import _draw_seed
+from segvit_kernels.ops._attention import draw_seed
 
 STEPS = 8
 
 
 def plain_formula(query, key, value, *, dropout_p=0.0, previous_masks=None, need_masks=True):
-    seed = _draw_seed(query.device) if dropout_p else None
+    seed = draw_seed(query.device) if dropout_p else None
     output, masks = atm_reference(
         query, key, value, dropout_p=dropout_p, seed=seed, previous_masks=previous_masks
     )

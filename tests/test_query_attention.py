@@ -22,7 +22,7 @@ BY_NAME = {case.name: case for case in CASES}
 @pytest.fixture
 def fixed_seed(monkeypatch):
     """Every call draws the dropout mask of SEED."""
-    monkeypatch.setattr(module, "_draw_seed", SEED.to)
+    monkeypatch.setattr(module, "draw_seed", SEED.to)
 
 
 @pytest.fixture(params=["torch's kernel", "blocks"])

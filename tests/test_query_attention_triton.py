@@ -215,7 +215,7 @@ def test_the_public_function_reaches_the_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     case = QueryAttentionCase("", 2, 20, 33, 2, 16, broadcast=True)
     leaves = {n: t.requires_grad_() for n, t in case.inputs(torch.float32).items()}
-    monkeypatch.setattr(ops, "_draw_seed", lambda device: torch.tensor([3]))
+    monkeypatch.setattr(ops, "draw_seed", lambda device: torch.tensor([3]))
     results = []
     for backend in ("eager", "triton"):
         output = ops.query_attention(**leaves, dropout_p=0.3, backend=backend)

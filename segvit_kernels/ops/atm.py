@@ -20,7 +20,6 @@ Refused: anything but 4-D tensors of one floating dtype and one device whose siz
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -29,11 +28,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from segvit_kernels import _library
+from segvit_kernels.ops._attention import (
+    distinct,
+    draw_seed,
+    kernels_refuse,
+    product_macs,
+    unit_stride,
+    validate,
+)
 from segvit_kernels.ops._philox import dropout_scale, keep_mask
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_KERNEL_DTYPES = _DTYPES[:3]
-_KERNEL_MAX_HEAD_DIM = 128
 
 
 class ATMOutput(NamedTuple):
@@ -86,7 +89,7 @@ def _block(tensor: Tensor, batch: range, heads: range, dtype: torch.dtype) -> Te
     return tensor[batch.start : batch.stop, :, heads.start : heads.stop].to(dtype).transpose(1, 2)
 
 
-def _fwd_eager(
+def fwd_eager(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -125,7 +128,7 @@ def _fwd_eager(
     return output, masks, lse
 
 
-def _bwd_eager(
+def bwd_eager(
     grad_output: Tensor | None,
     grad_masks: Tensor | None,
     query: Tensor,
@@ -202,48 +205,33 @@ def _bwd_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _product_macs(query: tuple[int, ...], key: tuple[int, ...]) -> int:
-    return key[0] * math.prod(query[1:]) * key[1]
-
-
 def _fwd_macs(query: tuple[int, ...], key: tuple[int, ...], *_: Any) -> int:
-    return 2 * _product_macs(query, key)
+    return 2 * product_macs(query, key)
 
 
 def _bwd_macs(
     grad_output: Any, grad_masks: Any, query: tuple[int, ...], key: tuple[int, ...], *_: Any
 ) -> int:
-    return (2 if grad_output is None else 5) * _product_macs(query, key)
-
-
-def _kernels_refuse(backend: str, query: Tensor) -> Exception | None:
-    if query.dtype not in _KERNEL_DTYPES:
-        return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; query is {query.dtype}")
-    if query.shape[-1] > _KERNEL_MAX_HEAD_DIM:
-        return ValueError(
-            f"backend {backend!r} takes head dims up to {_KERNEL_MAX_HEAD_DIM}; query has shape "
-            f"{tuple(query.shape)}, head dim {query.shape[-1]}"
-        )
-    return None
+    return (2 if grad_output is None else 5) * product_macs(query, key)
 
 
 _atm_fwd = _library.define(
     "atm_fwd(Tensor query, Tensor key, Tensor value, Tensor? previous_masks, Tensor? seed, float scale, "
     "float dropout_p, bool need_masks) -> (Tensor output, Tensor mask_logits, Tensor lse)",
-    eager=_fwd_eager,
+    eager=fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
-    refuse=lambda backend, query, *_: _kernels_refuse(backend, query),
+    refuse=lambda backend, query, *_: kernels_refuse(backend, query),
 )
 
 _atm_bwd = _library.define(
     "atm_bwd(Tensor? grad_output, Tensor? grad_masks, Tensor query, Tensor key, Tensor value, Tensor output, "
     "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    eager=_bwd_eager,
+    eager=bwd_eager,
     fake=_bwd_fake,
     macs=_bwd_macs,
-    refuse=lambda backend, grad_output, grad_masks, query, *_: _kernels_refuse(backend, query),
+    refuse=lambda backend, grad_output, grad_masks, query, *_: kernels_refuse(backend, query),
 )
 
 
@@ -336,18 +324,18 @@ def fused_atm(
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
-    _validate(tensors, dropout_p, need_masks)
-    query, key, value = (_unit_stride(tensors[name]) for name in ("query", "key", "value"))
+    validate(tensors, dropout_p, need_masks)
+    query, key, value = (unit_stride(tensors[name]) for name in ("query", "key", "value"))
     previous_masks = tensors.get("previous_masks")
     if previous_masks is not None:
-        previous_masks = _unit_stride(previous_masks)
+        previous_masks = unit_stride(previous_masks)
 
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    seed = _draw_seed(query.device) if dropout_p > 0 else None
+    seed = draw_seed(query.device) if dropout_p > 0 else None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        query, key, value = _distinct(query, key, value)
+        query, key, value = distinct(query, key, value)
         output, masks = ATMFunction.apply(
             query, key, value, previous_masks, seed, scale, dropout_p, need_masks, deterministic, backend
         )
@@ -356,57 +344,3 @@ def fused_atm(
             query, key, value, previous_masks, seed, scale, dropout_p, need_masks, backend
         )
     return ATMOutput(output, masks if need_masks else None)
-
-
-def _draw_seed(device: torch.device) -> Tensor:
-    # A tensor from the device's generator: no host sync, safe in CUDA graphs and in recomputation.
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _distinct(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views where one tensor is given twice: Dynamo does not trace a Function that is called so."""
-    value = value.view_as(value) if value is key or value is query else value
-    return query, key.view_as(key) if key is query else key, value
-
-
-def _validate(tensors: dict[str, Tensor], dropout_p: float, need_masks: bool) -> None:
-    query, key = tensors["query"], tensors["key"]
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}; expected float32, float16, bfloat16 or float64"
-            )
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {query.dtype}, the dtype of query")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {query.device}, the device of query")
-    for name in ("query", "key", "value"):
-        if tensors[name].ndim != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)}; expected (batch, tokens, heads, head_dim)"
-            )
-    _, queries, heads, dim = query.shape
-    batch, keys = key.shape[:2]
-    expected = {"key": (batch, keys, heads, dim), "value": tuple(key.shape)}
-    if previous := "previous_masks" in tensors:
-        expected["previous_masks"] = (batch, queries, keys)
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")
-    if query.shape[0] != batch and query.shape[0] != 1:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}; expected batch {batch}, the batch of key, or 1"
-        )
-    if min(queries, heads, dim, keys) < 1:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected at least one token, "
-            "head and channel"
-        )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    if previous and not need_masks:
-        raise ValueError("previous_masks is given but need_masks is False; expected need_masks=True with it")

@@ -29,7 +29,14 @@ from torch.autograd.function import once_differentiable
 
 from segvit_kernels import _library
 from segvit_kernels.ops import atm
-from segvit_kernels.ops.atm import _distinct, _draw_seed, _unit_stride
+from segvit_kernels.ops._attention import (
+    distinct,
+    draw_seed,
+    kernels_refuse,
+    product_macs,
+    unit_stride,
+    validate,
+)
 
 
 def query_attention_reference(
@@ -55,7 +62,7 @@ def _torch_has_it(query: Tensor, dropout_p: float) -> bool:
 
 def _heads_first(batch: int, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     """(batch, H, N, D) in ``dtype``. Torch's kernel does not check that the last stride is 1."""
-    return [_unit_stride(t.to(dtype)).expand(batch, -1, -1, -1).transpose(1, 2) for t in tensors]
+    return [unit_stride(t.to(dtype)).expand(batch, -1, -1, -1).transpose(1, 2) for t in tensors]
 
 
 def _fwd_eager(
@@ -63,7 +70,7 @@ def _fwd_eager(
 ) -> tuple[Tensor, Tensor]:
     batch = key.shape[0]
     if batch == 0 or not _torch_has_it(query, dropout_p):
-        output, _, lse = atm._fwd_eager(query, key, value, None, seed, scale, dropout_p, False)
+        output, _, lse = atm.fwd_eager(query, key, value, None, seed, scale, dropout_p, False)
         return output, lse
     # Half precisions run in float32: on the CPU that is no slower, and sums stay exact.
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -87,7 +94,7 @@ def _bwd_eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = key.shape[0]
     if batch == 0 or not _torch_has_it(query, dropout_p):
-        return atm._bwd_eager(
+        return atm.bwd_eager(
             grad_output, None, query, key, value, output, lse, seed, scale, dropout_p, deterministic
         )
     tensors = _heads_first(batch, lse.dtype, grad_output, query, key, value, output)
@@ -119,11 +126,11 @@ def _bwd_fake(
 
 
 def _fwd_macs(query: tuple[int, ...], key: tuple[int, ...], *_: Any) -> int:
-    return 2 * atm._product_macs(query, key)
+    return 2 * product_macs(query, key)
 
 
 def _bwd_macs(grad_output: Any, query: tuple[int, ...], key: tuple[int, ...], *_: Any) -> int:
-    return 5 * atm._product_macs(query, key)
+    return 5 * product_macs(query, key)
 
 
 _query_attention_fwd = _library.define(
@@ -132,7 +139,7 @@ _query_attention_fwd = _library.define(
     eager=_fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
-    refuse=lambda backend, query, *_: atm._kernels_refuse(backend, query),
+    refuse=lambda backend, query, *_: kernels_refuse(backend, query),
 )
 
 _query_attention_bwd = _library.define(
@@ -142,7 +149,7 @@ _query_attention_bwd = _library.define(
     eager=_bwd_eager,
     fake=_bwd_fake,
     macs=_bwd_macs,
-    refuse=lambda backend, grad_output, query, *_: atm._kernels_refuse(backend, query),
+    refuse=lambda backend, grad_output, query, *_: kernels_refuse(backend, query),
 )
 
 
@@ -216,13 +223,13 @@ def query_attention(
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
-    atm._validate(tensors, dropout_p, True)
-    query, key, value = (_unit_stride(t) for t in tensors.values())
+    validate(tensors, dropout_p, True)
+    query, key, value = (unit_stride(t) for t in tensors.values())
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    seed = _draw_seed(query.device) if dropout_p > 0 else None
+    seed = draw_seed(query.device) if dropout_p > 0 else None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        inputs = _distinct(query, key, value)
+        inputs = distinct(query, key, value)
         return QueryAttentionFunction.apply(*inputs, seed, scale, dropout_p, deterministic, backend)
     return _query_attention_fwd(query, key, value, seed, scale, dropout_p, backend)[0]

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
+from segvit_kernels.ops._attention import unit_stride
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = ("sigmoid", "none")
@@ -609,8 +610,8 @@ def semantic_argmax(
     stacks = [mask_logits] if isinstance(mask_logits, Tensor) else list(mask_logits)
     height, width = _validate(stacks, class_probs, size, views, activation, prune)
     labels, scores = _semantic_argmax(
-        [_unit_stride(stack.detach()) for stack in stacks],
-        _unit_stride(class_probs.detach()),
+        [unit_stride(stack.detach()) for stack in stacks],
+        unit_stride(class_probs.detach()),
         [] if views is None else views.tensors,
         class_probs.shape[0] if views is None else views.batch,
         height,
@@ -622,10 +623,6 @@ def semantic_argmax(
         backend,
     )
     return (labels, scores) if return_scores else labels
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _validate(

@@ -1,0 +1,86 @@
+"""What the attention operators share: dtypes that kernels take, checks of arguments, counts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_KERNEL_DTYPES = _DTYPES[:3]
+_KERNEL_MAX_HEAD_DIM = 128
+
+
+def product_macs(query: tuple[int, ...], key: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one product of all queries and keys."""
+    return key[0] * math.prod(query[1:]) * key[1]
+
+
+def kernels_refuse(backend: str, query: Tensor) -> Exception | None:
+    """Why kernels do not take this query; ``None`` if they do."""
+    if query.dtype not in _KERNEL_DTYPES:
+        return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; query is {query.dtype}")
+    if query.shape[-1] > _KERNEL_MAX_HEAD_DIM:
+        return ValueError(
+            f"backend {backend!r} takes head dims up to {_KERNEL_MAX_HEAD_DIM}; query has shape "
+            f"{tuple(query.shape)}, head dim {query.shape[-1]}"
+        )
+    return None
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Seed of a call's dropout (1,), int64: a tensor from the device's generator, so that there is no host
+    sync, in CUDA graphs and in recomputation neither."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless neighbours of its last axis are neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def distinct(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views where one tensor is given twice: Dynamo does not trace a Function that is called so."""
+    value = value.view_as(value) if value is key or value is query else value
+    return query, key.view_as(key) if key is query else key, value
+
+
+def validate(tensors: dict[str, Tensor], dropout_p: float, need_masks: bool) -> None:
+    """Raises TypeError or ValueError that names the argument, what it is and what is expected."""
+    query, key = tensors["query"], tensors["key"]
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; expected float32, float16, bfloat16 or float64"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {query.dtype}, the dtype of query")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {query.device}, the device of query")
+    for name in ("query", "key", "value"):
+        if tensors[name].ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}; expected (batch, tokens, heads, head_dim)"
+            )
+    _, queries, heads, dim = query.shape
+    batch, keys = key.shape[:2]
+    expected = {"key": (batch, keys, heads, dim), "value": tuple(key.shape)}
+    if previous := "previous_masks" in tensors:
+        expected["previous_masks"] = (batch, queries, keys)
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")
+    if query.shape[0] != batch and query.shape[0] != 1:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}; expected batch {batch}, the batch of key, or 1"
+        )
+    if min(queries, heads, dim, keys) < 1:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected at least one token, "
+            "head and channel"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    if previous and not need_masks:
+        raise ValueError("previous_masks is given but need_masks is False; expected need_masks=True with it")
