@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from segvit.config import BackboneConfig
-from segvit_kernels import QueryDownsample
+from segvit_kernels import PackedLinear, QueryDownsample, query_attention
 
 LAYER_NORM_EPS = 1e-6
 
@@ -29,12 +29,15 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.native = False  # set by SegViT.fuse() where query_attention is faster than torch's own
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(query, key, value)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if self.native and x.device.type == "cpu":
+            return self.proj(query_attention(query, key, value).flatten(2))
+        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -49,11 +52,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden // 2 if self.gated else hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
         if self.gated:
-            gate, value = x.chunk(2, dim=-1)
+            gate, value = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * value)
-        return self.fc2(F.gelu(x))
+        if isinstance(self.fc1, PackedLinear):
+            return self.fc2(self.fc1(x, gelu=True))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -153,6 +157,12 @@ class VisionTransformer(nn.Module):
         for name in ("pos_embed", "cls_token", "reg_token"):
             if hasattr(self, name):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
+
+    def use_native_attention(self, enabled: bool) -> None:
+        """Attention on the CPU by `segvit_kernels.query_attention` instead of torch's own."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.native = enabled
 
     def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """(1, h·w, C) for `grid`; after SegViT.fuse() the last one made is kept."""

@@ -28,7 +28,7 @@ from segvit.config import SegViTConfig
 from segvit.decoder import ATMDecoder
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
-from segvit_kernels import Views, semantic_argmax
+from segvit_kernels import Views, pack_linears, semantic_argmax, unpack_linears, why_not
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -214,12 +214,16 @@ class SegViT(nn.Module):
         self.unfuse()
         self.decoder.fuse()
         self.backbone.keep_positions = True
+        self.backbone.use_native_attention(why_not("cpu", self.mean.device) is None)
+        pack_linears(self)
         return self
 
     def unfuse(self) -> SegViT:
         """Forget the constants of `fuse`; returns self."""
         self.decoder.unfuse()
         self.backbone.keep_positions, self.backbone._positions = False, None
+        self.backbone.use_native_attention(False)
+        unpack_linears(self)
         return self
 
     def train(self, mode: bool = True) -> SegViT:

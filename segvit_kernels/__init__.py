@@ -9,8 +9,16 @@ from segvit_kernels._library import (
     why_not,
 )
 from segvit_kernels._version import __version__
-from segvit_kernels.modules import FusedATM, QueryDownsample, QueryUpsample
+from segvit_kernels.modules import (
+    FusedATM,
+    PackedLinear,
+    QueryDownsample,
+    QueryUpsample,
+    pack_linears,
+    unpack_linears,
+)
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
+from segvit_kernels.ops.linear import PackedWeight, linear, linear_reference, pack_weight, why_not_packed
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MaskLossFunction,
@@ -42,6 +50,8 @@ __all__ = [
     "MaskLoss",
     "MaskLossFunction",
     "MatchingCost",
+    "PackedLinear",
+    "PackedWeight",
     "QueryAttentionFunction",
     "QueryDownsample",
     "QueryUpsample",
@@ -54,16 +64,22 @@ __all__ = [
     "backend",
     "fused_atm",
     "fvcore_handles",
+    "linear",
+    "linear_reference",
     "mask_loss",
     "mask_loss_reference",
     "mask_matching_cost",
     "mask_matching_cost_reference",
     "operator_names",
+    "pack_linears",
+    "pack_weight",
     "query_attention",
     "query_attention_reference",
     "semantic_argmax",
     "semantic_argmax_reference",
     "subsample_layer_norm",
     "subsample_layer_norm_reference",
+    "unpack_linears",
     "why_not",
+    "why_not_packed",
 ]
