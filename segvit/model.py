@@ -28,7 +28,7 @@ from segvit.config import SegViTConfig
 from segvit.decoder import ATMDecoder
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
-from segvit_kernels import Views, pack_linears, semantic_argmax, unpack_linears, why_not
+from segvit_kernels import Views, pack_linears, semantic_argmax, unpack_linears
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -203,7 +203,9 @@ class SegViT(nn.Module):
         """Fold what depends on parameters alone into constants, for inference; returns self.
 
         Folded: the first layer's self-attention and query, the k and v projections of a stage, stacked into
-        one, and the position embedding of the last image size. `train()` and loading weights undo it; call it
+        one, and the position embedding of the last image size. On a CPU with the native library attention is
+        `segvit_kernels.query_attention`, and half-precision models run on packed weights where the processor
+        has AVX512-FP16 (`segvit_kernels.pack_linears`; takes as much memory as the weights again). `train()` and loading weights undo it; call it
         again after changing weights in any other way.
 
         Raises:
@@ -213,16 +215,14 @@ class SegViT(nn.Module):
             raise RuntimeError("fuse() is for inference: call eval() first")
         self.unfuse()
         self.decoder.fuse()
-        self.backbone.keep_positions = True
-        self.backbone.use_native_attention(why_not("cpu", self.mean.device) is None)
+        self.backbone.fuse()
         pack_linears(self)
         return self
 
     def unfuse(self) -> SegViT:
         """Forget the constants of `fuse`; returns self."""
         self.decoder.unfuse()
-        self.backbone.keep_positions, self.backbone._positions = False, None
-        self.backbone.use_native_attention(False)
+        self.backbone.unfuse()
         unpack_linears(self)
         return self
 
