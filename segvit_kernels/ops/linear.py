@@ -30,7 +30,7 @@ from segvit_kernels import _library
 _HALVES = (torch.float16, torch.bfloat16)
 _PANEL = 48  # outputs, as in csrc/cpu/linear.h
 _DEPTH = 32
-_TOP = 4  # scaled numbers lie below 2^5
+_TOP = 3  # scaled numbers lie below 2^4
 
 
 class PackedWeight(NamedTuple):
