@@ -180,7 +180,7 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     def fuse(self) -> None:
-        """For inference with weights that stay: keep the position embedding, use what is native to the CPU."""
+        """For inference with weights that stay: keep the position embedding, use what the CPU has."""
         self.unfuse()
         self.keep_positions = True
         self.patch_embed.fuse()

@@ -55,10 +55,10 @@ class FusedATM(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal weights (0.02) and zero biases."""
-        for linear in (self.q, self.k, self.v, self.proj):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for layer in (self.q, self.k, self.v, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,

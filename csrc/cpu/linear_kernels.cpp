@@ -2,17 +2,18 @@
 // rate of float32, which AVX512-BF16's dot products do not exceed either.
 //
 // Range: every row of the input and every column of weights is scaled by a power of two so that its largest
-// finite number lies in [2^4, 2^5): bfloat16 numbers are then exact in float16 down to 2^-19 of the largest, and
-// err by 2^-30 of it below. The scales come off at the end, in float32.
-// Sums: a lane of a register adds kChain = 32 products in float16, less than 2^15 in magnitude, and then goes
-// into float32. Its roundings are about 2^-10 of a result, less than the rounding of a bfloat16 result; the
-// number of terms does not matter, only that of a chain.
+// finite number lies in [2^3, 2^4): bfloat16 numbers are then exact in float16 down to 2^-20 of the largest,
+// and err by 2^-28 of it below. The scales come off at the end, in float32.
+// Sums: a lane of a register adds kChain = 32 products in float16; kChains = 4 such sums are added up, less
+// than 2^15 in magnitude, and go into float32. Each rounding is one of a small sum: together they are about
+// 2^-11 of a result, a third of a bfloat16 result's rounding, however many terms there are.
 //
 // Tiling: 8 rows by 48 columns, the accumulators in 24 registers. The depth goes by pairs: a register holds the
-// pairs of 16 columns, and a pair of the input is broadcast by the load itself, as a 16-bit number could not.
-// A pair takes 24 multiply-adds in 12 cycles and 11 loads; folding costs 96 cycles in 384 + 96. A
-// task packs its rows, up to 128 (2 bytes an element), and runs panels of weights (96 bytes a unit of depth)
-// over them: rows and a panel stay in the second-level cache, which gives 18 of its 64 bytes a cycle.
+// pairs of 16 columns, and a pair of the input is broadcast by the load itself, as a 16-bit number could not
+// be. A pair takes 24 multiply-adds, 12 cycles, and 11 loads; ends of chains take 140 cycles for every 1536.
+// A task packs its rows, up to 128 (2 bytes an element), and runs panels of weights (96 bytes a unit of depth)
+// over them: rows, a panel and the next one stay in the second-level cache, which gives 19 of its 64 bytes a
+// cycle; the next panel comes at a byte a cycle, fetched ahead.
 #include "linear.h"
 
 #include "simd.h"
@@ -22,7 +23,8 @@ namespace segvit::SEGVIT_ISA {
 namespace {
 
 constexpr int kRows = kPackedRows, kVectors = kPanelColumns / 16;
-constexpr int64_t kChain = 32, kChains = 4;  // pairs, and so products of a lane; chains that go to float32 together
+constexpr int64_t kChain = 32;  // pairs, and so products of a lane
+constexpr int64_t kChains = 4;  // that go to float32 together
 constexpr int64_t kTile = kRows * kPanelColumns * 2;
 constexpr float kTop = 3;
 
@@ -61,8 +63,8 @@ SEGVIT_INLINE __m512i scaled(const T* row, int64_t count, float exponent) {
   return bits;
 }
 
-// 8 rows to (pair, row): of 16 pairs in a row of 32 numbers, the order is 0, 4, 8, 12, 1, 5, ..., that of the
-// panels, which two rounds of interleaving within lanes leave.
+// 8 rows to (pair, row): of the 16 pairs of 32 numbers, the order is 0, 4, 8, 12, 1, 5, ..., that of the panels,
+// which two rounds of interleaving within lanes leave.
 template <class T>
 SEGVIT_INLINE void pack_rows(const T* const rows[kRows], const float* exponents, int64_t depth, int32_t* out) {
   for (int64_t k = 0; k < depth; k += kPackedDepth) {

@@ -5,14 +5,14 @@ r"""A linear layer with packed weights: half-precision models on CPUs with half-
     \text{GELU}(x) = x \, \Phi(x)
 
 Layout is (..., features). bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
-units, but float16 multiply-adds are, by two. The kernel runs on these: rows of X and columns of Wᵀ are scaled by
-powers of two, so that nothing leaves the range of float16, and products are added in float16 in chains of 32,
-the chains in float32. The error of that, about 2⁻¹⁰ of a typical result, is less than the rounding of a
-bfloat16 result. Below 2⁻¹⁹ of the largest number of its row (of X or W) a number is no longer exact; the error
-is then 2⁻³⁰ of that largest number.
+units, but float16 multiply-adds are, by two. The kernel runs on these: rows of X and columns of Wᵀ are scaled
+by powers of two, so that nothing leaves the range of float16. Products are added in float16 in chains of 32
+and groups of four such chains, and these in float32: the error, about 2⁻¹¹ of a typical result, is a third of
+the rounding of a bfloat16 result and three times that of a float16 result. A number of X or W is exact down
+to 2⁻²⁰ (float16: 2⁻¹⁷) of the largest finite one in its row, and below errs by 2⁻²⁸ of that at most.
 
-Packed once, W in the kernel's order (:func:`pack_weight`): panels of 48 outputs, float16. The depth goes by pairs
-of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5, …, which is what transposing X in registers gives.
+Packed once, W in the kernel's order (:func:`pack_weight`): panels of 48 outputs, float16. The depth goes by
+pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5, …, which is what transposing X in registers gives.
 
 Nothing is kept for a backward: where a gradient is asked for, and under autocast, the layer is PyTorch's own.
 """
@@ -38,7 +38,7 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         panels: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
-        exponents: e of every output, float32, (⌈N/48⌉·48,): its weights are those in ``panels`` times 2^(e - 4).
+        exponents: e of every output, float32, (⌈N/48⌉·48,): its weights are 2^(e - 3) times those in ``panels``.
     """
 
     panels: Tensor
@@ -59,14 +59,19 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     if not isinstance(weight, Tensor) or weight.dtype not in _HALVES:
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight is {found}; expected float16 or bfloat16")
-    if weight.ndim != 2 or weight.shape[1] < 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs)")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
+        )
     values = weight.float()
     largest = values.abs().nan_to_num(posinf=0).amax(1)
     exponents = torch.where(largest > 0, torch.frexp(largest).exponent - 1, 0)
     # In float64, which holds the power of two for the smallest numbers too.
     values = (values.double() * torch.exp2(_TOP - exponents.double())[:, None]).half()
-    (outputs, depth), (panels, groups) = weight.shape, (-(-weight.shape[0] // _PANEL), -(-weight.shape[1] // _DEPTH))
+    (outputs, depth), (panels, groups) = (
+        weight.shape,
+        (-(-weight.shape[0] // _PANEL), -(-weight.shape[1] // _DEPTH)),
+    )
     values = F.pad(values, (0, groups * _DEPTH - depth, 0, panels * _PANEL - outputs))
     pairs = values.view(torch.int32).view(panels, _PANEL, groups, 4, 4).permute(0, 2, 4, 3, 1).contiguous()
     return PackedWeight(
@@ -75,7 +80,9 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     )
 
 
-def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+def linear_reference(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+) -> Tensor:
     """The meaning of :func:`linear` in ordinary PyTorch."""
     output = F.linear(input, weight, bias)
     return F.gelu(output) if gelu else output
@@ -121,11 +128,13 @@ _linear = _library.define(
 
 
 def why_not_packed(weight: Tensor) -> str | None:
-    """Why packing this weight would gain nothing here: :func:`linear` would run PyTorch's own; else ``None``."""
+    """Why packing a weight would gain nothing here, since PyTorch's own layer would run; ``None`` if it would."""
     if weight.dtype not in _HALVES:
         return f"packed weights are for float16 and bfloat16, not {weight.dtype}"
     if weight.device.type != "cpu":
         return f"packed weights are for the CPU, not {weight.device.type}"
+    if weight.numel() == 0:
+        return "the weight is empty"
     return _library.why_not_operator("linear", "cpu", weight.device)
 
 
@@ -141,8 +150,8 @@ def linear(
     """``F.linear``, followed by the exact GELU if asked for, in one pass where there are packed weights.
 
     Packed weights are used for half-precision tensors on CPUs with AVX512-FP16, without autograd and without
-    autocast; in all other cases, and on the backend ``eager``, this is PyTorch's own layer. How it is computed
-    and how exactly stands at the top of this module.
+    autocast; in all other cases, and on the backend ``eager``, this is PyTorch's own layer. How it is
+    computed, and how exactly, stands at the top of this module.
 
     Args:
         input: (..., K), float16, bfloat16, float32 or float64.
