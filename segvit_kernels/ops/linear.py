@@ -38,7 +38,7 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         panels: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
-        exponents: e of every output, float32, (⌈N/48⌉·48,): its weights are 2^(e - 3) times those in ``panels``.
+        exponents: e of every output, float32, (⌈N/48⌉·48,): weights are 2^(e - 3) times those in ``panels``.
     """
 
     panels: Tensor
@@ -128,7 +128,7 @@ _linear = _library.define(
 
 
 def why_not_packed(weight: Tensor) -> str | None:
-    """Why packing a weight would gain nothing here, since PyTorch's own layer would run; ``None`` if it would."""
+    """Why packing a weight would gain nothing here: PyTorch's own layer would run; ``None`` if it gains."""
     if weight.dtype not in _HALVES:
         return f"packed weights are for float16 and bfloat16, not {weight.dtype}"
     if weight.device.type != "cpu":
