@@ -204,8 +204,8 @@ class SegViT(nn.Module):
 
         Folded: the first layer's self-attention and query, the k and v projections of a stage, stacked into
         one, and the position embedding of the last image size. On a CPU with the native library attention
-        runs on `segvit_kernels.query_attention`, and where the processor has AVX512-FP16 half-precision models
-        run on packed weights (`segvit_kernels.pack_linears`), which take as much memory as the weights.
+        runs on `segvit_kernels.query_attention`, and half-precision models on packed weights where the
+        processor has AVX512-FP16 (`segvit_kernels.pack_linears`); these take as much memory as the weights.
         `train()` and loading weights undo it; call it again after changing weights in any other way.
 
         Raises:

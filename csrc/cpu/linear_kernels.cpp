@@ -5,8 +5,8 @@
 // finite number lies in [2^3, 2^4): bfloat16 numbers are then exact in float16 down to 2^-20 of the largest,
 // and err by 2^-28 of it below. The scales come off at the end, in float32.
 // Sums: a lane of a register adds kChain = 32 products in float16; kChains = 4 such sums are added up, less
-// than 2^15 in magnitude, and go into float32. Each rounding is one of a small sum: together they are about
-// 2^-11 of a result, a third of a bfloat16 result's rounding, however many terms there are.
+// than 2^15 in magnitude, and go into float32. Each rounding is one of a small sum: together they are 2^-10 of
+// a typical result, half of a bfloat16 result's rounding, however many terms there are.
 //
 // Tiling: 8 rows by 48 columns, the accumulators in 24 registers. The depth goes by pairs: a register holds the
 // pairs of 16 columns, and a pair of the input is broadcast by the load itself, as a 16-bit number could not

@@ -7,12 +7,12 @@ r"""A linear layer with packed weights: half-precision models on CPUs with half-
 Layout is (..., features). bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
 units, but float16 multiply-adds are, by two. The kernel runs on these: rows of X and columns of Wᵀ are scaled
 by powers of two, so that nothing leaves the range of float16. Products are added in float16 in chains of 32
-and groups of four such chains, and these in float32: the error, about 2⁻¹¹ of a typical result, is a third of
-the rounding of a bfloat16 result and three times that of a float16 result. A number of X or W is exact down
-to 2⁻²⁰ (float16: 2⁻¹⁷) of the largest finite one in its row, and below errs by 2⁻²⁸ of that at most.
+and groups of four such chains, and these in float32: the error, 2⁻¹⁰ of a typical result, is half of the
+rounding of a bfloat16 result and four times that of a float16 result. A number of X or W is exact down to
+2⁻²⁰ (float16: 2⁻¹⁷) of the largest finite one in its row, and below errs by 2⁻²⁸ of that at most.
 
 Packed once, W in the kernel's order (:func:`pack_weight`): panels of 48 outputs, float16. The depth goes by
-pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5, …, which is what transposing X in registers gives.
+pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5, …, which transposing X in registers gives.
 
 Nothing is kept for a backward: where a gradient is asked for, and under autocast, the layer is PyTorch's own.
 """
