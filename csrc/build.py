@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
-OPERATORS = ("atm", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
+OPERATORS = ("atm", "linear", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
 # One entry per instruction set, in csrc/cpu/isa.h too.
 X86 = {
     "portable": [],
@@ -27,6 +27,8 @@ X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
 X86["avx512_bf16"] = [*X86["avx512"], "-mavx512bf16"]
+# For these sources alone, where the compiler knows it (GCC 12, Clang 14).
+FP16, FP16_SOURCES = [*X86["avx512_bf16"], "-mavx512fp16"], ("linear_kernels",)
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = "75;80;90a"
@@ -68,6 +70,12 @@ def _nvcc(args: argparse.Namespace) -> str | None:
     return None if args.cpu_only or args.emulate or not args.archs else find_nvcc()
 
 
+def _compiles(cxx: str, flags: list[str]) -> bool:
+    """Whether a compiler knows these flags."""
+    command = [cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return bool(shutil.which(cxx)) and subprocess.run(command, capture_output=True).returncode == 0
+
+
 def _plan(
     args: argparse.Namespace, torch_folder: Path, nvcc: str | None
 ) -> list[tuple[Path, str, list[str]]]:
@@ -91,11 +99,14 @@ def _plan(
         sources = [HERE / "library.cpp", HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
         return [(source, f"emulated_{source.stem}.o", [*flags, "-c", str(source)]) for source in sources]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
-    plan = [(HERE / "library.cpp", "library.o", [*cxx, *include, *define, "-c", str(HERE / "library.cpp")])]
     x86 = platform.machine().lower() in ("x86_64", "amd64")
+    fp16 = {"avx512_fp16": FP16} if x86 and _compiles(cxx[0], FP16) else {}
+    cxx += ["-DSEGVIT_AVX512_FP16"] if fp16 else []
+    plan = [(HERE / "library.cpp", "library.o", [*cxx, *include, *define, "-c", str(HERE / "library.cpp")])]
     for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):
-            for isa, flags in (X86 if x86 else {"portable": []}).items():
+            every = X86 if x86 else {"portable": []}
+            for isa, flags in (fp16 if source.stem in FP16_SOURCES else every).items():
                 command = [*cxx, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
                 name = f"{source.stem}_{isa}.o"
                 plan.append((source, name, [*command, f"-DSEGVIT_ISA={isa}", "-c", str(source)]))

@@ -16,6 +16,11 @@ using torch::stable::detail::StableLibrary;
 #else
 #define SEGVIT_BIND_ATM
 #endif
+#if defined(SEGVIT_WITH_linear)
+#define SEGVIT_BIND_LINEAR SEGVIT_BIND(linear)
+#else
+#define SEGVIT_BIND_LINEAR
+#endif
 #if defined(SEGVIT_WITH_query_attention)
 #define SEGVIT_BIND_QUERY_ATTENTION SEGVIT_BIND(query_attention_fwd) SEGVIT_BIND(query_attention_bwd)
 #else
@@ -42,6 +47,7 @@ using torch::stable::detail::StableLibrary;
 void bind_cpu(StableLibrary& m) {
   using namespace segvit::cpu;
   SEGVIT_BIND_ATM
+  SEGVIT_BIND_LINEAR
   SEGVIT_BIND_QUERY_ATTENTION
   SEGVIT_BIND_MASK_LOSS
   SEGVIT_BIND_SEMANTIC_ARGMAX

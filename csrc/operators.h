@@ -21,6 +21,9 @@
       Optional grad_output, Optional grad_masks, Tensor query, Tensor key, Tensor value, Tensor output,           \
       Tensor lse, Optional seed, double scale, double dropout_p, bool deterministic);                             \
                                                                                                                   \
+  Tensor linear(                                                                                                  \
+      Tensor input, Tensor weight, Optional bias, Optional panels, Optional exponents, bool gelu);                \
+                                                                                                                  \
   std::tuple<Tensor, Tensor> query_attention_fwd(                                                                 \
       Tensor query, Tensor key, Tensor value, Optional seed, double scale, double dropout_p);                     \
   std::tuple<Tensor, Tensor, Tensor> query_attention_bwd(                                                         \

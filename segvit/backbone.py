@@ -18,7 +18,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from segvit.config import BackboneConfig
-from segvit_kernels import QueryDownsample
+from segvit_kernels import (
+    PackedLinear,
+    PackedWeight,
+    QueryDownsample,
+    linear,
+    pack_weight,
+    query_attention,
+    why_not,
+    why_not_packed,
+)
 
 LAYER_NORM_EPS = 1e-6
 
@@ -29,12 +38,15 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.native = False  # after fuse(), where query_attention is faster than torch's own
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(query, key, value)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if self.native and x.device.type == "cpu":
+            return self.proj(query_attention(query, key, value).flatten(2))
+        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -49,11 +61,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden // 2 if self.gated else hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
         if self.gated:
-            gate, value = x.chunk(2, dim=-1)
+            gate, value = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * value)
-        return self.fc2(F.gelu(x))
+        if isinstance(self.fc1, PackedLinear):
+            return self.fc2(self.fc1(x, gelu=True))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -107,9 +120,21 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.packed: PackedWeight | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        if self.packed is None:
+            # In one piece: otherwise the tokens of every block would lie as the channels of an image do.
+            return self.proj(images).flatten(2).transpose(1, 2).contiguous()
+        patch = self.proj.kernel_size[0]
+        patches = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.flatten(3).flatten(1, 2)  # [B, h·w, 3·p·p]
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias, packed=self.packed)
+
+    def fuse(self) -> None:
+        """Pack the weights, where that gains anything."""
+        weight = self.proj.weight.flatten(1)
+        self.packed = pack_weight(weight) if why_not_packed(weight) is None else None
 
 
 class VisionTransformer(nn.Module):
@@ -128,7 +153,7 @@ class VisionTransformer(nn.Module):
         self.taps = tuple(taps)
         self.grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
         self.gradient_checkpointing = False
-        self.keep_positions = False  # set by SegViT.fuse(), which promises that weights stay as they are
+        self.keep_positions = False  # after fuse(), which promises that weights stay as they are
         self._positions: tuple[tuple, Tensor] | None = None
 
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
@@ -154,8 +179,25 @@ class VisionTransformer(nn.Module):
             if hasattr(self, name):
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
+    def fuse(self) -> None:
+        """For inference with weights that stay: keep the position embedding, use what the CPU has."""
+        self.unfuse()
+        self.keep_positions = True
+        self.patch_embed.fuse()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.native = why_not("cpu", self.pos_embed.device) is None
+
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        self.keep_positions, self._positions = False, None
+        self.patch_embed.packed = None
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.native = False
+
     def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """(1, h·w, C) for `grid`; after SegViT.fuse() the last one made is kept."""
+        """(1, h·w, C) for `grid`; after fuse() the last one made is kept."""
         if not self.keep_positions or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return resize_positions(self.pos_embed, self.grid, grid)
         key = (grid, self.pos_embed.dtype, self.pos_embed.device)

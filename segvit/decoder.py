@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit.config import SegViTConfig
-from segvit_kernels import FusedATM
+from segvit_kernels import FusedATM, PackedWeight, linear, pack_weight, why_not_packed
 
 
 class StageOutput(NamedTuple):
@@ -34,11 +34,12 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.packed: PackedWeight | None = None  # of in_proj_weight
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias, packed=self.packed)
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
@@ -92,13 +93,14 @@ class Stage(nn.Module):
         super().__init__()
         self.input_proj = nn.Identity() if width is None else nn.Linear(width, dim)
         self.input_norm = nn.Identity() if width is None else nn.LayerNorm(dim)
+        self.packed: PackedWeight | None = None  # of fused_kv_weight
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(depth))
 
     def keys_and_values(self, features: Tensor) -> list[Tensor]:
         """k and v of every layer in turn, each (B, h·w, C), from the feature map."""
         features = self.input_norm(self.input_proj(features))
         if hasattr(self, "fused_kv_weight"):
-            stacked = F.linear(features, self.fused_kv_weight, self.fused_kv_bias)
+            stacked = linear(features, self.fused_kv_weight, self.fused_kv_bias, packed=self.packed)
             return list(stacked.chunk(2 * len(self.layers), dim=-1))
         return [projection(features) for layer in self.layers for projection in (layer.atm.k, layer.atm.v)]
 
@@ -218,6 +220,9 @@ class ATMDecoder(nn.Module):
             bias = torch.cat([p.bias for p in projections])
             stage.register_buffer("fused_kv_weight", weight, persistent=False)
             stage.register_buffer("fused_kv_bias", bias, persistent=False)
+            stage.packed = _packed(weight)
+            for layer in stage.layers:
+                layer.self_attn.packed = _packed(layer.self_attn.in_proj_weight)
 
     def unfuse(self) -> None:
         """Forget the constants of `fuse`."""
@@ -225,6 +230,14 @@ class ATMDecoder(nn.Module):
             for name in ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias"):
                 if hasattr(module, name):
                     delattr(module, name)
+        for module in self.modules():
+            if isinstance(module, (Stage, SelfAttention)):
+                module.packed = None
+
+
+def _packed(weight: Tensor) -> PackedWeight | None:
+    """The weight packed, where that gains anything."""
+    return pack_weight(weight) if why_not_packed(weight) is None else None
 
 
 def _resize_masks(masks: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

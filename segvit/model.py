@@ -28,7 +28,7 @@ from segvit.config import SegViTConfig
 from segvit.decoder import ATMDecoder
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
-from segvit_kernels import Views, semantic_argmax
+from segvit_kernels import Views, pack_linears, semantic_argmax, unpack_linears
 
 if TYPE_CHECKING:
     from segvit.engine import InferenceEngine
@@ -241,8 +241,10 @@ class SegViT(nn.Module):
         """Fold what depends on parameters alone into constants, for inference; returns self.
 
         Folded: the first layer's self-attention and query, the k and v projections of a stage, stacked into
-        one, and the position embedding of the last image size. `train()` and loading weights undo it; call it
-        again after changing weights in any other way.
+        one, and the position embedding of the last image size. On a CPU with the native library attention
+        runs on `segvit_kernels.query_attention`, and half-precision models on packed weights where the
+        processor has AVX512-FP16 (`segvit_kernels.pack_linears`); these take as much memory as the weights.
+        `train()` and loading weights undo it; call it again after changing weights in any other way.
 
         Raises:
             RuntimeError: the model is in training mode.
@@ -251,13 +253,15 @@ class SegViT(nn.Module):
             raise RuntimeError("fuse() is for inference: call eval() first")
         self.unfuse()
         self.decoder.fuse()
-        self.backbone.keep_positions = True
+        self.backbone.fuse()
+        pack_linears(self)
         return self
 
     def unfuse(self) -> SegViT:
         """Forget the constants of `fuse`; returns self."""
         self.decoder.unfuse()
-        self.backbone.keep_positions, self.backbone._positions = False, None
+        self.backbone.unfuse()
+        unpack_linears(self)
         return self
 
     def train(self, mode: bool = True) -> SegViT:

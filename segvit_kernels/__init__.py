@@ -10,8 +10,16 @@ from segvit_kernels._library import (
     why_not,
 )
 from segvit_kernels._version import __version__
-from segvit_kernels.modules import FusedATM, QueryDownsample, QueryUpsample
+from segvit_kernels.modules import (
+    FusedATM,
+    PackedLinear,
+    QueryDownsample,
+    QueryUpsample,
+    pack_linears,
+    unpack_linears,
+)
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
+from segvit_kernels.ops.linear import PackedWeight, linear, linear_reference, pack_weight, why_not_packed
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MaskLossFunction,
@@ -43,6 +51,8 @@ __all__ = [
     "MaskLoss",
     "MaskLossFunction",
     "MatchingCost",
+    "PackedLinear",
+    "PackedWeight",
     "QueryAttentionFunction",
     "QueryDownsample",
     "QueryUpsample",
@@ -55,11 +65,15 @@ __all__ = [
     "backend",
     "fused_atm",
     "fvcore_handles",
+    "linear",
+    "linear_reference",
     "mask_loss",
     "mask_loss_reference",
     "mask_matching_cost",
     "mask_matching_cost_reference",
     "operator_names",
+    "pack_linears",
+    "pack_weight",
     "query_attention",
     "query_attention_reference",
     "record_backends",
@@ -67,5 +81,7 @@ __all__ = [
     "semantic_argmax_reference",
     "subsample_layer_norm",
     "subsample_layer_norm_reference",
+    "unpack_linears",
     "why_not",
+    "why_not_packed",
 ]

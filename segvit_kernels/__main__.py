@@ -53,6 +53,8 @@ def report() -> str:
             chosen = requested or operator.default(device)
             reason = operator.why_not(chosen, device)
             note = f" (unavailable: {reason})" if reason else ""
+            if operator.isa and requested is None and chosen == "eager":
+                note = f" (cpu: {operator.why_not('cpu', device)})"
             lines.append(f"  segvit::{operator.name:<20} {chosen}{note}")
         lines += [f"  {name} missing: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines)

@@ -139,21 +139,33 @@ def _device(args: Sequence[Any]) -> torch.device:
 class Operator:
     """One operator, its implementations and how a call finds its backend."""
 
-    def __init__(self, name: str, eager: Callable, macs: Callable, refuse: Callable | None):
+    def __init__(
+        self,
+        name: str,
+        eager: Callable,
+        macs: Callable,
+        refuse: Callable | None,
+        backends: tuple[str, ...],
+        isa: str | None,
+    ):
         self.name = name
         self.stem = eager.__module__.rpartition(".")[2]
         self.eager = eager
         self.macs = macs
         self.refuse = refuse
+        self.backends = backends
+        self.isa = isa
         self.arity = 0  # arguments without the backend
         self.kernels: dict[str, Callable] = {}  # by backend, filled at the first call
         self.defaults: dict[torch.device, str] = {}
 
     def why_not(self, name: str, device: torch.device) -> str | None:
         """Why this operator cannot run on backend ``name`` on a device; ``None`` if it can."""
+        if name not in self.backends:
+            return f"{self.name} has no kernel for it"
         reason = why_not(name, device)
         if reason is None and name in ("cuda", "cpu"):
-            return _native.why_not_operator(name, self.name, device)
+            return _native.why_not_operator(name, self.name, device, self.isa)
         return reason
 
     def default(self, device: torch.device) -> str:
@@ -205,7 +217,14 @@ class Operator:
 
 
 def define(
-    schema: str, *, eager: Callable, fake: Callable, macs: Callable, refuse: Callable | None = None
+    schema: str,
+    *,
+    eager: Callable,
+    fake: Callable,
+    macs: Callable,
+    refuse: Callable | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+    isa: str | None = None,
 ) -> torch._ops.OpOverload:
     """Register the operator ``segvit::<schema>`` and return it.
 
@@ -218,11 +237,13 @@ def define(
         macs: the same signature with shapes in place of tensors; gives the multiply-accumulates.
         refuse: takes the name of a backend other than eager, then the same arguments; gives an exception that
             says why its kernels cannot take these arguments, or ``None``.
+        backends: those that have it; eager always does.
+        isa: the instruction set that its CPU kernel is for, where there is only one.
     """
     name, _, rest = schema.partition("(")
     arguments, _, results = rest.partition(") -> ")
     qualname = f"segvit::{name}"
-    operator = _operators[name] = Operator(name, eager, macs, refuse)
+    operator = _operators[name] = Operator(name, eager, macs, refuse, ("eager", *backends), isa)
 
     def implementation(*args: Any, backend: str | None = None) -> Any:
         return operator(*args) if len(args) == count else operator(*args, backend)
@@ -261,6 +282,11 @@ def fvcore_handles() -> dict[str, Callable]:
         return count
 
     return {f"segvit::{name}": handle(operator) for name, operator in _operators.items()}
+
+
+def why_not_operator(operator: str, name: str, device: torch.device) -> str | None:
+    """Why the operator of this name cannot run on backend ``name`` on a device; ``None`` if it can."""
+    return _operators[operator].why_not(name, device)
 
 
 def operators() -> tuple[Operator, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit_kernels.ops.atm import ATMOutput, fused_atm
+from segvit_kernels.ops.linear import linear, pack_weight, why_not_packed
 from segvit_kernels.ops.query_attention import query_attention
 from segvit_kernels.ops.subsample_norm import subsample_layer_norm
 
@@ -54,10 +55,10 @@ class FusedATM(nn.Module):
 
     def reset_parameters(self) -> None:
         """Truncated normal weights (0.02) and zero biases."""
-        for linear in (self.q, self.k, self.v, self.proj):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for layer in (self.q, self.k, self.v, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -549,3 +550,67 @@ class QueryUpsample(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, resize={self.resize}"
+
+
+class PackedLinear(nn.Linear):
+    """An ``nn.Linear`` with packed weights beside its own: see :func:`segvit_kernels.linear`.
+
+    Parameters, and so the state dict, are those of the layer it is made from; what is packed is not in it and
+    must be made again when the weight has changed. Where packed weights are of no use (autograd, autocast,
+    another device or dtype) it computes what the layer computed.
+
+    Args:
+        module: the layer, float16 or bfloat16. Its parameters are shared.
+
+    Raises:
+        TypeError: another dtype.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self.weight, self.bias = module.weight, module.bias
+        self.training = module.training
+        self.packed = pack_weight(module.weight)
+
+    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        """(..., in_features) -> (..., out_features), through the exact GELU if asked for."""
+        return linear(input, self.weight, self.bias, packed=self.packed, gelu=gelu)
+
+    def unpack(self) -> nn.Linear:
+        """The plain layer, with the same parameters."""
+        with torch.device("meta"):
+            module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        module.weight, module.bias = self.weight, self.bias
+        return module.train(self.training)
+
+
+def pack_linears(model: nn.Module) -> int:
+    """Replace every ``nn.Linear`` inside a model by a :class:`PackedLinear` where that gains anything.
+
+    That is where weights are float16 or bfloat16, on a CPU with AVX512-FP16, and the native library is built
+    (:func:`segvit_kernels.why_not_packed`). Weights must stay as they are until :func:`unpack_linears`.
+
+    Returns:
+        How many were replaced.
+    """
+    return _replace(model, lambda m: type(m) is nn.Linear and why_not_packed(m.weight) is None, PackedLinear)
+
+
+def unpack_linears(model: nn.Module) -> int:
+    """Undo :func:`pack_linears`; gives the number of layers."""
+    return _replace(model, lambda m: isinstance(m, PackedLinear), PackedLinear.unpack)
+
+
+def _replace(
+    model: nn.Module, wanted: Callable[[nn.Module], bool], replacement: Callable[[nn.Module], nn.Module]
+) -> int:
+    found = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if wanted(child)
+    ]
+    for parent, name in found:
+        setattr(parent, name, replacement(getattr(parent, name)))
+    return len(found)

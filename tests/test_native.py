@@ -82,7 +82,7 @@ def test_other_instruction_sets(isa):
     assert result.returncode == 0, result.stdout[-3000:]
     script = "from segvit_kernels import _native; print(_native.library().isa)"
     found = run(["-c", script], SEGVIT_KERNELS_ISA=isa).stdout.strip()
-    order = ["portable", "avx2", "avx512", "avx512_bf16"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16"]
     assert order.index(found) == min(order.index(isa), order.index(_native.library().isa))
 
 

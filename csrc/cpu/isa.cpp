@@ -19,9 +19,12 @@ Isa detect() {
       __builtin_cpu_supports("avx512vnni"))
     best = Isa::avx512;
   if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
+#ifdef SEGVIT_AVX512_FP16
+  if (best == Isa::avx512_bf16 && __builtin_cpu_supports("avx512fp16")) best = Isa::avx512_fp16;
+#endif
 #endif
   if (const char* wanted = std::getenv("SEGVIT_KERNELS_ISA"))
-    for (Isa less : {Isa::portable, Isa::avx2, Isa::avx512})
+    for (Isa less : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
       if (less < best && !std::strcmp(wanted, isa_name(less))) best = less;
   return best;
 }
@@ -38,6 +41,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512_fp16: return "avx512_fp16";
     default: return "portable";
   }
 }

@@ -1,0 +1,266 @@
+"""The linear layer with packed weights: packing, dispatch, modules (its kernel: test_linear_native.py)."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from segvit import SegViT, SegViTConfig
+from segvit_kernels import (
+    PackedLinear,
+    fvcore_handles,
+    linear,
+    pack_linears,
+    pack_weight,
+    unpack_linears,
+    why_not_packed,
+)
+from segvit_kernels.testing.linear import CASES, oracle
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+def unpacked(packed, shape):
+    """What the documented layout says that the weights were, in float64."""
+    panels, pairs = packed.panels.shape[:2]
+    values = torch.zeros(panels * 48, pairs * 2, dtype=torch.float64)
+    for pair in range(pairs):
+        group, place = divmod(pair, 16)
+        first = 2 * (16 * group + (0, 4, 8, 12)[place % 4] + place // 4)
+        values[:, first : first + 2] = packed.panels[:, pair].flatten(0, 1)
+    values *= 2.0 ** (packed.exponents.double() - 3)[:, None]
+    assert not values[shape[0] :].any() and not values[:, shape[1] :].any()
+    return values[: shape[0], : shape[1]]
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """As on a machine whose processor gains from packed weights."""
+    monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: None)
+
+
+# Packing
+
+
+@HALVES
+@pytest.mark.parametrize("shape", [(1, 1), (48, 32), (49, 33), (7, 3), (150, 384), (96, 130)], ids=str)
+def test_packed_weights_are_the_weights(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed = pack_weight(weight)
+    assert packed.panels.dtype == torch.float16 and packed.panels.abs().max() < 16
+    assert torch.equal(unpacked(packed, shape), weight.double())
+
+
+def test_weights_of_every_magnitude():
+    smallest, largest = 2.0**-133, torch.finfo(torch.bfloat16).max
+    weight = torch.tensor([[smallest, 0], [largest, -1e36], [1e30, 1e20], [0, 0], [3, 3 * 2.0**-18]])
+    weight = weight.bfloat16()
+    found = unpacked(pack_weight(weight), weight.shape)
+    expected = weight.double()
+    expected[2, 1] = 0  # 2^-33 of the largest of its row
+    assert torch.equal(found, expected)
+
+
+def test_infinite_weights_do_not_touch_the_others():
+    weight = torch.tensor([[1.0, torch.inf], [torch.nan, 2.0], [torch.inf, -torch.inf]]).half()
+    torch.testing.assert_close(
+        unpacked(pack_weight(weight), weight.shape), weight.double(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (torch.ones(2, 2), TypeError, "weight is torch.float32; expected float16 or bfloat16"),
+        ([[1.0]], TypeError, "weight is list"),
+        (torch.ones(2).half(), ValueError, r"weight has shape \(2,\); expected \(outputs, inputs\)"),
+        (torch.ones(0, 2).half(), ValueError, r"weight has shape \(0, 2\); expected .* at least one of both"),
+    ],
+)
+def test_what_does_not_pack(weight, error, message):
+    with pytest.raises(error, match=message):
+        pack_weight(weight)
+
+
+# The function
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_eager_is_torch(case, dtype):
+    inputs = case.inputs(dtype)
+    packed = pack_weight(inputs["weight"]) if dtype == torch.bfloat16 else None
+    expected = oracle(case, inputs, dtype=dtype)
+    assert torch.equal(linear(**inputs, packed=packed, gelu=case.gelu), expected)
+    assert torch.equal(linear(**inputs, packed=packed, gelu=case.gelu, backend="eager"), expected)
+
+
+def _tensors(**changes):
+    weight = torch.ones(4, 3).half()
+    return {"input": torch.ones(2, 3).half(), "weight": weight, "packed": pack_weight(weight)} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"input": torch.ones(2, 5).half()}, ValueError, r"input has shape \(2, 5\); expected \(..., 3\)"),
+        ({"weight": torch.ones(4).half()}, ValueError, r"weight has shape \(4,\); expected"),
+        ({"weight": torch.ones(4, 3).bfloat16()}, TypeError, "weight has dtype torch.bfloat16"),
+        ({"bias": torch.ones(3).half()}, ValueError, r"bias has shape \(3,\); expected \(4,\)"),
+        ({"bias": torch.ones(4)}, TypeError, "bias has dtype torch.float32; expected torch.float16"),
+        ({"bias": torch.ones(4, device="meta").half()}, ValueError, "bias is on meta; expected cpu"),
+        (
+            {"packed": pack_weight(torch.ones(4, 40).half())},
+            ValueError,
+            r"packed has panels of shape \(1, 32, 48, 2\); expected \(1, 16, 48, 2\)",
+        ),
+        ({"backend": "cudnn"}, ValueError, "argument 'backend' is 'cudnn'"),
+        ({"backend": "triton"}, RuntimeError, "backend 'triton' is not available: linear has no kernel"),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        linear(**_tensors(**changes))
+
+
+def test_gradients_are_those_of_the_plain_layer():
+    case = next(c for c in CASES if c.name == "odd_gelu")
+    inputs = case.inputs(torch.bfloat16)
+    packed = pack_weight(inputs["weight"])
+    grads = []
+    for arguments in ({"packed": packed}, {}):
+        leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+        output = linear(**leaves, **arguments, gelu=True)
+        grads.append(torch.autograd.grad(output.float().square().sum(), list(leaves.values())))
+    assert all(map(torch.equal, *grads))
+
+
+def test_autocast_is_that_of_the_plain_layer():
+    x, weight = torch.randn(2, 5), torch.randn(4, 5).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight, packed=pack_weight(weight)), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda c: c.name)
+def test_opcheck_flops_and_meta(case):
+    inputs = case.inputs(torch.float16)
+    packed, operator = pack_weight(inputs["weight"]), torch.ops.segvit.linear.default
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, (*inputs.values(), *packed, case.gelu), test_utils=utils)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        real = linear(**inputs, packed=packed)
+    assert counter.get_total_flops() == 2 * case.batch * case.tokens * case.depth * case.outputs
+    meta = operator(*(t if t is None else t.to("meta") for t in (*inputs.values(), *packed)), False)
+    assert meta.is_meta and (meta.shape, meta.dtype) == (real.shape, real.dtype)
+
+
+# Modules
+
+
+def test_packed_layer_is_the_layer():
+    plain = torch.nn.Linear(5, 7).bfloat16()
+    layer, x = PackedLinear(plain), torch.randn(2, 5).bfloat16()
+    assert layer.weight is plain.weight and layer.bias is plain.bias
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain(x)) and torch.equal(layer(x, gelu=True), F.gelu(plain(x)))
+        assert torch.equal(copy.deepcopy(layer)(x), plain(x))
+    back = layer.unpack()
+    assert type(back) is torch.nn.Linear and back.weight is plain.weight and back.bias is plain.bias
+    assert PackedLinear(torch.nn.Linear(5, 7, bias=False).half()).unpack().bias is None
+
+
+def test_layers_of_a_model_are_replaced_and_put_back(packs):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 2))).half()
+    state, names = model.state_dict(), [n for n, _ in model.named_modules()]
+    assert pack_linears(model) == 2 and isinstance(model[1][0], PackedLinear)
+    assert pack_linears(model) == 0
+    assert list(model.state_dict()) == list(state) and [n for n, _ in model.named_modules()] == names
+    assert unpack_linears(model) == 2 and type(model[0]) is torch.nn.Linear
+    assert all(map(torch.equal, model.state_dict().values(), state.values()))
+
+
+def test_why_not_packed(packs, monkeypatch):
+    assert why_not_packed(torch.ones(2, 2).half()) is None
+    assert "not torch.float32" in why_not_packed(torch.ones(2, 2))
+    assert why_not_packed(torch.ones(0, 2).half()) == "the weight is empty"
+    assert "not meta" in why_not_packed(torch.ones(2, 2, device="meta").half())
+    monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: "no such processor")
+    assert why_not_packed(torch.ones(2, 2).half()) == "no such processor"
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2)).half()
+    assert pack_linears(model) == 0 and type(model[0]) is torch.nn.Linear
+
+
+def test_compile_and_export():
+    torch._dynamo.reset()
+    layer, x = (
+        PackedLinear(torch.nn.Linear(9, 5).bfloat16()).requires_grad_(False),
+        torch.randn(3, 9).bfloat16(),
+    )
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+    program = torch.export.export(layer, (x,))
+    assert "segvit.linear" in str(program.graph) and torch.equal(program.module()(x), expected)
+
+
+def test_fvcore_counts_the_products():
+    fvcore = pytest.importorskip("fvcore.nn")
+    layer = PackedLinear(torch.nn.Linear(9, 5).bfloat16()).requires_grad_(False)
+    analysis = fvcore.FlopCountAnalysis(layer, (torch.randn(3, 9).bfloat16(),))
+    assert analysis.set_op_handle(**fvcore_handles()).total() == 3 * 9 * 5
+
+
+# SegViT
+
+
+def segvit(**overrides):
+    torch.manual_seed(0)
+    config = SegViTConfig.preset("vit_tiny", num_classes=5, image_size=(64, 64), **overrides)
+    return SegViT(config).requires_grad_(False).eval()
+
+
+def packed_parts(model):
+    return {name for name, m in model.named_modules() if getattr(m, "packed", None) is not None}
+
+
+@HALVES
+def test_fuse_packs_and_unfuse_unpacks(dtype, packs):
+    model = segvit().to(dtype)
+    state, types = model.state_dict(), [type(m) for m in model.modules()]
+    model.fuse()
+    parts = packed_parts(model)
+    for part in ("backbone.patch_embed", "backbone.blocks.0.mlp.fc1", "backbone.blocks.11.attn.qkv"):
+        assert part in parts
+    for part in ("decoder.stages.0", "decoder.stages.0.layers.1.self_attn", "decoder.class_head"):
+        assert part in parts
+    assert not [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    assert list(model.state_dict()) == list(state)
+    torch.save(model.state_dict(), file := io.BytesIO())
+    model.unfuse()
+    assert packed_parts(model) == set() and [type(m) for m in model.modules()] == types
+    file.seek(0)
+    model.fuse().load_state_dict(torch.load(file, weights_only=True))
+    assert packed_parts(model) == set()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    model.fuse().train()
+    assert packed_parts(model) == set()
+
+
+def test_float32_models_are_not_packed(packs):
+    assert packed_parts(segvit().fuse()) == set()
+
+
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_fused_on_eager_is_unfused(shrunk, packs):
+    """The patch embedding as a product, GELU, attention: the same formulas."""
+    model = segvit(**({"shrunk": True} if shrunk else {}))
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    fused = copy.deepcopy(model).fuse()
+    fused.backbone.patch_embed.packed = pack_weight(model.backbone.patch_embed.proj.weight.flatten(1).half())
+    for found, truth in zip(fused(images)[:2], expected[:2], strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,250 @@
+"""The linear layer with packed weights by the native library against float64, where the processor has it."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import segvit_kernels
+from segvit import SegViT, SegViTConfig
+from segvit_kernels import PackedLinear, linear, pack_weight, testing, why_not_packed
+from segvit_kernels.testing.linear import CASES, SHAPES, LinearCase, oracle
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+@pytest.fixture(params=["cpu"])
+def kernel(request):
+    """``linear`` on packed weights by the native library; skips where it cannot run."""
+    if reason := why_not_packed(torch.empty(1, 1, dtype=torch.bfloat16)):
+        pytest.skip(f"backend cpu: {reason}")
+
+    def call(input, weight, bias=None, gelu=False):
+        return linear(input, weight, bias, packed=pack_weight(weight), gelu=gelu, backend=request.param)
+
+    return call
+
+
+def check(kernel, case, dtype):
+    inputs = case.inputs(dtype)
+    before = [t.clone() for t in inputs.values() if t is not None]
+    found = kernel(**inputs, gelu=case.gelu)
+    assert found.dtype == dtype and found.is_contiguous()
+    testing.assert_within_budget(case.name, found, oracle(case, inputs), oracle(case, inputs, dtype=dtype))
+    assert all(map(torch.equal, before, (t for t in inputs.values() if t is not None)))
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_case(case, dtype, kernel, poisoned):
+    check(kernel, case, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 15, 16, 31, 32, 33, 47, 48, 49, 63, 95, 97, 127, 129, 255, 513])
+def test_sizes(size, dtype, kernel, poisoned):
+    """Each of the three, on both sides of every tile, chain and part."""
+    for sizes in ((size, 40, 50), (9, size, 50), (9, 40, size)):
+        check(kernel, LinearCase("sizes", 1, *sizes), dtype)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
+def test_error_is_that_of_rounding(case, kernel):
+    """Sums in float16 chains leave a bfloat16 result nearly as exact as float32 sums do."""
+    case = dataclasses.replace(case, tokens=64, bias=False, gelu=False)
+    inputs = case.inputs(torch.bfloat16)
+    truth = oracle(case, inputs)
+    ours = testing.relative_error(check(kernel, case, torch.bfloat16), truth)
+    assert ours <= 1.2 * testing.relative_error(truth.bfloat16(), truth)
+
+
+def test_equal_products_add_up_exactly(kernel):
+    """The largest sum that float16 meets: no chain overflows, whatever the scale."""
+    for depth in (32, 256, 3072):
+        for scale in (1.0, 2.0**-100, 2.0**100):
+            x = torch.full((8, depth), 1.984375 * scale, dtype=torch.bfloat16)
+            weight = torch.full((48, depth), 1.984375, dtype=torch.bfloat16)
+            found, truth = kernel(x, weight), F.linear(x.double(), weight.double())
+            torch.testing.assert_close(found.double(), truth, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("power", [-105, -60, -20, 0, 20, 60, 110])
+def test_rows_and_columns_of_every_magnitude(power, kernel, poisoned):
+    """Powers of two of rows and outputs change nothing but the exponent of a result."""
+    case = LinearCase("scaled", 1, 12, 70, 50, bias=False)
+    inputs = {n: t for n, t in case.inputs(torch.bfloat16).items() if t is not None}
+    expected = kernel(**inputs)
+    found = kernel(inputs["input"] * 2.0**power, inputs["weight"] * 2.0 ** (-power // 2))
+    assert torch.equal(found.double(), expected.double() * 2.0 ** (power + -power // 2))
+
+
+def test_each_row_has_its_own_magnitude(kernel, poisoned):
+    scales = torch.tensor([1e30, 1e-30, 1.0, 0.0, 1e-38, 1e36, 3e-39, 1.0, 1e10])[:, None]
+    x = (torch.randn(9, 65, generator=torch.Generator().manual_seed(0)) * scales).bfloat16()
+    weight = torch.randn(50, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, truth = kernel(x, weight), F.linear(x.double(), weight.double())
+    for i, scale in enumerate(scales.flatten().tolist()):
+        # Relative, but for results that bfloat16 cannot hold as exactly: its smallest number is 2^-133.
+        error = (found[i].double() - truth[i]).abs()
+        assert (error <= 2.0**-8 * truth[i].abs() + 2e-3 * truth[i].abs().max() + 2.0**-133).all(), scale
+    assert torch.equal(found[3], torch.zeros(50).bfloat16())
+
+
+def test_largest_and_smallest_of_a_row(kernel):
+    """A number counts down to 2^-28 of the largest beside it."""
+    x = torch.tensor([[1.0, 2.0**-15, 2.0**-20, 2.0**-26, 2.0**-40]]).bfloat16()
+    weight = torch.eye(5).bfloat16()
+    found = kernel(x, weight)
+    assert torch.equal(found, x.where(x > 2.0**-28, 0))
+
+
+@DTYPES
+def test_results_beyond_the_range(dtype, kernel):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[largest, largest], [-largest, -largest], [largest, -largest]]).to(dtype)
+    found = kernel(x, torch.ones(1, 2, dtype=dtype))
+    assert found.flatten().tolist() == [torch.inf, -torch.inf, 0.0]
+
+
+@DTYPES
+def test_what_is_not_finite_stays_in_its_row(dtype, kernel):
+    x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = kernel(x, weight)
+    spoilt = x.clone()
+    spoilt[2, 5], spoilt[4, 39], spoilt[6, 0] = torch.nan, torch.inf, -torch.inf
+    found = kernel(spoilt, weight)
+    assert found[2].isnan().all()
+    signs = weight.sign()
+    assert torch.equal(found[4], signs[:, 39] * torch.inf) and torch.equal(found[6], signs[:, 0] * -torch.inf)
+    kept = [i for i in range(12) if i not in (2, 4, 6)]
+    assert torch.equal(found[kept], expected[kept])
+    spoilt = weight.clone()
+    spoilt[7, 3] = torch.nan
+    found = kernel(x, spoilt)
+    assert found[:, 7].isnan().all()
+    assert torch.equal(found[:, :7], expected[:, :7]) and torch.equal(found[:, 8:], expected[:, 8:])
+
+
+@DTYPES
+def test_gelu_of_every_number(dtype, kernel):
+    """Relative to the result, far into the tail, where 1 + erf would have nothing left."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype)
+    x = x[x.isfinite()][:, None]
+    found = kernel(x, torch.ones(1, 1, dtype=dtype), gelu=True).double()
+    truth = x.double() * 0.5 * torch.special.erfc(-x.double() * 0.5**0.5)
+    step = 2.0**-24 if dtype == torch.float16 else 2.0**-133
+    limit = (0.5 * torch.finfo(dtype).eps + 1.2e-4) * truth.abs() + 0.5 * step
+    assert ((found - truth).abs() <= limit).all()
+    special = torch.tensor([[torch.inf], [torch.nan]], dtype=dtype)
+    found = kernel(special, torch.ones(1, 1, dtype=dtype), gelu=True).flatten()
+    assert found[0] == torch.inf and found[1].isnan()
+
+
+@DTYPES
+def test_layouts(dtype, kernel, poisoned):
+    x = torch.randn(4, 6, 5, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, bias = torch.randn(50, 40).to(dtype), torch.randn(50).to(dtype)
+    expected = kernel(x, weight, bias)
+    assert expected.shape == (4, 6, 5, 50)
+    wide = torch.full((4, 6, 5, 90), torch.nan, dtype=dtype)
+    wide[..., 20:60] = x
+    views = {
+        "slice": (wide[..., 20:60], expected),
+        "slice of a sequence": (wide[1, 1:5, :, 20:60], expected[1, 1:5]),
+        "matrix": (wide[2, 3, :, 20:60], expected[2, 3]),
+        "vector": (wide[2, 3, 1, 20:60], expected[2, 3, 1]),
+        "permuted": (x.transpose(0, 2), expected.transpose(0, 2)),
+        "columns": (x.transpose(-1, -2).contiguous().transpose(-1, -2), expected),
+        "one row for all": (x[0, :1, 0].expand(3, 7, 40), expected[0, :1, 0].expand(3, 7, 50)),
+    }
+    for name, (view, truth) in views.items():
+        assert torch.equal(kernel(view, weight, bias), truth), name
+    assert torch.equal(kernel(x, weight, torch.stack([bias, bias], 1)[:, 0]), expected)
+    strided = torch.stack([weight, weight], 2)[..., 0]
+    assert torch.equal(kernel(x, strided, bias), expected)
+
+
+@DTYPES
+def test_empty(dtype, kernel):
+    weight = torch.ones(3, 5, dtype=dtype)
+    assert kernel(torch.ones(0, 4, 5, dtype=dtype), weight).shape == (0, 4, 3)
+    assert kernel(torch.ones(2, 0, 5, dtype=dtype), weight, gelu=True).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    "case", [SHAPES[0], CASES[-2], LinearCase("few", 1, 20, 70, 500)], ids=lambda c: c.name
+)
+def test_threads_and_runs_give_equal_bits(case, kernel, poisoned):
+    case = dataclasses.replace(case, tokens=min(case.tokens, 300), gelu=True)
+    inputs, threads = case.inputs(torch.bfloat16), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 5):
+            torch.set_num_threads(count)
+            results.append(kernel(**inputs, gelu=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    one = {**inputs, "input": inputs["input"][:, 5:6]}
+    assert torch.equal(kernel(**one, gelu=True), results[0][:, 5:6])
+
+
+def test_refusals(kernel):
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(TypeError, match=r"backend 'cpu' takes float16 and bfloat16; input is torch\.float32"):
+        linear(x, weight, backend="cpu")
+    with pytest.raises(ValueError, match="packed is None: see pack_weight"):
+        linear(x.half(), weight.half(), backend="cpu")
+    panels, exponents = pack_weight(torch.ones(60, 3).half())
+    with pytest.raises(RuntimeError, match="not those of this layer"):
+        torch.ops.segvit.linear(x.half(), weight.half(), None, panels, exponents, False, backend="cpu")
+
+
+def test_without_a_choice_it_runs(kernel, monkeypatch):
+    monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
+    case = next(c for c in CASES if c.name == "deep")
+    inputs = case.inputs(torch.bfloat16)
+    layer = PackedLinear(torch.nn.Linear(case.depth, case.outputs).bfloat16()).requires_grad_(False)
+    layer.weight.copy_(inputs["weight"]), layer.bias.copy_(inputs["bias"])
+    layer = PackedLinear(layer)
+    with torch.inference_mode():
+        found = layer(inputs["input"])
+    assert torch.equal(found, kernel(**inputs)) and not torch.equal(found, F.linear(**inputs))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: layer(x, gelu=True), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(inputs["input"]), kernel(**inputs, gelu=True))
+
+
+@pytest.mark.parametrize("shrunk", [False, True])
+@DTYPES
+def test_segvit(dtype, shrunk, kernel):
+    """A fused model is as near to float64 as an unfused one, and the same when compiled."""
+    torch.manual_seed(0)
+    config = SegViTConfig.preset("vit_tiny", num_classes=5, image_size=(64, 64), shrunk=shrunk)
+    model = SegViT(config).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    model = model.to(dtype)
+    images = torch.randn(2, 3, 64, 96).to(dtype)
+    with torch.inference_mode(), segvit_kernels.backend("eager"):
+        truth = copy.deepcopy(model).double()(images.double())[:2]
+        ordinary = model(images)[:2]
+    fused = copy.deepcopy(model).fuse()
+    with torch.no_grad(), segvit_kernels.backend("cpu"):
+        found = fused(images)[:2]
+    for name, *values in zip(("class_logits", "mask_logits"), found, truth, ordinary, strict=True):
+        actual, exact, plain = (testing.relative_error(v, values[1]) for v in values)
+        assert actual <= 1.5 * plain + 1e-3, (name, actual, plain)
+        assert exact == 0
+    if not shrunk and dtype == torch.bfloat16:
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: fused(x)[:2], fullgraph=True, backend="aot_eager")
+        with torch.no_grad(), segvit_kernels.backend("cpu"):
+            for a, b in zip(compiled(images), found, strict=True):
+                assert torch.equal(a, b)
