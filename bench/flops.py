@@ -34,12 +34,14 @@ class Model:
     paper: float
     shrunk: bool = False
 
-    def build(self) -> nn.Module:
-        """The model on the current default device, in evaluation mode."""
+    def build(self, **overrides: Any) -> nn.Module:
+        """The model on the current default device, in evaluation mode; `overrides` go to its configuration."""
         from segvit import SegViT, SegViTConfig
 
-        options = {"shrunk": True} if self.shrunk else {}
-        config = SegViTConfig.preset(self.preset, self.classes, image_size=(self.size, self.size), **options)
+        size = (self.size, self.size)
+        config = SegViTConfig.preset(
+            self.preset, self.classes, shrunk=self.shrunk, image_size=size, **overrides
+        )
         return SegViT(config).eval()
 
 
@@ -157,17 +159,28 @@ def count_fvcore(form: nn.Module, images: Tensor) -> tuple[dict[str, float], dic
     return dict(analysis.by_operator()), by_module
 
 
-def count_torch(form: nn.Module, images: Tensor) -> float:
+def count_torch(call: Callable[[Tensor], object], images: Tensor) -> float:
     """Multiply-accumulates by torch's counter, which knows products only: half its FLOPs, and fvcore's
-    convention of 5 per element for LayerNorm."""
-    from torch.utils.flop_counter import FlopCounterMode
+    conventions of 5 per element for LayerNorm and 4 per output element for bilinear upsampling."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     def layer_norm(x: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * 5 * torch.Size(x).numel()
 
-    custom = {torch.ops.aten.native_layer_norm: layer_norm}
+    def bilinear(x: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * 4 * torch.Size(out_shape).numel()
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    aten = torch.ops.aten
+    custom = {
+        aten.native_layer_norm: layer_norm,
+        aten.upsample_bilinear2d: bilinear,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    }
     with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
-        form(images)
+        call(images)
     return counter.get_total_flops() / 2
 
 
