@@ -52,6 +52,12 @@ def interleave(
     return samples
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong, for the ``reason`` of a row."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

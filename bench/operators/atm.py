@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
+from bench.operators import Check, Cost, Operator, Peer, Target, budget_row
 from segvit_kernels import ATMFunction, atm_reference, fused_atm
 from segvit_kernels.testing.atm import SHAPES, ATMCase, oracle
 

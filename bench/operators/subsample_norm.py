@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, budget_row
+from bench.operators import Check, Cost, Operator, Peer, budget_row
 from segvit_kernels import subsample_layer_norm, subsample_layer_norm_reference
 from segvit_kernels.testing.subsample_norm import SHAPES, SubsampleNormCase, oracle, with_gradients
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
+from bench.operators import Check, Cost, Operator, Peer, Target, budget_row
 from segvit_kernels import mask_loss
 from segvit_kernels.testing.mask_loss import SHAPES, MaskLossCase, as_list, oracle, stacked
 

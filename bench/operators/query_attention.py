@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
+from bench.operators import Check, Cost, Operator, Peer, Target, budget_row
 from segvit_kernels import query_attention, query_attention_reference
 from segvit_kernels.testing.query_attention import SHAPES, QueryAttentionCase, oracle, with_gradients
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target
+from bench.operators import Check, Cost, Operator, Peer, Target
 from segvit_kernels import View, semantic_argmax, semantic_argmax_reference
 from segvit_kernels.testing.semantic_argmax import SemanticCase, assert_labels, oracle
 
