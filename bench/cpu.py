@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from bench import environment, kernels, operators, timing
-from segvit_kernels._library import why_not
 
 DTYPE = "float32"
 _DEVICE = torch.device("cpu")
@@ -29,7 +28,7 @@ _MAX_SETS = 16
 
 def backend() -> str:
     """The backend that is measured."""
-    return "eager" if why_not("cpu", _DEVICE) else "cpu"
+    return operators.kernels_backend(_DEVICE)
 
 
 def _checks(op: operators.Operator, shape: str, batch: int) -> list[dict]:
@@ -46,18 +45,6 @@ def _checks(op: operators.Operator, shape: str, batch: int) -> list[dict]:
     return [key | row for row in rows]
 
 
-def _sets(op: operators.Operator, case: Any) -> list[tuple]:
-    """Input sets that together exceed twice the second-level caches, as far as :data:`_MAX_SETS` goes.
-
-    The last level is left: on a server it is shared and holds hundreds of megabytes, and in a model the layer
-    before has just written what an operator reads.
-    """
-    first = op.inputs(case, torch.float32, _DEVICE)
-    size = sum(t.nbytes for t in operators.tensors(first[0]))
-    count = min(_MAX_SETS, max(2, -(-2 * environment.l2_bytes() // size) + 1))
-    return [first, *(op.inputs(case, torch.float32, _DEVICE) for _ in range(count - 1))]
-
-
 def _timings(
     op: operators.Operator,
     peers: Sequence[operators.Peer],
@@ -68,7 +55,8 @@ def _timings(
 ) -> list[dict]:
     """Forward without gradients; forward and backward timed apart in one call with them."""
     case = op.shape(shape, batch)
-    sets = _sets(op, case)
+    cache = environment.cache_bytes(_DEVICE)
+    sets = timing.rotation(lambda: op.inputs(case, torch.float32, _DEVICE), cache, _MAX_SETS)
     key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": DTYPE}
     rows: list[dict] = []
     forward: dict[str, Callable[[], float]] = {}

@@ -63,8 +63,14 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def l2_bytes() -> int:
-    """Second-level cache of this CPU's cores together; 4 MiB where the system does not say."""
+def cache_bytes(device: torch.device) -> int:
+    """The second-level cache of a GPU, or of a CPU's cores together: what inputs are rotated to exceed.
+
+    A server's last level is left. It is shared and holds hundreds of megabytes, and in a model the layer
+    before has just written what an operator reads.
+    """
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
         return int(text.removesuffix("K")) * 1024 * (os.cpu_count() or 1)

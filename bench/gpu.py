@@ -29,8 +29,8 @@ BATCHES = (16, 1, 4)
 MAX_SETS = 64
 RESTARTS = 6
 GRACE_S = 15.0
-# A peer that torch.compile builds is not begun with less time than this left.
-COMPILE_S = 45.0
+# A peer that torch.compile builds, or tunes, is not begun with less time than this left.
+COMPILE_S, AUTOTUNE_S = 45.0, 90.0
 
 
 class Task(NamedTuple):
@@ -59,8 +59,7 @@ class Context:
 def _context(smoke: bool, deadline: float, peers: Sequence[str] | None) -> Context:
     if not smoke:
         device = torch.device("cuda", torch.cuda.current_device())
-        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
-        return Context(device, "triton", deadline, False, peers, l2)
+        return Context(device, "triton", deadline, False, peers, environment.cache_bytes(device))
     from segvit_kernels import why_not
 
     interpreter = (environment.ROOT / "segvit_kernels/triton").is_dir() and why_not("triton", "cpu") is None
@@ -126,34 +125,46 @@ def _timing_groups(op: operators.Operator, smoke: bool) -> list[tuple[str, int, 
 
 
 def _timing_tasks(smoke: bool) -> list[Task]:
-    def task(op: operators.Operator, shape: str, batch: int, dtype: str, mode: str) -> Task:
+    def task(
+        op: operators.Operator, shape: str, batch: int, dtype: str, mode: str, slow: bool = False
+    ) -> Task:
         key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": dtype, "mode": mode}
-        return Task("timings", key, lambda context: _time_group(context, op, key))
+        return Task("timings", key, lambda context: _time_group(context, op, key, slow))
 
-    return _in_turn(
-        [task(op, *group, mode) for group in _timing_groups(op, smoke) for mode in op.modes]
-        for op in operators.by_name().values()
+    found = operators.by_name().values()
+    tasks = _in_turn(
+        [task(op, *group, mode) for group in _timing_groups(op, smoke) for mode in op.modes] for op in found
     )
+    main = [] if smoke else [(op, *_timing_groups(op, smoke)[0], mode) for op in found for mode in op.modes]
+    return tasks + [task(*group, slow=True) for group in main]
 
 
-def _time_group(context: Context, op: operators.Operator, key: dict) -> Iterator[dict]:
-    """Rows of all peers at one shape, batch, dtype and mode: memory first, then interleaved samples."""
+def _time_group(context: Context, op: operators.Operator, key: dict, slow: bool = False) -> Iterator[dict]:
+    """Rows of all peers at one shape, batch, dtype and mode: memory first, then interleaved samples.
+
+    With ``slow`` of the peers that take minutes to build, and of no other.
+    """
+    peers = [p for p in operators.select(op.peers(context.backend), context.peers) if p.slow == slow]
+    if not any(key["mode"] in peer.modes for peer in peers):
+        return
     device, dtype = context.device, getattr(torch, key["dtype"])
     case = op.shape(key["shape"], key["batch"])
-    first = op.inputs(case, dtype, device)
-    size = sum(t.nbytes for t in operators.tensors(first[0]))
-    count = 2 if context.tiny else min(MAX_SETS, max(2, -(-2 * context.l2_bytes // size) + 1))
-    sets = [first, *(op.inputs(case, dtype, device) for _ in range(count - 1))]
+    most = 2 if context.tiny else MAX_SETS
+    sets = timing.rotation(lambda: op.inputs(case, dtype, device), context.l2_bytes, most)
+    first, count = sets[0], len(sets)
     costs = op.costs(case, dtype.itemsize, key["mode"])
     yield {"table": "costs", "phases": [cost._asdict() for cost in costs]}
 
     samplers: dict[tuple[str, str], Callable[[], float]] = {}
     torch._dynamo.reset()
-    for peer in operators.select(op.peers(context.backend), context.peers):
+    for peer in peers:
         if key["mode"] not in peer.modes:
             continue
         base = {"peer": peer.name, "what": peer.what, "sets": count}
-        if context.left() < (COMPILE_S if peer.compiled else 5.0):
+        if peer.missing:
+            yield base | {"method": "all", "status": "skipped", "reason": peer.missing}
+            continue
+        if context.left() < (AUTOTUNE_S if peer.slow else COMPILE_S if peer.compiled else 5.0):
             yield base | {"method": "all", "status": "skipped", "reason": "time budget"}
             continue
         run = operators.runner(peer, key["mode"])

@@ -101,6 +101,15 @@ def _over(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], No
     return work
 
 
+def rotation(make: Callable[[], tuple[dict, Any]], cache_bytes: int, most: int) -> list[tuple[dict, Any]]:
+    """Input sets that together exceed twice a cache, at least two and at most ``most`` of them: a call finds
+    the inputs of the one before it there, not its own."""
+    first = make()
+    size = sum(t.nbytes for t in first[0].values() if isinstance(t, torch.Tensor))
+    count = min(most, max(2, -(-2 * cache_bytes // size) + 1))
+    return [first, *(make() for _ in range(count - 1))]
+
+
 def stream_sampler(
     call: Callable[[Any], object], sets: Sequence[Any], device: torch.device, least_s: float = 2e-3
 ) -> Callable[[], float]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from segvit_kernels import why_not
 from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
 
 MODES = ("forward", "forward_backward")
@@ -46,6 +47,29 @@ class Peer:
     modes: tuple[str, ...] = MODES
     slow: bool = False
     missing: str | None = None
+
+
+def compilations(
+    function: Callable,
+    what: str,
+    *,
+    call: Callable[[Callable, dict[str, Any]], tuple[torch.Tensor, ...]],
+    modes: tuple[str, ...] = MODES,
+    **options: Any,
+) -> list[Peer]:
+    """The peer ``call(compiled, inputs)``, where ``compiled`` is ``torch.compile`` of ``function`` with
+    ``options``; on a GPU also with max-autotune."""
+
+    def peer(name: str, what: str, slow: bool, **more: Any) -> Peer:
+        compiled = torch.compile(function, **options, **more)
+        return Peer(name, what, lambda x: call(compiled, x), compiled=True, modes=modes, slow=slow)
+
+    found = [peer("compiled", what, False)]
+    if torch.cuda.is_available():
+        # Without CUDA graphs of its own: the benchmark replays one of every peer.
+        mode = "max-autotune-no-cudagraphs"
+        found.append(peer("compiled max-autotune", f"{what}, mode {mode}", True, mode=mode))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +176,12 @@ def checked(op: Operator, check: Check, device: torch.device, backend: str) -> l
 
 def _within_norm(row: dict) -> bool:
     return row.get("relative_error") is not None and row["relative_error"] <= row["relative_budget"]
+
+
+def kernels_backend(device: torch.device) -> str:
+    """The backend that is measured on a device: what the library takes there by itself."""
+    names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    return next((name for name in names if why_not(name, device) is None), "eager")
 
 
 class OptionError(ValueError):
