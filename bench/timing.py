@@ -52,6 +52,12 @@ def interleave(
     return samples
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong, for the ``reason`` of a row."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -93,6 +99,15 @@ def _over(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], No
             call(inputs)
 
     return work
+
+
+def rotation(make: Callable[[], tuple[dict, Any]], cache_bytes: int, most: int) -> list[tuple[dict, Any]]:
+    """Input sets that together exceed twice a cache, at least two and at most ``most`` of them: a call finds
+    the inputs of the one before it there, not its own."""
+    first = make()
+    size = sum(t.nbytes for t in first[0].values() if isinstance(t, torch.Tensor))
+    count = min(most, max(2, -(-2 * cache_bytes // size) + 1))
+    return [first, *(make() for _ in range(count - 1))]
 
 
 def stream_sampler(
