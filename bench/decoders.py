@@ -117,9 +117,7 @@ class SETRMLA(Decoder):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.taps)
         self.reduce = nn.ModuleList(_conv(width, 256, 1) for _ in self.taps)
         self.mix = nn.ModuleList(_conv(256, 256, 3) for _ in self.taps)
-        self.heads = nn.ModuleList(
-            nn.Sequential(_conv(256, 128, 3), _conv(128, 128, 3)) for _ in self.taps
-        )
+        self.heads = nn.ModuleList(nn.Sequential(_conv(256, 128, 3), _conv(128, 128, 3)) for _ in self.taps)
         self.classifier = nn.Conv2d(4 * 128, config.num_classes, 1)
 
     def forward(self, features: list[Tensor], grid: Grid) -> Tensor:
@@ -161,8 +159,8 @@ class Segmenter(Decoder):
 
 class UPerNet(Decoder):
     """Pyramid pooling on the coarsest level and a feature pyramid network above it, 512 channels (Xiao et
-    al., ECCV 2018, section 3), on four taps of a plain ViT, which transposed convolutions and pooling bring to
-    strides 4, 8, 16 and 32, as BEiT does (Bao et al., ICLR 2022)."""
+    al., ECCV 2018, section 3), on four taps of a plain ViT, which transposed convolutions and pooling bring
+    to strides 4, 8, 16 and 32, as BEiT does (Bao et al., ICLR 2022)."""
 
     channels = 512
     pools = (1, 2, 3, 6)
@@ -223,8 +221,8 @@ class _Residual(nn.Module):
 
 
 class DPT(Decoder):
-    """Four taps reassembled at strides 4 to 32 and fused bottom up by residual units, 256 channels; classes at
-    half the image's size (Ranftl et al., ICCV 2021, section 3 and appendix on segmentation)."""
+    """Four taps reassembled at strides 4 to 32 and fused by residual units, coarse to fine, 256 channels;
+    classes at half the image's size (Ranftl et al., ICCV 2021, section 3 and appendix on segmentation)."""
 
     channels = 256
 
@@ -239,7 +237,9 @@ class DPT(Decoder):
             nn.Conv2d(sizes[3], sizes[3], 3, stride=2, padding=1),
         )
         self.reassemble = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, size, 1), move, nn.Conv2d(size, channels, 3, padding=1, bias=False))
+            nn.Sequential(
+                nn.Conv2d(width, size, 1), move, nn.Conv2d(size, channels, 3, padding=1, bias=False)
+            )
             for size, move in zip(sizes, resample, strict=True)
         )
         self.skip = nn.ModuleList(_Residual(channels) for _ in range(3))

@@ -1,4 +1,4 @@
-"""``python -m bench flops``: multiply-accumulates, parameters and memory of every published model.
+"""``python -m bench flops``: multiply-accumulates and parameters of every published model and its decoders.
 
 Two forms are counted. *eager* is the model as its paper counts it: every product in plain PyTorch, masks and
 scores at full resolution (resized once more to the same size, as published models do), by fvcore alone.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import environment, timing
+from bench import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Model:
     shrunk: bool = False
 
     def build(self, **overrides: Any) -> nn.Module:
-        """The model on the current default device, in evaluation mode; `overrides` go to its configuration."""
+        """The model on the default device, in evaluation mode; `overrides` go to its configuration."""
         from segvit import SegViT, SegViTConfig
 
         size = (self.size, self.size)
@@ -54,7 +53,8 @@ MODELS = (
     Model("vit_l_pascal_context_480", "vit_large", 60, 480, 321.6),
     Model("vit_l_pascal_context_480_shrunk", "vit_large", 60, 480, 186.9, True),
 )
-FORMS = ("eager", "fused")
+# Whose backbones all decoders are counted on.
+DECODERS = ("vit_b_ade20k_512", "vit_l_ade20k_640")
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
@@ -194,9 +194,9 @@ def _zeros(model: Model) -> nn.Module:
     return built
 
 
-def run(*, memory: bool, names: Sequence[str] | None = None, progress: Callable[[str], None] = print) -> dict:
-    """Rows of all models, as plain data."""
-    rows = []
+def run(*, names: Sequence[str] | None = None, progress: Callable[[str], None] = print) -> dict:
+    """Rows of all models, and of the decoders on their backbones, as plain data."""
+    rows, decoders = [], []
     for model in MODELS:
         if names and model.name not in names:
             continue
@@ -218,32 +218,28 @@ def run(*, memory: bool, names: Sequence[str] | None = None, progress: Callable[
                 "torch": by_torch,
             },
         }
-        if memory:
-            for form_name in FORMS:
-                row[form_name]["extra_bytes"] = _memory(model.name, form_name)
         rows.append(row)
         progress(_line(row))
+        if model.name in DECODERS:
+            decoders += _decoders(model)
     return {
         "schema": 1,
         "kind": "flops",
         "environment": environment.describe(torch.device("cpu")),
         "models": rows,
+        "decoders": decoders,
     }
 
 
-def _memory(name: str, form: str) -> int | None:
-    """Peak memory beyond weights and image of one inference, in a process of its own."""
-    done = environment.memory_process("_flops_memory", name, form)
-    done.check_returncode()
-    return json.loads(done.stdout.splitlines()[-1])
+def _decoders(model: Model) -> Iterator[dict]:
+    from bench import subjects
+    from bench.decoders import PUBLISHED
 
-
-def measure_memory(name: str, form: str) -> int | None:
-    model = next(m for m in MODELS if m.name == name)
-    built, images = model.build().requires_grad_(False), torch.randn(1, 3, model.size, model.size)
-    with torch.inference_mode(), plain_operators() if form == "eager" else contextlib.nullcontext():
-        module = EagerForm(built) if form == "eager" else FusedForm(built)
-        return timing.resident_peak(lambda: module(images))
+    for subject in subjects.on_one_backbone():
+        count, parameters = subjects.macs(subject, model)
+        row = {"model": model.name, "decoder": subject.name, "macs": count, "parameters": parameters}
+        name = subject.name.removesuffix(subjects.BY_FORMULA)
+        yield {**row, "paper_gflops": PUBLISHED.get((name, model.preset, model.size))}
 
 
 def _line(row: dict) -> str:
@@ -252,8 +248,8 @@ def _line(row: dict) -> str:
 
 
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``models``, one line each."""
-    from bench.report import markdown, size
+    """Markdown: ``models`` and ``decoders``, one line each."""
+    from bench.report import markdown
 
     lines = []
     for row in result["models"]:
@@ -266,10 +262,30 @@ def tables(result: dict) -> dict[str, str]:
             f"{fused['torch'] / 1e9:.2f}",
             f"{row['parameters'] / 1e6:.1f} M",
         ]
-        if "extra_bytes" in eager:
-            cells += [size(eager["extra_bytes"]), size(fused["extra_bytes"])]
         lines.append(cells)
     header = ["model", "paper, GFLOPs", "eager", "fused, fvcore", "fused, torch", "parameters"]
-    if lines and len(lines[0]) > len(header):
-        header += ["memory, eager", "memory, fused"]
-    return {"models": markdown(header, lines)}
+    found = {"models": markdown(header, lines)}
+    if "decoders" in result:
+        found["decoders"] = _decoders_table(result["decoders"])
+    return found
+
+
+def _decoders_table(rows: list[dict]) -> str:
+    from bench.report import markdown
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["decoder"] for row in rows):
+        line = [name]
+        for model in models:
+            row = next(r for r in rows if (r["model"], r["decoder"]) == (model, name))
+            line += [
+                row["paper_gflops"] or "–",
+                f"{row['macs'] / 1e9:.2f}",
+                f"{row['parameters'] / 1e6:.1f} M",
+            ]
+        lines.append(line)
+    header = ["decoder"]
+    for model in models:
+        header += [f"{model}: paper, GFLOPs", "counted", "parameters"]
+    return markdown(header, lines)

@@ -1,7 +1,7 @@
-"""``python -m bench memory``: peak memory of inference and of a training step, published formula against fused.
+"""``python -m bench memory``: peak memory of inference and of a training step, as published against fused.
 
-Beyond weights and inputs; results and, in training, all gradients included. On a GPU by torch's allocator, on a
-CPU by the resident set of a process of its own. A training step is forward, loss and backward.
+Beyond weights and inputs; results and, in training, all gradients included. On a GPU by torch's allocator, on
+a CPU by the resident set of a process of its own. A training step is forward, loss and backward.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def rows(
     if device.type == "cuda":
         yield from _each(request, device)
         return
-    done = environment.memory_process("_peaks", json.dumps(request))
+    done = environment.memory_process("_call", "bench.memory", "peaks", json.dumps([request]))
     left = list(names)
     for line in done.stdout.splitlines():
         if line.startswith("{"):
@@ -74,7 +75,7 @@ def _each(request: dict, device: torch.device) -> Iterator[dict]:
             arguments = (request["mode"], request["batch"], request["dtype"], device)
             extra = of(known[name], spec, *arguments)
         except Exception as error:  # out of memory, for one
-            yield {**row, "status": "failed", "reason": subjects.one_line(error)}
+            yield {**row, "status": "failed", "reason": timing.one_line(error)}
             continue
         if extra is None:
             yield {**row, "status": "skipped", "reason": "this system does not reset its high-water mark"}
@@ -82,13 +83,11 @@ def _each(request: dict, device: torch.device) -> Iterator[dict]:
             yield {**row, "status": "ok", "extra_bytes": extra}
 
 
-def peaks(request: str) -> int:
-    """What the process made for it does: print a row for each subject of a request of `rows`."""
-    asked = json.loads(request)
-    torch.set_num_threads(asked["threads"])
-    for row in _each(asked, torch.device("cpu")):
+def peaks(request: dict) -> None:
+    """What the process of `rows` does: print a row for each subject of a request."""
+    torch.set_num_threads(request["threads"])
+    for row in _each(request, torch.device("cpu")):
         print(json.dumps(row), flush=True)
-    return 0
 
 
 def run(
@@ -102,6 +101,7 @@ def run(
     progress: Callable[[str], None] = print,
 ) -> dict:
     """Rows of published models, as plain data; ``quick`` is one of them, ``smoke`` a tiny one."""
+    begun = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     names = names or (QUICK if quick else [model.name for model in flops.MODELS])
@@ -114,7 +114,13 @@ def run(
                 shown = f"{row['extra_bytes'] / 1e6:.0f} MB" if row["status"] == "ok" else row["reason"]
                 progress(f"{spec.name} {mode} {row['name']}: {shown}")
     described = {**environment.describe(device), "threads": threads}
-    return {"schema": 1, "kind": "memory", "measurement": not smoke, "environment": described, "rows": found}
+    result = {"schema": 1, "kind": "memory", "measurement": not smoke, "environment": described}
+    return result | {"rows": found, "elapsed_s": round(time.time() - begun, 1)}
+
+
+def sound(result: dict) -> bool:
+    """Whether every peak of ours was measured, where this system can."""
+    return not any(row["name"] == "fused" and row["status"] == "failed" for row in result["rows"])
 
 
 def tables(result: dict) -> dict[str, str]:
@@ -142,7 +148,9 @@ def tables(result: dict) -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench memory``."""
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: results/memory- and the device)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write (default: results/memory- and the device)"
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
     parser.add_argument("--batch", type=int, default=1, help="images of a call (default %(default)s)")
     parser.add_argument(

@@ -53,8 +53,13 @@ class Checks:
         labels = run()
         if subject.reference is None:
             shape = (len(images), self.spec.size, self.spec.size)
-            if tuple(labels.shape) != shape or not 0 <= int(labels.min()) <= int(labels.max()) < self.spec.classes:
-                reason = f"label maps are {tuple(labels.shape)}, expected {shape} with {self.spec.classes} classes"
+            if (
+                tuple(labels.shape) != shape
+                or not 0 <= int(labels.min()) <= int(labels.max()) < self.spec.classes
+            ):
+                reason = (
+                    f"label maps are {tuple(labels.shape)}, expected {shape} with {self.spec.classes} classes"
+                )
                 return {"status": "invalid", "reason": reason}
             return {"status": "ok"}
         expected = self._labels(subject, images, "float32")
@@ -137,7 +142,7 @@ def _measured(
                 run()
                 calls[subject.name] = run
         except Exception as error:  # torch.compile needs a compiler, memory may end; the others still count
-            row |= {"status": "failed", "reason": subjects.one_line(error)}
+            row |= {"status": "failed", "reason": timing.one_line(error)}
     samplers = {name: _sampler(run, device) for name, run in calls.items()}
     times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
     for name, samples in times.items():
@@ -174,14 +179,17 @@ def run(
     always in float32 too), libraries and decoders at the size of the first model, in the first of the dtypes.
     ``quick`` is a ViT-S at 512×512. What has not begun ``budget_s`` seconds after the start is skipped.
     """
-    deadline = time.time() + budget_s
+    begun = time.time()
+    deadline = begun + budget_s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     wanted = [model for model in flops.MODELS if not names or model.name in names]
     specs = (TINY,) if smoke else (QUICK,) if quick else wanted
     rows: list[dict] = []
 
-    def measure(section: str, found: Sequence[Subject], spec: flops.Model, counts: dict, **where: Any) -> None:
+    def measure(
+        section: str, found: Sequence[Subject], spec: flops.Model, counts: dict, **where: Any
+    ) -> None:
         limits = {"rounds": rounds, "deadline": deadline, "counts": counts}
         for row in _measured(section, found, spec, device=device, **where, **limits):
             rows.append(row)
@@ -205,7 +213,15 @@ def run(
         found = subjects.libraries(compiled)
         measure("libraries", found, specs[0], {}, mode="inference", batch=batches[0], dtype=dtypes[0])
     described = {**environment.describe(device), "threads": threads}
-    return {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described, "rows": rows}
+    result = {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described}
+    return result | {"rows": rows, "elapsed_s": round(time.time() - begun, 1)}
+
+
+def sound(result: dict) -> bool:
+    """Whether nothing of ours failed and nothing at all was refused. A peer may fail."""
+    ours = ("fused", "eager", "SegViT", "Shrunk SegViT")
+    broken = [r for r in result["rows"] if r["status"] == "failed" and r["way"] in ours]
+    return not broken and all(r["status"] != "invalid" for r in result["rows"])
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -223,7 +239,11 @@ def _models(rows: list[dict]) -> str:
     """Ways to run SegViT and models of libraries, speed against the published formula in float32."""
     from bench.report import markdown, seconds, size
 
-    published = {_key(row)[:2]: row["median_s"] for row in reversed(rows) if row["way"] == "published" and row["status"] == "ok" and row["dtype"] == "float32"}
+    published = {
+        _key(row)[:2]: row["median_s"]
+        for row in reversed(rows)
+        if row["way"] == "published" and row["status"] == "ok" and row["dtype"] == "float32"
+    }
     lines = []
     for row in rows:
         line = ["{}, batch {}, {}".format(*_key(row)), row["way"]]
@@ -255,7 +275,7 @@ def _decoders(rows: list[dict]) -> str:
         line = [
             name,
             f"{first['macs'] / 1e9:.1f}" if "macs" in first else "–",
-            decoders.PUBLISHED.get((name, spec.preset, spec.size), "–"),
+            decoders.PUBLISHED.get((name.removesuffix(subjects.BY_FORMULA), spec.preset, spec.size), "–"),
             f"{first['parameters'] / 1e6:.1f} M" if "parameters" in first else "–",
         ]
         for mode in ("inference", "training"):
@@ -285,7 +305,9 @@ def tables(result: dict) -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench model``."""
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: results/model- and the device)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write (default: results/model- and the device)"
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default 1)")
     parser.add_argument(

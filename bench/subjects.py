@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import segvit_kernels
-from bench import decoders, flops, mask_loss, peers
+from bench import decoders, flops, peers
+from bench.operators import mask_loss
 from segvit import SegViTConfig, SegViTLoss, SegViTOutput
 from segvit.linear_head import CrossEntropy
 from segvit.shrunk import ShrunkDecoder
 
 LabelMaps = Callable[[Tensor], Tensor]
+BY_FORMULA = ", published formula"
 _TORCH_ATTENTION = F.scaled_dot_product_attention
 
 
@@ -36,7 +38,7 @@ class Subject:
         name, what: for tables and for readers.
         build: the model of a size, in evaluation mode, on the default device.
         labels: label maps (B, H, W) from the model and images (B, 3, H, W) in uint8.
-        loss: scalar loss from the model in training mode, images, and labels (B, H, W); None: not trained here.
+        loss: scalar loss from the model in training mode, images and labels (B, H, W); None: not trained.
         reference: as ``labels``; what its labels must agree with. None: nothing to compare with.
         context: entered around every call.
         compiled: mode of torch.compile, or None.
@@ -72,7 +74,7 @@ class Subject:
 
 
 def inputs(spec: flops.Model, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, S, S) in uint8, noise, and labels (B, S, S) in int64, a dozen patches of random classes."""
+    """Noise as images (B, 3, S, S) in uint8, and labels (B, S, S) in int64, a dozen patches of any class."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, spec.size, spec.size), dtype=torch.uint8, generator=generator)
     patches = torch.randint(0, spec.classes, (batch, 1, 3, 4), generator=generator)
@@ -86,9 +88,7 @@ def build(subject: Subject, spec: flops.Model, device: torch.device | str) -> nn
     return subject.build(spec).requires_grad_(False).to(device)
 
 
-def inference(
-    subject: Subject, model: nn.Module, images: Tensor, dtype: torch.dtype
-) -> Callable[[], Tensor]:
+def inference(subject: Subject, model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The call that is timed, with the model in ``dtype`` from now on: label maps (B, H, W)."""
     call = subject.caller(model.to(dtype), images)
 
@@ -145,8 +145,10 @@ def macs(subject: Subject, spec: flops.Model, device: torch.device | str = "cpu"
 
 
 def segvit(spec: flops.Model) -> nn.Module:
-    """SegViT whose label maps have something in them: with its initial weights one class wins every pixel, and
-    any two label maps agree. Here each token favours its own class, and similarities are spread further.
+    """SegViT whose label maps have something in them.
+
+    With its initial weights one class wins every pixel, and any two label maps agree. Here each token favours
+    its own class, and similarities are spread further: dozens of classes appear.
 
     Dropout and stochastic depth are off, so that two forms of a training step have the same loss.
     """
@@ -296,9 +298,9 @@ def on_one_backbone() -> list[Subject]:
     """SegViT as published and ours, Shrunk, and the decoders of `bench.decoders`."""
     change = dataclasses.replace
     return [
-        change(PUBLISHED, name="SegViT, published formula"),
+        change(PUBLISHED, name="SegViT" + BY_FORMULA),
         change(FUSED, name="SegViT"),
-        change(PUBLISHED, name="Shrunk SegViT, published formula", build=shrunk),
+        change(PUBLISHED, name="Shrunk SegViT" + BY_FORMULA, build=shrunk),
         change(FUSED, name="Shrunk SegViT", build=shrunk),
         *map(_decoder, decoders.NAMES),
     ]
@@ -332,7 +334,9 @@ def libraries(compiled: bool = False) -> list[Subject]:
         found.append(subject)
         if compiled and subject.reference is None:
             what = f"{subject.what}, torch.compile"
-            found.append(dataclasses.replace(subject, name=f"{subject.name}, compiled", what=what, compiled="default"))
+            found.append(
+                dataclasses.replace(subject, name=f"{subject.name}, compiled", what=what, compiled="default")
+            )
     return found
 
 
@@ -344,12 +348,6 @@ def table(name: str, device: torch.device) -> list[Subject]:
         "decoders": on_one_backbone,
         "libraries": lambda: libraries(compiled=True),
     }[name]()
-
-
-def one_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
 def check_options(options: argparse.Namespace) -> None:
