@@ -89,10 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="torch.compile of the published formula too (minutes)"
     )
 
-    p = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
+    p = commands.add_parser("flops", help="multiply-accumulates and parameters of published models and decoders")
     p.set_defaults(run=_flops)
     _out(p, "results/flops.json"), _names(p, "--models", "models")
-    p.add_argument("--memory", action="store_true", help="also run every model for its peak memory (minutes)")
 
     p = commands.add_parser("static", help="what compiled kernels need, without running them")
     p.set_defaults(run=_static)
@@ -248,7 +247,7 @@ def _flops(options: argparse.Namespace) -> int:
     from bench import flops
 
     _check_names("--models", options.models, [model.name for model in flops.MODELS], "model")
-    result = flops.run(memory=options.memory, names=options.models)
+    result = flops.run(names=options.models)
     return _finish(result, options, RESULTS / "flops.json", options.models)
 
 
@@ -330,11 +329,6 @@ def _worker(arguments: list[str]) -> int | None:
     if arguments[:1] == ["_call"]:  # see environment.isolated
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))
-        return 0
-    if arguments[:1] == ["_flops_memory"]:
-        from bench import flops
-
-        print(json.dumps(flops.measure_memory(*arguments[1:])))
         return 0
     return None
 

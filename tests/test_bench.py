@@ -453,7 +453,7 @@ def test_kept_counts_are_the_papers():
     for row in kept:
         assert row["eager"]["fvcore"] / 1e9 == pytest.approx(row["paper_gflops"], abs=0.1)
         assert row["fused"]["torch"] == pytest.approx(row["fused"]["fvcore"], rel=1e-3)
-    (fresh,) = flops.run(memory=False, names=[kept[0]["model"]], progress=lambda line: None)["models"]
+    (fresh,) = flops.run(names=[kept[0]["model"]], progress=lambda line: None)["models"]
     assert fresh["eager"]["by_operator"] == kept[0]["eager"]["by_operator"]
     assert fresh["fused"]["fvcore"] == kept[0]["fused"]["fvcore"]
 
