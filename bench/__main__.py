@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -25,11 +26,17 @@ class OptionError(ValueError):
 # --------------------------------------------------------------------------------------------- parsers
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for the user, no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a whole number, at least 1")
+    return int(text)
 
 
 def _out(parser: argparse.ArgumentParser, default: str, required: bool = False) -> None:
@@ -70,7 +77,7 @@ _OWN_OPTIONS = {
 
 
 def _parser(command: str = "") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
+    parser = _Parser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     own = "results/ and the device's name"
 
@@ -344,8 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if (code := _worker(arguments)) is not None:
         return code
-    options = _parser(arguments[0] if arguments else "").parse_args(arguments)
     try:
+        options = _parser(arguments[0] if arguments else "").parse_args(arguments)
         return options.run(options)
     except ValueError as error:
         if type(error).__name__ not in ("ReportError", "OptionError"):
