@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -24,11 +26,17 @@ class OptionError(ValueError):
 # --------------------------------------------------------------------------------------------- parsers
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for the user, no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}; expected at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a whole number, at least 1")
+    return int(text)
 
 
 def _out(parser: argparse.ArgumentParser, default: str, required: bool = False) -> None:
@@ -61,8 +69,15 @@ def _budget(parser: argparse.ArgumentParser, default: float) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
+# Their modules say what options they have, and run from them.
+_OWN_OPTIONS = {
+    "model": "whole models and decoders, image to label map, against their peers",
+    "memory": "peak memory of inference and of a training step",
+}
+
+
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     own = "results/ and the device's name"
 
@@ -79,19 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     _out(p, "results/scaling- and the device"), _machine(p), _budget(p, 540.0), _smoke(p)
     _names(p, "--operators", "operators")
 
-    p = commands.add_parser("model", help="whole models, image to label map, against the published formula")
-    p.set_defaults(run=_model)
-    _out(p, "results/model- and the device"), _machine(p), _smoke(p), _names(p, "--models", "models")
-    p.add_argument("--batch", nargs="+", type=_positive, default=[1], help="batch sizes (default 1)")
-    p.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: the first two")
-    p.add_argument("--rounds", type=_positive, default=7, help="samples of every way (default %(default)s)")
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile of the published formula too (minutes)"
-    )
+    for name, what in _OWN_OPTIONS.items():
+        p = commands.add_parser(name, help=what)
+        p.set_defaults(run=functools.partial(_own, name))
+        if command == name:  # its module imports torch, which --help need not wait for
+            importlib.import_module(f"bench.{name}").add_arguments(p)
 
-    p = commands.add_parser("flops", help="multiply-accumulates and parameters of published models and decoders")
+    p = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
     p.set_defaults(run=_flops)
     _out(p, "results/flops.json"), _names(p, "--models", "models")
+    p.add_argument("--memory", action="store_true", help="also run every model for its peak memory (minutes)")
 
     p = commands.add_parser("static", help="what compiled kernels need, without running them")
     p.set_defaults(run=_static)
@@ -247,25 +259,20 @@ def _flops(options: argparse.Namespace) -> int:
     from bench import flops
 
     _check_names("--models", options.models, [model.name for model in flops.MODELS], "model")
-    result = flops.run(names=options.models)
+    result = flops.run(memory=options.memory, names=options.models)
     return _finish(result, options, RESULTS / "flops.json", options.models)
 
 
-def _model(options: argparse.Namespace) -> int:
-    _check_out(options.out, options.smoke)
-    from bench import flops, model
-
-    _check_names("--models", options.models, [m.name for m in flops.MODELS], "model")
-    result = model.run(
-        names=options.models,
-        batches=options.batch,
-        dtypes=options.dtype or model.DTYPES,
-        threads=options.threads,
-        rounds=options.rounds,
-        compiled=options.compile,
-        smoke=options.smoke,
-    )
-    return _finish(result, options, _default_out("model", _device(options)), options.models)
+def _own(name: str, options: argparse.Namespace) -> int:
+    smoke = getattr(options, "smoke", False)
+    _check_out(options.out, smoke)
+    module = importlib.import_module(f"bench.{name}")
+    try:
+        result = module.main(options)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    partial = getattr(options, "models", None)
+    return _finish(result, options, _default_out(name, "cuda"), partial)
 
 
 def _static(options: argparse.Namespace) -> int:
@@ -319,6 +326,9 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+_INSIDE = {"_flops_memory": ("bench.flops", "measure_memory"), "_peaks": ("bench.memory", "peaks")}
+
+
 def _worker(arguments: list[str]) -> int | None:
     """What the benchmarks start themselves in; ``None`` for a user's command."""
     if arguments[:1] == ["_worker"]:
@@ -330,6 +340,10 @@ def _worker(arguments: list[str]) -> int | None:
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))
         return 0
+    if arguments and (place := _INSIDE.get(arguments[0])):
+        module, function = place
+        print(json.dumps(getattr(importlib.import_module(module), function)(*arguments[1:])))
+        return 0
     return None
 
 
@@ -337,8 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if (code := _worker(arguments)) is not None:
         return code
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser(arguments[0] if arguments else "").parse_args(arguments)
         return options.run(options)
     except ValueError as error:
         if type(error).__name__ not in ("ReportError", "OptionError"):

@@ -175,7 +175,7 @@ class _Run:
         if time.time() > self.deadline:
             yield from (key | {"peer": p.name, "status": "skipped", "reason": "time budget"} for p in peers)
             return
-        sets = timing.rotation(lambda: op.inputs(case, self.dtype, self.device), self.cache_bytes, 16)
+        sets = timing.rotation(lambda: op.inputs(case, self.dtype, self.device), self.cache_bytes, 4)
         floor = operators.floor(op.costs(case, self.dtype.itemsize, mode), self.ceilings, key["dtype"])
         samplers, expected, rows = {}, None, []
         # The plain formula first: it is what the others are held against.
@@ -222,7 +222,8 @@ class _Run:
                 return timing.graph_sampler(call, sets, self.device), "graph"
             except RuntimeError:
                 torch.cuda.synchronize()
-        return timing.stream_sampler(call, sets, self.device, 0.0), "stream"
+            return timing.stream_sampler(call, sets, self.device), "stream"
+        return timing.call_sampler(call, sets), "wall"
 
     def _once(self, call: Callable, inputs: tuple) -> tuple[tuple[torch.Tensor, ...], float]:
         """Results, and seconds of a second call: the first may build or allocate."""
@@ -275,7 +276,7 @@ def run(
         left = begun + budget_s - time.time()
         deadline = time.time() + min(left, 2 * left / (len(axes) - index))
         cache = environment.cache_bytes(where)
-        limits = (1.0, cache, 1.5e9, 5) if cpu else (1.0, cache, 20e9, 15)
+        limits = (0.8, cache, 1.5e9, 7) if cpu else (1.0, cache, 20e9, 15)
         rates = {row["name"]: row["per_s"] for row in ceilings}
         found = list(
             _Run(where, dtype, rates, deadline, *limits).points(axis, axis.cpu if cpu else axis.values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -115,6 +116,19 @@ def stream_sampler(
 ) -> Callable[[], float]:
     """Seconds per call, launched one by one over all input sets in turn: what a program sees."""
     return _sampler(device, _over(call, sets), len(sets), least_s)
+
+
+def call_sampler(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], float]:
+    """Seconds of one call on a CPU, on the next input set at every sample."""
+    turns = itertools.cycle(sets)
+
+    def sample() -> float:
+        inputs = next(turns)
+        start = time.perf_counter()
+        call(inputs)
+        return time.perf_counter() - start
+
+    return sample
 
 
 def graph_sampler(

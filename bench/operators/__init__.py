@@ -74,7 +74,8 @@ def compilations(
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Peer time (or ours over theirs for memory), the project set: held at one shape and batch."""
+    """Peer time over ours (or for memory ours over theirs) that the project set, at one shape and batch;
+    ``why`` it is missed where it is, as far as that is known."""
 
     name: str
     device: str
@@ -86,6 +87,7 @@ class Target:
     against: tuple[str, ...]
     at_least: float | None = None
     at_most: float | None = None
+    why: str = "not yet understood"
 
 
 @dataclasses.dataclass(frozen=True)
