@@ -251,6 +251,21 @@ def test_a_wrong_gradient_is_refused(monkeypatch, no_processes):
     assert step["status"] == "invalid" and step["reason"].startswith("gradient norm")
 
 
+def test_a_step_without_its_reference_is_refused(monkeypatch, no_processes):
+    def failing(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    found = subjects.on_one_backbone()[:2]
+    found[0] = dataclasses.replace(found[0], loss=failing)
+    monkeypatch.setattr(subjects, "on_one_backbone", lambda: found)
+    result = run(sections=("decoders",))
+    step = by_name(result, mode="training")
+    assert step["SegViT" + subjects.BY_FORMULA]["status"] == "failed"
+    assert step["SegViT"]["status"] == "invalid" and "to compare with" in step["SegViT"]["reason"]
+    (line,) = (x for x in model.tables(result)["decoders"].splitlines() if x.startswith("| SegViT |"))
+    assert "invalid" in line
+
+
 @pytest.mark.parametrize("wrong", ["shape", "classes"])
 def test_labels_that_are_none_are_refused(monkeypatch, no_processes, wrong):
     def labels(built, images):
