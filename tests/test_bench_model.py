@@ -207,7 +207,7 @@ def test_the_quick_selection_says_what_it_leaves_out(monkeypatch, no_processes):
 
 def test_decoders_of_published_sizes_stand_beside_the_papers_counts():
     row = {"table": "decoders", "model": "vit_b_ade20k_512", "batch": 1, "dtype": "float32", "status": "ok"}
-    row |= {"mode": "inference", "macs": 129.45e9, "parameters": 1, "median_s": 0.5, "way": "Segmenter"}
+    row |= {"mode": "inference", "macs": 129.46e9, "parameters": 1, "median_s": 0.5, "way": "Segmenter"}
     (line,) = (x for x in model.tables({"rows": [row]})["decoders"].splitlines() if "Segmenter" in x)
     assert line.startswith("| Segmenter | 129.5 | 129.6 |") and "| 500 ms | 2.00 |" in line
 
