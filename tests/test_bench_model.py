@@ -29,6 +29,12 @@ def no_processes(monkeypatch):
     monkeypatch.setattr(memory, "rows", rows)
 
 
+@pytest.fixture
+def only_segvit(monkeypatch):
+    found = subjects.on_one_backbone()[:4]
+    monkeypatch.setattr(subjects, "on_one_backbone", lambda: found)
+
+
 def run(**options) -> dict:
     defaults = {"dtypes": ("float32",), "threads": 1, "rounds": 1, "smoke": True}
     return model.run(**{**defaults, "progress": lambda line: None, **options})
@@ -215,7 +221,7 @@ def test_decoders_of_published_sizes_stand_beside_the_papers_counts():
 # ------------------------------------------------------------------------------ what is refused
 
 
-def test_a_wrong_kernel_is_refused(monkeypatch, no_processes):
+def test_a_wrong_kernel_is_refused(monkeypatch, no_processes, only_segvit):
     """Masks that forget the earlier stages: the reference is computed without the kernel and stays right."""
     right = modules.fused_atm
 
@@ -236,7 +242,7 @@ def test_a_wrong_kernel_is_refused(monkeypatch, no_processes):
     assert "invalid" in line and " ms" not in line
 
 
-def test_a_wrong_gradient_is_refused(monkeypatch, no_processes):
+def test_a_wrong_gradient_is_refused(monkeypatch, no_processes, only_segvit):
     """The right loss with the masks' gradient missing."""
     right = modules.fused_atm
 
@@ -319,7 +325,7 @@ def test_missing_libraries_are_skipped_with_the_reason(monkeypatch, no_processes
     assert "skipped: transformers: No module named" in model.tables(result)["models"]
 
 
-def test_nothing_begins_after_the_budget(no_processes):
+def test_nothing_begins_after_the_budget(no_processes, only_segvit):
     result = run(sections=("ways", "decoders"), budget_s=-1)
     assert {(r["status"], r["reason"]) for r in result["rows"]} == {("skipped", "time budget")}
 
