@@ -37,8 +37,8 @@ lint: $(VENV)/.installed  ## mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## measure the CPU paths on this machine
-	$(BIN)/python -m bench cpu
+bench: $(VENV)/.installed  ## the small form of every benchmark on this machine, then tables and figures
+	$(BIN)/python -m bench all
 
 # Needs torch and Triton with a GPU, nothing installed: runs from the source tree with the machine's own Python.
 gpu: gpu-kernels gpu-models gpu-native  ## all that a GPU can show, in three parts of ten minutes at most

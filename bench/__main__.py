@@ -3,116 +3,186 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import math
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
+from typing import NoReturn
 
-RESULTS = Path(__file__).resolve().parent / "results"
-README = RESULTS.parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 SMOKE_VARIABLE = "SEGVIT_BENCH_SMOKE"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
-    commands = parser.add_subparsers(dest="command", required=True)
+class OptionError(ValueError):
+    """An option that cannot be honoured; the message is for the user."""
 
-    gpu = commands.add_parser("gpu", help="correctness, time and memory on this machine's GPU")
-    gpu.add_argument("--out", type=Path, help="JSON file to write (default: results/ and the GPU's name)")
-    gpu.add_argument(
-        "--budget", type=float, default=540.0, help="seconds for everything (default %(default)s)"
+
+# --------------------------------------------------------------------------------------------- parsers
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for the user, no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a whole number, at least 1")
+    return int(text)
+
+
+def _out(parser: argparse.ArgumentParser, default: str, required: bool = False) -> None:
+    parser.add_argument(
+        "--out", type=Path, required=required, help=f"JSON file to write (default: {default})"
     )
-    gpu.add_argument(
-        "--interpret-smoke",
+
+
+def _smoke(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--smoke",
         action="store_true",
-        help=f"run the script itself on tiny shapes on the CPU; not a measurement (also {SMOKE_VARIABLE}=1)",
-    )
-    gpu.add_argument("--peers", nargs="+", metavar="NAME", help="time only these peers (default: all)")
-    gpu.add_argument("--in-process", action="store_true", help="no child processes (for debugging)")
-
-    cpu = commands.add_parser("cpu", help="the operators against their peers on this machine's CPU, float32")
-    cpu.add_argument("--out", type=Path, help="JSON file to write (default: results/ and the CPU's name)")
-    cpu.add_argument("--threads", type=int, default=2, help="threads of every peer (default %(default)s)")
-    cpu.add_argument("--rounds", type=int, default=9, help="samples of every peer (default %(default)s)")
-    cpu.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (default: all)")
-    cpu.add_argument("--smoke", action="store_true", help="tiny shapes; not a measurement")
-
-    flops = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
-    flops.add_argument("--out", type=Path, help="JSON file to write as well")
-    flops.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
-    flops.add_argument(
-        "--memory", action="store_true", help="also run every model for its peak memory (minutes)"
+        default=os.environ.get(SMOKE_VARIABLE) == "1",
+        help=f"run the script itself on tiny shapes; not a measurement (also {SMOKE_VARIABLE}=1)",
     )
 
-    inference = commands.add_parser(
-        "inference", help="label maps of real images by windows, scales and flips"
-    )
-    inference.add_argument("checkpoint", type=Path, help="folder of a checkpoint or run")
-    inference.add_argument("data", type=Path, help="folder with images/validation and annotations/validation")
-    inference.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    inference.add_argument("--images", type=int, help="only the first so many (default: all)")
-    inference.add_argument("--threads", type=int, default=2, help="threads (default %(default)s)")
 
-    model = commands.add_parser(
-        "model", help="whole models, image to label map, against the published formula"
-    )
-    model.add_argument("--out", type=Path, help="JSON file to write (default: results/model- and the device)")
-    model.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
-    model.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default 1)")
-    model.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default: the first two"
-    )
-    model.add_argument("--threads", type=int, default=2, help="threads on a CPU (default %(default)s)")
-    model.add_argument("--rounds", type=int, default=7, help="samples of every way (default %(default)s)")
-    model.add_argument(
-        "--compile", action="store_true", help="torch.compile of the published formula too (minutes)"
-    )
-    model.add_argument("--smoke", action="store_true", help="a tiny model; not a measurement")
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: what the machine has")
+    parser.add_argument("--threads", type=_positive, default=2, help="threads on a CPU (default %(default)s)")
 
-    report = commands.add_parser("report", help="Markdown of result files")
-    report.add_argument("files", nargs="+", type=Path, metavar="FILE")
 
-    readme = commands.add_parser("readme", help="update the tables between the README's bench markers")
-    readme.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if a table is out of date"
+def _names(parser: argparse.ArgumentParser, option: str, what: str) -> None:
+    parser.add_argument(option, nargs="+", metavar="NAME", help=f"only these {what} (default: all)")
+
+
+def _budget(parser: argparse.ArgumentParser, default: float) -> None:
+    parser.add_argument(
+        "--budget", type=float, default=default, help="seconds for everything (default %(default)s)"
     )
-    readme.add_argument("--readme", type=Path, default=README, help="file to update")
-    readme.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+
+
+# Their modules say what options they have, and run from them.
+_OWN_OPTIONS = {
+    "model": "whole models and decoders, image to label map, against their peers",
+    "memory": "peak memory of inference and of a training step",
+}
+
+
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m bench", description="Benchmarks of segvit-kernels.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    own = "results/ and the device's name"
+
+    p = commands.add_parser("kernels", help="the operators against their peers: correctness, time, memory")
+    p.set_defaults(run=_kernels)
+    _out(p, own), _machine(p), _budget(p, 540.0), _smoke(p), _names(p, "--peers", "peers")
+    p.add_argument("--rounds", type=_positive, default=9, help="samples of a peer on a CPU (%(default)s)")
+    p.add_argument("--in-process", action="store_true", help="GPU: no child processes (for debugging)")
+
+    p = commands.add_parser(
+        "scaling", help="time of the operators as classes, tokens, batch, images, views grow"
+    )
+    p.set_defaults(run=_scaling)
+    _out(p, "results/scaling- and the device"), _machine(p), _budget(p, 540.0), _smoke(p)
+    _names(p, "--operators", "operators")
+
+    for name, what in _OWN_OPTIONS.items():
+        p = commands.add_parser(name, help=what)
+        p.set_defaults(run=functools.partial(_own, name))
+        if command == name:  # its module imports torch, which --help need not wait for
+            importlib.import_module(f"bench.{name}").add_arguments(p)
+
+    p = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
+    p.set_defaults(run=_flops)
+    _out(p, "results/flops.json"), _names(p, "--models", "models")
+
+    p = commands.add_parser("static", help="what compiled kernels need, without running them")
+    p.set_defaults(run=_static)
+    _out(p, "results/static.json")
+    p.add_argument("--kernels", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
+    _names(p, "--operators", "operators")
+
+    p = commands.add_parser("inference", help="label maps of real images by windows, scales and flips")
+    p.set_defaults(run=_inference)
+    p.add_argument("checkpoint", type=Path, help="folder of a checkpoint or run")
+    p.add_argument("data", type=Path, help="folder with images/validation and annotations/validation")
+    _out(p, "none", required=True)
+    p.add_argument("--images", type=_positive, help="only the first so many (default: all)")
+    p.add_argument("--threads", type=_positive, default=2, help="threads (default %(default)s)")
+
+    p = commands.add_parser(
+        "tune", help="time launch parameters of the Triton kernels on this GPU, pin the best"
+    )
+    p.set_defaults(run=_tune)
+    p.add_argument("operator", help="which operator")
+    p.add_argument("--dry-run", action="store_true", help="print, write nothing")
+
+    p = commands.add_parser("all", help="the small form of everything on this machine, then the report")
+    p.set_defaults(run=_all)
+    _budget(p, 570.0)
+    p.add_argument("--threads", type=_positive, default=2, help="threads on a CPU (default %(default)s)")
+    p.add_argument("--plan", action="store_true", help="print what would run, and for how long")
+
+    p = commands.add_parser(
+        "report", help="regenerate tables and figures of README.md and docs/, or print files"
+    )
+    p.set_defaults(run=_report)
+    p.add_argument("files", nargs="*", type=Path, metavar="FILE", help="print these results as Markdown")
+    p.add_argument(
+        "--check", action="store_true", help="change nothing; name what is stale, exit 1 if anything"
+    )
+    p.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     return parser
 
 
-def _fail(message: str, code: int = 2) -> int:
-    print(f"python -m bench: error: {message}", file=sys.stderr)
-    return code
+# -------------------------------------------------------------------------------------------- commands
 
 
-def _write(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+def _device(options: argparse.Namespace) -> str:
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available() and not getattr(options, "smoke", False):
+        raise OptionError("--device cuda: PyTorch finds no GPU; expected a CUDA or ROCm device (or --smoke)")
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _default_out(device: str) -> Path:
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-") + ".json")
+def _default_out(prefix: str, device: str) -> Path:
+    import torch
+
+    from bench import environment
+
+    gpu = device == "cuda" and torch.cuda.is_available()
+    name = f"{prefix} " + (torch.cuda.get_device_name() if gpu else f"cpu {environment.cpu_model()}")
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-") + ".json")
 
 
-def _out_problem(path: Path | None, smoke: bool) -> str | None:
+def _check_out(path: Path | None, smoke: bool = False) -> None:
     if path is None:
-        return "--out is missing; expected a file for what a smoke run writes" if smoke else None
+        if smoke:
+            raise OptionError("--out is missing; expected a file for what a smoke run writes")
+        return
     if smoke and RESULTS in path.resolve().parents:
-        return f"--out {path}: a smoke run is not a measurement; expected a path outside {RESULTS}"
+        raise OptionError(
+            f"--out {path}: a smoke run is not a measurement; expected a path outside {RESULTS}"
+        )
     if not path.resolve().parent.is_dir():
-        return f"--out {path}: folder {path.resolve().parent} does not exist"
+        raise OptionError(f"--out {path}: folder {path.resolve().parent} does not exist")
     if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        return f"--out {path}: cannot be written"
-    return None
+        raise OptionError(f"--out {path}: cannot be written")
+
+
+def _check_names(option: str, names: list[str] | None, known: list[str], what: str) -> None:
+    for name in names or ():
+        if name not in known:
+            raise OptionError(f"{option} {name}: no such {what}; expected some of {', '.join(known)}")
 
 
 def _finite(value: object) -> object:
@@ -124,74 +194,97 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finish(result: dict, path: Path) -> int:
+def _finish(result: dict, options: argparse.Namespace, default: Path, partial: object = None) -> int:
+    """Print a result and write it to ``--out``, or to its ``default`` place if it is not ``partial``; 1 if
+    anything of it is wrong."""
     from bench import report
 
-    result["targets"] = [
-        {"operator": op, "name": e["target"].name, "measured": e["measured"], "met": e["met"]}
-        for op in sorted({r["operator"] for r in result["checks"]})
-        for e in report.targets(result, op)
-    ]
-    _write(path, json.dumps(_finite(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
-    print(report.document(result, path.stem))
-    failed = sum(r["status"] == "failed" for r in result["checks"])
-    passed = sum(r["status"] == "ok" for r in result["checks"])
-    print(f"{passed} checks passed, {failed} failed; {result['elapsed_s']} s; written to {path}")
-    # A peer may fail; ours, or a whole row of the table, may not.
-    broken = [r for r in result["timings"] if r["status"] == "failed" and r.get("peer", "fused") == "fused"]
-    return 0 if result["correct"] and not broken else 1
+    path = options.out or (None if partial else default)
+    print(report.document(result, (path or default).stem))
+    if path is None:
+        print("a part of the benchmark only, and no --out: not written")
+    else:
+        report.write(path, json.dumps(_finite(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        print(f"written to {path}")
+    print(report.verdict(result))
+    return 0 if report.sound(result) else 1
 
 
-def _gpu(options: argparse.Namespace) -> int:
-    smoke = options.interpret_smoke or os.environ.get(SMOKE_VARIABLE) == "1"
-    if problem := _out_problem(options.out, smoke):
-        return _fail(problem)
-    if smoke:
+def _kernels(options: argparse.Namespace) -> int:
+    _check_out(options.out, options.smoke)
+    if options.smoke and options.device == "cuda":
         # Triton reads this when it is imported, in the children too.
         os.environ["TRITON_INTERPRET"] = "1"
-    import torch
+    if _device(options) == "cuda":
+        from bench import gpu
 
-    if not smoke and not torch.cuda.is_available():
-        return _fail("no GPU that PyTorch can use; expected a CUDA or ROCm device (or --interpret-smoke)")
-    from bench import gpu
+        result = gpu.run(
+            budget_s=options.budget,
+            smoke=options.smoke,
+            in_process=options.in_process,
+            peers=options.peers,
+        )
+    else:
+        from bench import cpu
 
-    options.out = options.out or _default_out(torch.cuda.get_device_name())
-    result = gpu.run(budget_s=options.budget, smoke=smoke, in_process=options.in_process, peers=options.peers)
-    return _finish(result, options.out)
+        result = cpu.run(
+            budget_s=options.budget,
+            threads=options.threads,
+            rounds=options.rounds,
+            smoke=options.smoke,
+            names=options.peers,
+        )
+    return _finish(result, options, _default_out("", _device(options)), options.peers)
 
 
-def _cpu(options: argparse.Namespace) -> int:
-    if problem := _out_problem(options.out, options.smoke):
-        return _fail(problem)
-    for name in ("threads", "rounds"):
-        if getattr(options, name) < 1:
-            return _fail(f"--{name} is {getattr(options, name)}; expected at least 1")
-    from bench import cpu, environment
+def _scaling(options: argparse.Namespace) -> int:
+    _check_out(options.out, options.smoke)
+    from bench import operators, scaling
 
-    options.out = options.out or _default_out(f"cpu {environment.cpu_model()}")
-    result = cpu.run(threads=options.threads, rounds=options.rounds, smoke=options.smoke, names=options.peers)
-    return _finish(result, options.out)
+    _check_names("--operators", options.operators, list(operators.by_name()), "operator")
+    device = _device(options)
+    result = scaling.run(
+        device=device,
+        budget_s=options.budget,
+        threads=options.threads,
+        names=options.operators,
+        smoke=options.smoke,
+    )
+    return _finish(result, options, _default_out("scaling", device), options.operators)
 
 
 def _flops(options: argparse.Namespace) -> int:
-    if problem := _out_problem(options.out, False):
-        return _fail(problem)
+    _check_out(options.out)
     from bench import flops
 
-    known = [model.name for model in flops.MODELS]
-    for name in options.models or ():
-        if name not in known:
-            return _fail(f"--models {name}: no such model; expected some of {', '.join(known)}")
-    result = flops.run(memory=options.memory, names=options.models)
-    if options.out:
-        _write(options.out, json.dumps(result, indent=1, sort_keys=True) + "\n")
-    print(flops.tables(result)["models"])
-    return 0
+    _check_names("--models", options.models, [model.name for model in flops.MODELS], "model")
+    result = flops.run(names=options.models)
+    return _finish(result, options, RESULTS / "flops.json", options.models)
+
+
+def _own(name: str, options: argparse.Namespace) -> int:
+    smoke = getattr(options, "smoke", False)
+    _check_out(options.out, smoke)
+    module = importlib.import_module(f"bench.{name}")
+    try:
+        result = module.main(options)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    partial = getattr(options, "models", None)
+    return _finish(result, options, _default_out(name, "cuda"), partial)
+
+
+def _static(options: argparse.Namespace) -> int:
+    _check_out(options.out)
+    from bench import operators, static
+
+    _check_names("--operators", options.operators, list(operators.by_name()), "operator")
+    result = static.run(kernels=options.kernels, names=options.operators)
+    return _finish(result, options, RESULTS / "static.json", options.operators or len(options.kernels) < 2)
 
 
 def _inference(options: argparse.Namespace) -> int:
-    if problem := _out_problem(options.out, False):
-        return _fail(problem)
+    _check_out(options.out)
     from bench import inference
 
     try:
@@ -199,109 +292,65 @@ def _inference(options: argparse.Namespace) -> int:
             options.checkpoint, options.data, images=options.images, threads=options.threads
         )
     except (OSError, ValueError) as error:
-        return _fail(str(error))
-    _write(options.out, json.dumps(result, indent=1, sort_keys=True) + "\n")
-    return 0
+        raise OptionError(str(error)) from None
+    return _finish(result, options, options.out)
 
 
-def _model(options: argparse.Namespace) -> int:
-    if problem := _out_problem(options.out, options.smoke):
-        return _fail(problem)
-    for name in ("threads", "rounds"):
-        if getattr(options, name) < 1:
-            return _fail(f"--{name} is {getattr(options, name)}; expected at least 1")
-    if min(options.batch) < 1:
-        return _fail(f"--batch is {min(options.batch)}; expected at least 1")
-    from bench import environment, flops, model
+def _tune(options: argparse.Namespace) -> int:
+    from bench import tune
 
-    known = [m.name for m in flops.MODELS]
-    for name in options.models or ():
-        if name not in known:
-            return _fail(f"--models {name}: no such model; expected some of {', '.join(known)}")
-    import torch
+    return tune.main(options.operator, dry_run=options.dry_run)
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {environment.cpu_model()}"
-    result = model.run(
-        names=options.models,
-        batches=options.batch,
-        dtypes=options.dtype or model.DTYPES,
-        threads=options.threads,
-        rounds=options.rounds,
-        compiled=options.compile,
-        smoke=options.smoke,
-    )
-    _write(
-        options.out or _default_out(f"model {device}"), json.dumps(result, indent=1, sort_keys=True) + "\n"
-    )
-    print(model.tables(result)["models"])
-    return 0
+
+def _all(options: argparse.Namespace) -> int:
+    from bench import everything
+
+    return everything.run(options.budget, options.threads, plan_only=options.plan)
 
 
 def _report(options: argparse.Namespace) -> int:
     from bench import report
 
-    print("\n".join(report.document(report.load(path), path.stem) for path in options.files))
+    if options.files:
+        print("\n".join(report.document(report.load(path), path.stem) for path in options.files))
+        return 0
+    stale = report.update(options.root, check=options.check)
+    for name in stale:
+        print(f"{name}: {'stale' if options.check else 'updated'}")
+    if stale and options.check:
+        print("python -m bench: error: out of date; run 'python -m bench report'", file=sys.stderr)
+        return 1
+    if not stale:
+        print("tables and figures are up to date")
     return 0
 
 
-def _readme(options: argparse.Namespace) -> int:
-    from bench import report
-
-    try:
-        text = options.readme.read_text(encoding="utf-8")
-    except OSError as error:
-        return _fail(f"{options.readme}: cannot be read: {error.strerror}")
-    made = report.regenerate(text, options.results)
-    if made == text:
-        print(f"{options.readme}: up to date")
-    elif options.check:
-        return _fail(f"{options.readme}: tables are out of date; run 'python -m bench readme'", 1)
-    else:
-        _write(options.readme, made)
-        print(f"{options.readme}: updated")
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    # What the benchmarks start themselves in.
+def _worker(arguments: list[str]) -> int | None:
+    """What the benchmarks start themselves in; ``None`` for a user's command."""
     if arguments[:1] == ["_worker"]:
         from bench import gpu
 
         _, section, rows, options = arguments
         return gpu.work(section, Path(rows), **json.loads(options))
-    if arguments[:1] == ["_memory"]:
-        from bench import cpu
-
-        print(json.dumps(cpu.measure_memory(json.loads(arguments[1]))))
+    if arguments[:1] == ["_call"]:  # see environment.isolated
+        _, module, function, values = arguments
+        print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))
         return 0
-    if arguments[:1] == ["_flops_memory"]:
-        from bench import flops
+    return None
 
-        print(json.dumps(flops.measure_memory(*arguments[1:])))
-        return 0
-    if arguments[:1] == ["_inference_memory"]:
-        from bench import inference
 
-        print(json.dumps(inference.measure_memory(*json.loads(arguments[1]))))
-        return 0
-    options = _parser().parse_args(arguments)
-    commands = {
-        "gpu": _gpu,
-        "cpu": _cpu,
-        "flops": _flops,
-        "inference": _inference,
-        "model": _model,
-        "report": _report,
-        "readme": _readme,
-    }
-    command = commands[options.command]
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if (code := _worker(arguments)) is not None:
+        return code
     try:
-        return command(options)
+        options = _parser(arguments[0] if arguments else "").parse_args(arguments)
+        return options.run(options)
     except ValueError as error:
         if type(error).__name__ not in ("ReportError", "OptionError"):
             raise
-        return _fail(str(error))
+        print(f"python -m bench: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +63,21 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
+def cache_bytes(device: torch.device) -> int:
+    """The second-level cache of a GPU, or of a CPU's cores together: what inputs are rotated to exceed.
+
+    A server's last level is left. It is shared and holds hundreds of megabytes, and in a model the layer
+    before has just written what an operator reads.
+    """
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.removesuffix("K")) * 1024 * (os.cpu_count() or 1)
+    except (OSError, ValueError):
+        return 4 * 2**20
+
+
 def describe(device: torch.device) -> dict:
     """The environment of a result, as plain data."""
     found = {
@@ -98,21 +115,27 @@ def _rate(amount: float, work: Callable[[], object], device: torch.device) -> di
 
 
 def _copy(device: torch.device, tiny: bool) -> dict:
-    count = 2**16 if tiny else min(2**30, torch.cuda.get_device_properties(device).total_memory // 4 // 8)
-    source = torch.randn(count, device=device)
+    # On a CPU beyond any cache: 1 GiB in all.
+    count = 2**16 if tiny else 2**27
+    if device.type == "cuda" and not tiny:
+        count = min(2**30, torch.cuda.get_device_properties(device).total_memory // 4 // 8)
+    source = torch.ones(count, device=device)
     target = torch.empty_like(source)
     return _rate(2 * source.nbytes, lambda: target.copy_(source), device)
 
 
-def _matmul(device: torch.device, dtype: torch.dtype, size: int) -> dict:
+def _matmul(device: torch.device, dtype: torch.dtype, tiny: bool) -> dict:
+    size = 64 if tiny else 1536 if device.type == "cpu" else 4096 if dtype == torch.float32 else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return _rate(2 * size**3, lambda: a @ b, device)
 
 
 def _exp2(device: torch.device, tiny: bool) -> dict:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        x = torch.randn(2**12)
-        return _rate(x.numel(), x.exp2, device)
+        # torch's own vectorised exponential on data in the cache: a kernel with a shorter polynomial may win.
+        x = torch.rand(2**12 if tiny else 2**17)
+        target = torch.empty_like(x)
+        return _rate(x.numel(), lambda: torch.exp2(x, out=target), device)
     from bench._exp2 import launch
 
     programs, iterations = 1, 2
@@ -123,12 +146,25 @@ def _exp2(device: torch.device, tiny: bool) -> dict:
 
 
 def ceilings(device: torch.device, tiny: bool = False) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """Names and measurements of the rates that floors are computed from."""
+    """Names and measurements of the rates that floors are computed from, as many threads as torch has."""
     yield "copy_bytes_per_s", lambda: _copy(device, tiny)
-    yield "matmul_bfloat16_flop_per_s", lambda: _matmul(device, torch.bfloat16, 64 if tiny else 8192)
     yield "exp2_per_s", lambda: _exp2(device, tiny)
-    yield "matmul_float16_flop_per_s", lambda: _matmul(device, torch.float16, 64 if tiny else 8192)
-    yield "matmul_float32_flop_per_s", lambda: _matmul(device, torch.float32, 64 if tiny else 4096)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if device.type == "cuda" or dtype == torch.float32 or tiny:
+            name = f"matmul_{str(dtype).removeprefix('torch.')}_flop_per_s"
+            yield name, lambda dtype=dtype: _matmul(device, dtype, tiny)
+
+
+def isolated(module: str, function: str, *values: Any) -> Any:
+    """``module.function(*values)``, which gives plain data, in a process of :func:`memory_process`.
+
+    Raises:
+        RuntimeError: the last line that the process printed to its standard error.
+    """
+    done = memory_process("_call", module, function, json.dumps(values))
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def memory_process(*arguments: str) -> subprocess.CompletedProcess[str]:

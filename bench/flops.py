@@ -1,4 +1,4 @@
-"""``python -m bench flops``: multiply-accumulates, parameters and memory of every published model.
+"""``python -m bench flops``: multiply-accumulates and parameters of every published model and its decoders.
 
 Two forms are counted. *eager* is the model as its paper counts it: every product in plain PyTorch, masks and
 scores at full resolution (resized once more to the same size, as published models do), by fvcore alone.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import environment, timing
+from bench import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +33,14 @@ class Model:
     paper: float
     shrunk: bool = False
 
-    def build(self) -> nn.Module:
-        """The model on the current default device, in evaluation mode."""
+    def build(self, **overrides: Any) -> nn.Module:
+        """The model on the default device, in evaluation mode; `overrides` go to its configuration."""
         from segvit import SegViT, SegViTConfig
 
-        options = {"shrunk": True} if self.shrunk else {}
-        config = SegViTConfig.preset(self.preset, self.classes, image_size=(self.size, self.size), **options)
+        size = (self.size, self.size)
+        config = SegViTConfig.preset(
+            self.preset, self.classes, shrunk=self.shrunk, image_size=size, **overrides
+        )
         return SegViT(config).eval()
 
 
@@ -52,7 +53,8 @@ MODELS = (
     Model("vit_l_pascal_context_480", "vit_large", 60, 480, 321.6),
     Model("vit_l_pascal_context_480_shrunk", "vit_large", 60, 480, 186.9, True),
 )
-FORMS = ("eager", "fused")
+# Whose backbones all decoders are counted on.
+DECODERS = ("vit_b_ade20k_512", "vit_l_ade20k_640")
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
@@ -157,17 +159,28 @@ def count_fvcore(form: nn.Module, images: Tensor) -> tuple[dict[str, float], dic
     return dict(analysis.by_operator()), by_module
 
 
-def count_torch(form: nn.Module, images: Tensor) -> float:
+def count_torch(call: Callable[[Tensor], object], images: Tensor) -> float:
     """Multiply-accumulates by torch's counter, which knows products only: half its FLOPs, and fvcore's
-    convention of 5 per element for LayerNorm."""
-    from torch.utils.flop_counter import FlopCounterMode
+    conventions of 5 per element for LayerNorm and 4 per output element for bilinear upsampling."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     def layer_norm(x: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * 5 * torch.Size(x).numel()
 
-    custom = {torch.ops.aten.native_layer_norm: layer_norm}
+    def bilinear(x: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * 4 * torch.Size(out_shape).numel()
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    aten = torch.ops.aten
+    custom = {
+        aten.native_layer_norm: layer_norm,
+        aten.upsample_bilinear2d: bilinear,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    }
     with FlopCounterMode(display=False, custom_mapping=custom) as counter, torch.no_grad():
-        form(images)
+        call(images)
     return counter.get_total_flops() / 2
 
 
@@ -181,9 +194,9 @@ def _zeros(model: Model) -> nn.Module:
     return built
 
 
-def run(*, memory: bool, names: Sequence[str] | None = None, progress: Callable[[str], None] = print) -> dict:
-    """Rows of all models, as plain data."""
-    rows = []
+def run(*, names: Sequence[str] | None = None, progress: Callable[[str], None] = print) -> dict:
+    """Rows of all models, and of the decoders on their backbones, as plain data."""
+    rows, decoders = [], []
     for model in MODELS:
         if names and model.name not in names:
             continue
@@ -205,32 +218,28 @@ def run(*, memory: bool, names: Sequence[str] | None = None, progress: Callable[
                 "torch": by_torch,
             },
         }
-        if memory:
-            for form_name in FORMS:
-                row[form_name]["extra_bytes"] = _memory(model.name, form_name)
         rows.append(row)
         progress(_line(row))
+        if model.name in DECODERS:
+            decoders += _decoders(model)
     return {
         "schema": 1,
         "kind": "flops",
         "environment": environment.describe(torch.device("cpu")),
         "models": rows,
+        "decoders": decoders,
     }
 
 
-def _memory(name: str, form: str) -> int | None:
-    """Peak memory beyond weights and image of one inference, in a process of its own."""
-    done = environment.memory_process("_flops_memory", name, form)
-    done.check_returncode()
-    return json.loads(done.stdout.splitlines()[-1])
+def _decoders(model: Model) -> Iterator[dict]:
+    from bench import subjects
+    from bench.decoders import PUBLISHED
 
-
-def measure_memory(name: str, form: str) -> int | None:
-    model = next(m for m in MODELS if m.name == name)
-    built, images = model.build().requires_grad_(False), torch.randn(1, 3, model.size, model.size)
-    with torch.inference_mode(), plain_operators() if form == "eager" else contextlib.nullcontext():
-        module = EagerForm(built) if form == "eager" else FusedForm(built)
-        return timing.resident_peak(lambda: module(images))
+    for subject in subjects.on_one_backbone():
+        count, parameters = subjects.macs(subject, model)
+        row = {"model": model.name, "decoder": subject.name, "macs": count, "parameters": parameters}
+        name = subject.name.removesuffix(subjects.BY_FORMULA)
+        yield {**row, "paper_gflops": PUBLISHED.get((name, model.preset, model.size))}
 
 
 def _line(row: dict) -> str:
@@ -239,8 +248,8 @@ def _line(row: dict) -> str:
 
 
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``models``, one line each."""
-    from bench.report import markdown, size
+    """Markdown: ``models`` and ``decoders``, one line each."""
+    from bench.report import markdown
 
     lines = []
     for row in result["models"]:
@@ -253,10 +262,30 @@ def tables(result: dict) -> dict[str, str]:
             f"{fused['torch'] / 1e9:.2f}",
             f"{row['parameters'] / 1e6:.1f} M",
         ]
-        if "extra_bytes" in eager:
-            cells += [size(eager["extra_bytes"]), size(fused["extra_bytes"])]
         lines.append(cells)
     header = ["model", "paper, GFLOPs", "eager", "fused, fvcore", "fused, torch", "parameters"]
-    if lines and len(lines[0]) > len(header):
-        header += ["memory, eager", "memory, fused"]
-    return {"models": markdown(header, lines)}
+    found = {"models": markdown(header, lines)}
+    if "decoders" in result:
+        found["decoders"] = _decoders_table(result["decoders"])
+    return found
+
+
+def _decoders_table(rows: list[dict]) -> str:
+    from bench.report import markdown
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["decoder"] for row in rows):
+        line = [name]
+        for model in models:
+            row = next(r for r in rows if (r["model"], r["decoder"]) == (model, name))
+            line += [
+                row["paper_gflops"] or "–",
+                f"{row['macs'] / 1e9:.2f}",
+                f"{row['parameters'] / 1e6:.1f} M",
+            ]
+        lines.append(line)
+    header = ["decoder"]
+    for model in models:
+        header += [f"{model}: paper, GFLOPs", "counted", "parameters"]
+    return markdown(header, lines)

@@ -1,4 +1,4 @@
-"""``python -m bench gpu``: correctness, time and memory of every operator on one GPU inside a time budget.
+"""``bench kernels`` on a GPU: correctness, time and memory of every operator on one GPU inside a time budget.
 
 The parent never touches the GPU. It hands *sections* to child processes, which write one JSON line per row as
 they go: a hang, a crash or a poisoned CUDA context costs the task in flight and no more. Every section lists
@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import environment, kernels, timing
+from bench import environment, kernels, operators, timing
 
 DTYPES = ("bfloat16", "float16", "float32")
 BATCHES = (16, 1, 4)
 MAX_SETS = 64
 RESTARTS = 6
 GRACE_S = 15.0
-# A peer that torch.compile builds is not begun with less time than this left.
-COMPILE_S = 45.0
+# A peer that torch.compile builds, or tunes, is not begun with less time than this left.
+COMPILE_S, AUTOTUNE_S = 45.0, 90.0
 
 
 class Task(NamedTuple):
@@ -59,8 +59,7 @@ class Context:
 def _context(smoke: bool, deadline: float, peers: Sequence[str] | None) -> Context:
     if not smoke:
         device = torch.device("cuda", torch.cuda.current_device())
-        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
-        return Context(device, "triton", deadline, False, peers, l2)
+        return Context(device, "triton", deadline, False, peers, environment.cache_bytes(device))
     from segvit_kernels import why_not
 
     interpreter = (environment.ROOT / "segvit_kernels/triton").is_dir() and why_not("triton", "cpu") is None
@@ -89,11 +88,13 @@ def _environment_tasks(smoke: bool) -> list[Task]:
 
 
 def _check_tasks(smoke: bool, dtype: str) -> list[Task]:
-    def task(op: kernels.Operator, kind: str, case: Any) -> Task:
+    def task(op: operators.Operator, kind: str, case: Any) -> Task:
         def run(context: Context) -> Iterator[dict]:
             seed = torch.seed() % 2**31
             torch.manual_seed(seed)
-            for row in kernels.checked(op, kernels.Check(kind, case, dtype), context.device, context.backend):
+            for row in operators.checked(
+                op, operators.Check(kind, case, dtype), context.device, context.backend
+            ):
                 yield row | {"seed": seed}
             if context.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -102,7 +103,7 @@ def _check_tasks(smoke: bool, dtype: str) -> list[Task]:
         return Task("checks", key, run)
 
     return _in_turn(
-        [task(op, *check) for check in op.check_cases(smoke)] for op in kernels.operators().values()
+        [task(op, *check) for check in op.check_cases(smoke)] for op in operators.by_name().values()
     )
 
 
@@ -111,7 +112,7 @@ def _in_turn(lists: Iterable[list[Task]]) -> list[Task]:
     return [task for tasks in itertools.zip_longest(*lists) for task in tasks if task is not None]
 
 
-def _timing_groups(op: kernels.Operator, smoke: bool) -> list[tuple[str, int, str]]:
+def _timing_groups(op: operators.Operator, smoke: bool) -> list[tuple[str, int, str]]:
     """(shape, batch, dtype), most important first."""
     if smoke:
         return [(op.tiny.name, op.tiny.batch, "float32")]
@@ -124,37 +125,49 @@ def _timing_groups(op: kernels.Operator, smoke: bool) -> list[tuple[str, int, st
 
 
 def _timing_tasks(smoke: bool) -> list[Task]:
-    def task(op: kernels.Operator, shape: str, batch: int, dtype: str, mode: str) -> Task:
+    def task(
+        op: operators.Operator, shape: str, batch: int, dtype: str, mode: str, slow: bool = False
+    ) -> Task:
         key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": dtype, "mode": mode}
-        return Task("timings", key, lambda context: _time_group(context, op, key))
+        return Task("timings", key, lambda context: _time_group(context, op, key, slow))
 
-    return _in_turn(
-        [task(op, *group, mode) for group in _timing_groups(op, smoke) for mode in op.modes]
-        for op in kernels.operators().values()
+    found = operators.by_name().values()
+    tasks = _in_turn(
+        [task(op, *group, mode) for group in _timing_groups(op, smoke) for mode in op.modes] for op in found
     )
+    main = [] if smoke else [(op, *_timing_groups(op, smoke)[0], mode) for op in found for mode in op.modes]
+    return tasks + [task(*group, slow=True) for group in main]
 
 
-def _time_group(context: Context, op: kernels.Operator, key: dict) -> Iterator[dict]:
-    """Rows of all peers at one shape, batch, dtype and mode: memory first, then interleaved samples."""
+def _time_group(context: Context, op: operators.Operator, key: dict, slow: bool = False) -> Iterator[dict]:
+    """Rows of all peers at one shape, batch, dtype and mode: memory first, then interleaved samples.
+
+    With ``slow`` of the peers that take minutes to build, and of no other.
+    """
+    peers = [p for p in operators.select(op.peers(context.backend), context.peers) if p.slow == slow]
+    if not any(key["mode"] in peer.modes for peer in peers):
+        return
     device, dtype = context.device, getattr(torch, key["dtype"])
     case = op.shape(key["shape"], key["batch"])
-    first = op.inputs(case, dtype, device)
-    size = sum(t.nbytes for t in kernels.tensors(first[0]))
-    count = 2 if context.tiny else min(MAX_SETS, max(2, -(-2 * context.l2_bytes // size) + 1))
-    sets = [first, *(op.inputs(case, dtype, device) for _ in range(count - 1))]
+    most = 2 if context.tiny else MAX_SETS
+    sets = timing.rotation(lambda: op.inputs(case, dtype, device), context.l2_bytes, most)
+    first, count = sets[0], len(sets)
     costs = op.costs(case, dtype.itemsize, key["mode"])
     yield {"table": "costs", "phases": [cost._asdict() for cost in costs]}
 
     samplers: dict[tuple[str, str], Callable[[], float]] = {}
     torch._dynamo.reset()
-    for peer in kernels.select(op.peers(context.backend), context.peers):
+    for peer in peers:
         if key["mode"] not in peer.modes:
             continue
         base = {"peer": peer.name, "what": peer.what, "sets": count}
-        if context.left() < (COMPILE_S if peer.compiled else 5.0):
+        if peer.missing:
+            yield base | {"method": "all", "status": "skipped", "reason": peer.missing}
+            continue
+        if context.left() < (AUTOTUNE_S if peer.slow else COMPILE_S if peer.compiled else 5.0):
             yield base | {"method": "all", "status": "skipped", "reason": "time budget"}
             continue
-        run = kernels.runner(peer, key["mode"])
+        run = operators.runner(peer, key["mode"])
 
         def call(inputs: tuple, run: Callable = run) -> tuple:
             return run(*inputs)
@@ -174,7 +187,7 @@ def _time_group(context: Context, op: kernels.Operator, key: dict) -> Iterator[d
         except Exception as error:  # a peer may fail; the others still count
             if _lost(device):
                 raise
-            yield base | {"method": "all", "status": "failed", "reason": _one_line(error)}
+            yield base | {"method": "all", "status": "failed", "reason": timing.one_line(error)}
             continue
         if device.type != "cuda":
             yield base | {"method": "graph", "status": "skipped", "reason": "no CUDA graphs on the CPU"}
@@ -184,7 +197,7 @@ def _time_group(context: Context, op: kernels.Operator, key: dict) -> Iterator[d
         except Exception as error:
             if _lost(device):
                 raise
-            yield base | {"method": "graph", "status": "failed", "reason": _one_line(error)}
+            yield base | {"method": "graph", "status": "failed", "reason": timing.one_line(error)}
     rounds, share = (3, 0.05) if context.tiny else (25, 0.4)
     samples = timing.interleave(samplers, rounds=rounds, seconds_per_peer=share)
     for (peer, method), found in samples.items():
@@ -211,11 +224,6 @@ def stages(smoke: bool) -> list[tuple[tuple[str, ...], float]]:
 
 
 # ------------------------------------------------------------------------------------------------ worker
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:400]
 
 
 def _lost(device: torch.device | None) -> bool:
@@ -260,10 +268,10 @@ def work(
                         write(**key | row)
                     timing.synchronize(context.device)
             except torch.OutOfMemoryError as error:
-                write(**key, status="skipped", reason=f"out of memory: {_one_line(error)}")
+                write(**key, status="skipped", reason=f"out of memory: {timing.one_line(error)}")
                 torch.cuda.empty_cache()
             except Exception as error:
-                write(**key, status="failed", passed=False, reason=_one_line(error))
+                write(**key, status="failed", passed=False, reason=timing.one_line(error))
                 lost = _lost(context and context.device)
             write(end=index, seconds=time.time() - begun)
             if lost:
@@ -365,9 +373,9 @@ def run(
     peers: Sequence[str] | None = None,
     progress: Callable[[str], None] = print,
 ) -> dict:
-    """The result of a whole run, as plain data (schema: bench/README.md)."""
+    """The result of a whole run, as plain data (schema: docs/benchmarking.md)."""
     begun = time.time()
-    kernels.check_peers("triton", peers)
+    operators.check_peers("triton", peers)
     rows: list[dict] = []
     entries = []
     with tempfile.TemporaryDirectory() as folder:
@@ -393,58 +401,4 @@ def run(
                 progress(f"{section.name}: {counts}, {seconds} s, {section.ended}")
     result = {"schema": 1, "kind": "gpu", "measurement": not smoke, "budget_s": budget_s}
     result |= {"elapsed_s": round(time.time() - begun, 1), "sections": entries}
-    return assemble(result, rows)
-
-
-def assemble(result: dict, rows: list[dict]) -> dict:
-    """Sort rows into tables, add floors, refuse the speeds of what is not proved right."""
-    tables: dict[str, list[dict]] = {
-        t: [] for t in ("environment", "ceilings", "checks", "costs", "timings", "memory")
-    }
-    for row in rows:
-        row = dict(row)
-        tables[row.pop("table")].append(row)
-    found = next((r for r in tables.pop("environment") if "torch" in r), {})
-    found.pop("name", None)
-    ceilings = {r["name"]: r["per_s"] for r in tables["ceilings"] if "per_s" in r}
-    result |= {"environment": found, **tables}
-
-    def key(row: dict) -> tuple:
-        return tuple(row.get(k) for k in ("operator", "shape", "batch", "dtype", "mode"))
-
-    floors = {}
-    for row in result["costs"]:
-        costs = [kernels.Cost(**phase) for phase in row["phases"]]
-        row |= kernels.floor(costs, ceilings, row["dtype"])
-        floors[key(row)] = row["floor_s"]
-    verdicts = {op: _verdict(result["checks"], op) for op in kernels.operators()}
-    for row in (*result["timings"], *result["memory"]):
-        if row.get("status") != "ok":
-            continue
-        if row in result["timings"] and (least := floors.get(key(row))):
-            row["floor_s"], row["share_of_floor"] = least, least / row["median_s"]
-        reason = verdicts[row["operator"]](row)
-        if reason:
-            row |= {"status": "invalid", "reason": reason}
-    failed = [r for r in result["checks"] if r["status"] == "failed"]
-    passed = [r for r in result["checks"] if r["status"] == "ok"]
-    result["correct"] = bool(passed) and not failed
-    return result
-
-
-def _verdict(checks: list[dict], operator: str) -> Callable[[dict], str | None]:
-    """Why a number of ``operator`` is refused: any failed check, or no passed check of that very row."""
-    ours = [c for c in checks if c["operator"] == operator]
-    failed = [c for c in ours if c["status"] == "failed"]
-    proved = {
-        (c["case"], c["batch"], c["dtype"]) for c in ours if c["status"] == "ok" and c["kind"] == "values"
-    }
-
-    def verdict(row: dict) -> str | None:
-        if failed:
-            return f"refused: {len(failed)} checks of {operator} failed"
-        if (row["shape"], row["batch"], row["dtype"]) not in proved:
-            return f"refused: {operator} was not checked at this shape, batch and dtype"
-        return None
-
-    return verdict
+    return kernels.assemble(result, rows)

@@ -119,9 +119,9 @@ def run(
 def _memory(classes: int, count: int) -> dict:
     row = {"classes": classes, "passes": count, "size": [320, 320]}
     for kind in METHODS:
-        done = environment.memory_process("_inference_memory", json.dumps([kind, classes, count]))
-        done.check_returncode()
-        row[f"{kind}_extra_bytes"] = json.loads(done.stdout.splitlines()[-1])
+        row[f"{kind}_extra_bytes"] = environment.isolated(
+            "bench.inference", "measure_memory", kind, classes, count
+        )
     return row
 
 

@@ -1,210 +1,278 @@
-"""What a benchmarked operator brings along, and the list of them. To add one: write ``bench/<stem>.py``
-with an :class:`Operator` (``bench/atm.py`` is the example) and name it in :func:`operators`."""
+"""``python -m bench kernels``: the operators against their peers, on a GPU (:mod:`bench.gpu`) or a CPU
+(:mod:`bench.cpu`). Here is what both share: floors, what is refused, targets and tables."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-import torch
+from bench import operators
+from bench.report import markdown, seconds, size
 
-from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
-
-MODES = ("forward", "forward_backward")
+_METHODS = ("graph", "stream", "wall")
+_TABLES = ("ceilings", "checks", "costs", "timings", "memory")
 
 
-class Cost(NamedTuple):
-    """The least that one phase must do: device memory traffic (each input read once, each output written
-    once), floating-point operations of its matrix products (2 per multiply-accumulate), exponentials."""
-
-    bytes: int
-    flops: int
-    exponentials: int
+# -------------------------------------------------------------------------------------------- results
 
 
-class Check(NamedTuple):
-    """One comparison with the float64 oracle: how (``kind``), on what (``case``), in which dtype."""
-
-    kind: str
-    case: Any
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """One way to compute the operator: ``call(inputs)`` returns its results as a tuple of tensors."""
-
-    name: str
-    what: str
-    call: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
-    compiled: bool = False
-    modes: tuple[str, ...] = MODES
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Peer time (or ours over theirs for memory), the project set: held at one shape and batch."""
-
-    name: str
-    device: str
-    shape: str
-    batch: int
-    dtype: str
-    table: str
-    mode: str
-    against: tuple[str, ...]
-    at_least: float | None = None
-    at_most: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Operator:
-    """One operator.
-
-    Attributes:
-        name: its stem.
-        shapes: the cases that are timed; each has ``name``, ``batch`` and is a dataclass.
-        check_cases: ``check_cases(tiny)`` -> ``(kind, case)``, most important first.
-        run_check: ``run_check(check, device, backend)`` -> rows: ``quantity``, errors, ``passed``.
-        inputs: ``inputs(case, dtype, device)`` -> fresh random arguments by name, of which those that require
-            gradients are differentiated, and ``gradients`` of the results (tuple).
-        peers: ``peers(backend)`` -> peers, ours first.
-        costs: ``costs(case, itemsize, mode)`` -> costs of the phases that run one after the other.
-        cpu_shapes: (name, batch) of the cases that are timed on a CPU.
-        modes: of :data:`MODES`, what there is to time.
-        targets: what the numbers are held against.
-    """
-
-    name: str
-    shapes: tuple[Any, ...]
-    tiny: Any
-    check_cases: Callable[[bool], list[tuple[str, Any]]]
-    run_check: Callable[[Check, torch.device, str], list[dict]]
-    inputs: Callable[[Any, torch.dtype, torch.device], tuple[dict, tuple]]
-    peers: Callable[[str], list[Peer]]
-    costs: Callable[[Any, int, str], list[Cost]]
-    cpu_shapes: tuple[tuple[str, int], ...]
-    modes: tuple[str, ...] = MODES
-    targets: tuple[Target, ...] = ()
-
-    def shape(self, name: str, batch: int) -> Any:
-        """The timed case called ``name`` at another batch."""
-        case = next(c for c in (*self.shapes, self.tiny) if c.name == name)
-        return dataclasses.replace(case, batch=batch)
-
-
-def operators() -> dict[str, Operator]:
-    """Every benchmarked operator by name."""
-    from bench import atm, mask_loss, query_attention, semantic_argmax, subsample_norm
-
-    modules = (atm, query_attention, mask_loss, semantic_argmax, subsample_norm)
-    return {m.OPERATOR.name: m.OPERATOR for m in modules}
-
-
-def budget_row(
-    quantity: str, actual: torch.Tensor, truth: torch.Tensor, ordinary: torch.Tensor
-) -> dict[str, Any]:
-    """A row of a check: ``actual`` against the float64 ``truth`` under the budgets of the library's tests."""
-    row = {
-        "quantity": quantity,
-        "passed": True,
-        "reason": None,
-        "relative_budget": RELATIVE_NORM[actual.dtype],
-    }
-    try:
-        assert_within_budget(quantity, actual, truth, ordinary)
-    except AssertionError as error:
-        row.update(passed=False, reason=str(error))
-    if actual.shape == truth.shape and actual.numel():
-        row["relative_error"] = relative_error(actual, truth)
-        row["ordinary_relative_error"] = relative_error(ordinary, truth)
-        row["max_error"] = (actual.double() - truth.double()).abs().max().item()
-        row["ordinary_max_error"] = (ordinary.double() - truth.double()).abs().max().item()
-    return row
-
-
-def checked(op: Operator, check: Check, device: torch.device, backend: str) -> list[dict]:
-    """Rows of one check with ``status``.
-
-    "Twice the error of plain PyTorch" compares two random maxima, and about one right result in a thousand
-    misses it. A row that misses only that, within its relative budget, is drawn twice more and passes if
-    both draws do; ``note`` keeps the first reason. Anything else fails at once.
-    """
-    rows = op.run_check(check, device, backend)
-    marginal = [r for r in rows if r.get("passed") is False and _within_norm(r)]
-    if marginal:
-        again = [r for _ in range(2) for r in op.run_check(check, device, backend)]
-        for row in marginal:
-            if all(r["passed"] for r in again if r["quantity"] == row["quantity"]):
-                row.update(passed=True, reason=None, note=f"first of three draws: {row['reason']}")
+def assemble(result: dict, rows: list[dict]) -> dict:
+    """Sort rows into tables, add floors, refuse the speeds of what is not proved right, judge targets."""
+    tables: dict[str, list[dict]] = {t: [] for t in ("environment", *_TABLES)}
     for row in rows:
-        row["backend"] = backend
-        row.setdefault("status", "ok" if row.get("passed") else "failed")
-    return rows
+        row = dict(row)
+        tables[row.pop("table")].append(row)
+    found = next((r for r in tables.pop("environment") if "torch" in r), {})
+    found.pop("name", None)
+    ceilings = {r["name"]: r["per_s"] for r in tables["ceilings"] if "per_s" in r}
+    result |= {"environment": found, **tables}
+
+    def key(row: dict) -> tuple:
+        return tuple(row.get(k) for k in ("operator", "shape", "batch", "dtype", "mode"))
+
+    floors = {}
+    for row in result["costs"]:
+        costs = [operators.Cost(**phase) for phase in row["phases"]]
+        row |= operators.floor(costs, ceilings, row["dtype"])
+        floors[key(row)] = row["floor_s"]
+    for row in result["timings"]:
+        if row.get("status") == "ok" and (least := floors.get(key(row))):
+            row["floor_s"], row["share_of_floor"] = least, least / row["median_s"]
+    verdicts = {op: _verdict(result["checks"], op) for op in operators.by_name()}
+    for row in (*result["timings"], *result["memory"]):
+        if row.get("status") == "ok" and (reason := verdicts[row["operator"]](row)):
+            row |= {"status": "invalid", "reason": reason}
+    failed = [r for r in result["checks"] if r["status"] == "failed"]
+    passed = [r for r in result["checks"] if r["status"] == "ok"]
+    result["correct"] = bool(passed) and not failed
+    result["targets"] = [
+        {"operator": op, "name": e["target"].name, "measured": e["measured"], "met": e["met"]}
+        for op in dict.fromkeys(r["operator"] for r in result["checks"])
+        for e in targets(result, op)
+    ]
+    return result
 
 
-def _within_norm(row: dict) -> bool:
-    return row.get("relative_error") is not None and row["relative_error"] <= row["relative_budget"]
+def _verdict(checks: list[dict], operator: str) -> Callable[[dict], str | None]:
+    """Why a number of ``operator`` is refused: any failed check, or no passed check of that very row."""
+    ours = [c for c in checks if c["operator"] == operator]
+    failed = [c for c in ours if c["status"] == "failed"]
+    proved = {
+        (c["case"], c["batch"], c["dtype"]) for c in ours if c["status"] == "ok" and c["kind"] == "values"
+    }
+
+    def verdict(row: dict) -> str | None:
+        if failed:
+            return f"refused: {len(failed)} checks of {operator} failed"
+        if (row["shape"], row["batch"], row["dtype"]) not in proved:
+            return f"refused: {operator} was not checked at this shape, batch and dtype"
+        return None
+
+    return verdict
 
 
-class OptionError(ValueError):
-    """An option that cannot be honoured; the message is for the user."""
+def sound(result: dict) -> bool:
+    """Whether checks ran and passed and no run of ours failed. A peer may fail."""
+    broken = [r for r in result["timings"] if r["status"] == "failed" and r.get("peer", "fused") == "fused"]
+    return result["correct"] and not broken
 
 
-def check_peers(backend: str, names: Sequence[str] | None) -> None:
-    """Raises :class:`OptionError` for a name that no operator has a peer of."""
-    known = {peer.name: None for op in operators().values() for peer in op.peers(backend)}
-    for name in names or ():
-        if name not in known:
-            raise OptionError(f"--peers {name}: no such peer; expected some of {', '.join(known)}")
+def schema_problem(result: dict) -> str | None:
+    """What is wrong with ``result`` as the schema of docs/benchmarking.md has it; ``None`` if nothing is."""
+    if not isinstance(result.get("measurement"), bool) or not isinstance(result.get("correct"), bool):
+        return "'measurement' or 'correct' is missing"
+    required = {
+        "checks": ("operator", "kind", "case", "batch", "dtype", "status"),
+        "timings": ("operator", "shape", "batch", "dtype", "mode", "status"),
+        "memory": ("operator", "shape", "batch", "dtype", "mode", "peer", "status"),
+        "ceilings": ("name",),
+        "costs": ("operator", "shape", "batch", "dtype", "mode", "phases"),
+    }
+    for table, keys in required.items():
+        for row in result.get(table, [None]):
+            missing = [k for k in keys if not isinstance(row, dict) or k not in row]
+            if missing:
+                return f"a row of '{table}' lacks {', '.join(missing)}"
+    measured = [r for r in result["timings"] if r["status"] == "ok"]
+    if any("median_s" not in r or "method" not in r or "peer" not in r for r in measured):
+        return "a measured row of 'timings' lacks peer, method or median_s"
+    return None
 
 
-def select(peers: list[Peer], names: Sequence[str] | None) -> list[Peer]:
-    """The peers called ``names``, or all."""
-    return [peer for peer in peers if names is None or peer.name in names]
+def _methods(result: dict) -> list[str]:
+    present = {r.get("method") for r in result["timings"]}
+    return [m for m in _METHODS if m in present]
 
 
-def tensors(leaves: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors among the inputs."""
-    return [value for value in leaves.values() if isinstance(value, torch.Tensor)]
+def _group(row: dict) -> tuple:
+    return tuple(row[k] for k in ("shape", "batch", "dtype", "mode"))
 
 
-def differentiable(leaves: dict[str, Any]) -> list[torch.Tensor]:
-    """The inputs that gradients are taken of."""
-    return [tensor for tensor in tensors(leaves) if tensor.requires_grad]
+def measured(result: dict, table: str, operator: str, group: tuple) -> dict[str, dict]:
+    """The valid rows of all peers at ``(shape, batch, dtype, mode)``, by peer; timings by the first method
+    that the result has (device time before what a program sees)."""
+    rows = [
+        r
+        for r in result[table]
+        if r["status"] == "ok" and r["operator"] == operator and _group(r) == group and "peer" in r
+    ]
+    if table == "timings":
+        for method in _methods(result):
+            found = {r["peer"]: r for r in rows if r["method"] == method}
+            if "fused" in found and len(found) > 1:
+                return found
+    return {r["peer"]: r for r in rows}
 
 
-def runner(peer: Peer, mode: str) -> Callable[[dict, tuple], tuple[torch.Tensor, ...]]:
-    """``run(leaves, gradients)`` for one mode: results, or results and the gradients of every leaf."""
-    if mode == "forward":
+def targets(result: dict, operator: str) -> list[dict]:
+    """Each target of ``operator`` for this kind of machine, with what was measured and whether it is met."""
+    found = []
+    for target in operators.by_name()[operator].targets:
+        if target.device != result["kind"]:
+            continue
+        group = (target.shape, target.batch, target.dtype, target.mode)
+        rows = measured(result, target.table, operator, group)
+        field = "median_s" if target.table == "timings" else "extra_bytes"
+        others = [rows[p][field] for p in target.against if p in rows]
+        ratio = met = None
+        if "fused" in rows and others:
+            # Against the fastest (or leanest) of them.
+            ours = rows["fused"][field]
+            ratio = min(others) / ours if target.at_least else ours / min(others)
+            met = ratio >= target.at_least if target.at_least else ratio <= target.at_most
+        found.append({"target": target, "measured": ratio, "met": met})
+    return found
 
-        def forward(leaves: dict, gradients: tuple) -> tuple[torch.Tensor, ...]:
-            with torch.no_grad():
-                return peer.call(leaves)
 
-        return forward
-
-    def forward_backward(leaves: dict, gradients: tuple) -> tuple[torch.Tensor, ...]:
-        results = peer.call(leaves)
-        return (*results, *torch.autograd.grad(results, differentiable(leaves), gradients))
-
-    return forward_backward
+# --------------------------------------------------------------------------------------------- tables
 
 
-def floor(costs: list[Cost], ceilings: dict[str, float], dtype: str) -> dict[str, Any]:
-    """The time that no implementation undercuts, and what bounds it: per phase the largest of bytes,
-    products and exponentials at their measured rates, summed over the phases."""
-    rate = ceilings.get(f"matmul_{dtype}_flop_per_s")
-    copy, exp = ceilings.get("copy_bytes_per_s"), ceilings.get("exp2_per_s")
-    if not (rate and copy):
-        return {"floor_s": None, "bound_by": None}
-    total, bounds = 0.0, []
-    for cost in costs:
-        terms = {"bytes": cost.bytes / copy, "products": cost.flops / rate}
-        if exp:
-            terms["exponentials"] = cost.exponentials / exp
-        bound = max(terms, key=terms.__getitem__)
-        total += terms[bound]
-        bounds.append(bound)
-    return {"floor_s": total, "bound_by": "+".join(bounds)}
+def _spread(row: dict) -> str:
+    return f"{seconds(row['median_s'])} ±{50 * (row['p75_s'] - row['p25_s']) / row['median_s']:.0f} %"
+
+
+def _bytes(row: dict) -> str:
+    return f"{size(row['extra_bytes'])} ({size(row['result_bytes'])} results)"
+
+
+def _label(group: tuple) -> str:
+    return f"{group[0]}, {group[1]}, {group[2]}, {group[3].replace('_', ' + ')}"
+
+
+def _wide(rows: list[dict], render: Callable[[dict], str]) -> str:
+    """One line a shape, batch, dtype and mode; one column a peer that was measured anywhere."""
+    groups = list(dict.fromkeys(map(_group, rows)))
+    peers: dict[str, set] = {}
+    for row in rows:
+        if "peer" in row:
+            peers.setdefault(row["peer"], set()).add(row["status"])
+    idle = [p for p, found in peers.items() if found == {"skipped"} and p != "fused"]
+    shown = sorted((p for p in peers if p not in idle), key=lambda p: p != "fused")
+    floors = any("share_of_floor" in r for r in rows)
+    lines = []
+    for group in groups:
+        own = [r for r in rows if _group(r) == group]
+        found = {r["peer"]: r for r in reversed(own) if "peer" in r}
+        whole = next((r for r in own if "peer" not in r and r["status"] != "ok"), None)
+        if not found and whole is None:
+            continue
+        cells = [found.get(p, None if found else whole) for p in shown]
+        line = [_label(group)]
+        line += ["–" if r is None else render(r) if r["status"] == "ok" else r["status"] for r in cells]
+        if floors:
+            ours = found.get("fused", {})
+            valid = ours.get("status") == "ok" and "floor_s" in ours
+            line.append(seconds(ours["floor_s"]) if valid else "–")
+            line.append(f"{100 * ours['share_of_floor']:.0f} %" if valid else "–")
+        lines.append(line)
+    if not lines:
+        return "Nothing was measured."
+    header = ["shape, batch, dtype, mode", *shown, *(["floor", "share of it"] if floors else [])]
+    notes = ""
+    if idle:
+        why = {p: next(r["reason"] for r in rows if r.get("peer") == p) for p in idle}
+        notes = "\n\nSkipped: " + "; ".join(f"*{p}*: {reason}" for p, reason in why.items()) + "."
+    return markdown(header, lines) + notes
+
+
+def _speed(result: dict, operator: str) -> str:
+    titles = {
+        "graph": "Device time (CUDA graph replay, inputs not in L2):",
+        "stream": "One launch after another, as a program sees it:",
+    }
+    parts = []
+    for method in _methods(result):
+        parts += [titles[method]] if method in titles else []
+        rows = [r for r in result["timings"] if r["operator"] == operator]
+        parts.append(_wide([r for r in rows if r.get("method", "all") in (method, "all")], _spread))
+    return "\n\n".join(parts) or "Nothing was measured."
+
+
+def _memory(result: dict, operator: str) -> str:
+    return _wide([r for r in result["memory"] if r["operator"] == operator], _bytes)
+
+
+def _checks(result: dict, operator: str) -> str:
+    groups: dict[tuple, list[dict]] = {}
+    for row in result["checks"]:
+        if row["operator"] == operator:
+            groups.setdefault((row["kind"], row["dtype"]), []).append(row)
+    lines = []
+    for (kind, dtype), rows in groups.items():
+        count = {s: sum(r["status"] == s for r in rows) for s in ("ok", "failed", "skipped")}
+        worst = max(
+            (r for r in rows if r.get("relative_error") is not None),
+            key=lambda r: r["relative_error"],
+            default=None,
+        )
+        at = f"{worst['relative_error']:.2g} ({worst['case']}, {worst['quantity']})" if worst else "–"
+        budget = f"{worst['relative_budget']:.0e}" if worst else "–"
+        lines.append([f"{kind}, {dtype}", *(str(n) for n in count.values()), at, budget])
+    return markdown(["check, dtype", "passed", "failed", "skipped", "worst relative error", "budget"], lines)
+
+
+def summary_group(result: dict, operator: operators.Operator, mode: str) -> tuple:
+    """The one shape, batch, dtype and mode that stands for an operator on this kind of machine."""
+    if result["kind"] == "cpu":
+        return (*operator.cpu_shapes[0], "float32", mode)
+    return (operator.shapes[0].name, 16, "bfloat16", mode)
+
+
+def _summary(result: dict) -> str:
+    """One line an operator and mode: ours, how many times faster than each kind of peer, memory, floor."""
+    lines = []
+    for op in operators.by_name().values():
+        for mode in op.modes:
+            group = summary_group(result, op, mode)
+            rows = measured(result, "timings", op.name, group)
+            if "fused" not in rows:
+                continue
+            ours = rows["fused"]
+            others = {p: r["median_s"] for p, r in rows.items() if p not in ("fused", "eager")}
+            others = {p: s for p, s in others.items() if not p.startswith("plan ")}
+            best = min(others, key=others.__getitem__, default=None)
+            held = measured(result, "memory", op.name, group)
+            line = [f"`{op.name}`, {group[0]}, batch {group[1]}, {mode.replace('_', ' + ')}", _spread(ours)]
+            for name in ("plain", best):
+                ratio = f"{others[name] / ours['median_s']:.2f}×" if name in others else "–"
+                line.append(f"{ratio} ({best})" if best and name == best else ratio)
+            share = ours.get("share_of_floor")
+            line.append("–" if share is None else f"{100 * share:.0f} %")
+            both = "fused" in held and "plain" in held
+            line.append(
+                f"{size(held['fused']['extra_bytes'])} / {size(held['plain']['extra_bytes'])}"
+                if both
+                else "–"
+            )
+            lines.append(line)
+    header = ["operator", "time", "against plain", "against the fastest peer", "share of the floor"]
+    return markdown([*header, "memory, ours / plain"], lines) if lines else "Nothing was measured."
+
+
+def tables(result: dict) -> dict[str, str]:
+    """Every table of a result by name: ``summary`` and ``<operator>-checks|memory|speed``."""
+    found = {"summary": _summary(result)}
+    for operator in operators.by_name():
+        found[f"{operator}-checks"] = _checks(result, operator)
+        found[f"{operator}-memory"] = _memory(result, operator)
+        found[f"{operator}-speed"] = _speed(result, operator)
+    return found

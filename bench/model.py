@@ -1,175 +1,369 @@
-"""``python -m bench model``: whole models, uint8 image in, label map out, against the published formula.
+"""``python -m bench model``: whole models, uint8 image in, label map out.
 
-Every way to run a model has the same weights; its label maps are compared with those of the published formula
-in float32 before it is timed. Times come from one process, all ways in turn.
+Three tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
+decoders on one backbone, with their training step. Before anything is timed its label maps (its loss and
+gradients) are compared with those of the published formula in float32, and a row that disagrees is refused.
+Times come from one process, all subjects of a table in turn.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
+import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench import environment, flops, timing
+from bench import decoders, environment, flops, memory, subjects, timing
+from bench.subjects import Subject
 
 DTYPES = ("float32", "bfloat16")
-TINY = flops.Model("tiny", "vit_tiny", 5, 64, 0.0)
+SECTIONS = ("ways", "libraries", "decoders")
+QUICK = flops.Model("vit_s_512", "vit_small", 150, 512, 0.0)
+# What takes longest and says least beside the others.
+NOT_QUICK = {
+    ("libraries", "inference"): ("EoMT, fused labels", "Mask2Former, fused labels", "UPerNet", "DPT, smp"),
+    ("decoders", "training"): ("SETR-PUP", "UPerNet", "DPT"),
+}
+TINY = memory.TINY
+# Images of a training step: the published recipe has 16 on eight GPUs.
+TRAINING_BATCH = {"cuda": 2, "cpu": 1}
+
+# Pixels whose label may differ from the reference's: this share, and in lower precision twice the share by
+# which the reference itself differs there (labels of random weights have near-ties). Losses and the norm of
+# the gradients may differ by this much.
+LABELS_BOUND = 1e-3
+LOSS_BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """One way from images (B, 3, H, W) in uint8 to label maps (B, H, W)."""
-
-    name: str
-    what: str
-    prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+def _same(labels: Tensor, expected: Tensor) -> float:
+    """The share of equal labels; raises where they are no label maps at all."""
+    if labels.shape != expected.shape:
+        raise ValueError(f"label maps are {tuple(labels.shape)}, expected {tuple(expected.shape)}")
+    return (labels == expected).double().mean().item()
 
 
-def _published(sdpa: bool, compiled: bool = False) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
-    def prepare(model: nn.Module) -> Callable[[Tensor], Tensor]:
-        form = flops.EagerForm(model)
-        run = torch.compile(form) if compiled else form
+class Checks:
+    """Results against those of the published formula, which are computed once for each model."""
 
-        def call(images: Tensor) -> Tensor:
-            attention = F.scaled_dot_product_attention
-            with flops.plain_operators(), contextlib.ExitStack() as stack:
-                if sdpa:
-                    stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
-                return run(model.preprocess(images))[0].argmax(1)
+    def __init__(self, spec: flops.Model, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self._expected: dict[Any, Any] = {}
 
-        return call
+    def inference(self, subject: Subject, run: Callable[[], Tensor], images: Tensor, dtype: str) -> dict:
+        """``agreement`` with the reference; ``status`` is ``invalid`` beyond the bound, with a ``reason``."""
+        labels = run()
+        if subject.reference is None:
+            shape = (len(images), self.spec.size, self.spec.size)
+            if (
+                tuple(labels.shape) != shape
+                or not 0 <= int(labels.min()) <= int(labels.max()) < self.spec.classes
+            ):
+                reason = (
+                    f"label maps are {tuple(labels.shape)}, expected {shape} with {self.spec.classes} classes"
+                )
+                return {"status": "invalid", "reason": reason}
+            return {"status": "ok"}
+        expected = self._labels(subject, images, "float32")
+        own = 0.0 if dtype == "float32" else 1 - _same(self._labels(subject, images, dtype), expected)
+        agreement = _same(labels, expected)
+        least = 1 - (2 * own + LABELS_BOUND)
+        if agreement < least:
+            reason = f"{100 * agreement:.2f} % of labels as published, expected at least {100 * least:.2f} %"
+            return {"status": "invalid", "agreement": agreement, "reason": reason}
+        return {"status": "ok", "agreement": agreement}
 
-    return prepare
+    def _labels(self, subject: Subject, images: Tensor, dtype: str) -> Tensor:
+        key = (subject.build, subject.reference, dtype)
+        if key not in self._expected:
+            model = subjects.build(subject, self.spec, self.device).to(getattr(torch, dtype))
+            with torch.inference_mode():
+                self._expected[key] = subject.reference(model, images)
+        return self._expected[key]
+
+    def training(self, subject: Subject, run: Callable[[], tuple[Tensor, Tensor]], dtype: str) -> dict:
+        """Loss and norm of the gradients against those of the published formula, which came before."""
+        found = [value.item() for value in run()]
+        row = {"status": "ok", "loss": found[0], "gradient_norm": found[1]}
+        if subject.name.endswith(subjects.BY_FORMULA):
+            self._expected[subject.build, "training"] = found
+        if subject.reference is None:
+            return row
+        expected = self._expected.get((subject.build, "training"))
+        if expected is None:
+            return {**row, "status": "invalid", "reason": "no step by the published formula to compare with"}
+        for name, value, own in zip(("loss", "gradient norm"), expected, found, strict=True):
+            if not abs(own - value) <= LOSS_BOUNDS[dtype] * abs(value):
+                reason = f"{name} {own:.6g}, expected {value:.6g} within {100 * LOSS_BOUNDS[dtype]:g} %"
+                return {**row, "status": "invalid", "reason": reason}
+        return row
 
 
-def _ours(backend: str | None) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
-    def prepare(model: nn.Module) -> Callable[[Tensor], Tensor]:
-        import segvit_kernels
-
-        fused = copy.deepcopy(model).fuse()
-
-        def call(images: Tensor) -> Tensor:
-            with segvit_kernels.backend(backend) if backend else contextlib.nullcontext():
-                return fused.labels(fused(fused.preprocess(images)), tuple(images.shape[-2:]))
-
-        return call
-
-    return prepare
-
-
-def ways(compiled: bool) -> list[Way]:
-    """All ways, the published formula first."""
-    found = [
-        Way("published", "the published formula, plain attention", _published(False)),
-        Way("published, SDPA", "the same with torch's attention in the backbone", _published(True)),
-        Way("eager", "this project, backend eager", _ours("eager")),
-        Way("fused", "this project, the backend chosen by the device", _ours(None)),
-    ]
-    if compiled:
-        found.insert(2, Way("published, compiled", "torch.compile of the second", _published(True, True)))
-    return found
-
-
-def _samples(call: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+def _sampler(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
     def sample() -> float:
         timing.synchronize(device)
         start = time.perf_counter()
-        call()
+        run()
         timing.synchronize(device)
         return time.perf_counter() - start
 
     return sample
 
 
-def _rows(
-    spec: flops.Model, batch: int, dtype: str, device: torch.device, rounds: int, compiled: bool
+def _measured(
+    table: str,
+    found: Sequence[Subject],
+    spec: flops.Model,
+    mode: str,
+    batch: int,
+    dtype: str,
+    device: torch.device,
+    *,
+    rounds: int,
+    deadline: float,
+    left_out: Sequence[str],
+    counts: dict[str, tuple[float, int]],
 ) -> Iterator[dict]:
-    torch.manual_seed(0)
+    """A row for each subject: checked, timed in turn, then its peak memory."""
     torch._dynamo.reset()
-    model = spec.build().requires_grad_(False).to(device)
-    images = torch.randint(0, 256, (batch, 3, spec.size, spec.size), dtype=torch.uint8, device=device)
-    with torch.inference_mode():
-        truth = _published(False)(model)(images)
-        model = model.to(getattr(torch, dtype))
-        calls, agreement, failed = {}, {}, {}
-        for way in ways(compiled):
-            call = way.prepare(model)
-            try:
-                agreement[way.name] = (call(images) == truth).double().mean().item()
-                call(images)
-            except Exception as error:  # torch.compile needs a compiler; the others still count
-                failed[way.name] = str(error).splitlines()[0][:300]
-                continue
-            calls[way.name] = call
-        samplers = {n: _samples(lambda call=call: call(images), device) for n, call in calls.items()}
-        times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
-    key = {"model": spec.name, "batch": batch, "dtype": dtype}
-    for name, values in times.items():
-        row = {**key, "way": name, "status": "ok", "agreement": agreement[name], **timing.summary(values)}
-        if device.type == "cuda":
-            with torch.inference_mode():
-                row["extra_bytes"] = timing.cuda_peak(lambda call=calls[name]: call(images), device)
-        yield row
-    for name, reason in failed.items():
-        yield {**key, "way": name, "status": "failed", "reason": reason}
+    images, targets = subjects.inputs(spec, batch, device)
+    checks, kind = Checks(spec, device), getattr(torch, dtype)
+    rows: dict[str, dict] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for subject in found:
+        row = rows[subject.name] = {"table": table, "model": spec.name, "batch": batch, "dtype": dtype}
+        row |= {"mode": mode, "way": subject.name, "what": subject.what}
+        reason = "not in the quick selection" if subject.name in left_out else subject.missing()
+        if reason or time.time() > deadline:
+            row |= {"status": "skipped", "reason": reason or "time budget"}
+            continue
+        try:
+            if subject.name not in counts:
+                counts[subject.name] = subjects.macs(subject, spec, device)
+            row["macs"], row["parameters"] = counts[subject.name]
+            model = subjects.build(subject, spec, device)
+            if mode == "inference":
+                run = subjects.inference(subject, model, images, kind)
+                row |= checks.inference(subject, run, images, dtype)
+            else:
+                run = subjects.training(subject, model, images, targets, kind)
+                row |= checks.training(subject, run, dtype)
+            if row["status"] == "ok":
+                for _ in range(3 if device.type == "cuda" else 0):  # a CUDA graph is captured at the second
+                    run()
+                calls[subject.name] = run
+        except Exception as error:  # torch.compile needs a compiler, memory may end; the others still count
+            row |= {"status": "failed", "reason": timing.one_line(error)}
+    samplers = {name: _sampler(run, device) for name, run in calls.items()}
+    times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
+    for name, samples in times.items():
+        rows[name] |= timing.summary(samples)
+    if device.type == "cuda":
+        for name, run in calls.items():
+            rows[name]["extra_bytes"] = timing.cuda_peak(run, device)
+    elif calls and time.time() < deadline:
+        names = [name for name in calls if "compile" not in name]  # a process would compile again
+        calls.clear()
+        for peak in memory.rows(table, names, spec, mode, batch, dtype, device):
+            if peak["status"] == "ok":
+                rows[peak["name"]]["extra_bytes"] = peak["extra_bytes"]
+    yield from rows.values()
 
 
 def run(
     *,
-    names: Sequence[str] | None,
-    batches: Sequence[int],
+    names: Sequence[str] | None = None,
+    batches: Sequence[int] = (1,),
     dtypes: Sequence[str] = DTYPES,
     threads: int = 2,
     rounds: int = 7,
     compiled: bool = False,
+    sections: Sequence[str] = SECTIONS,
+    quick: bool = False,
     smoke: bool = False,
+    budget_s: float = float("inf"),
     progress: Callable[[str], None] = print,
 ) -> dict:
-    """Rows of all models, as plain data."""
+    """Rows of all tables, as plain data.
+
+    The ways to run SegViT are measured for all models named, batches and dtypes (and the published formula
+    always in float32 too), libraries and decoders at the size of the first model, in the first of the dtypes.
+    ``quick`` is a ViT-S at 512×512. What has not begun ``budget_s`` seconds after the start is skipped.
+    """
+    begun = time.time()
+    deadline = begun + budget_s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
-    rows = []
-    specs = (TINY,) if smoke else [m for m in flops.MODELS if not names or m.name in names]
-    for spec in specs:
+    wanted = [model for model in flops.MODELS if not names or model.name in names]
+    specs = (TINY,) if smoke else (QUICK,) if quick else wanted
+    rows: list[dict] = []
+
+    def measure(
+        section: str, found: Sequence[Subject], spec: flops.Model, counts: dict, **where: Any
+    ) -> None:
+        limits = {"deadline": deadline, "counts": counts}
+        # A step takes several times as long as an inference.
+        limits["rounds"] = rounds if where["mode"] == "inference" else max(1, rounds // 2)
+        limits["left_out"] = NOT_QUICK.get((section, where["mode"]), ()) if quick else ()
+        for row in _measured(section, found, spec, device=device, **where, **limits):
+            rows.append(row)
+            shown = f"{1e3 * row['median_s']:.1f} ms" if row["status"] == "ok" else row["status"]
+            shown += f" ({row['reason']})" if "reason" in row else ""
+            where_at = f"{spec.name} batch {row['batch']} {row['dtype']} {row['mode']}"
+            progress(f"{where_at} {row['way']}: {shown}")
+
+    for spec in specs if "ways" in sections else ():
+        counts: dict[str, tuple[float, int]] = {}
         for batch in batches:
-            for dtype in dtypes:
-                for row in _rows(spec, batch, dtype, device, rounds, compiled):
-                    rows.append(row)
-                    shown = f"{1e3 * row['median_s']:.1f} ms" if row["status"] == "ok" else row["reason"]
-                    progress(f"{spec.name} batch {batch} {dtype} {row['way']}: {shown}")
+            for dtype in dict.fromkeys(("float32", *dtypes)):
+                found = subjects.ways(device, compiled) if dtype in dtypes else [subjects.PUBLISHED]
+                measure("ways", found, spec, counts, mode="inference", batch=batch, dtype=dtype)
+    if "decoders" in sections:
+        counts, found = {}, subjects.on_one_backbone()
+        measure("decoders", found, specs[0], counts, mode="inference", batch=batches[0], dtype=dtypes[0])
+        batch = TRAINING_BATCH[device.type]
+        measure("decoders", found, specs[0], counts, mode="training", batch=batch, dtype=dtypes[0])
+    if "libraries" in sections:
+        found = subjects.libraries(compiled)
+        measure("libraries", found, specs[0], {}, mode="inference", batch=batches[0], dtype=dtypes[0])
     described = {**environment.describe(device), "threads": threads}
-    return {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described, "rows": rows}
+    result = {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described}
+    return result | {"rows": rows, "elapsed_s": round(time.time() - begun, 1)}
+
+
+def sound(result: dict) -> bool:
+    """Whether nothing of ours failed and nothing at all was refused. A peer may fail."""
+    ours = ("fused", "eager", "engine, ", "SegViT", "Shrunk SegViT")
+    for row in result["rows"]:
+        way = row["way"]
+        own = way.startswith(ours) and not way.endswith(subjects.BY_FORMULA)
+        if row["status"] == "invalid" or (own and row["status"] == "failed"):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def _key(row: dict) -> tuple:
+    return row["model"], row["batch"], row["dtype"]
+
+
+def _not_measured(row: dict) -> str:
+    return f"{row['status']}: {row['reason']}"
+
+
+def _models(rows: list[dict]) -> str:
+    """Ways to run SegViT and models of libraries, speed against the published formula in float32."""
+    from bench.report import markdown, seconds, size
+
+    published = {
+        _key(row)[:2]: row["median_s"]
+        for row in reversed(rows)
+        if row["way"] == "published" and row["status"] == "ok" and row["dtype"] == "float32"
+    }
+    lines = []
+    for row in rows:
+        line = ["{}, batch {}, {}".format(*_key(row)), row["way"]]
+        if row["status"] == "ok":
+            base = published.get(_key(row)[:2])
+            line += [seconds(row["median_s"]), f"{row['batch'] / row['median_s']:.2f}"]
+            line.append(f"{base / row['median_s']:.2f}×" if base else "–")
+        else:
+            line += [_not_measured(row), "–", "–"]
+        line.append(f"{100 * row['agreement']:.2f} %" if "agreement" in row else "–")
+        line.append(f"{row['macs'] / 1e9:.1f}" if "macs" in row else "–")
+        line.append(f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "–")
+        line.append(size(row["extra_bytes"]) if "extra_bytes" in row else "–")
+        lines.append(line)
+    header = ["model", "way", "image to labels", "images/s", "against published, float32"]
+    header += ["labels as published, float32", "GMACs", "parameters", "memory"]
+    return markdown(header, lines)
+
+
+def _decoders(rows: list[dict]) -> str:
+    """One line for each decoder: counts, inference, training step."""
+    from bench.report import markdown, seconds, size
+
+    lines = []
+    for name in dict.fromkeys(row["way"] for row in rows):
+        found = {row["mode"]: row for row in rows if row["way"] == name}
+        first = next(iter(found.values()))
+        spec = next((m for m in (*flops.MODELS, QUICK, TINY) if m.name == first["model"]), TINY)
+        line = [
+            name,
+            f"{first['macs'] / 1e9:.1f}" if "macs" in first else "–",
+            decoders.PUBLISHED.get((name.removesuffix(subjects.BY_FORMULA), spec.preset, spec.size), "–"),
+            f"{first['parameters'] / 1e6:.1f} M" if "parameters" in first else "–",
+        ]
+        for mode in ("inference", "training"):
+            row = found.get(mode, {"status": "–", "reason": ""})
+            if row["status"] == "ok":
+                line += [seconds(row["median_s"]), f"{row['batch'] / row['median_s']:.2f}"]
+            else:
+                line += [_not_measured(row) if row["reason"] else "–", "–"]
+            line.append(size(row["extra_bytes"]) if "extra_bytes" in row else "–")
+        lines.append(line)
+    header = ["decoder", "GMACs", "paper", "parameters", "image to labels", "images/s", "memory"]
+    header += ["training step", "images/s", "memory"]
+    return markdown(header, lines)
 
 
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``models``, one line for each way of running one."""
-    from bench.report import markdown, seconds, size
+    """Markdown: ``models`` (ways and libraries) and ``decoders``, where they were measured."""
+    by = {name: [r for r in result["rows"] if r.get("table", "ways") == name] for name in SECTIONS}
+    found = {"models": _models(by["ways"] + by["libraries"])}
+    if by["decoders"]:
+        found["decoders"] = _decoders(by["decoders"])
+    return found
 
-    lines, first = [], {}
-    for row in result["rows"]:
-        if row["status"] != "ok":
-            continue
-        key = (row["model"], row["batch"], row["dtype"])
-        first.setdefault(key, row["median_s"])
-        lines.append(
-            [
-                f"{row['model']}, batch {row['batch']}, {row['dtype']}",
-                row["way"],
-                seconds(row["median_s"]),
-                f"{row['batch'] / row['median_s']:.2f}",
-                f"{first[key] / row['median_s']:.2f}×",
-                f"{100 * row['agreement']:.2f} %",
-                *([size(row["extra_bytes"])] if "extra_bytes" in row else []),
-            ]
-        )
-    header = ["model", "way", "image to labels", "images/s", "against published", "labels as published, fp32"]
-    header += ["memory"] * (len(lines[0]) - len(header) if lines else 0)
-    return {"models": markdown(header, lines)}
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``bench model``."""
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write (default: results/model- and the device)"
+    )
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default 1)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default: the first two"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default %(default)s)")
+    parser.add_argument("--rounds", type=int, help="samples of every subject (default 7; quick 3)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="only these (default: all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a ViT-S at 512×512 alone")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which nothing new begins"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a tiny model; not a measurement")
+
+
+def main(options: argparse.Namespace) -> dict:
+    """The result of a parsed command line.
+
+    Raises:
+        OptionError: an option that cannot be; the message is for the user.
+    """
+    options.rounds = (3 if options.quick else 7) if options.rounds is None else options.rounds
+    subjects.check_options(options)
+    return run(
+        names=options.models,
+        batches=options.batch,
+        dtypes=options.dtype or DTYPES,
+        threads=options.threads,
+        rounds=options.rounds,
+        compiled=options.compile,
+        sections=options.sections,
+        quick=options.quick,
+        smoke=options.smoke,
+        budget_s=options.budget,
+    )

@@ -1,63 +1,116 @@
-"""Markdown tables from result files, and the README's tables between their markers."""
+"""Markdown of result files, and what stands between the bench markers of README.md and docs/*.md."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-
-from bench import kernels
 
 _MARKED = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /bench:(?P=name) -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- /?bench:\S+ -->")
-_METHODS = ("graph", "stream", "wall")
-_TABLES = ("checks", "timings", "memory", "ceilings", "costs")
+# Which module made a result of this kind: it has ``tables(result)`` and perhaps ``schema_problem(result)``.
+_MODULES = {"cpu": "kernels", "gpu": "kernels"} | {
+    name: name for name in ("flops", "inference", "memory", "model", "scaling", "static")
+}
 
 
 class ReportError(ValueError):
-    """A result or README that cannot be used; the message is for the user."""
+    """A result or document that cannot be used; the message is for the user."""
+
+
+# --------------------------------------------------------------------------------------------- results
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
 
 
 def load(path: Path) -> dict:
-    """A result file, checked for the shape that the schema promises."""
+    """A result file, checked for the shape that docs/benchmarking.md promises."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ReportError(f"{path}: not JSON: {error}") from None
-    problem = schema_problem(result)
+    problem = _problem(result)
     if problem:
         raise ReportError(f"{path}: not a result of this benchmark: {problem}")
     return result
 
 
-def schema_problem(result: object) -> str | None:
-    """What is wrong with ``result`` as the schema of bench/README.md has it; ``None`` if nothing is."""
+def _problem(result: object) -> str | None:
     if not isinstance(result, dict) or result.get("schema") != 1:
         return "'schema' is not 1"
-    if result.get("kind") not in ("cpu", "gpu") or not isinstance(result.get("measurement"), bool):
-        return "'kind' or 'measurement' is missing"
-    if not isinstance(result.get("environment"), dict) or not isinstance(result.get("correct"), bool):
-        return "'environment' or 'correct' is missing"
-    required = {
-        "checks": ("operator", "kind", "case", "batch", "dtype", "status"),
-        "timings": ("operator", "shape", "batch", "dtype", "mode", "status"),
-        "memory": ("operator", "shape", "batch", "dtype", "mode", "peer", "status"),
-        "ceilings": ("name",),
-        "costs": ("operator", "shape", "batch", "dtype", "mode", "phases"),
-    }
-    for table, keys in required.items():
-        for row in result.get(table, [None]):
-            missing = [k for k in keys if not isinstance(row, dict) or k not in row]
-            if missing:
-                return f"a row of '{table}' lacks {', '.join(missing)}"
-    measured = [r for r in result["timings"] if r["status"] == "ok"]
-    if any("median_s" not in r or "method" not in r or "peer" not in r for r in measured):
-        return "a measured row of 'timings' lacks peer, method or median_s"
-    return None
+    if result.get("kind") not in _MODULES:
+        return f"'kind' is {result.get('kind')!r}; expected one of {', '.join(_MODULES)}"
+    if not isinstance(result.get("measurement", True), bool):
+        return "'measurement' is neither true nor false"
+    if not isinstance(result.get("environment"), dict) or "commit" not in result["environment"]:
+        return "'environment' is missing or does not say which commit was measured"
+    check = getattr(_module(result), "schema_problem", None)
+    return check(result) if check else None
+
+
+def _module(result: dict) -> object:
+    return importlib.import_module(f"bench.{_MODULES[result['kind']]}")
+
+
+def tables(result: dict) -> dict[str, str]:
+    """Every table of a result by name, ``environment`` (a sentence) first."""
+    try:
+        return {"environment": environment(result), **_module(result).tables(result)}
+    except (LookupError, TypeError) as error:
+        raise ReportError(f"a result of kind {result['kind']!r} lacks {error}") from None
+
+
+def document(result: dict, title: str) -> str:
+    """The whole result as Markdown."""
+    parts = [f"## {title}"]
+    if not result.get("measurement", True):
+        parts.append("**Not a measurement**: a smoke run of the script on tiny shapes.")
+    if not result.get("correct", True):
+        parts.append("**Checks failed or none passed: the speeds of such an operator are refused.**")
+    named = tables(result)
+    parts.append(named.pop("environment"))
+    for name, text in named.items():
+        parts += [f"### {name}", text]
+    reasons: dict[str, int] = {}
+    for rows in result.values():
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, dict) and row.get("reason"):
+                where = f"{row['status']}: {row['reason']}" if row.get("status") else row["reason"]
+                reasons[where] = reasons.get(where, 0) + 1
+    if reasons:
+        parts.append("### not as planned")
+        parts.append("\n".join(f"- {count} rows {reason}" for reason, count in reasons.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def sound(result: dict) -> bool:
+    """Whether every check passed and nothing of ours failed. A peer may fail."""
+    check = getattr(_module(result), "sound", None)
+    return check(result) if check else result.get("correct", True)
+
+
+def verdict(result: dict) -> str:
+    """The last line of a run."""
+    rows = [row for rows in result.values() if isinstance(rows, list) for row in rows]
+    count = Counter(row.get("status") for row in rows if isinstance(row, dict))
+    words = {"ok": "ok", "failed": "failed", "invalid": "refused", "skipped": "skipped"}
+    elapsed = f"; {result['elapsed_s']} s" if "elapsed_s" in result else ""
+    return ", ".join(f"{count[s]} rows {word}" for s, word in words.items() if count[s]) + elapsed
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -79,242 +132,104 @@ def size(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
-def _spread(row: dict) -> str:
-    return f"{seconds(row['median_s'])} ±{50 * (row['p75_s'] - row['p25_s']) / row['median_s']:.0f} %"
-
-
-def _methods(result: dict) -> list[str]:
-    present = {r.get("method") for r in result["timings"]}
-    return [m for m in _METHODS if m in present]
-
-
-def _group(row: dict) -> tuple:
-    return tuple(row[k] for k in ("shape", "batch", "dtype", "mode"))
-
-
-def _cell(rows: list[dict], render: Callable[[dict], str]) -> str:
-    if not rows:
-        return "–"
-    return render(rows[0]) if rows[0]["status"] == "ok" else rows[0]["status"]
-
-
-def _wide(result: dict, table: str, operator: str, method: str | None, render: Callable[[dict], str]) -> str:
-    rows = [r for r in result[table] if r["operator"] == operator]
-    peers = sorted(dict.fromkeys(r["peer"] for r in rows if "peer" in r), key=lambda p: p != "fused")
-    header = ["shape, batch, dtype, mode", *peers]
-    extra = table == "timings" and any("share_of_floor" in r for r in rows)
-    if extra:
-        header += ["floor", "share of it"]
-    lines = []
-    for group in dict.fromkeys(map(_group, rows)):
-        found = {p: [] for p in peers}
-        for row in rows:
-            if (
-                _group(row) == group
-                and "peer" in row
-                and (method is None or row.get("method") in (method, "all"))
-            ):
-                found[row["peer"]].append(row)
-        if not any(found.values()):
-            whole = next(r for r in rows if _group(r) == group)
-            if whole["status"] == "ok" or "peer" in whole:
-                continue
-            found = {p: [whole] for p in peers}
-        line = [f"{group[0]}, {group[1]}, {group[2]}, {group[3].replace('_', ' + ')}"]
-        line += [_cell(found[p], render) for p in peers]
-        if extra:
-            ours = next((r for r in found.get("fused", []) if r["status"] == "ok"), {})
-            line.append(seconds(ours["floor_s"]) if "floor_s" in ours else "–")
-            line.append(f"{100 * ours['share_of_floor']:.0f} %" if "share_of_floor" in ours else "–")
-        lines.append(line)
-    return markdown(header, lines) if lines else "Nothing was measured."
-
-
-def _speed(result: dict, operator: str) -> str:
-    parts = []
-    for method in _methods(result):
-        if method != "wall":
-            parts.append({"graph": "Device time (CUDA graph replay, inputs not in L2):",
-                          "stream": "One launch after another, as a program sees it:"}[method])  # fmt: skip
-        parts.append(_wide(result, "timings", operator, method, _spread))
-    return "\n\n".join(parts) or "Nothing was measured."
-
-
-def _memory(result: dict, operator: str) -> str:
-    return _wide(
-        result,
-        "memory",
-        operator,
-        None,
-        lambda r: f"{size(r['extra_bytes'])} ({size(r['result_bytes'])} results)",
-    )
-
-
-def _checks(result: dict, operator: str) -> str:
-    groups: dict[tuple, list[dict]] = {}
-    for row in result["checks"]:
-        if row["operator"] == operator:
-            groups.setdefault((row["kind"], row["dtype"]), []).append(row)
-    lines = []
-    for (kind, dtype), rows in groups.items():
-        count = {s: sum(r["status"] == s for r in rows) for s in ("ok", "failed", "skipped")}
-        worst = max(
-            (r for r in rows if r.get("relative_error") is not None),
-            key=lambda r: r["relative_error"],
-            default=None,
-        )
-        at = f"{worst['relative_error']:.2g} ({worst['case']}, {worst['quantity']})" if worst else "–"
-        budget = f"{worst['relative_budget']:.0e}" if worst else "–"
-        lines.append([f"{kind}, {dtype}", *(str(n) for n in count.values()), at, budget])
-    return markdown(["check, dtype", "passed", "failed", "skipped", "worst relative error", "budget"], lines)
-
-
-def targets(result: dict, operator: str) -> list[dict]:
-    """Each target of ``operator`` for this kind of machine, with what was measured and whether it is met."""
-    found = []
-    for target in kernels.operators()[operator].targets:
-        if target.device != result["kind"]:
-            continue
-        rows = [
-            r
-            for r in result[target.table]
-            if r["status"] == "ok"
-            and r["operator"] == operator
-            and _group(r) == (target.shape, target.batch, target.dtype, target.mode)
-        ]
-        measured = method = None
-        for method in _methods(result) if target.table == "timings" else (None,):
-            field = "median_s" if target.table == "timings" else "extra_bytes"
-            by_peer = {r["peer"]: r[field] for r in rows if method is None or r["method"] == method}
-            others = [by_peer[p] for p in target.against if p in by_peer]
-            if "fused" in by_peer and others:
-                # Against the fastest (or leanest) of them.
-                ratio = min(others) / by_peer["fused"] if target.at_least else by_peer["fused"] / min(others)
-                measured = ratio
-                break
-        met = None
-        if measured is not None:
-            met = measured >= target.at_least if target.at_least else measured <= target.at_most
-        found.append({"target": target, "measured": measured, "method": method, "met": met})
-    return found
-
-
-def _targets(result: dict, operator: str) -> str:
-    lines = []
-    for entry in targets(result, operator):
-        target, measured = entry["target"], entry["measured"]
-        wanted = f"≥ {target.at_least:g}×" if target.at_least else f"≤ {100 * target.at_most:g} %"
-        got = "not measured"
-        if measured is not None:
-            got = f"{measured:.2f}×" if target.at_least else f"{100 * measured:.0f} %"
-        met = {True: "yes", False: "no", None: "–"}[entry["met"]]
-        lines.append(
-            [f"{target.name} ({target.shape}, batch {target.batch}, {target.dtype})", wanted, got, met]
-        )
-    return markdown(["target", "wanted", "measured", "met"], lines) if lines else "No targets."
-
-
-def _environment(result: dict) -> str:
+def machine(result: dict) -> str:
+    """Device, driver, versions and commit of a result: what every number of it was measured with."""
     e = result["environment"]
-    machine = e.get("gpu")
-    if not machine:
-        load = e.get("load_average") or 0.0
-        machine = f"{e.get('cpu')}, {e.get('threads')} threads, load average {load:.1f} before"
     parts = [
-        machine,
+        e.get("gpu") or f"{e.get('cpu')}, {e.get('threads')} threads",
         f"driver {e['driver']}" if e.get("driver") else None,
         f"torch {e.get('torch')}",
-        f"triton {e['triton']}" if e.get("triton") and e.get("gpu") else None,
-        f"Python {e.get('python')}",
-        f"commit {e['commit'][:12]}{' with local changes' if e.get('dirty') else ''}"
-        if e.get("commit")
-        else None,
-        f"kernels {e['kernels_sha256'][:12]}" if e.get("kernels_sha256") else None,
+        f"Triton {e['triton']}" if e.get("triton") else None,
+        f"commit {e['commit'][:12] if e.get('commit') else 'unknown'}{_DIRTY[e.get('dirty')]}",
         str(e.get("date", ""))[:10],
     ]
-    line = ", ".join(p for p in parts if p) + "."
-    units = {"copy_bytes_per_s": (1e12, "TB/s copied"), "exp2_per_s": (1e12, "T exponentials/s")}
-    rates = []
-    for row in result["ceilings"]:
-        if "per_s" in row:
-            matmul = f"TFLOP/s {row['name'].removeprefix('matmul_').removesuffix('_flop_per_s')} product"
-            scale, unit = units.get(row["name"], (1e12, matmul))
-            rates.append(f"{row['per_s'] / scale:.3g} {unit}")
-    if rates:
-        line += f" Measured ceilings: {', '.join(rates)}."
-    return line
+    return ", ".join(p for p in parts if p)
 
 
-def tables(result: dict) -> dict[str, str]:
-    """Every table of a result by name: ``environment`` and ``<operator>-speed|memory|checks|targets``."""
-    found = {"environment": _environment(result)}
-    for operator in kernels.operators():
-        found[f"{operator}-targets"] = _targets(result, operator)
-        found[f"{operator}-speed"] = _speed(result, operator)
-        found[f"{operator}-memory"] = _memory(result, operator)
-        found[f"{operator}-checks"] = _checks(result, operator)
-    return found
+_DIRTY = {True: " with local changes", False: "", None: ", changes unknown"}
 
 
-def document(result: dict, title: str) -> str:
-    """The whole result as Markdown, correctness first."""
-    parts = [f"## {title}"]
-    if not result["measurement"]:
-        parts.append("**Not a measurement**: a smoke run of the script on tiny shapes.")
-    if not result["correct"]:
-        parts.append("**Checks failed or none passed: the speeds of such an operator are refused.**")
-    named = tables(result)
-    parts.append(named.pop("environment"))
-    order = ("checks", "memory", "speed", "targets")
-    for name in sorted(named, key=lambda n: order.index(n.rpartition("-")[2])):
-        parts += [f"### {name}", named[name]]
-    notes = [r for t in ("checks", "timings", "memory", "ceilings") for r in result[t] if r.get("reason")]
-    reasons: dict[str, int] = {}
-    for row in notes:
-        where = f"{row['status']}: {row['reason']}" if row.get("status") else row["reason"]
-        reasons[where] = reasons.get(where, 0) + 1
-    if reasons:
-        parts.append("### not as planned")
-        parts.append("\n".join(f"- {count} rows {reason}" for reason, count in reasons.items()))
-    return "\n\n".join(parts) + "\n"
+def environment(result: dict) -> str:
+    """:func:`machine`, and what else a reader may ask: load, digest, Python, measured ceilings."""
+    e = result["environment"]
+    line = f"{machine(result)}, Python {e.get('python')}"
+    if e.get("kernels_sha256"):
+        line += f", kernels {e['kernels_sha256'][:12]}"
+    if not e.get("gpu") and e.get("load_average") is not None:
+        line += f", load average {e['load_average']:.1f} before"
+    rates = [_rate(row) for row in result.get("ceilings", ()) if "per_s" in row]
+    return line + "." + (f" Measured ceilings: {', '.join(rates)}." if rates else "")
 
 
-# ---------------------------------------------------------------------------------------------- README
+def _rate(row: dict) -> str:
+    units = {"copy_bytes_per_s": "B/s copied", "exp2_per_s": "exponentials/s"}
+    dtype = row["name"].removeprefix("matmul_").removesuffix("_flop_per_s")
+    prefix, scale = ("T", 1e12) if row["per_s"] >= 1e12 else ("G", 1e9)
+    return f"{row['per_s'] / scale:.3g} {prefix}{units.get(row['name'], f'FLOP/s {dtype} product')}"
+
+
+# ------------------------------------------------------------------------------------------- documents
 
 
 def _body(name: str, results: Path) -> str:
     stem, _, table = name.partition("/")
-    if stem.partition("-")[0] in ("flops", "inference", "model"):
-        return _own_tables(stem, table, results / f"{stem}.json") + "\n"
-    result = load(results / f"{stem}.json")
-    if not result["measurement"]:
-        raise ReportError(f"{results / (stem + '.json')}: not a measurement, and so not for the README")
+    if stem == "targets":
+        from bench import targets
+
+        return targets.table(results) + "\n"
+    path = results / f"{stem}.json"
+    result = load(path)
+    if not result.get("measurement", True):
+        raise ReportError(f"{path}: not a measurement, and so not for a document")
     named = tables(result)
     if table not in named:
         raise ReportError(f"marker bench:{name}: no table {table!r}; expected one of {', '.join(named)}")
-    return named[table] + "\n"
+    caption = "" if table == "environment" else f"\n\n<sub>{machine(result)}</sub>"
+    return named[table] + caption + "\n"
 
 
-def _own_tables(stem: str, table: str, path: Path) -> str:
-    """A table of ``bench flops``, ``inference`` or ``model``, whose results have a schema of their own."""
-    module = importlib.import_module(f"bench.{stem.partition('-')[0]}")
-    try:
-        result = json.loads(path.read_text())
-        named = {**module.tables(result), "environment": _environment({**result, "ceilings": []})}
-    except (OSError, ValueError, LookupError) as error:
-        raise ReportError(f"{path}: not a result of 'bench {stem}': {error}") from None
-    if table not in named:
-        expected = ", ".join(named)
-        raise ReportError(f"marker bench:{stem}/{table}: no such table; expected one of {expected}")
-    return named[table]
-
-
-def regenerate(text: str, results: Path) -> str:
+def regenerate(text: str, results: Path) -> tuple[str, list[str]]:
     """``text`` with everything between ``<!-- bench:STEM/TABLE -->`` and its closing marker made anew from
-    ``results/STEM.json``."""
+    ``results/STEM.json``, and the names of the markers whose text changed."""
     paired = sum(2 for _ in _MARKED.finditer(text))
     if paired != len(_MARKER.findall(text)):
         raise ReportError(
             "a bench marker has no partner: expected '<!-- bench:NAME -->' line, '<!-- /bench:NAME -->'"
         )
-    return _MARKED.sub(lambda m: m[1] + _body(m["name"], results) + m[4], text)
+    changed = []
+
+    def make(match: re.Match) -> str:
+        body = _body(match["name"], results)
+        if body != match["body"]:
+            changed.append(match["name"])
+        return match[1] + body + match[4]
+
+    return _MARKED.sub(make, text), changed
+
+
+def update(root: Path, check: bool) -> list[str]:
+    """Regenerate tables and figures below ``root`` from its ``bench/results``; names what was stale.
+
+    With ``check`` nothing is written.
+    """
+    results, stale, made = root / "bench" / "results", [], {}
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        try:
+            new, changed = regenerate(text, results)
+        except ReportError as error:
+            raise ReportError(f"{path}: {error}") from None
+        stale += [f"{path.relative_to(root)}: {name}" for name in changed]
+        if changed:
+            made[path] = new
+    from bench import figures
+
+    folder = root / "docs" / "figures"
+    wanted = figures.wanted(results)
+    drawn = figures.stale(wanted, folder)
+    stale += [f"{(folder / name).relative_to(root)}" for name in drawn]
+    if not check:
+        figures.draw(wanted, drawn, folder)
+        for path, text in made.items():
+            write(path, text)
+    return stale

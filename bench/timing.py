@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -52,6 +53,12 @@ def interleave(
     return samples
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong, for the ``reason`` of a row."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:400]
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -95,11 +102,33 @@ def _over(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], No
     return work
 
 
+def rotation(make: Callable[[], tuple[dict, Any]], cache_bytes: int, most: int) -> list[tuple[dict, Any]]:
+    """Input sets that together exceed twice a cache, at least two and at most ``most`` of them: a call finds
+    the inputs of the one before it there, not its own."""
+    first = make()
+    size = sum(t.nbytes for t in first[0].values() if isinstance(t, torch.Tensor))
+    count = min(most, max(2, -(-2 * cache_bytes // size) + 1))
+    return [first, *(make() for _ in range(count - 1))]
+
+
 def stream_sampler(
     call: Callable[[Any], object], sets: Sequence[Any], device: torch.device, least_s: float = 2e-3
 ) -> Callable[[], float]:
     """Seconds per call, launched one by one over all input sets in turn: what a program sees."""
     return _sampler(device, _over(call, sets), len(sets), least_s)
+
+
+def call_sampler(call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], float]:
+    """Seconds of one call on a CPU, on the next input set at every sample."""
+    turns = itertools.cycle(sets)
+
+    def sample() -> float:
+        inputs = next(turns)
+        start = time.perf_counter()
+        call(inputs)
+        return time.perf_counter() - start
+
+    return sample
 
 
 def graph_sampler(
@@ -143,14 +172,14 @@ def _status_bytes(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
-def resident_peak(call: Callable[[], object]) -> int | None:
-    """Most bytes by which ``call`` raised the resident set, its results included; ``None`` where Linux's
-    high-water mark cannot be reset.
+def resident_peak(call: Callable[[], object], warm_ups: int = 2) -> int | None:
+    """Most bytes by which ``call`` raised the resident set, its results included, after ``warm_ups`` calls;
+    ``None`` where Linux's high-water mark cannot be reset.
 
     Meaningful in a process of its own whose allocator gives large blocks back at once
     (``MALLOC_MMAP_THRESHOLD_``): a free block that is kept resident would hide what the call takes.
     """
-    for _ in range(2):
+    for _ in range(warm_ups):
         call()
     gc.collect()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -79,13 +80,31 @@ def kernels(source: str, path: Path) -> list[Kernel]:
     return [Kernel(source, name, *rest) for name, (_, *rest) in zip(names, found, strict=True)]
 
 
-def instructions(path: Path, arch: str, *mnemonics: str) -> dict[str, dict[str, int]]:
-    """How often each mnemonic stands in the machine code of each kernel, for one architecture."""
+def functions(path: Path, arch: str) -> dict[str, str]:
+    """The machine code of each kernel of an object file, for one architecture."""
     command = [find_cuobjdump(), "-sass", "-arch", arch, str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions, bodies = re.findall(r"Function : (\w+)", text), re.split(r"Function : \w+", text)[1:]
-    counts = [{m: len(re.findall(rf"\b{m}\b", body)) for m in mnemonics} for body in bodies]
-    return dict(zip(_demangled(functions), counts, strict=True))
+    names, bodies = re.findall(r"Function : (\w+)", text), re.split(r"Function : \w+", text)[1:]
+    return dict(zip(_demangled(names), bodies, strict=True))
+
+
+def instructions(path: Path, arch: str, *mnemonics: str) -> dict[str, dict[str, int]]:
+    """How often each mnemonic stands in the machine code of each kernel, for one architecture."""
+    return {
+        name: {m: len(re.findall(rf"\b{m}\b", body)) for m in mnemonics}
+        for name, body in functions(path, arch).items()
+    }
+
+
+def most_threads(path: Path, arch: str) -> dict[str, int]:
+    """Threads of a block by the launch bounds of each kernel that has some, for one architecture."""
+    command = [find_cuobjdump(), "-elf", "-arch", arch, str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for name, body in re.findall(r"^\.nv\.info\.(\w+)\n(.*?)(?=^\.\w|\Z)", text, re.DOTALL | re.MULTILINE):
+        if match := re.search(r"EIATTR_MAX_THREADS.*?Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", body, re.DOTALL):
+            found[name] = math.prod(int(side, 16) for side in match.groups())
+    return dict(zip(_demangled(list(found)), found.values(), strict=True)) if found else {}
 
 
 def main() -> int:

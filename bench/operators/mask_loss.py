@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
+from bench.operators import Check, Cost, Operator, Peer, Target, budget_row, compilations
 from segvit_kernels import mask_loss
 from segvit_kernels.testing.mask_loss import SHAPES, MaskLossCase, as_list, oracle, stacked
 
@@ -77,13 +77,12 @@ def plain(leaves: dict[str, Tensor], losses=pair_losses) -> tuple[Tensor, ...]:
 
 
 def peers(backend: str) -> list[Peer]:
-    compiled = torch.compile(pair_losses, dynamic=True)
     gather = "pairs gathered, upsampled to full size, focal/BCE and dice there"
     return [
         Peer("fused", f"mask_loss, backend {backend}", lambda x: fused(x, backend)),
         *([Peer("eager", "mask_loss, backend eager", lambda x: fused(x, "eager"))] * (backend != "eager")),
         Peer("plain", gather, lambda x: plain(x)),
-        Peer("compiled", f"torch.compile: {gather}", lambda x: plain(x, compiled), compiled=True),
+        *compilations(pair_losses, f"torch.compile: {gather}", call=lambda f, x: plain(x, f), dynamic=True),
     ]
 
 

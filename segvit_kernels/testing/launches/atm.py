@@ -28,6 +28,7 @@ MORE = {
     "deterministic": ((16, 150, 1600, 16, 32), "bfloat16", {"deterministic": True}),
     "plan heads": ((16, 150, 1600, 16, 32), "bfloat16", {"plan": "heads", "num_stages": 2}),
 }
+MAIN = "ade_vit_l"
 
 
 def wgmma(row):

@@ -32,6 +32,7 @@ MORE = {
     "not affine": ((16, 40, 40, 1024), "bfloat16", {"parameters": None}),
     "all tokens only": ((16, 40, 40, 1024), "bfloat16", {"used": (0,)}),
 }
+MAIN = "qd_vit_l"
 
 
 def wgmma(row):

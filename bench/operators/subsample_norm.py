@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, budget_row
+from bench.operators import Check, Cost, Operator, Peer, budget_row, compilations
 from segvit_kernels import subsample_layer_norm, subsample_layer_norm_reference
 from segvit_kernels.testing.subsample_norm import SHAPES, SubsampleNormCase, oracle, with_gradients
 
@@ -24,12 +24,17 @@ def peers(backend: str) -> list[Peer]:
     def plain(x: dict) -> tuple[Tensor, ...]:
         return tuple(subsample_layer_norm_reference(**_arguments(x)))
 
-    compiled = torch.compile(subsample_layer_norm_reference, dynamic=False, fullgraph=True)
     return [
         replace(ours(backend), name="fused"),
         *([ours("eager")] if backend != "eager" else []),
         Peer("plain", "layer_norm, then two strided copies", plain),
-        Peer("compiled", "torch.compile of it", lambda x: tuple(compiled(**_arguments(x))), compiled=True),
+        *compilations(
+            subsample_layer_norm_reference,
+            "torch.compile of it",
+            call=lambda f, x: tuple(f(**_arguments(x))),
+            dynamic=False,
+            fullgraph=True,
+        ),
     ]
 
 

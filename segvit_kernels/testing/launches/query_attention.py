@@ -32,6 +32,7 @@ MORE = {
     "odd": ((2, 201, 1025, 3, 24), "bfloat16", {}),
     "ones": ((1, 1, 1, 1, 16), "float16", {}),
 }
+MAIN = "qu_self"
 
 
 def wgmma(row):

@@ -40,6 +40,7 @@ MORE = {
     "many entries": (2, 100, [(128, 128)] * 10, (512, 512), "bfloat16", "uint8", {"matches": True}),
     "down-scaling": (2, 19, [(64, 64)], (32, 48), "float32", "uint8", {}),
 }
+MAIN = "ade_vit_l"
 
 
 def wgmma(row):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target
+from bench.operators import Check, Cost, Operator, Peer, Target, compilations
 from segvit_kernels import View, semantic_argmax, semantic_argmax_reference
 from segvit_kernels.testing.semantic_argmax import SemanticCase, assert_labels, oracle
 
@@ -93,8 +93,6 @@ def plain(mask_logits: Tensor, class_probs: Tensor, size: tuple[int, int], views
 
 
 def peers(backend: str) -> list[Peer]:
-    compiled = torch.compile(plain, dynamic=False)
-
     def ours(name: str) -> Peer:
         what = f"semantic_argmax, backend {name}"
         return Peer(name, what, lambda x: (semantic_argmax(**x, backend=name),), modes=("forward",))
@@ -104,8 +102,12 @@ def peers(backend: str) -> list[Peer]:
         replace(ours(backend), name="fused"),
         *([ours("eager")] if backend != "eager" else []),
         Peer("plain", what, lambda x: plain(**x), modes=("forward",)),
-        Peer(
-            "compiled", f"torch.compile: {what}", lambda x: compiled(**x), compiled=True, modes=("forward",)
+        *compilations(
+            plain,
+            f"torch.compile: {what}",
+            call=lambda f, x: f(**x),
+            modes=("forward",),
+            dynamic=False,
         ),
     ]
 

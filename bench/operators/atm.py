@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
+from bench.operators import Check, Cost, Operator, Peer, Target, attention, budget_row, compilations
 from segvit_kernels import ATMFunction, atm_reference, fused_atm
 from segvit_kernels.testing.atm import SHAPES, ATMCase, oracle
 
@@ -25,32 +24,37 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return output.transpose(1, 2), masks.mean(dim=1)
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(atm_reference(query, key, value))
-
-
-def sdpa_product(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused attention, and the masks as one product over the concatenated heads."""
+def _product(query: Tensor, key: Tensor) -> Tensor:
+    """The masks as one product over the concatenated heads."""
     heads, dim = query.shape[2:]
-    output = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
-    masks = (query * (dim**-0.5 / heads)).flatten(2) @ key.flatten(2).mT
-    return output.transpose(1, 2), masks
+    return (query * (dim**-0.5 / heads)).flatten(2) @ key.flatten(2).mT
 
 
 def peers(backend: str) -> list[Peer]:
     def fused(name: str) -> Peer:
         return Peer(name, f"fused_atm, backend {name}", lambda x: tuple(fused_atm(**x, backend=name)))
 
+    def with_product(peer: Peer) -> Peer:
+        def call(x: dict) -> tuple[Tensor, Tensor]:
+            return peer.call(x)[0], _product(x["query"], x["key"])
+
+        return replace(peer, what=f"{peer.what} + a separate product for the masks", call=call)
+
     ours = fused(backend)
-    compiled = torch.compile(reference, dynamic=False, fullgraph=True)
     return [
         replace(ours, name="fused"),
         *(_plans() if backend == "triton" else []),
         *([fused("eager")] if backend != "eager" else []),
         Peer("plain", "the formula with S in memory and cloned", lambda x: plain(**x)),
-        Peer("reference", "atm_reference: the formula with S in memory", lambda x: reference(**x)),
-        Peer("compiled", "torch.compile(atm_reference)", lambda x: compiled(**x), compiled=True),
-        Peer("sdpa", "scaled_dot_product_attention + a separate mask product", lambda x: sdpa_product(**x)),
+        Peer("reference", "atm_reference: the formula with S in memory", lambda x: tuple(atm_reference(**x))),
+        *compilations(
+            atm_reference,
+            "torch.compile(atm_reference)",
+            call=lambda f, x: tuple(f(**x)),
+            dynamic=False,
+            fullgraph=True,
+        ),
+        *map(with_product, attention.peers()),
     ]
 
 

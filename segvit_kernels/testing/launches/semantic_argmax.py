@@ -34,6 +34,7 @@ MORE = {
     "fp32 300 classes": ((4, 640, 640, 300, 300, 40, 40), "float32", {}),
     "fp32 smaller output views": (ADE, "float32", {"reach": 1.0}),
 }
+MAIN = "ade_vit_l"
 
 
 def wgmma(row):

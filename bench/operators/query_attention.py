@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
-from bench.kernels import Check, Cost, Operator, Peer, Target, budget_row
+from bench.operators import Check, Cost, Operator, Peer, Target, attention, budget_row, compilations
 from segvit_kernels import query_attention, query_attention_reference
 from segvit_kernels.testing.query_attention import SHAPES, QueryAttentionCase, oracle, with_gradients
 
 TINY = QueryAttentionCase("tiny", 1, 33, 17, 2, 16)
 BATCHES = (16, 1, 4)
-_BACKENDS = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-}
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
-    output = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
-    return (output.transpose(1, 2),)
-
-
-def _sdpa_by(backend: SDPBackend) -> Callable[[dict], tuple[Tensor]]:
-    def call(x: dict) -> tuple[Tensor]:
-        with sdpa_kernel(backend):
-            return sdpa(**x)
-
-    return call
-
-
-def _flex() -> Callable[[dict], tuple[Tensor]]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda x: (compiled(*(x[n].transpose(1, 2) for n in ("query", "key", "value"))).transpose(1, 2),)
 
 
 def peers(backend: str) -> list[Peer]:
@@ -49,15 +21,16 @@ def peers(backend: str) -> list[Peer]:
         what = f"query_attention, backend {name}"
         return Peer(name, what, lambda x: (query_attention(**x, backend=name),))
 
-    found = [replace(ours(backend), name="fused")]
-    if backend != "eager":
-        found.append(ours("eager"))
-    found.append(Peer("plain", "the formula with S in memory", lambda x: (query_attention_reference(**x),)))
-    found.append(Peer("sdpa", "scaled_dot_product_attention, torch's choice of backend", lambda x: sdpa(**x)))
-    if torch.cuda.is_available():
-        found += [Peer(name, f"{name} alone", _sdpa_by(kind)) for name, kind in _BACKENDS.items()]
-        found.append(Peer("flex", "torch.compile(flex_attention)", _flex(), compiled=True))
-    return found
+    what = "the formula with S in memory"
+    return [
+        replace(ours(backend), name="fused"),
+        *([ours("eager")] if backend != "eager" else []),
+        Peer("plain", what, lambda x: (query_attention_reference(**x),)),
+        *compilations(
+            query_attention_reference, f"torch.compile: {what}", call=lambda f, x: (f(**x),), dynamic=False
+        ),
+        *attention.peers(),
+    ]
 
 
 def inputs(case: QueryAttentionCase, dtype: torch.dtype, device: torch.device) -> tuple[dict, tuple]:
@@ -157,7 +130,7 @@ def _replayed(drawn: dict, gradient: Tensor, options: dict) -> dict[str, Tensor]
 
 
 def _targets() -> tuple[Target, ...]:
-    sdpas = ("sdpa", *_BACKENDS)
+    sdpas = ("sdpa", *attention.BACKENDS)
     gpu, cpu = ("gpu", "qu_self", 16, "bfloat16"), ("cpu", "qu_self", 1, "float32")
     both = "forward_backward"
     return (

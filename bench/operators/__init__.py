@@ -1,0 +1,248 @@
+"""What a benchmarked operator brings along, and the list of them. To add one: write ``NAME.py`` here with an
+:class:`Operator` (``atm.py`` is the example) and name it in :func:`by_name`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from segvit_kernels import why_not
+from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
+
+MODES = ("forward", "forward_backward")
+
+
+class Cost(NamedTuple):
+    """The least that one phase must do: device memory traffic (each input read once, each output written
+    once), floating-point operations of its matrix products (2 per multiply-accumulate), exponentials."""
+
+    bytes: int
+    flops: int
+    exponentials: int
+
+
+class Check(NamedTuple):
+    """One comparison with the float64 oracle: how (``kind``), on what (``case``), in which dtype."""
+
+    kind: str
+    case: Any
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One way to compute the operator: ``call(inputs)`` returns its results as a tuple of tensors.
+
+    ``compiled``: takes seconds to build. ``slow``: takes minutes, and is timed at the main shape only, last.
+    ``missing``: why it cannot run here, for the row that says so.
+    """
+
+    name: str
+    what: str
+    call: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+    compiled: bool = False
+    modes: tuple[str, ...] = MODES
+    slow: bool = False
+    missing: str | None = None
+
+
+def compilations(
+    function: Callable,
+    what: str,
+    *,
+    call: Callable[[Callable, dict[str, Any]], tuple[torch.Tensor, ...]],
+    modes: tuple[str, ...] = MODES,
+    **options: Any,
+) -> list[Peer]:
+    """The peer ``call(compiled, inputs)``, where ``compiled`` is ``torch.compile`` of ``function`` with
+    ``options``; on a GPU also with max-autotune."""
+
+    def peer(name: str, what: str, slow: bool, **more: Any) -> Peer:
+        compiled = torch.compile(function, **options, **more)
+        return Peer(name, what, lambda x: call(compiled, x), compiled=True, modes=modes, slow=slow)
+
+    found = [peer("compiled", what, False)]
+    if torch.cuda.is_available():
+        # Without CUDA graphs of its own: the benchmark replays one of every peer.
+        mode = "max-autotune-no-cudagraphs"
+        found.append(peer("compiled max-autotune", f"{what}, mode {mode}", True, mode=mode))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Peer time over ours (or for memory ours over theirs) that the project set, at one shape and batch;
+    ``why`` it is missed where it is, as far as that is known."""
+
+    name: str
+    device: str
+    shape: str
+    batch: int
+    dtype: str
+    table: str
+    mode: str
+    against: tuple[str, ...]
+    at_least: float | None = None
+    at_most: float | None = None
+    why: str = "not yet understood"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        name: its stem.
+        shapes: the cases that are timed; each has ``name``, ``batch`` and is a dataclass.
+        check_cases: ``check_cases(tiny)`` -> ``(kind, case)``, most important first.
+        run_check: ``run_check(check, device, backend)`` -> rows: ``quantity``, errors, ``passed``.
+        inputs: ``inputs(case, dtype, device)`` -> fresh random arguments by name, of which those that require
+            gradients are differentiated, and ``gradients`` of the results (tuple).
+        peers: ``peers(backend)`` -> peers, ours first.
+        costs: ``costs(case, itemsize, mode)`` -> costs of the phases that run one after the other.
+        cpu_shapes: (name, batch) of the cases that are timed on a CPU.
+        modes: of :data:`MODES`, what there is to time.
+        targets: what the numbers are held against.
+    """
+
+    name: str
+    shapes: tuple[Any, ...]
+    tiny: Any
+    check_cases: Callable[[bool], list[tuple[str, Any]]]
+    run_check: Callable[[Check, torch.device, str], list[dict]]
+    inputs: Callable[[Any, torch.dtype, torch.device], tuple[dict, tuple]]
+    peers: Callable[[str], list[Peer]]
+    costs: Callable[[Any, int, str], list[Cost]]
+    cpu_shapes: tuple[tuple[str, int], ...]
+    modes: tuple[str, ...] = MODES
+    targets: tuple[Target, ...] = ()
+
+    def shape(self, name: str, batch: int) -> Any:
+        """The timed case called ``name`` at another batch."""
+        case = next(c for c in (*self.shapes, self.tiny) if c.name == name)
+        return dataclasses.replace(case, batch=batch)
+
+
+def by_name() -> dict[str, Operator]:
+    """Every benchmarked operator by name."""
+    from bench.operators import atm, mask_loss, query_attention, semantic_argmax, subsample_norm
+
+    modules = (atm, query_attention, mask_loss, semantic_argmax, subsample_norm)
+    return {m.OPERATOR.name: m.OPERATOR for m in modules}
+
+
+def budget_row(
+    quantity: str, actual: torch.Tensor, truth: torch.Tensor, ordinary: torch.Tensor
+) -> dict[str, Any]:
+    """A row of a check: ``actual`` against the float64 ``truth`` under the budgets of the library's tests."""
+    row = {
+        "quantity": quantity,
+        "passed": True,
+        "reason": None,
+        "relative_budget": RELATIVE_NORM[actual.dtype],
+    }
+    try:
+        assert_within_budget(quantity, actual, truth, ordinary)
+    except AssertionError as error:
+        row.update(passed=False, reason=str(error))
+    if actual.shape == truth.shape and actual.numel():
+        row["relative_error"] = relative_error(actual, truth)
+        row["ordinary_relative_error"] = relative_error(ordinary, truth)
+        row["max_error"] = (actual.double() - truth.double()).abs().max().item()
+        row["ordinary_max_error"] = (ordinary.double() - truth.double()).abs().max().item()
+    return row
+
+
+def checked(op: Operator, check: Check, device: torch.device, backend: str) -> list[dict]:
+    """Rows of one check with ``status``.
+
+    "Twice the error of plain PyTorch" compares two random maxima, and about one right result in a thousand
+    misses it. A row that misses only that, within its relative budget, is drawn twice more and passes if
+    both draws do; ``note`` keeps the first reason. Anything else fails at once.
+    """
+    rows = op.run_check(check, device, backend)
+    marginal = [r for r in rows if r.get("passed") is False and _within_norm(r)]
+    if marginal:
+        again = [r for _ in range(2) for r in op.run_check(check, device, backend)]
+        for row in marginal:
+            if all(r["passed"] for r in again if r["quantity"] == row["quantity"]):
+                row.update(passed=True, reason=None, note=f"first of three draws: {row['reason']}")
+    for row in rows:
+        row["backend"] = backend
+        row.setdefault("status", "ok" if row.get("passed") else "failed")
+    return rows
+
+
+def _within_norm(row: dict) -> bool:
+    return row.get("relative_error") is not None and row["relative_error"] <= row["relative_budget"]
+
+
+def kernels_backend(device: torch.device) -> str:
+    """The backend that is measured on a device: what the library takes there by itself."""
+    names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    return next((name for name in names if why_not(name, device) is None), "eager")
+
+
+class OptionError(ValueError):
+    """An option that cannot be honoured; the message is for the user."""
+
+
+def check_peers(backend: str, names: Sequence[str] | None) -> None:
+    """Raises :class:`OptionError` for a name that no operator has a peer of."""
+    known = {peer.name: None for op in by_name().values() for peer in op.peers(backend)}
+    for name in names or ():
+        if name not in known:
+            raise OptionError(f"--peers {name}: no such peer; expected some of {', '.join(known)}")
+
+
+def select(peers: list[Peer], names: Sequence[str] | None) -> list[Peer]:
+    """The peers called ``names``, or all."""
+    return [peer for peer in peers if names is None or peer.name in names]
+
+
+def tensors(leaves: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among the inputs."""
+    return [value for value in leaves.values() if isinstance(value, torch.Tensor)]
+
+
+def differentiable(leaves: dict[str, Any]) -> list[torch.Tensor]:
+    """The inputs that gradients are taken of."""
+    return [tensor for tensor in tensors(leaves) if tensor.requires_grad]
+
+
+def runner(peer: Peer, mode: str) -> Callable[[dict, tuple], tuple[torch.Tensor, ...]]:
+    """``run(leaves, gradients)`` for one mode: results, or results and the gradients of every leaf."""
+    if mode == "forward":
+
+        def forward(leaves: dict, gradients: tuple) -> tuple[torch.Tensor, ...]:
+            with torch.no_grad():
+                return peer.call(leaves)
+
+        return forward
+
+    def forward_backward(leaves: dict, gradients: tuple) -> tuple[torch.Tensor, ...]:
+        results = peer.call(leaves)
+        return (*results, *torch.autograd.grad(results, differentiable(leaves), gradients))
+
+    return forward_backward
+
+
+def floor(costs: list[Cost], ceilings: dict[str, float], dtype: str) -> dict[str, Any]:
+    """The time that no implementation undercuts, and what bounds it: per phase the largest of bytes,
+    products and exponentials at their measured rates, summed over the phases."""
+    rate = ceilings.get(f"matmul_{dtype}_flop_per_s")
+    copy, exp = ceilings.get("copy_bytes_per_s"), ceilings.get("exp2_per_s")
+    if not (rate and copy):
+        return {"floor_s": None, "bound_by": None}
+    total, bounds = 0.0, []
+    for cost in costs:
+        terms = {"bytes": cost.bytes / copy, "products": cost.flops / rate}
+        if exp:
+            terms["exponentials"] = cost.exponentials / exp
+        bound = max(terms, key=terms.__getitem__)
+        total += terms[bound]
+        bounds.append(bound)
+    return {"floor_s": total, "bound_by": "+".join(bounds)}
