@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test native emulator sanitize lint bench gpu clean
+.PHONY: demo test native emulator sanitize lint bench report tune gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,14 @@ lint: $(VENV)/.installed  ## mend what the linter can
 
 bench: $(VENV)/.installed  ## the small form of every benchmark on this machine, then tables and figures
 	$(BIN)/python -m bench all
+
+report: $(VENV)/.installed  ## tables and figures of README.md and docs/ from bench/results
+	$(BIN)/python -m bench report
+
+# Needs a GPU; as the next target, nothing installed but torch with Triton.
+tune:  ## launch parameters of the Triton kernels, timed on this machine's GPU and pinned
+	for operator in atm query_attention mask_loss semantic_argmax subsample_norm; do \
+		PYTHONPATH=. $(PYTHON) -m bench tune $$operator || exit; done
 
 # Needs torch and Triton with a GPU, nothing installed: runs from the source tree with the machine's own Python.
 gpu:  ## correctness, then timings, on this machine's GPU

@@ -103,7 +103,6 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
     p.set_defaults(run=_flops)
     _out(p, "results/flops.json"), _names(p, "--models", "models")
-    p.add_argument("--memory", action="store_true", help="also run every model for its peak memory (minutes)")
 
     p = commands.add_parser("static", help="what compiled kernels need, without running them")
     p.set_defaults(run=_static)
@@ -259,7 +258,7 @@ def _flops(options: argparse.Namespace) -> int:
     from bench import flops
 
     _check_names("--models", options.models, [model.name for model in flops.MODELS], "model")
-    result = flops.run(memory=options.memory, names=options.models)
+    result = flops.run(names=options.models)
     return _finish(result, options, RESULTS / "flops.json", options.models)
 
 
@@ -326,9 +325,6 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-_INSIDE = {"_flops_memory": ("bench.flops", "measure_memory"), "_peaks": ("bench.memory", "peaks")}
-
-
 def _worker(arguments: list[str]) -> int | None:
     """What the benchmarks start themselves in; ``None`` for a user's command."""
     if arguments[:1] == ["_worker"]:
@@ -339,10 +335,6 @@ def _worker(arguments: list[str]) -> int | None:
     if arguments[:1] == ["_call"]:  # see environment.isolated
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))
-        return 0
-    if arguments and (place := _INSIDE.get(arguments[0])):
-        module, function = place
-        print(json.dumps(getattr(importlib.import_module(module), function)(*arguments[1:])))
         return 0
     return None
 

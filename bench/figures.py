@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import kernels, operators
 from bench.report import ReportError, load, machine, write
@@ -183,17 +183,46 @@ def _legend(figure: Any, kinds: list[str], bars: bool) -> None:
     )
 
 
-# name: (which results, data, size in inches, drawing)
-_FIGURES: dict[str, tuple[str, Callable, tuple[float, float], Callable]] = {
-    "speedup": ("kernels", speedups, (8.0, 4.6), functools.partial(_bars, "times our time, log scale", 1.0)),
-    "memory": (
+class _Figure(NamedTuple):
+    """What a figure is called in words, which results it shows, and how it is drawn."""
+
+    what: str
+    source: str
+    extract: Callable[[dict], dict[str, Any] | None]
+    size: tuple[float, float]
+    draw: Callable[[Any, dict], None]
+
+
+_FIGURES = {
+    "speedup": _Figure(
+        "Time of peers over ours, by operator",
+        "kernels",
+        speedups,
+        (8.0, 4.6),
+        functools.partial(_bars, "times our time, log scale", 1.0),
+    ),
+    "memory": _Figure(
+        "Peak memory of ours and of peers, by operator",
         "kernels",
         extra_memory,
         (8.0, 3.4),
         functools.partial(_bars, "MB beyond inputs, log scale", None),
     ),
-    "curves": ("scaling", curves, (9.0, 8.0), _curves),
+    "curves": _Figure(
+        "Time of every operator as sizes grow, with the floor", "scaling", curves, (9.0, 8.0), _curves
+    ),
 }
+
+
+def _file(name: str, stem: str) -> str:
+    return f"{name}-{stem.removeprefix('scaling-')}.svg"
+
+
+def link(name: str, stem: str, folder: str) -> str:
+    """Markdown of the figure called ``name`` of ``results/STEM.json``."""
+    if name not in _FIGURES:
+        raise ReportError(f"no figure {name!r}; expected one of {', '.join(_FIGURES)}")
+    return f"![{_FIGURES[name].what}]({folder}/{_file(name, stem)})"
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -204,15 +233,14 @@ def wanted(results: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(results.glob("*.json")):
         kind = _kind_of(path)
-        for name, (source, extract, _, _) in _FIGURES.items():
-            if source != kind:
+        for name, figure in _FIGURES.items():
+            if figure.source != kind:
                 continue
             result = load(path)
             if not result.get("measurement", True):
                 raise ReportError(f"{path}: not a measurement, and so not for a figure")
-            if data := extract(result):
-                stem = path.stem.removeprefix("scaling-")
-                found[f"{name}-{stem}.svg"] = {"figure": name, "data": data, "machine": machine(result)}
+            if data := figure.extract(result):
+                found[_file(name, path.stem)] = {"figure": name, "data": data, "machine": machine(result)}
     return found
 
 
@@ -264,7 +292,7 @@ def svg(entry: dict[str, Any]) -> str:
 
     from matplotlib.figure import Figure
 
-    _, _, size, drawing = _FIGURES[entry["figure"]]
+    kind = _FIGURES[entry["figure"]]
     parameters = {
         "svg.hashsalt": "segvit",
         "svg.fonttype": "none",
@@ -280,8 +308,8 @@ def svg(entry: dict[str, Any]) -> str:
         "ytick.color": TEXT,
     }
     with matplotlib.rc_context(parameters):
-        figure = Figure(figsize=size, layout="constrained")
-        drawing(figure, entry["data"])
+        figure = Figure(figsize=kind.size, layout="constrained")
+        kind.draw(figure, entry["data"])
         figure.supxlabel(entry["machine"], fontsize=7)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -252,9 +252,8 @@ def _summary(result: dict) -> str:
             best = min(others, key=others.__getitem__, default=None)
             held = measured(result, "memory", op.name, group)
             line = [f"`{op.name}`, {group[0]}, batch {group[1]}, {mode.replace('_', ' + ')}", _spread(ours)]
-            for name in ("plain", best):
-                ratio = f"{others[name] / ours['median_s']:.2f}×" if name in others else "–"
-                line.append(f"{ratio} ({best})" if best and name == best else ratio)
+            ratios = {p: f"{seconds_ / ours['median_s']:.2f}×" for p, seconds_ in others.items()}
+            line += [ratios.get("plain", "–"), f"{ratios[best]} ({best})" if best else "–"]
             share = ours.get("share_of_floor")
             line.append("–" if share is None else f"{100 * share:.0f} %")
             both = "fused" in held and "plain" in held

@@ -151,7 +151,7 @@ def test_everything_keeps_to_the_budget(capsys):
     # What the first part took too long is taken from the others, each at most twice its share.
     assert all(limit <= 2 * 200.0 for _, limit in calls[1:])
     budgets = [float(a[a.index("--budget") + 1]) for a, _ in calls if "--budget" in a]
-    assert len(budgets) == 2 and sum(budgets) < 300
+    assert len(budgets) == 3 and sum(budgets) < 300
     out = capsys.readouterr().out
     assert code == 1 and "whole models: exit code 1" in out and "memory of whole models: stopped" in out
 
@@ -305,7 +305,7 @@ def test_kept_counts_are_the_papers():
     for row in kept:
         assert row["eager"]["fvcore"] / 1e9 == pytest.approx(row["paper_gflops"], abs=0.1)
         assert row["fused"]["torch"] == pytest.approx(row["fused"]["fvcore"], rel=1e-3)
-    (fresh,) = flops.run(memory=False, names=[kept[0]["model"]], progress=lambda line: None)["models"]
+    (fresh,) = flops.run(names=[kept[0]["model"]], progress=lambda line: None)["models"]
     assert fresh["eager"]["by_operator"] == kept[0]["eager"]["by_operator"]
     assert fresh["fused"]["fvcore"] == kept[0]["fused"]["fvcore"]
 
