@@ -193,7 +193,7 @@ def test_bad_options_are_one_line(tmp_path, capsys):
     assert len(lines) == 8
     expected = (
         "does not exist",
-        "expected at least 1",
+        "expected a whole number, at least 1",
         "no such peer; expected some of fused",
         "cannot be read",
         "--operators atn: no such operator; expected some of atm",
