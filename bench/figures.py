@@ -59,16 +59,15 @@ def speedups(result: dict) -> dict[str, Any] | None:
     for op in operators.by_name().values():
         for mode in op.modes:
             group = kernels.summary_group(result, op, mode)
-            rows = kernels.measured(result, "timings", op.name, group)
-            if "fused" not in rows:
+            peers = {r["peer"]: None for r in result["timings"] if r["operator"] == op.name and "peer" in r}
+            if "fused" not in kernels.measured(result, "timings", op.name, group):
                 continue
-            best: dict[str, float] = {}
-            for peer, row in rows.items():
-                kind = _kind(peer)
-                if kind not in (None, "fused", "eager"):
-                    best[kind] = min(best.get(kind, math.inf), row["median_s"])
-            ours = rows["fused"]["median_s"]
-            bars[f"{op.name}, {_short(mode)}"] = {k: round(t / ours, 4) for k, t in sorted(best.items())}
+            kinds: dict[str, list[str]] = {}
+            for peer in peers:
+                if (kind := _kind(peer)) not in (None, "fused", "eager"):
+                    kinds.setdefault(kind, []).append(peer)
+            found = {k: kernels.fastest(result, op.name, group, names) for k, names in sorted(kinds.items())}
+            bars[f"{op.name}, {_short(mode)}"] = {k: round(f[1], 4) for k, f in found.items() if f}
     return {"bars": bars} if bars else None
 
 
