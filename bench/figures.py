@@ -1,8 +1,8 @@
 """Figures of docs/figures, drawn by matplotlib from result files.
 
 One file serves light and dark pages: nothing is painted behind the drawing, and every colour is about as far
-from white as from black. A figure carries the digest of the data that it shows; with other data it is stale.
-The same data give the same bytes with the same matplotlib.
+from white as from black. A figure carries a digest of the data that it shows and of this file; with others it
+is stale. The same data give the same bytes with the same matplotlib.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLOURS = {
     "sdpa": "#c2599a",
     "floor": TEXT,
 }
-NAMES = {"fused": "ours", "eager": "ours, eager", "compiled": "torch.compile", "sdpa": "best SDPA"}
+NAMES = {"fused": "ours", "eager": "ours, eager", "compiled": "torch.compile", "sdpa": "SDPA"}
 PANELS = (
     ("atm", "classes"),
     ("atm", "tokens"),
@@ -137,6 +137,8 @@ def _bars(label: str, origin: float | None, figure: Any, data: dict) -> None:
 
 def _curves(figure: Any, data: dict) -> None:
     """One panel an axis, logarithmic both ways; the floor dashed."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     panels = data["panels"]
     rows = -(-len(panels) // 3)
     grid = figure.subplots(rows, 3, squeeze=False)
@@ -151,6 +153,8 @@ def _curves(figure: Any, data: dict) -> None:
         shown = [value for value, _ in lines["fused"]]
         axes.set_xticks(shown, [str(v) for v in shown], fontsize=7, rotation=30)
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.tick_params(axis="y", labelsize=7)
         axes.set_title(operator, fontsize=8)
@@ -252,8 +256,9 @@ def _kind_of(path: Path) -> str | None:
 
 
 def digest(entry: dict[str, Any]) -> str:
-    """Of what a figure shows."""
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    """Of what a figure shows, and of how this file draws it."""
+    shown = json.dumps(entry, sort_keys=True).encode()
+    return hashlib.sha256(Path(__file__).read_bytes() + b"\0" + shown).hexdigest()
 
 
 def stale(wanted: dict[str, dict[str, Any]], folder: Path) -> list[str]:
