@@ -33,7 +33,7 @@ def of(
         run: Callable[[], object] = subjects.inference(subject, model, images, kind)
     else:
         run = subjects.training(subject, model, images, labels, kind)
-    return timing.cuda_peak(run, device) if device.type == "cuda" else timing.resident_peak(run)
+    return timing.cuda_peak(run, device) if device.type == "cuda" else timing.resident_peak(run, warm_ups=1)
 
 
 def rows(

@@ -285,8 +285,9 @@ def _decoder(name: str) -> Subject:
 
     def labels(model: nn.Module, images: Tensor) -> Tensor:
         scores = model(model.preprocess(images))
-        size = images.shape[-2:]
-        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False).argmax(1)
+        if scores.shape[-2:] != images.shape[-2:]:
+            scores = F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return scores.argmax(1)
 
     def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return CrossEntropy()(model(model.preprocess(images)), targets)["total"]

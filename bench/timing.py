@@ -172,14 +172,14 @@ def _status_bytes(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
-def resident_peak(call: Callable[[], object]) -> int | None:
-    """Most bytes by which ``call`` raised the resident set, its results included; ``None`` where Linux's
-    high-water mark cannot be reset.
+def resident_peak(call: Callable[[], object], warm_ups: int = 2) -> int | None:
+    """Most bytes by which ``call`` raised the resident set, its results included, after ``warm_ups`` calls;
+    ``None`` where Linux's high-water mark cannot be reset.
 
     Meaningful in a process of its own whose allocator gives large blocks back at once
     (``MALLOC_MMAP_THRESHOLD_``): a free block that is kept resident would hide what the call takes.
     """
-    for _ in range(2):
+    for _ in range(warm_ups):
         call()
     gc.collect()
     try:
