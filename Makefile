@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test native emulator sanitize lint bench gpu gpu-kernels gpu-models gpu-native clean
+.PHONY: demo test native emulator sanitize lint bench report tune gpu gpu-kernels gpu-models gpu-native clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,14 +40,23 @@ lint: $(VENV)/.installed  ## mend what the linter can
 bench: $(VENV)/.installed  ## the small form of every benchmark on this machine, then tables and figures
 	$(BIN)/python -m bench all
 
+report: $(VENV)/.installed  ## tables and figures of README.md and docs/ from bench/results
+	$(BIN)/python -m bench report
+
+# Needs a GPU; as the next target, nothing installed but torch with Triton.
+tune:  ## launch parameters of the Triton kernels, timed on this machine's GPU and pinned
+	for operator in atm query_attention mask_loss semantic_argmax subsample_norm; do \
+		PYTHONPATH=. $(PYTHON) -m bench tune $$operator || exit; done
+
 # Needs torch and Triton with a GPU, nothing installed: runs from the source tree with the machine's own Python.
 gpu: gpu-kernels gpu-models gpu-native  ## all that a GPU can show, in three parts of ten minutes at most
 
 gpu-kernels:  ## correctness, then timings of the operators
-	PYTHONPATH=. $(PYTHON) -m bench gpu --budget 540
+	PYTHONPATH=. $(PYTHON) -m bench kernels --device cuda --budget 450
+	PYTHONPATH=. $(PYTHON) -m bench scaling --device cuda --budget 120
 
-gpu-models:  ## whole models, image to label map
-	PYTHONPATH=. $(PYTHON) -m bench model --batch 1 8 --rounds 5 --dtype bfloat16 \
+gpu-models:  ## whole models, decoders on one backbone, models of other libraries
+	PYTHONPATH=. $(PYTHON) -m bench model --budget 560 --batch 1 8 --dtype bfloat16 --compile \
 		--models vit_l_ade20k_640 vit_l_ade20k_640_shrunk
 
 gpu-native:  ## the CUDA C++ kernels: built, tested, and under compute-sanitizer; needs nvcc and pytest

@@ -33,8 +33,9 @@ def commit() -> dict:
     """The commit measured: SEGVIT_COMMIT, a file COMMIT in the root, or git; with a digest of the kernels'
     source, which holds without any of them."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "segvit_kernels").rglob("*")):
-        if path.suffix in (".py", ".json", ".toml"):
+    suffixes = (".py", ".json", ".toml", ".cpp", ".h", ".cu", ".cuh")
+    for path in sorted(p for folder in ("segvit_kernels", "csrc") for p in (ROOT / folder).rglob("*")):
+        if path.suffix in suffixes:
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     found = {"commit": None, "dirty": None, "kernels_sha256": digest.hexdigest()}
     if named := os.environ.get("SEGVIT_COMMIT"):

@@ -30,7 +30,7 @@ class Part:
 PARTS = (
     Part("operators against their peers", ("kernels",), 0.40, budgeted=True),
     Part("operators as sizes grow", ("scaling",), 0.17, budgeted=True),
-    Part("whole models", ("model", "--quick"), 0.22),
+    Part("whole models", ("model", "--quick"), 0.22, budgeted=True),
     Part("memory of whole models", ("memory", "--quick"), 0.12),
     # Counts need no second run; one model shows that today's code gives what results/flops.json says.
     Part(

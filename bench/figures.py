@@ -1,8 +1,8 @@
 """Figures of docs/figures, drawn by matplotlib from result files.
 
 One file serves light and dark pages: nothing is painted behind the drawing, and every colour is about as far
-from white as from black. A figure carries the digest of the data that it shows; with other data it is stale.
-The same data give the same bytes with the same matplotlib.
+from white as from black. A figure carries a digest of the data that it shows and of this file; with others it
+is stale. The same data give the same bytes with the same matplotlib.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import kernels, operators
 from bench.report import ReportError, load, machine, write
@@ -28,7 +28,7 @@ COLOURS = {
     "sdpa": "#c2599a",
     "floor": TEXT,
 }
-NAMES = {"fused": "ours", "eager": "ours, eager", "compiled": "torch.compile", "sdpa": "best SDPA"}
+NAMES = {"fused": "ours", "eager": "ours, eager", "compiled": "torch.compile", "sdpa": "SDPA"}
 PANELS = (
     ("atm", "classes"),
     ("atm", "tokens"),
@@ -59,16 +59,15 @@ def speedups(result: dict) -> dict[str, Any] | None:
     for op in operators.by_name().values():
         for mode in op.modes:
             group = kernels.summary_group(result, op, mode)
-            rows = kernels.measured(result, "timings", op.name, group)
-            if "fused" not in rows:
+            peers = {r["peer"]: None for r in result["timings"] if r["operator"] == op.name and "peer" in r}
+            if "fused" not in kernels.measured(result, "timings", op.name, group):
                 continue
-            best: dict[str, float] = {}
-            for peer, row in rows.items():
-                kind = _kind(peer)
-                if kind not in (None, "fused", "eager"):
-                    best[kind] = min(best.get(kind, math.inf), row["median_s"])
-            ours = rows["fused"]["median_s"]
-            bars[f"{op.name}, {_short(mode)}"] = {k: round(t / ours, 4) for k, t in sorted(best.items())}
+            kinds: dict[str, list[str]] = {}
+            for peer in peers:
+                if (kind := _kind(peer)) not in (None, "fused", "eager"):
+                    kinds.setdefault(kind, []).append(peer)
+            found = {k: kernels.fastest(result, op.name, group, names) for k, names in sorted(kinds.items())}
+            bars[f"{op.name}, {_short(mode)}"] = {k: round(f[1], 4) for k, f in found.items() if f}
     return {"bars": bars} if bars else None
 
 
@@ -138,6 +137,8 @@ def _bars(label: str, origin: float | None, figure: Any, data: dict) -> None:
 
 def _curves(figure: Any, data: dict) -> None:
     """One panel an axis, logarithmic both ways; the floor dashed."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     panels = data["panels"]
     rows = -(-len(panels) // 3)
     grid = figure.subplots(rows, 3, squeeze=False)
@@ -152,6 +153,8 @@ def _curves(figure: Any, data: dict) -> None:
         shown = [value for value, _ in lines["fused"]]
         axes.set_xticks(shown, [str(v) for v in shown], fontsize=7, rotation=30)
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.tick_params(axis="y", labelsize=7)
         axes.set_title(operator, fontsize=8)
@@ -183,17 +186,46 @@ def _legend(figure: Any, kinds: list[str], bars: bool) -> None:
     )
 
 
-# name: (which results, data, size in inches, drawing)
-_FIGURES: dict[str, tuple[str, Callable, tuple[float, float], Callable]] = {
-    "speedup": ("kernels", speedups, (8.0, 4.6), functools.partial(_bars, "times our time, log scale", 1.0)),
-    "memory": (
+class _Figure(NamedTuple):
+    """What a figure is called in words, which results it shows, and how it is drawn."""
+
+    what: str
+    source: str
+    extract: Callable[[dict], dict[str, Any] | None]
+    size: tuple[float, float]
+    draw: Callable[[Any, dict], None]
+
+
+_FIGURES = {
+    "speedup": _Figure(
+        "Time of peers over ours, by operator",
+        "kernels",
+        speedups,
+        (8.0, 4.6),
+        functools.partial(_bars, "times our time, log scale", 1.0),
+    ),
+    "memory": _Figure(
+        "Peak memory of ours and of peers, by operator",
         "kernels",
         extra_memory,
         (8.0, 3.4),
         functools.partial(_bars, "MB beyond inputs, log scale", None),
     ),
-    "curves": ("scaling", curves, (9.0, 8.0), _curves),
+    "curves": _Figure(
+        "Time of every operator as sizes grow, with the floor", "scaling", curves, (9.0, 8.0), _curves
+    ),
 }
+
+
+def _file(name: str, stem: str) -> str:
+    return f"{name}-{stem.removeprefix('scaling-')}.svg"
+
+
+def link(name: str, stem: str, folder: str) -> str:
+    """Markdown of the figure called ``name`` of ``results/STEM.json``."""
+    if name not in _FIGURES:
+        raise ReportError(f"no figure {name!r}; expected one of {', '.join(_FIGURES)}")
+    return f"![{_FIGURES[name].what}]({folder}/{_file(name, stem)})"
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -204,15 +236,14 @@ def wanted(results: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(results.glob("*.json")):
         kind = _kind_of(path)
-        for name, (source, extract, _, _) in _FIGURES.items():
-            if source != kind:
+        for name, figure in _FIGURES.items():
+            if figure.source != kind:
                 continue
             result = load(path)
             if not result.get("measurement", True):
                 raise ReportError(f"{path}: not a measurement, and so not for a figure")
-            if data := extract(result):
-                stem = path.stem.removeprefix("scaling-")
-                found[f"{name}-{stem}.svg"] = {"figure": name, "data": data, "machine": machine(result)}
+            if data := figure.extract(result):
+                found[_file(name, path.stem)] = {"figure": name, "data": data, "machine": machine(result)}
     return found
 
 
@@ -225,8 +256,9 @@ def _kind_of(path: Path) -> str | None:
 
 
 def digest(entry: dict[str, Any]) -> str:
-    """Of what a figure shows."""
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    """Of what a figure shows, and of how this file draws it."""
+    shown = json.dumps(entry, sort_keys=True).encode()
+    return hashlib.sha256(Path(__file__).read_bytes() + b"\0" + shown).hexdigest()
 
 
 def stale(wanted: dict[str, dict[str, Any]], folder: Path) -> list[str]:
@@ -264,7 +296,7 @@ def svg(entry: dict[str, Any]) -> str:
 
     from matplotlib.figure import Figure
 
-    _, _, size, drawing = _FIGURES[entry["figure"]]
+    kind = _FIGURES[entry["figure"]]
     parameters = {
         "svg.hashsalt": "segvit",
         "svg.fonttype": "none",
@@ -280,8 +312,8 @@ def svg(entry: dict[str, Any]) -> str:
         "ytick.color": TEXT,
     }
     with matplotlib.rc_context(parameters):
-        figure = Figure(figsize=size, layout="constrained")
-        drawing(figure, entry["data"])
+        figure = Figure(figsize=kind.size, layout="constrained")
+        kind.draw(figure, entry["data"])
         figure.supxlabel(entry["machine"], fontsize=7)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bench import operators
 from bench.report import markdown, seconds, size
@@ -107,20 +107,41 @@ def _group(row: dict) -> tuple:
     return tuple(row[k] for k in ("shape", "batch", "dtype", "mode"))
 
 
-def measured(result: dict, table: str, operator: str, group: tuple) -> dict[str, dict]:
-    """The valid rows of all peers at ``(shape, batch, dtype, mode)``, by peer; timings by the first method
-    that the result has (device time before what a program sees)."""
+def measured(
+    result: dict, table: str, operator: str, group: tuple, against: Sequence[str] | None = None
+) -> dict[str, dict]:
+    """The valid rows of all peers at ``(shape, batch, dtype, mode)``, by peer. Timings are of one method: the
+    first that has ours and a peer ``against`` (default: any), device time before what a program sees."""
     rows = [
         r
         for r in result[table]
         if r["status"] == "ok" and r["operator"] == operator and _group(r) == group and "peer" in r
     ]
-    if table == "timings":
-        for method in _methods(result):
-            found = {r["peer"]: r for r in rows if r["method"] == method}
-            if "fused" in found and len(found) > 1:
+    if table != "timings":
+        return {r["peer"]: r for r in rows}
+    ours: dict[str, dict] = {}
+    for method in _methods(result):
+        found = {r["peer"]: r for r in rows if r["method"] == method}
+        if "fused" in found:
+            others = found.keys() - {"fused"} if against is None else found.keys() & set(against)
+            if others:
                 return found
-    return {r["peer"]: r for r in rows}
+            ours = ours or {"fused": found["fused"]}
+    return ours
+
+
+def fastest(result: dict, operator: str, group: tuple, peers: Sequence[str]) -> tuple[str, float] | None:
+    """The fastest of ``peers`` and its time over ours; ``None`` where none was measured beside ours."""
+    rows = measured(result, "timings", operator, group, peers)
+    times = {p: rows[p]["median_s"] for p in peers if p in rows}
+    if "fused" not in rows or not times:
+        return None
+    best = min(times, key=times.__getitem__)
+    return best, times[best] / rows["fused"]["median_s"]
+
+
+def _our_own(peer: str) -> bool:
+    return peer in ("fused", "eager") or peer.startswith("plan ")
 
 
 def targets(result: dict, operator: str) -> list[dict]:
@@ -130,7 +151,7 @@ def targets(result: dict, operator: str) -> list[dict]:
         if target.device != result["kind"]:
             continue
         group = (target.shape, target.batch, target.dtype, target.mode)
-        rows = measured(result, target.table, operator, group)
+        rows = measured(result, target.table, operator, group, target.against)
         field = "median_s" if target.table == "timings" else "extra_bytes"
         others = [rows[p][field] for p in target.against if p in rows]
         ratio = met = None
@@ -247,14 +268,12 @@ def _summary(result: dict) -> str:
             if "fused" not in rows:
                 continue
             ours = rows["fused"]
-            others = {p: r["median_s"] for p, r in rows.items() if p not in ("fused", "eager")}
-            others = {p: s for p, s in others.items() if not p.startswith("plan ")}
-            best = min(others, key=others.__getitem__, default=None)
-            held = measured(result, "memory", op.name, group)
             line = [f"`{op.name}`, {group[0]}, batch {group[1]}, {mode.replace('_', ' + ')}", _spread(ours)]
-            for name in ("plain", best):
-                ratio = f"{others[name] / ours['median_s']:.2f}×" if name in others else "–"
-                line.append(f"{ratio} ({best})" if best and name == best else ratio)
+            plain = fastest(result, op.name, group, ("plain",))
+            best = fastest(result, op.name, group, [p for p in rows if not _our_own(p)])
+            line.append(f"{plain[1]:.2f}×" if plain else "–")
+            line.append(f"{best[1]:.2f}× ({best[0]})" if best else "–")
+            held = measured(result, "memory", op.name, group)
             share = ours.get("share_of_floor")
             line.append("–" if share is None else f"{100 * share:.0f} %")
             both = "fused" in held and "plain" in held

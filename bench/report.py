@@ -171,16 +171,31 @@ def _rate(row: dict) -> str:
 # ------------------------------------------------------------------------------------------- documents
 
 
-def _body(name: str, results: Path) -> str:
+# What documents say of results that a machine could not give yet, by the beginning of the file's name.
+_ABSENT = {
+    "nvidia-": "Not measured: no GPU was available.",
+    **dict.fromkeys(("scaling-", "memory-", "static"), "Not measured yet."),
+}
+
+
+def _body(name: str, results: Path, figures_folder: str) -> str:
     stem, _, table = name.partition("/")
     if stem == "targets":
         from bench import targets
 
         return targets.table(results) + "\n"
     path = results / f"{stem}.json"
+    if not path.exists():
+        for beginning, text in _ABSENT.items():
+            if stem.startswith(beginning):
+                return text + "\n"
     result = load(path)
     if not result.get("measurement", True):
         raise ReportError(f"{path}: not a measurement, and so not for a document")
+    if table.startswith("figure-"):
+        from bench import figures
+
+        return figures.link(table.removeprefix("figure-"), stem, figures_folder) + "\n"
     named = tables(result)
     if table not in named:
         raise ReportError(f"marker bench:{name}: no table {table!r}; expected one of {', '.join(named)}")
@@ -188,7 +203,7 @@ def _body(name: str, results: Path) -> str:
     return named[table] + caption + "\n"
 
 
-def regenerate(text: str, results: Path) -> tuple[str, list[str]]:
+def regenerate(text: str, results: Path, figures_folder: str = "figures") -> tuple[str, list[str]]:
     """``text`` with everything between ``<!-- bench:STEM/TABLE -->`` and its closing marker made anew from
     ``results/STEM.json``, and the names of the markers whose text changed."""
     paired = sum(2 for _ in _MARKED.finditer(text))
@@ -199,7 +214,7 @@ def regenerate(text: str, results: Path) -> tuple[str, list[str]]:
     changed = []
 
     def make(match: re.Match) -> str:
-        body = _body(match["name"], results)
+        body = _body(match["name"], results, figures_folder)
         if body != match["body"]:
             changed.append(match["name"])
         return match[1] + body + match[4]
@@ -216,7 +231,8 @@ def update(root: Path, check: bool) -> list[str]:
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         try:
-            new, changed = regenerate(text, results)
+            figures_folder = os.path.relpath(root / "docs" / "figures", path.parent)
+            new, changed = regenerate(text, results, figures_folder)
         except ReportError as error:
             raise ReportError(f"{path}: {error}") from None
         stale += [f"{path.relative_to(root)}: {name}" for name in changed]

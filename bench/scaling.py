@@ -51,21 +51,39 @@ def _image(side: int, batch: int = 1) -> dict[str, Any]:
 AXES = (
     Axis("atm", "classes", CLASSES, CLASSES, lambda n: atm.ATMCase("classes", 1, n, 1024, 12, 32)),
     Axis(
-        "atm",
-        "tokens",
-        (256, 1024, 4096, 16384),
-        (256, 1024, 4096, 16384),
-        lambda n: atm.ATMCase("tokens", 1, 150, n, 12, 32),
-    ),
-    Axis(
-        "atm", "batch", (1, 2, 4, 8, 16, 32), (1, 2, 4), lambda n: atm.ATMCase("batch", n, 150, 1024, 12, 32)
-    ),
-    Axis(
         "query_attention",
         "tokens",
         (256, 1024, 4096, 16384),
         (256, 1024, 2304),
         lambda n: query_attention.QueryAttentionCase("tokens", 1, n, n, 16, 32),
+    ),
+    Axis(
+        "semantic_argmax",
+        "classes",
+        CLASSES,
+        (19, 60, 150, 300, 600),
+        lambda n: semantic_argmax.Case("classes", 1, n, n, (16, 16), (256, 256)),
+    ),
+    Axis(
+        "mask_loss",
+        "classes",
+        CLASSES,
+        (19, 150, 1000),
+        lambda n: mask_loss.MaskLossCase("classes", 1, n, ((32, 32),) * 3, (512, 512)),
+    ),
+    Axis(
+        "subsample_norm",
+        "tokens",
+        (256, 1024, 4096, 16384),
+        (256, 1024, 4096, 16384),
+        lambda n: subsample_norm.SubsampleNormCase("tokens", 1, (round(n**0.5), round(n**0.5)), 768),
+    ),
+    Axis(
+        "atm",
+        "tokens",
+        (256, 1024, 4096, 16384),
+        (256, 1024, 4096, 16384),
+        lambda n: atm.ATMCase("tokens", 1, 150, n, 12, 32),
     ),
     Axis(
         "query_attention",
@@ -76,32 +94,10 @@ AXES = (
     ),
     Axis(
         "semantic_argmax",
-        "classes",
-        CLASSES,
-        (19, 60, 150, 300, 600),
-        lambda n: semantic_argmax.Case("classes", 1, n, n, (16, 16), (256, 256)),
-    ),
-    Axis(
-        "semantic_argmax",
         "image side",
         (256, 512, 1024, 2048),
         (256, 512, 1024),
         lambda n: semantic_argmax.Case("image", queries=150, classes=150, **_image(n)),
-    ),
-    Axis("semantic_argmax", "views", (1, 2, 4, 8, 16), (1, 2, 4), _views),
-    Axis(
-        "semantic_argmax",
-        "batch",
-        (1, 2, 4, 8, 16),
-        (1, 2),
-        lambda n: semantic_argmax.Case("batch", queries=150, classes=150, **_image(512, n)),
-    ),
-    Axis(
-        "mask_loss",
-        "classes",
-        CLASSES,
-        (19, 150, 1000),
-        lambda n: mask_loss.MaskLossCase("classes", 1, n, ((32, 32),) * 3, (512, 512)),
     ),
     Axis(
         "mask_loss",
@@ -111,6 +107,10 @@ AXES = (
         lambda n: mask_loss.MaskLossCase("image", 1, 150, ((n // 16, n // 16),) * 3, (n, n)),
     ),
     Axis(
+        "atm", "batch", (1, 2, 4, 8, 16, 32), (1, 2, 4), lambda n: atm.ATMCase("batch", n, 150, 1024, 12, 32)
+    ),
+    Axis("semantic_argmax", "views", (1, 2, 4, 8, 16), (1, 2, 4), _views),
+    Axis(
         "mask_loss",
         "batch",
         (1, 2, 4, 8, 16),
@@ -118,11 +118,11 @@ AXES = (
         lambda n: mask_loss.MaskLossCase("batch", n, 150, ((32, 32),) * 3, (512, 512)),
     ),
     Axis(
-        "subsample_norm",
-        "tokens",
-        (256, 1024, 4096, 16384),
-        (256, 1024, 4096, 16384),
-        lambda n: subsample_norm.SubsampleNormCase("tokens", 1, (round(n**0.5), round(n**0.5)), 768),
+        "semantic_argmax",
+        "batch",
+        (1, 2, 4, 8, 16),
+        (1, 2),
+        lambda n: semantic_argmax.Case("batch", queries=150, classes=150, **_image(512, n)),
     ),
 )
 _TINY_VIEWS = {"queries": 6, "classes": 5, "grid": (4, 4), "size": (24, 20)}
@@ -208,7 +208,7 @@ class _Run:
         times = timing.interleave(
             {name: sample for name, (_, sample) in samplers.items()},
             rounds=self.rounds,
-            seconds_per_peer=self.longest_s,
+            seconds_per_peer=0.3,
         )
         for name, values in times.items():
             found = timing.summary(values)
@@ -259,28 +259,29 @@ def run(
     smoke: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict:
-    """Rows of every axis, as plain data; what does not fit into ``budget_s`` is recorded as skipped.
-
-    The axes take turns at the budget in the order of :data:`AXES`, each at most twice an even share.
-    """
+    """Rows of every axis, as plain data; what does not fit into ``budget_s`` is recorded as skipped."""
     begun = time.time()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     cpu = device == "cpu"
     where = torch.device(device)
-    dtype = torch.float32 if cpu or smoke else torch.bfloat16
     ceilings = [{"name": name, **rate()} for name, rate in environment.ceilings(where, smoke)]
     axes = [axis for axis in (TINY if smoke else AXES) if not names or axis.operator in names]
     rows: list[dict] = []
     for index, axis in enumerate(axes):
         left = begun + budget_s - time.time()
-        deadline = time.time() + min(left, 2 * left / (len(axes) - index))
-        cache = environment.cache_bytes(where)
-        limits = (0.8, cache, 1.5e9, 7) if cpu else (1.0, cache, 20e9, 15)
-        rates = {row["name"]: row["per_s"] for row in ceilings}
-        found = list(
-            _Run(where, dtype, rates, deadline, *limits).points(axis, axis.cpu if cpu else axis.values)
+        here = _Run(
+            where,
+            torch.float32 if cpu or smoke else torch.bfloat16,
+            {row["name"]: row["per_s"] for row in ceilings},
+            # A little more than an even share: what one axis leaves, the next ones have.
+            deadline=time.time() + min(left, 1.3 * left / (len(axes) - index)),
+            longest_s=0.4 if cpu else 1.0,
+            cache_bytes=environment.cache_bytes(where),
+            most_bytes=1.5e9 if cpu else 20e9,
+            rounds=7 if cpu else 15,
         )
+        found = list(here.points(axis, axis.cpu if cpu else axis.values))
         rows += found
         done = sum(row["status"] == "ok" for row in found)
         progress(f"{axis.operator} by {axis.name}: {done} of {len(found)} rows, {time.time() - begun:.0f} s")

@@ -55,8 +55,7 @@ def test_training_step(benchmark, model, images, backend):
         torch.manual_seed(0)
         with segvit_kernels.backend(backend):
             model.zero_grad(set_to_none=True)
-            loss = criterion(model(model.preprocess(images)), labels)
-            loss = loss if isinstance(loss, torch.Tensor) else loss["loss"]
+            loss = criterion(model(model.preprocess(images)), labels)["total"]
             loss.backward()
             timing.synchronize(DEVICE)
             return loss.detach()

@@ -151,7 +151,7 @@ def test_everything_keeps_to_the_budget(capsys):
     # What the first part took too long is taken from the others, each at most twice its share.
     assert all(limit <= 2 * 200.0 for _, limit in calls[1:])
     budgets = [float(a[a.index("--budget") + 1]) for a, _ in calls if "--budget" in a]
-    assert len(budgets) == 2 and sum(budgets) < 300
+    assert len(budgets) == 3 and sum(budgets) < 300
     out = capsys.readouterr().out
     assert code == 1 and "whole models: exit code 1" in out and "memory of whole models: stopped" in out
 
@@ -193,7 +193,7 @@ def test_bad_options_are_one_line(tmp_path, capsys):
     assert len(lines) == 8
     expected = (
         "does not exist",
-        "expected at least 1",
+        "expected a whole number, at least 1",
         "no such peer; expected some of fused",
         "cannot be read",
         "--operators atn: no such operator; expected some of atm",

@@ -336,7 +336,8 @@ def test_documents_are_updated_once_and_checked(project, capsys):
     assert stale(project, capsys) == everything
     assert main(["report", "--root", str(project)]) == 0
     new = (project / "README.md").read_text()
-    assert new.startswith("before\n| operator") and new.endswith("after\n") and "old" not in new
+    assert new.startswith("before\n<!-- bench:g/summary -->\n| operator |") and "\nold\n" not in new
+    assert new.endswith("<!-- /bench:g/summary -->\nafter\n")
     assert "<sub>G, torch 2, commit unknown" in new  # what it was measured with
     assert "15.00× | met" in (project / "docs/benchmarking.md").read_text()
     capsys.readouterr()
