@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from segvit.backbone import Block, resize_positions
 from segvit.inference import InferenceOptions, crops_of, passes, views_of
+from segvit_kernels import why_not_packed
+from segvit_kernels._library import requested_backend
 
 if TYPE_CHECKING:
     from segvit.model import SegViT
@@ -225,11 +227,17 @@ def _dtype(model: SegViT, asked: torch.dtype | None) -> torch.dtype:
 def prefers_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are the faster ones of a device.
 
-    On CPUs with AMX. AVX-512 BF16 alone multiplies no faster than float32, measured on whole models.
+    On CPUs with AMX, or where `segvit_kernels.linear` has packed weights (AVX512-FP16, native library).
+    AVX-512 BF16 alone multiplies no faster than float32, measured on whole models.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    if device.type != "cpu":
+        return False
+    if torch.cpu.get_capabilities().get("amx_bf16", False):
+        return True
+    packed = why_not_packed(torch.empty(1, 1, dtype=torch.bfloat16)) is None
+    return packed and requested_backend() in (None, "cpu")
 
 
 def _method(asked: str, device: torch.device, fp8: bool) -> str:

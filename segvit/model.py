@@ -219,8 +219,8 @@ class SegViT(nn.Module):
         Args:
             size: height and width of the images, any; one number for squares.
             batch: images of a call.
-            dtype: of the network; by default bfloat16 for a float32 model where the GPU has it and on CPUs
-                with AMX, otherwise the model's.
+            dtype: of the network; by default bfloat16 for a float32 model where that is faster (GPUs that
+                have it; CPUs with AMX, or AVX512-FP16 and the native library), otherwise the model's.
             method: "eager" runs layer by layer; "graph" replays a CUDA graph of that; "compile" is
                 torch.compile (minutes, needs a compiler), in a CUDA graph on GPUs. "auto": "graph" on GPUs,
                 "eager" elsewhere.

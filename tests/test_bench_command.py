@@ -158,7 +158,8 @@ def test_a_checkpoint(checkpoint, tmp_path, capsys):
     spent = result["breakdown"]
     assert sum(spent["parts"].values()) + spent["remainder_s"] == pytest.approx(spent["total_s"])
     assert all(part in out for part in bench.PARTS) and "remainder" in out
-    assert result["operators"] == {"atm_fwd": ["eager"], "semantic_argmax": ["eager"]}
+    assert {"atm_fwd", "semantic_argmax"} <= set(result["operators"])
+    assert all(backends == ["eager"] for backends in result["operators"].values())
     assert "atm_fwd eager" in out
     assert result["images"] == {"batch": 2, "height": 40, "width": 36, "source": "random"}
     assert result["model"]["trained"] and result["model"]["classes"] == 5 and "random weights" not in out

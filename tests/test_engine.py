@@ -240,9 +240,9 @@ def test_no_synchronisation(kind):
         engine(pictures((37, 50)).to("meta"))
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
 def test_compile_is_one_graph(monkeypatch):
     """fullgraph is asked for, and engines do not use up each other's recompilations."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model = tiny_model()
     engines = [model.compile_for_inference(size, 1, method="compile") for size in SIZES[:2]]
