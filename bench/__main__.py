@@ -270,8 +270,9 @@ def _own(name: str, options: argparse.Namespace) -> int:
         result = module.main(options)
     except ValueError as error:
         raise OptionError(str(error)) from None
-    partial = getattr(options, "models", None)
-    return _finish(result, options, _default_out(name, "cuda"), partial)
+    # The small form has a file of its own: it does not replace what a longer run measured.
+    default = _default_out(f"{name} quick" if options.quick else name, "cuda")
+    return _finish(result, options, default, options.models and not options.quick)
 
 
 def _static(options: argparse.Namespace) -> int:

@@ -174,7 +174,7 @@ def _rate(row: dict) -> str:
 # What documents say of results that a machine could not give yet, by the beginning of the file's name.
 _ABSENT = {
     "nvidia-": "Not measured: no GPU was available.",
-    **dict.fromkeys(("scaling-", "memory-", "static"), "Not measured yet."),
+    **dict.fromkeys(("scaling-", "memory-", "model-quick-", "static"), "Not measured yet."),
 }
 
 
