@@ -44,7 +44,10 @@ def commit() -> dict:
         return {**found, "commit": (ROOT / "COMMIT").read_text().strip()}
     head = _output("git", "rev-parse", "HEAD")
     if head:
-        found.update(commit=head, dirty=bool(_output("git", "status", "--porcelain", "--untracked-files=no")))
+        # What a benchmark itself writes changes nothing that is measured.
+        written = [f":!{path}" for path in ("bench/results", "docs", "README.md")]
+        status = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+        found.update(commit=head, dirty=bool(status))
     return found
 
 

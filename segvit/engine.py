@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from segvit.backbone import Block, resize_positions
 from segvit.inference import InferenceOptions, crops_of, passes, views_of
-from segvit_kernels import why_not_packed
-from segvit_kernels._library import requested_backend
+from segvit_kernels import requested_backend, why_not_packed
 
 if TYPE_CHECKING:
     from segvit.model import SegViT

@@ -7,6 +7,7 @@ from segvit_kernels._library import (
     fvcore_handles,
     operator_names,
     record_backends,
+    requested_backend,
     why_not,
 )
 from segvit_kernels._version import __version__
@@ -77,6 +78,7 @@ __all__ = [
     "query_attention",
     "query_attention_reference",
     "record_backends",
+    "requested_backend",
     "semantic_argmax",
     "semantic_argmax_reference",
     "subsample_layer_norm",
