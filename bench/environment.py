@@ -45,7 +45,7 @@ def commit() -> dict:
     head = _output("git", "rev-parse", "HEAD")
     if head:
         # What a benchmark itself writes changes nothing that is measured.
-        written = [f":!{path}" for path in ("bench/results", "docs", "README.md")]
+        written = [f":!{path}" for path in ("bench/results", "docs", "*.md")]
         status = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         found.update(commit=head, dirty=bool(status))
     return found
