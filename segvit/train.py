@@ -301,8 +301,8 @@ class _Trainer:
             ignore_index=training.ignore_index,
             seed=config.seed,
         )
-        queries = config.head == "segvit" and self.model.config.upsample
-        if queries and config.locate_images and not config.resume:
+        located = config.head == "segvit" and self.model.config.upsample and config.locate_images
+        if located and not config.resume:
             self._locate(training, augment)
         groups = self.model.parameter_groups(config.lr, config.weight_decay, config.decoder_lr_scale)
         for group in groups:

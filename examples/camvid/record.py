@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import torch
 import yaml
 
 from bench import timing
-from bench.environment import ROOT, describe
+from bench.environment import describe, isolated
 from bench.flops import count_torch
 from bench.report import size
 from segvit.evaluate import load_model
@@ -89,9 +86,10 @@ def _training(model: torch.nn.Module) -> Callable[[], object]:
 WORK = {"inference": _inference, "training": _training}
 
 
-def _peak(kind: str, run: str) -> None:
+def peak(kind: str, run: str) -> int | None:
+    """Peak memory of one call beyond the weights; in a process of its own."""
     torch.set_num_threads(THREADS)
-    print(timing.resident_peak(WORK[kind](load_model(run))))
+    return timing.resident_peak(WORK[kind](load_model(run)))
 
 
 def costs(runs: dict[str, str]) -> None:
@@ -104,29 +102,15 @@ def costs(runs: dict[str, str]) -> None:
         call = _inference(model.requires_grad_(False))
         found[name]["macs"] = count_torch(lambda _, call=call: call(), None)
     for kind, work in WORK.items():
-
-        def sampler(run: str, work: Callable = work) -> Callable[[], float]:
+        samplers = {}
+        for name, run in runs.items():
             call = work(load_model(run))
             call()
-
-            def sample() -> float:
-                start = time.perf_counter()
-                call()
-                return time.perf_counter() - start
-
-            return sample
-
-        samples = timing.interleave(
-            {name: sampler(run) for name, run in runs.items()}, rounds=9, seconds_per_peer=30.0
-        )
+            samplers[name] = timing.call_sampler(lambda _, call=call: call(), [None])
+        samples = timing.interleave(samplers, rounds=9, seconds_per_peer=30.0)
         for name, run in runs.items():
-            # Freed blocks go back at once: what is resident is what is in use.
-            variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-            command = [sys.executable, "-m", "examples.camvid.record", "_peak", kind, run]
-            done = subprocess.run(
-                command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True
-            )
-            found[name][kind] = timing.summary(samples[name]) | {"extra_bytes": json.loads(done.stdout)}
+            extra = isolated("examples.camvid.record", "peak", kind, run)
+            found[name][kind] = timing.summary(samples[name]) | {"extra_bytes": extra}
     for name, values in found.items():
         path = RESULTS / f"{name}.json"
         environment = {**describe(torch.device("cpu")), "threads": THREADS}
@@ -181,9 +165,6 @@ def table() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["_peak"]:
-        _peak(*arguments[1:])
-        return 0
     if arguments[:1] == ["costs"]:
         costs(dict(pair.partition("=")[::2] for pair in arguments[1:]))
     elif len(arguments) not in (0, 3):
