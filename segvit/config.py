@@ -91,6 +91,8 @@ class SegViTConfig:
             that shrinks.
         resize_queries: resize these queries to the image's grid, as position embeddings are. Otherwise they
             and the masks keep the grid of `image_size` whatever the image's, as in published models.
+        key_positions: add to each key of the up-sampling the query of its own place, see
+            `segvit_kernels.QueryUpsample`. Published models do not, and take longer to train.
         image_size: height and width of training crops; the position embedding is stored for this size.
         mean, std: of the RGB channels on the 0..1 scale.
         class_names: one name for each class, or None.
@@ -106,6 +108,7 @@ class SegViTConfig:
     decoder_dropout: float = 0.1
     upsample: bool = False
     resize_queries: bool = True
+    key_positions: bool = False
     image_size: tuple[int, int] = (512, 512)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)

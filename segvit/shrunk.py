@@ -19,7 +19,7 @@ class ShrunkDecoder(ATMDecoder):
     Every layer of the ATM stage is an output with masks of its own, which are not accumulated.
 
     Args:
-        config: as for `ATMDecoder`, and `resize_queries` and `image_size`.
+        config: as for `ATMDecoder`, and `resize_queries`, `key_positions` and `image_size`.
     """
 
     def __init__(self, config: SegViTConfig) -> None:
@@ -33,6 +33,7 @@ class ShrunkDecoder(ATMDecoder):
             depth=config.decoder_depth,
             dropout=config.decoder_dropout,
             resize=config.resize_queries,
+            key_positions=config.key_positions,
         )
 
     def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:

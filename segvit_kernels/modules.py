@@ -304,14 +304,15 @@ class _UpsampleLayer(nn.Module):
 
 
 def _place_code(grid: tuple[int, int], size: int) -> Tensor:
-    """(h·w, size): the lowest two-dimensional cosines, but for the constant, at the cells of a grid."""
-    height, width = grid
-    waves = sorted(((u, v) for u in range(size + 1) for v in range(size + 1)), key=lambda w: (w[0] + w[1], w))
-    rows, columns = ((torch.arange(n) + 0.5) * (math.pi / n) for n in (height, width))
-    waves = waves[1 : size + 1]
-    return torch.stack(
-        [torch.outer((u * rows).cos(), (v * columns).cos()).flatten() for u, v in waves], dim=1
-    )
+    """(h·w, size): cosines and sines of the row and of the column, from half a wave over the grid upwards."""
+    rows, columns = (torch.arange(n) + 0.5 for n in grid)
+    waves: list[Tensor] = []
+    while len(waves) < size:
+        frequency = math.pi * (len(waves) // 4 + 1) / max(grid)
+        for wave in (torch.cos, torch.sin):
+            waves.append(wave(frequency * rows)[:, None].expand(grid))
+            waves.append(wave(frequency * columns).expand(grid))
+    return torch.stack(waves[:size], dim=-1).flatten(0, 1)
 
 
 def _subsampled(code: Tensor, tokens: int) -> Tensor:
@@ -324,16 +325,18 @@ def _subsampled(code: Tensor, tokens: int) -> Tensor:
 
 
 def _place_and_content(features: Tensor, code: Tensor, share: int) -> tuple[Tensor, Tensor]:
-    """Linear maps from centred features (B, Nk, C) to the code of their place (C, places) and to their first
-    whitened principal components (C, at most ``share``)."""
-    targets = _subsampled(code.float(), features.shape[1])
+    """Linear maps from centred features (B, Nk, C) to the code of their place (Nk, places) and to their first
+    principal components, half whitened (C, at most ``share``)."""
     centred = (features - features.mean((0, 1))).float().flatten(0, 1)
     gram = centred.T @ centred / len(centred)
     variances, directions = torch.linalg.eigh(gram)
     variances, directions = variances.flip(0)[:share], directions.flip(1)[:, :share]
-    components = directions * variances.clamp(min=1e-6 * variances[0]).rsqrt()
+    # A component's standard deviation is its variance ** 0.25 now; all together they have variance 1.
+    components = directions * variances.clamp(min=1e-6 * variances[0]) ** -0.25
+    components = components / variances.sqrt().mean().sqrt()
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    read = torch.linalg.solve(gram, centred.T @ targets.repeat(len(features), 1) / len(centred))
+    targets = code.float().repeat(len(features), 1)
+    read = torch.linalg.solve(gram, centred.T @ targets / len(centred))
     return read.to(features), components.to(features)
 
 
@@ -351,10 +354,22 @@ class _UpsampleStage(nn.Module):
         weights, biases = zip(*(layer.multihead_attn.rows(1, 3) for layer in self.layers), strict=True)
         return torch.cat(weights), torch.cat(biases)
 
-    def forward(self, tokens: Tensor, features: Tensor, first: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def position_keys(self, positions: Tensor) -> Tensor:
+        """What positions (Nk, C) add to the keys of every layer in turn: (Nk, depth, C)."""
+        weight = torch.cat([layer.multihead_attn.rows(1, 2)[0] for layer in self.layers])
+        return F.linear(positions, weight).unflatten(-1, (len(self.layers), -1))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        first: tuple[Tensor, Tensor] | None = None,
+        position_keys: Tensor | None = None,
+    ) -> Tensor:
         """Tokens (B, N, C) from tokens (B or 1, N, C) and features (B, Nk, level_dim).
 
-        `first` is what `attend_tokens` of the first layer gives, if that is known.
+        `first` is what `attend_tokens` of the first layer gives, if that is known; `position_keys`, of the
+        method of this name, are added to the keys.
         """
         features = self.input_norm(self.input_proj(features))
         if hasattr(self, "fused_kv_weight"):
@@ -362,11 +377,18 @@ class _UpsampleStage(nn.Module):
             projected = stacked.chunk(len(self.layers), dim=-1)
         else:
             projected = [F.linear(features, *layer.multihead_attn.rows(1, 3)) for layer in self.layers]
-        for layer, key_value in zip(self.layers, projected, strict=True):
+        for depth, (layer, key_value) in enumerate(zip(self.layers, projected, strict=True)):
+            key, value = key_value.chunk(2, dim=-1)
+            if position_keys is not None:
+                key = key + position_keys[:, depth]
             tokens, query = first or layer.attend_tokens(tokens)
-            tokens = layer.attend_features(tokens, query, *key_value.chunk(2, dim=-1))
+            tokens = layer.attend_features(tokens, query, key, value)
             first = None
         return tokens
+
+
+# Constants of `QueryUpsample.fuse`, of the module or of its stages.
+_FUSED = ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias", "fused_position_keys")
 
 
 class QueryUpsample(nn.Module):
@@ -386,6 +408,9 @@ class QueryUpsample(nn.Module):
         dropout: of attention weights, after each sub-layer and inside the feed-forward part.
         resize: resize the queries bicubically to other grids, as position embeddings are. Otherwise the
             output has the training grid, always.
+        key_positions: also add to each key the query of its own place, so that queries know from the start
+            where features are, as position embeddings do in DETR (Carion et al., ECCV 2020, section 3.2).
+            Not in the paper: its queries have to find that out from the features.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``embed_dim``, or there is no level or no layer.
@@ -400,6 +425,7 @@ class QueryUpsample(nn.Module):
         depth: int = 3,
         dropout: float = 0.0,
         resize: bool = True,
+        key_positions: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
@@ -409,6 +435,7 @@ class QueryUpsample(nn.Module):
         self.grid = tuple(grid)
         self.dropout = dropout
         self.resize = resize
+        self.key_positions = key_positions
         self.queries = nn.Parameter(torch.empty(grid[0] * grid[1], embed_dim))
         self.stages = nn.ModuleList(
             _UpsampleStage(level_dim, embed_dim, num_heads, depth, dropout) for level_dim in level_dims
@@ -434,11 +461,11 @@ class QueryUpsample(nn.Module):
 
         With random queries attention begins as a mean over the whole image, and training first has to find
         out which query is where: thousands of steps. Here the channels are shared out at the start: the first
-        hold a code of the place (products of cosines), the rest one part for each level. Queries begin as
-        the code; a level's projection as the linear map that best reads this code off the features of some
-        images (ridge regression) beside their whitened principal components; attention compares codes and
-        adds the components of what it sees to the level's own channels; self-attention and feed-forward
-        begin as nothing. Every parameter stays free.
+        hold a code of the place (cosines and sines of row and column), the rest one part for each level.
+        Queries begin as the code; a level's projection as the half whitened principal components of some
+        images' features and, unless keys have their positions anyway, the linear map that best reads the
+        code off them (ridge regression); attention compares codes and adds the components of what it sees to
+        the level's own channels; self-attention and feed-forward begin as nothing. All parameters stay free.
 
         Args:
             levels: feature maps (B, Nk, level_dim) of some images of the training size, as in `forward`; a
@@ -457,14 +484,18 @@ class QueryUpsample(nn.Module):
         self.queries[:, :places] = code
         first, share = places, (dim - places) // len(self.stages)
         for stage, features in zip(self.stages, levels, strict=True):
-            read, components = _place_and_content(features, code.unflatten(0, self.grid), share)
+            keys = _subsampled(code.unflatten(0, self.grid), features.shape[1])
+            read, components = _place_and_content(features, keys, share)
             weight = torch.zeros_like(stage.input_proj.weight)
             content = slice(first, first + components.shape[1])
-            weight[:places], weight[content] = read.T, components.T
+            weight[content] = components.T
+            if not self.key_positions:
+                weight[:places] = read.T
             stage.input_proj.weight.copy_(weight)
             stage.input_proj.bias.copy_(-weight @ features.mean((0, 1)))
-            keys = stage.input_norm(stage.input_proj(features))[..., :places]
-            logits = F.layer_norm(self.queries, (dim,))[:, :places] @ keys.transpose(1, 2)
+            if not self.key_positions:
+                keys = stage.input_norm(stage.input_proj(features))[..., :places]
+            logits = F.layer_norm(self.queries, (dim,))[:, :places] @ keys.transpose(-1, -2)
             gain = (sharpness * head_dim**0.5 / logits.std(-1).mean()).sqrt()
             for layer in stage.layers:
                 attention = layer.multihead_attn
@@ -501,7 +532,8 @@ class QueryUpsample(nn.Module):
         """
         if len(levels) != len(self.stages):
             raise ValueError(f"levels: got {len(levels)}, expected {len(self.stages)}")
-        grid, first = self.output_grid(grid), None
+        level_grid, grid = grid or self.grid, self.output_grid(grid)
+        first = None
         tokens = self._queries(grid)
         if self.training and self.dropout > 0:
             # Every image draws its own dropout; without dropout all images share the first steps.
@@ -509,8 +541,17 @@ class QueryUpsample(nn.Module):
         elif grid == self.grid and hasattr(self, "fused_tokens"):
             first = (self.fused_tokens, self.fused_query)
         for stage, features in zip(self.stages, levels, strict=True):
-            tokens, first = stage(tokens, features, first), None
+            position_keys = self._position_keys(stage, features.shape[1], tuple(level_grid))
+            tokens, first = stage(tokens, features, first, position_keys), None
         return tokens
+
+    def _position_keys(self, stage: _UpsampleStage, tokens: int, grid: tuple[int, int]) -> Tensor | None:
+        """What is added to a stage's keys, (tokens, depth, C), for levels of images of `grid`."""
+        if not self.key_positions:
+            return None
+        if grid == self.grid and hasattr(stage, "fused_position_keys"):
+            return _subsampled(stage.fused_position_keys.unflatten(0, grid), tokens)
+        return stage.position_keys(_subsampled(self._queries(grid)[0].unflatten(0, grid), tokens))
 
     def _queries(self, grid: tuple[int, int]) -> Tensor:
         queries = self.queries.unsqueeze(0)
@@ -524,8 +565,8 @@ class QueryUpsample(nn.Module):
     def fuse(self) -> None:
         """Keep as constants what depends on parameters alone, for inference with weights that stay.
 
-        These are the first self-attention and query at the training grid, and each level's k and v
-        projections, stacked into one.
+        These are the first self-attention, query and positions of keys at the training grid, and each level's
+        k and v projections, stacked into one.
         """
         self.unfuse()
         tokens, query = self.stages[0].layers[0].attend_tokens(self._queries(self.grid))
@@ -535,6 +576,9 @@ class QueryUpsample(nn.Module):
             weight, bias = stage.stacked_rows()
             stage.register_buffer("fused_kv_weight", weight, persistent=False)
             stage.register_buffer("fused_kv_bias", bias, persistent=False)
+            if self.key_positions:
+                keys = stage.position_keys(self.queries)
+                stage.register_buffer("fused_position_keys", keys, persistent=False)
 
     def train(self, mode: bool = True) -> QueryUpsample:
         if mode:
@@ -544,12 +588,12 @@ class QueryUpsample(nn.Module):
     def unfuse(self) -> None:
         """Forget the constants of :meth:`fuse`, as training and loading weights do."""
         for module in (self, *self.stages):
-            for name in ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias"):
+            for name in _FUSED:
                 if hasattr(module, name):
                     delattr(module, name)
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}, resize={self.resize}"
+        return f"grid={self.grid}, resize={self.resize}, key_positions={self.key_positions}"
 
 
 class PackedLinear(nn.Linear):
