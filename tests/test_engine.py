@@ -108,8 +108,9 @@ def test_labels_are_those_of_predict_up_to_ties(kind, size):
 
 
 @pytest.mark.parametrize("resize", [True, False])
-def test_shrunk_queries_are_folded_on_the_grid_of_the_size(resize):
-    model = tiny_model("shrunk", resize_queries=resize)
+@pytest.mark.parametrize("key_positions", [True, False])
+def test_shrunk_queries_are_folded_on_the_grid_of_the_size(resize, key_positions):
+    model = tiny_model("shrunk", resize_queries=resize, key_positions=key_positions)
     engine = model.compile_for_inference((64, 40))
     upsample, calls = engine.function.network.decoder.upsample, []
     upsample.stages[0].layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))

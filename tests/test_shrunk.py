@@ -17,6 +17,7 @@ from segvit_kernels import QueryUpsample, modules, query_attention
 VARIANTS = {
     "shrunk": {"shrink_at": 1, "taps": (0, 2), "upsample": True},
     "published": {"shrink_at": 1, "taps": (0, 2), "upsample": True, "resize_queries": False},
+    "positions": {"shrink_at": 1, "taps": (0, 2), "upsample": True, "key_positions": True},
     "naive": {"shrink_at": 1, "taps": (2,)},
     "mixed": {"shrink_at": 1, "taps": (0, 1, 2)},
     "single": {"taps": (2,)},
@@ -67,7 +68,7 @@ def assert_equal_outputs(actual, expected, tolerance=1e-5):
 def test_presets(name, options, shrink_at, taps, upsample):
     config = SegViTConfig.preset(name, 150, shrunk=True, **options)
     assert (config.backbone.shrink_at, config.taps, config.upsample) == (shrink_at, taps, upsample)
-    assert config.resize_queries
+    assert config.resize_queries and not config.key_positions
     assert SegViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     plain = SegViTConfig.preset(name, 150, shrunk=False)
     assert plain == SegViTConfig.preset(name, 150) and plain.backbone.shrink_at is None and not plain.upsample
@@ -75,7 +76,9 @@ def test_presets(name, options, shrink_at, taps, upsample):
 
 def test_config_files_of_plain_models_still_load():
     values = SegViTConfig.preset("vit_base", 3).to_dict()
-    del values["backbone"]["shrink_at"], values["upsample"], values["resize_queries"]
+    del values["backbone"]["shrink_at"]
+    for name in ("upsample", "resize_queries", "key_positions"):
+        del values[name]
     assert SegViTConfig.from_dict(values) == SegViTConfig.preset("vit_base", 3)
 
 
@@ -162,27 +165,46 @@ def make_upsample(seed=0, **options):
     return upsample
 
 
+class ReferenceLayer(nn.TransformerDecoderLayer):
+    """Torch's post-norm layer, with keys and values of their own."""
+
+    def forward(self, x, keys, values):
+        x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
+        x = self.norm2(x + self.multihead_attn(x, keys, values, need_weights=False)[0])
+        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
+
+
 def reference_upsample(upsample, levels, grid=(3, 5)):
     """What `QueryUpsample` means, in the layers of torch, whose parameters have the same names."""
     image = upsample.queries.T.unflatten(1, (3, 5))[None]
     if grid != (3, 5):
         image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
     tokens = image.flatten(2).transpose(1, 2).expand(len(levels[0]), -1, -1)
-    for stage, features in zip(upsample.stages, levels, strict=True):
-        features = stage.input_norm(stage.input_proj(features))
+    for stride, stage, features in zip((1, 2), upsample.stages, levels, strict=True):
+        features = keys = stage.input_norm(stage.input_proj(features))
+        if upsample.key_positions:
+            keys = features + image[:, :, ::stride, ::stride].flatten(2).transpose(1, 2)
         for layer in stage.layers:
-            torch_layer = nn.TransformerDecoderLayer(32, 2, 128, dropout=0.0, batch_first=True)
+            torch_layer = ReferenceLayer(32, 2, 128, dropout=0.0, batch_first=True)
             state = layer.state_dict(keep_vars=True)
-            tokens = torch.func.functional_call(torch_layer, state, (tokens, features), strict=True)
+            tokens = torch.func.functional_call(torch_layer, state, (tokens, keys, features), strict=True)
     return tokens
 
 
+def levels_of(grid, batch):
+    """Feature levels of a grid and of every second of its rows and columns."""
+    height, width = grid
+    shrunk = ((height + 1) // 2) * ((width + 1) // 2)
+    return [torch.randn(batch, height * width, 24), torch.randn(batch, shrunk, 40)]
+
+
 @pytest.mark.parametrize("grid", [None, (3, 5), (4, 4), (7, 2)])
+@pytest.mark.parametrize("key_positions", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_upsample_values_and_gradients(grid, training):
+def test_upsample_values_and_gradients(grid, key_positions, training):
     """The batch shares the first steps, which must show in no value and in no gradient."""
-    upsample = make_upsample().train(training)
-    levels = [torch.randn(3, 15, 24), torch.randn(3, 6, 40)]
+    upsample = make_upsample(key_positions=key_positions).train(training)
+    levels = levels_of(grid or (3, 5), 3)
     output = upsample(levels, grid)
     expected = reference_upsample(upsample, levels, grid or (3, 5))
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
@@ -192,6 +214,20 @@ def test_upsample_values_and_gradients(grid, training):
     wanted = torch.autograd.grad((expected * weights).sum(), parameters.values())
     for name, a, b in zip(parameters, actual, wanted, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5, name
+
+
+def test_key_positions_are_those_of_the_image():
+    """Also where the output keeps the training grid; and a level of another shape is refused."""
+    upsample = make_upsample(resize=False, key_positions=True).eval()
+    found = []
+    upsample.stages[1].register_forward_hook(lambda module, args, out: found.append(args[3]))
+    assert upsample(levels_of((5, 6), 2), (5, 6)).shape == (2, 15, 32)
+    image = upsample.queries.T.unflatten(1, (3, 5))[None]
+    image = F.interpolate(image, size=(5, 6), mode="bicubic", align_corners=False)
+    expected = upsample.stages[1].position_keys(image[0, :, ::2, ::2].flatten(1).T)
+    torch.testing.assert_close(found[0], expected)
+    with pytest.raises(ValueError, match=r"levels: 14 tokens are no subsampled grid of \(3, 5\)"):
+        upsample([torch.randn(2, 14, 24), torch.randn(2, 6, 40)])
 
 
 @pytest.mark.parametrize("training, dropout, batch", [(False, 0.2, 1), (True, 0.0, 1), (True, 0.2, 4)])
@@ -227,9 +263,10 @@ def attention_distances(upsample, levels, monkeypatch):
     return found[1::2]  # every other one is self-attention
 
 
-def test_located_queries_attend_to_their_own_place(monkeypatch):
+@pytest.mark.parametrize("key_positions", [False, True])
+def test_located_queries_attend_to_their_own_place(key_positions, monkeypatch):
     torch.manual_seed(0)
-    upsample = QueryUpsample(64, 4, grid=(8, 8), level_dims=[48, 40], depth=2).eval()
+    upsample = QueryUpsample(64, 4, (8, 8), level_dims=[48, 40], depth=2, key_positions=key_positions).eval()
     axis = torch.linspace(0, 1, 8)
     place = torch.cartesian_prod(axis, axis)
 
@@ -250,7 +287,9 @@ def test_located_queries_attend_to_their_own_place(monkeypatch):
     after = attention_distances(upsample, others, monkeypatch)
     assert len(before) == len(after) == 4
     assert all(b > 3.8 for b in before), before  # about the mean distance of two cells
-    assert after[0] < 0.5 * before[0] and all(a < 0.75 * b for a, b in zip(after, before, strict=True)), after
+    # With positions in the keys the code need not be read off the features.
+    nearer = (0.05, 0.05, 0.3, 0.3) if key_positions else (0.3, 0.3, 0.4, 0.4)
+    assert all(a < n * b for a, b, n in zip(after, before, nearer, strict=True)), after
     with pytest.raises(ValueError, match=r"levels: 63 tokens are no subsampled grid of \(8, 8\)"):
         upsample.locate([shown[0][:, 1:], shown[1]])
 
@@ -265,21 +304,22 @@ def test_upsample_grids():
 
 
 @torch.no_grad()
-def test_upsample_fuse():
-    upsample = make_upsample(dropout=0.1).eval()
-    levels = [torch.randn(2, 15, 24), torch.randn(2, 6, 40)]
-    expected = {grid: upsample(levels, grid) for grid in (None, (4, 4))}
+@pytest.mark.parametrize("key_positions", [False, True])
+def test_upsample_fuse(key_positions):
+    upsample = make_upsample(dropout=0.1, key_positions=key_positions).eval()
+    levels = {grid: levels_of(grid or (3, 5), 2) for grid in (None, (4, 4))}
+    expected = {grid: upsample(levels[grid], grid) for grid in levels}
     upsample.fuse()
     calls = []
     upsample.stages[0].layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     for grid, output in expected.items():
-        torch.testing.assert_close(upsample(levels, grid), output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(upsample(levels[grid], grid), output, atol=1e-5, rtol=1e-5)
         assert len(calls) == (grid is not None), "folded at the training grid only"
     keys = set(make_upsample().state_dict())
     assert set(upsample.state_dict()) == keys
-    other = make_upsample(1).eval()
+    other = make_upsample(1, key_positions=key_positions).eval()
     upsample.load_state_dict(other.state_dict())
-    torch.testing.assert_close(upsample(levels), other(levels))
+    torch.testing.assert_close(upsample(levels[None]), other(levels[None]))
     upsample.fuse()
     assert not hasattr(upsample.train(), "fused_tokens")
 
@@ -300,7 +340,7 @@ def test_training_step(variant):
         assert output.mask_logits.shape == (2, 5, 3, 4)
     else:
         assert output.mask_logits.shape == (2, 5, 5, 7)
-    outputs = {"shrunk": 2, "published": 2, "mixed": 3}.get(variant, 1)
+    outputs = {"shrunk": 2, "published": 2, "positions": 2, "mixed": 3}.get(variant, 1)
     assert len(output.auxiliary) == outputs - 1
     assert tuple(output.mask_logits.shape[-2:]) == model.mask_grid((40, 56))
     criterion = SegViTLoss(5)
