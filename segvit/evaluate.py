@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -289,5 +290,8 @@ def run(config: EvaluateConfig) -> int:
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
     print(iou_table(result))
     if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=2) + "\n")
+        inference = {
+            field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)
+        }
+        Path(config.json).write_text(json.dumps({**result, "inference": inference}, indent=2) + "\n")
     return 0

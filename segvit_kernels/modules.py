@@ -331,9 +331,9 @@ def _place_and_content(features: Tensor, code: Tensor, share: int) -> tuple[Tens
     gram = centred.T @ centred / len(centred)
     variances, directions = torch.linalg.eigh(gram)
     variances, directions = variances.flip(0)[:share], directions.flip(1)[:, :share]
-    # A component's standard deviation is its variance ** 0.25 now; all together they have variance 1.
-    components = directions * variances.clamp(min=1e-6 * variances[0]) ** -0.25
-    components = components / variances.sqrt().mean().sqrt()
+    variances = variances.clamp(min=1e-6 * variances[0])
+    # Half whitened: a component's variance becomes its square root, and their mean 1.
+    components = directions * variances**-0.25 / variances.sqrt().mean().sqrt()
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
     targets = code.float().repeat(len(features), 1)
     read = torch.linalg.solve(gram, centred.T @ targets / len(centred))

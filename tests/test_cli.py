@@ -89,10 +89,13 @@ def test_train_then_evaluate(folder, checkpoint, tmp_path, capsys):
     assert config["class_names"] == ["left", "right"]
     result = tmp_path / "result.json"
     words = ["evaluate", "--data", str(folder), "--checkpoint", str(checkpoint), "--json", str(result)]
-    assert main([*words, "--no-progress", "--workers", "1", "--accelerator", "cpu"]) == 0
+    options = ["--window", "16", "--no-progress", "--workers", "1", "--accelerator", "cpu"]
+    assert main([*words, *options]) == 0
     table = capsys.readouterr().out
     values = json.loads(result.read_text())
     assert values["images"] == 2 and set(values["iou"]) == {"left", "right"}
+    protocol = {"window": 16, "stride": None, "scales": [1.0], "flip": False, "short_side": None}
+    assert values["inference"] == protocol
     assert f"mean IoU  {100 * values['miou']:6.2f}" in table and "right" in table
 
 

@@ -290,6 +290,8 @@ def test_located_queries_attend_to_their_own_place(key_positions, monkeypatch):
     # With positions in the keys the code need not be read off the features.
     nearer = (0.05, 0.05, 0.3, 0.3) if key_positions else (0.3, 0.3, 0.4, 0.4)
     assert all(a < n * b for a, b, n in zip(after, before, nearer, strict=True)), after
+    upsample.locate([torch.randn(2, 64, 3) @ torch.randn(3, 48), torch.randn(2, 16, 40)])  # of low rank
+    assert all(parameter.isfinite().all() for parameter in upsample.parameters())
     with pytest.raises(ValueError, match=r"levels: 63 tokens are no subsampled grid of \(8, 8\)"):
         upsample.locate([shown[0][:, 1:], shown[1]])
 
