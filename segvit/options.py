@@ -79,7 +79,11 @@ class ModelOptions:
 
     preset: str = option("vit_small", "vit_tiny, vit_small, vit_base or vit_large")
     image_size: int = option(512, "side of the square training crop in pixels, a multiple of the patch size")
-    shrunk: bool = option(False, "the Shrunk structure: query-based down- and up-sampling, 40 % less compute")
+    shrunk: bool = option(
+        False,
+        "the Shrunk structure: query-based down- and up-sampling, 40 % less compute; it learns much sooner "
+        "with 'key_positions': true among the model's fields, which published models do not have",
+    )
     locate_images: int = option(
         64,
         "images that show a Shrunk model's queries where they are before the first step; 0: random queries",
