@@ -82,7 +82,7 @@ class ModelOptions:
     shrunk: bool = option(
         False,
         "the Shrunk structure: query-based down- and up-sampling, 40 % less compute; it learns much sooner "
-        "with 'key_positions': true among the model's fields, which published models do not have",
+        "with --model.key_positions true, which published models do not have",
     )
     locate_images: int = option(
         64,

@@ -1,6 +1,7 @@
 """Keep the result of a run beside the recipe, and write the README's table from what is kept.
 
-python -m examples.camvid.record RUN EVALUATION.json NAME   # -> examples/camvid/results/NAME.json
+python -m examples.camvid.record RUN EVALUATION.json NAME   # -> examples/camvid/results/NAME.json; a name
+                                                            # shrunk/... is a row of the second table
 python -m examples.camvid.record costs NAME=RUN...          # time and memory of kept runs, measured in turn
 python -m examples.camvid.record                            # only the table
 """
@@ -27,7 +28,7 @@ from segvit.options import InferenceOptions
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-START, END = "<!-- results -->", "<!-- /results -->"
+START, END = "<!-- {} -->", "<!-- /{} -->"
 
 
 def record(run: Path, evaluation: Path, name: str) -> None:
@@ -50,8 +51,9 @@ def record(run: Path, evaluation: Path, name: str) -> None:
         "loss": [{"step": s, "loss": loss, "seconds": t} for s, loss, t in losses],
         "evaluation": json.loads(evaluation.read_text()),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 SIZE, CROP, BATCH = (360, 480), 224, 8
@@ -166,6 +168,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def shrunk_table() -> str:
+    """Markdown of the Shrunk models: what differs between their options, and what they reach."""
+    lines = [
+        "| key positions | gain | decoder rate | dropout | steps | mIoU | whole images |",
+        "|" + "---|" * 7,
+    ]
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("shrunk/*.json"))]
+    for result in [*results, json.loads((RESULTS / "shrunk.json").read_text())]:
+        options = result["options"]
+        values = (
+            "yes" if options["model"].get("key_positions") else "no",
+            f"{options['similarity_gain']:g}",
+            f"{options['lr'] * options['decoder_lr_scale']:.1e}",
+            f"{options['model'].get('decoder_dropout', 0.1):g}",
+            options["max_steps"],
+            f"{100 * result['evaluation']['miou']:.1f}",
+            f"{100 * result['curve'][-1]['miou']:.1f}",
+        )
+        lines.append("| " + " | ".join(map(str, values)) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["costs"]:
         costs(dict(pair.partition("=")[::2] for pair in arguments[1:]))
@@ -175,9 +199,12 @@ def main(arguments: list[str]) -> int:
     elif arguments:
         record(Path(arguments[0]), Path(arguments[1]), arguments[2])
     readme = HERE / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{START}\n{table()}\n{END}{after}")
+    text = readme.read_text()
+    for name, render in (("results", table), ("shrunk", shrunk_table)):
+        before, _, rest = text.partition(START.format(name))
+        _, _, after = rest.partition(END.format(name))
+        text = f"{before}{START.format(name)}\n{render()}\n{END.format(name)}{after}"
+    readme.write_text(text)
     return 0
 
 
