@@ -290,8 +290,15 @@ def test_located_queries_attend_to_their_own_place(key_positions, monkeypatch):
     # With positions in the keys the code need not be read off the features.
     nearer = (0.05, 0.05, 0.3, 0.3) if key_positions else (0.3, 0.3, 0.4, 0.4)
     assert all(a < n * b for a, b, n in zip(after, before, nearer, strict=True)), after
-    upsample.locate([torch.randn(2, 64, 3) @ torch.randn(3, 48), torch.randn(2, 16, 40)])  # of low rank
-    assert all(parameter.isfinite().all() for parameter in upsample.parameters())
+    if key_positions:
+        attention = upsample.stages[0].layers[0].multihead_attn
+        query, key, _ = (weight[:16] for weight in attention.in_proj_weight.chunk(3))  # of the first head
+        logits = (F.layer_norm(upsample.queries, (64,)) @ query.T) @ (upsample.queries @ key.T).T / 4
+        torch.testing.assert_close(logits.std(-1).mean(), torch.tensor(6.0), rtol=1e-3, atol=0)
+    low_rank = torch.randn(2, 64, 3) @ torch.randn(3, 48)
+    upsample.locate([low_rank, torch.randn(2, 16, 40)])
+    assert upsample.stages[0].input_proj(low_rank)[..., 16:].std() < 2
+    assert upsample.stages[0].input_proj.weight[16:].abs().max() < 20
     with pytest.raises(ValueError, match=r"levels: 63 tokens are no subsampled grid of \(8, 8\)"):
         upsample.locate([shown[0][:, 1:], shown[1]])
 
