@@ -532,26 +532,29 @@ class QueryUpsample(nn.Module):
         """
         if len(levels) != len(self.stages):
             raise ValueError(f"levels: got {len(levels)}, expected {len(self.stages)}")
-        level_grid, grid = grid or self.grid, self.output_grid(grid)
-        first = None
+        level_grid, grid = tuple(grid or self.grid), self.output_grid(grid)
+        first = positions = None
         tokens = self._queries(grid)
+        if self.key_positions:
+            image = tokens if grid == level_grid else self._queries(level_grid)
+            positions = image[0].unflatten(0, level_grid)
         if self.training and self.dropout > 0:
             # Every image draws its own dropout; without dropout all images share the first steps.
             tokens = tokens.expand(levels[0].shape[0], -1, -1)
         elif grid == self.grid and hasattr(self, "fused_tokens"):
             first = (self.fused_tokens, self.fused_query)
         for stage, features in zip(self.stages, levels, strict=True):
-            position_keys = self._position_keys(stage, features.shape[1], tuple(level_grid))
+            position_keys = self._position_keys(stage, features.shape[1], positions)
             tokens, first = stage(tokens, features, first, position_keys), None
         return tokens
 
-    def _position_keys(self, stage: _UpsampleStage, tokens: int, grid: tuple[int, int]) -> Tensor | None:
-        """What is added to a stage's keys, (tokens, depth, C), for levels of images of `grid`."""
-        if not self.key_positions:
+    def _position_keys(self, stage: _UpsampleStage, tokens: int, positions: Tensor | None) -> Tensor | None:
+        """What is added to a stage's keys, (tokens, depth, C), for levels of images with these (h, w, C)."""
+        if positions is None:
             return None
-        if grid == self.grid and hasattr(stage, "fused_position_keys"):
-            return _subsampled(stage.fused_position_keys.unflatten(0, grid), tokens)
-        return stage.position_keys(_subsampled(self._queries(grid)[0].unflatten(0, grid), tokens))
+        if tuple(positions.shape[:2]) == self.grid and hasattr(stage, "fused_position_keys"):
+            return _subsampled(stage.fused_position_keys.unflatten(0, self.grid), tokens)
+        return stage.position_keys(_subsampled(positions, tokens))
 
     def _queries(self, grid: tuple[int, int]) -> Tensor:
         queries = self.queries.unsqueeze(0)

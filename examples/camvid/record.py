@@ -21,6 +21,7 @@ from bench import timing
 from bench.environment import describe, isolated
 from bench.flops import count_torch
 from bench.report import size
+from segvit.config import SegViTConfig
 from segvit.evaluate import load_model
 from segvit.linear_head import CrossEntropy, LinearSegmenter
 from segvit.losses import SegViTLoss
@@ -181,7 +182,7 @@ def shrunk_table() -> str:
             "yes" if options["model"].get("key_positions") else "no",
             f"{options['similarity_gain']:g}",
             f"{options['lr'] * options['decoder_lr_scale']:.1e}",
-            f"{options['model'].get('decoder_dropout', 0.1):g}",
+            f"{options['model'].get('decoder_dropout', SegViTConfig.decoder_dropout):g}",
             options["max_steps"],
             f"{100 * result['evaluation']['miou']:.1f}",
             f"{100 * result['curve'][-1]['miou']:.1f}",
