@@ -113,6 +113,11 @@ class OptimizerOptions:
     accumulate: int = option(1, "split each batch into this many smaller ones to save memory")
     lr: float = option(1e-4, "peak learning rate of the backbone")
     decoder_lr_scale: float = option(10.0, "factor on lr for everything but the backbone")
+    betas: tuple[float, float] = option(
+        (0.9, 0.999),
+        "decay rates of AdamW's two moments; a second one of 0.98 soon forgets the large gradients of "
+        "the first steps, which counts when training is short",
+    )
     weight_decay: float = option(0.01, "AdamW weight decay (none on the backbone's norms)")
     warmup_steps: int = option(1500, "steps of linear warm-up")
     warmup_lr: float = option(1e-6, "learning rate of the first step")

@@ -197,6 +197,8 @@ def _check(config: TrainConfig) -> None:
     for name in ("lr", "similarity_gain"):
         if getattr(config, name) <= 0:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected more than 0")
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas: got {tuple(config.betas)}, expected two decays from 0 to below 1")
     if config.ema is not None and not 0 < config.ema < 1:
         raise ValueError(f"ema: got {config.ema}, expected a decay between 0 and 1")
     if config.batch_size % config.accumulate:
@@ -218,7 +220,8 @@ def _prepare_folder(config: TrainConfig) -> None:
     folder = Path(config.out)
     path = folder / "config.yaml"
     values = dataclasses.asdict(config)
-    values["scale"] = list(values["scale"])
+    for name in ("scale", "betas"):
+        values[name] = list(values[name])
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if path.is_file():
@@ -308,7 +311,9 @@ class _Trainer:
         for group in groups:
             group["peak_lr"] = group["lr"]
         # Fused AdamW unscales by itself and then cannot clip.
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=config.precision != "fp16")
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, fused=config.precision != "fp16"
+        )
         self.average = None
         if config.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))

@@ -67,7 +67,8 @@ def command(config, **changes):
     """The command line of a configuration."""
     path = Path(config.out).with_suffix(".yaml")
     values = {**dataclasses.asdict(config), **changes}
-    values["scale"] = list(values["scale"])
+    for name in ("scale", "betas"):
+        values[name] = list(values[name])
     path.write_text(yaml.safe_dump(values))
     return [sys.executable, "-m", "segvit", "train", "--config", str(path)]
 
@@ -368,6 +369,7 @@ def test_unwritable_folder(tmp_path):
     [
         ({"max_steps": 0}, "max_steps: got 0"),
         ({"batch_size": 4, "accumulate": 3}, "accumulate: got 3"),
+        ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\)"),
         ({"ema": 1.0}, "ema: got 1.0"),
         ({"lr": 0.0}, "lr: got 0.0"),
         ({"devices": 0}, "devices: got 0"),
