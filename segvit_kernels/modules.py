@@ -324,20 +324,22 @@ def _subsampled(code: Tensor, tokens: int) -> Tensor:
     raise ValueError(f"levels: {tokens} tokens are no subsampled grid of {tuple(code.shape[:2])}")
 
 
-def _place_and_content(features: Tensor, code: Tensor, share: int) -> tuple[Tensor, Tensor]:
-    """Linear maps from centred features (B, Nk, C) to the code of their place (Nk, places) and to their first
-    principal components, half whitened (C, at most ``share``)."""
-    centred = (features - features.mean((0, 1))).float().flatten(0, 1)
-    gram = centred.T @ centred / len(centred)
-    variances, directions = torch.linalg.eigh(gram)
-    variances, directions = variances.flip(0)[:share], directions.flip(1)[:, :share]
+def _half_whitened_components(centred: Tensor, count: int) -> Tensor:
+    """The first principal components (C, at most ``count``) of centred features (N, C), as a linear map.
+
+    A component's variance becomes its square root, and the mean of these 1.
+    """
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    variances, directions = variances.flip(0)[:count], directions.flip(1)[:, :count]
     variances = variances.clamp(min=1e-6 * variances[0])
-    # Half whitened: a component's variance becomes its square root, and their mean 1.
-    components = directions * variances**-0.25 / variances.sqrt().mean().sqrt()
+    return directions * variances**-0.25 / variances.sqrt().mean().sqrt()
+
+
+def _place_reader(centred: Tensor, code: Tensor) -> Tensor:
+    """The linear map (C, places) from centred features (N, C) to codes (N, places): ridge regression."""
+    gram = centred.T @ centred / len(centred)
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    targets = code.float().repeat(len(features), 1)
-    read = torch.linalg.solve(gram, centred.T @ targets / len(centred))
-    return read.to(features), components.to(features)
+    return torch.linalg.solve(gram, centred.T @ code / len(centred))
 
 
 class _UpsampleStage(nn.Module):
@@ -485,14 +487,16 @@ class QueryUpsample(nn.Module):
         first, share = places, (dim - places) // len(self.stages)
         for stage, features in zip(self.stages, levels, strict=True):
             keys = _subsampled(code.unflatten(0, self.grid), features.shape[1])
-            read, components = _place_and_content(features, keys, share)
+            mean = features.mean((0, 1))
+            centred = (features - mean).float().flatten(0, 1)
+            components = _half_whitened_components(centred, share)
             weight = torch.zeros_like(stage.input_proj.weight)
             content = slice(first, first + components.shape[1])
-            weight[content] = components.T
+            weight[content] = components.T.to(weight)
             if not self.key_positions:
-                weight[:places] = read.T
+                weight[:places] = _place_reader(centred, keys.float().repeat(len(features), 1)).T.to(weight)
             stage.input_proj.weight.copy_(weight)
-            stage.input_proj.bias.copy_(-weight @ features.mean((0, 1)))
+            stage.input_proj.bias.copy_(-weight @ mean)
             if not self.key_positions:
                 keys = stage.input_norm(stage.input_proj(features))[..., :places]
             logits = F.layer_norm(self.queries, (dim,))[:, :places] @ keys.transpose(-1, -2)

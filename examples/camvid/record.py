@@ -1,7 +1,7 @@
 """Keep the result of a run beside the recipe, and write the README's table from what is kept.
 
 python -m examples.camvid.record RUN EVALUATION.json NAME   # -> examples/camvid/results/NAME.json; a name
-                                                            # shrunk/... is a row of the second table
+                                                            # earlier/... is a row of the second table
 python -m examples.camvid.record costs NAME=RUN...          # time and memory of kept runs, measured in turn
 python -m examples.camvid.record                            # only the table
 """
@@ -25,7 +25,7 @@ from segvit.config import SegViTConfig
 from segvit.evaluate import load_model
 from segvit.linear_head import CrossEntropy, LinearSegmenter
 from segvit.losses import SegViTLoss
-from segvit.options import InferenceOptions
+from segvit.options import InferenceOptions, TrainConfig
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -122,6 +122,10 @@ def costs(runs: dict[str, str]) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def _cost(render: Callable[[dict], str]) -> Callable[[dict], str]:
     return lambda result: render(result["costs"]) if "costs" in result else "–"
 
@@ -130,10 +134,10 @@ def table() -> str:
     """Markdown of every kept result: one column each."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     lines = [
-        "| | " + " | ".join(results) + " |",
+        _row("", *results),
         "|---|" + "---|" * len(results),
         *(
-            f"| {label} | " + " | ".join(value(r) for r in results.values()) + " |"
+            _row(label, *map(value, results.values()))
             for label, value in (
                 ("**mIoU**", lambda r: f"**{100 * r['evaluation']['miou']:.1f}**"),
                 ("mIoU, whole images at once", lambda r: f"{100 * r['curve'][-1]['miou']:.1f}"),
@@ -154,11 +158,7 @@ def table() -> str:
     ]
     first = next(iter(results.values()))
     for name in first["evaluation"]["iou"]:
-        lines.append(
-            f"| {name} | "
-            + " | ".join(f"{100 * r['evaluation']['iou'][name]:.1f}" for r in results.values())
-            + " |"
-        )
+        lines.append(_row(name, *(f"{100 * r['evaluation']['iou'][name]:.1f}" for r in results.values())))
     e = first["environment"]
     commits = ", ".join(f"{name} {r['environment']['commit'][:10]}" for name, r in results.items())
     lines += [
@@ -169,25 +169,28 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def shrunk_table() -> str:
-    """Markdown of the Shrunk models: what differs between their options, and what they reach."""
-    lines = [
-        "| key positions | gain | decoder rate | dropout | steps | mIoU | whole images |",
-        "|" + "---|" * 7,
-    ]
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("shrunk/*.json"))]
-    for result in [*results, json.loads((RESULTS / "shrunk.json").read_text())]:
+def recipes() -> str:
+    """Markdown of what was tried: what differs between the options of runs, and what they reach."""
+    columns = ("key positions", "gain", "decoder rate", "β₂", "dropout", "steps", "mIoU", "whole images")
+    lines = [_row("model", *columns), "|---|" + "---|" * len(columns)]
+    paths = [*sorted(RESULTS.glob("earlier/*.json")), RESULTS / "segvit.json", RESULTS / "shrunk.json"]
+    results = [json.loads(path.read_text()) for path in paths]
+    for result in sorted(results, key=lambda result: result["options"]["shrunk"]):
         options = result["options"]
-        values = (
-            "yes" if options["model"].get("key_positions") else "no",
-            f"{options['similarity_gain']:g}",
-            f"{options['lr'] * options['decoder_lr_scale']:.1e}",
-            f"{options['model'].get('decoder_dropout', SegViTConfig.decoder_dropout):g}",
-            options["max_steps"],
-            f"{100 * result['evaluation']['miou']:.1f}",
-            f"{100 * result['curve'][-1]['miou']:.1f}",
+        located = options["model"].get("key_positions")
+        lines.append(
+            _row(
+                "shrunk" if options["shrunk"] else "segvit",
+                ("yes" if located else "no") if options["shrunk"] else "–",
+                f"{options['similarity_gain']:g}",
+                f"{options['lr'] * options['decoder_lr_scale']:.1e}",
+                options.get("betas", TrainConfig.betas)[1],
+                f"{options['model'].get('decoder_dropout', SegViTConfig.decoder_dropout):g}",
+                options["max_steps"],
+                f"{100 * result['evaluation']['miou']:.1f}",
+                f"{100 * result['curve'][-1]['miou']:.1f}",
+            )
         )
-        lines.append("| " + " | ".join(map(str, values)) + " |")
     return "\n".join(lines)
 
 
@@ -201,7 +204,7 @@ def main(arguments: list[str]) -> int:
         record(Path(arguments[0]), Path(arguments[1]), arguments[2])
     readme = HERE / "README.md"
     text = readme.read_text()
-    for name, render in (("results", table), ("shrunk", shrunk_table)):
+    for name, render in (("results", table), ("recipes", recipes)):
         before, _, rest = text.partition(START.format(name))
         _, _, after = rest.partition(END.format(name))
         text = f"{before}{START.format(name)}\n{render()}\n{END.format(name)}{after}"
