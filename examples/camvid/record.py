@@ -172,26 +172,30 @@ def table() -> str:
 def recipes() -> str:
     """Markdown of what was tried: what differs between the options of runs, and what they reach."""
     columns = ("key positions", "gain", "decoder rate", "β₂", "dropout", "steps", "mIoU", "whole images")
-    lines = [_row("model", *columns), "|---|" + "---|" * len(columns)]
-    paths = [*sorted(RESULTS.glob("earlier/*.json")), RESULTS / "segvit.json", RESULTS / "shrunk.json"]
-    results = [json.loads(path.read_text()) for path in paths]
-    for result in sorted(results, key=lambda result: result["options"]["shrunk"]):
-        options = result["options"]
-        located = options["model"].get("key_positions")
-        lines.append(
-            _row(
-                "shrunk" if options["shrunk"] else "segvit",
-                ("yes" if located else "no") if options["shrunk"] else "–",
-                f"{options['similarity_gain']:g}",
-                f"{options['lr'] * options['decoder_lr_scale']:.1e}",
-                options.get("betas", TrainConfig.betas)[1],
-                f"{options['model'].get('decoder_dropout', SegViTConfig.decoder_dropout):g}",
-                options["max_steps"],
-                f"{100 * result['evaluation']['miou']:.1f}",
-                f"{100 * result['curve'][-1]['miou']:.1f}",
-            )
+    lines = [_row("shrinks at block", *columns), "|---|" + "---|" * len(columns)]
+    rows = []
+    for path in [*RESULTS.glob("earlier/*.json"), *RESULTS.glob("*.json")]:
+        result = json.loads(path.read_text())
+        options, classes = result["options"], len(result["evaluation"]["iou"])
+        if options["head"] == "linear":
+            continue
+        fields = {"image_size": options["image_size"], "shrunk": options["shrunk"], **options["model"]}
+        config = SegViTConfig.preset(options["preset"], classes, **fields)
+        block = config.backbone.shrink_at
+        order = -1 if block is None else block, options["max_steps"], result["evaluation"]["miou"]
+        row = _row(
+            "–" if block is None else block,
+            "yes" if config.upsample and config.key_positions else "no" if config.upsample else "–",
+            f"{options['similarity_gain']:g}",
+            f"{options['lr'] * options['decoder_lr_scale']:.1e}",
+            options.get("betas", TrainConfig.betas)[1],
+            f"{config.decoder_dropout:g}",
+            options["max_steps"],
+            f"{100 * result['evaluation']['miou']:.1f}",
+            f"{100 * result['curve'][-1]['miou']:.1f}",
         )
-    return "\n".join(lines)
+        rows.append((order, row))
+    return "\n".join([*lines, *(row for _, row in sorted(rows))])
 
 
 def main(arguments: list[str]) -> int:
