@@ -135,6 +135,12 @@ def test_a_run_and_its_folder(tmp_path):
     assert not torch.equal(raw["decoder.class_tokens"], weights(tmp_path / "run")["decoder.class_tokens"])
 
 
+def test_betas_reach_the_optimizer(tmp_path):
+    train(tiny(tmp_path / "run", max_steps=1, betas=(0.8, 0.95)))
+    state = torch.load(tmp_path / "run/checkpoints/last/trainer.pt", weights_only=True)
+    assert {tuple(group["betas"]) for group in state["optimizer"]["param_groups"]} == {(0.8, 0.95)}
+
+
 def test_moving_average_follows_the_weights(tmp_path):
     """It starts at the weights after the first step; the second moves it by 1 - decay."""
     names = ("a", "b")
