@@ -42,6 +42,13 @@ def native_backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without AMX, as far as torch says: whether this one has it must not choose an engine's dtype."""
+    capabilities = {**torch.cpu.get_capabilities(), "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
+@pytest.fixture
 def poisoned():
     """Uninitialised memory is NaN, so that an element nobody wrote shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory

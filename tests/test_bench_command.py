@@ -18,6 +18,8 @@ from segvit.cli import main
 from segvit.config import PRESETS
 from segvit.linear_head import LinearSegmenter
 
+pytestmark = pytest.mark.usefixtures("without_amx")
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 

@@ -16,6 +16,8 @@ from segvit import BackboneConfig, InferenceOptions, SegViT, SegViTConfig
 from segvit import engine as engine_module
 from segvit.linear_head import LinearSegmenter
 
+pytestmark = pytest.mark.usefixtures("without_amx")
+
 SIZES = ((32, 32), (37, 50), (64, 40))
 KINDS = ("plain", "shrunk", "linear")
 
