@@ -219,9 +219,10 @@ def _prepare_folder(config: TrainConfig) -> None:
     yaml = require("yaml", extra="train")
     folder = Path(config.out)
     path = folder / "config.yaml"
-    values = dataclasses.asdict(config)
-    for name in ("scale", "betas"):
-        values[name] = list(values[name])
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if path.is_file():

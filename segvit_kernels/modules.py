@@ -324,22 +324,21 @@ def _subsampled(code: Tensor, tokens: int) -> Tensor:
     raise ValueError(f"levels: {tokens} tokens are no subsampled grid of {tuple(code.shape[:2])}")
 
 
-def _half_whitened_components(centred: Tensor, count: int) -> Tensor:
-    """The first principal components (C, at most ``count``) of centred features (N, C), as a linear map.
+def _half_whitened_components(covariance: Tensor, count: int) -> Tensor:
+    """The first principal components (C, at most ``count``) of features of this covariance, as a linear map.
 
     A component's variance becomes its square root, and the mean of these 1.
     """
-    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    variances, directions = torch.linalg.eigh(covariance)
     variances, directions = variances.flip(0)[:count], directions.flip(1)[:, :count]
     variances = variances.clamp(min=1e-6 * variances[0])
     return directions * variances**-0.25 / variances.sqrt().mean().sqrt()
 
 
-def _place_reader(centred: Tensor, code: Tensor) -> Tensor:
+def _place_reader(centred: Tensor, covariance: Tensor, code: Tensor) -> Tensor:
     """The linear map (C, places) from centred features (N, C) to codes (N, places): ridge regression."""
-    gram = centred.T @ centred / len(centred)
-    gram.diagonal().add_(0.01 * gram.diagonal().mean())
-    return torch.linalg.solve(gram, centred.T @ code / len(centred))
+    ridge = 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+    return torch.linalg.solve(covariance + ridge, centred.T @ code / len(centred))
 
 
 class _UpsampleStage(nn.Module):
@@ -489,12 +488,14 @@ class QueryUpsample(nn.Module):
             keys = _subsampled(code.unflatten(0, self.grid), features.shape[1])
             mean = features.mean((0, 1))
             centred = (features - mean).float().flatten(0, 1)
-            components = _half_whitened_components(centred, share)
+            covariance = centred.T @ centred / len(centred)
+            components = _half_whitened_components(covariance, share)
             weight = torch.zeros_like(stage.input_proj.weight)
             content = slice(first, first + components.shape[1])
             weight[content] = components.T.to(weight)
             if not self.key_positions:
-                weight[:places] = _place_reader(centred, keys.float().repeat(len(features), 1)).T.to(weight)
+                targets = keys.float().repeat(len(features), 1)
+                weight[:places] = _place_reader(centred, covariance, targets).T.to(weight)
             stage.input_proj.weight.copy_(weight)
             stage.input_proj.bias.copy_(-weight @ mean)
             if not self.key_positions:

@@ -67,8 +67,7 @@ def command(config, **changes):
     """The command line of a configuration."""
     path = Path(config.out).with_suffix(".yaml")
     values = {**dataclasses.asdict(config), **changes}
-    for name in ("scale", "betas"):
-        values[name] = list(values[name])
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     path.write_text(yaml.safe_dump(values))
     return [sys.executable, "-m", "segvit", "train", "--config", str(path)]
 

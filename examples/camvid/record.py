@@ -185,7 +185,7 @@ def recipes() -> str:
         order = -1 if block is None else block, options["max_steps"], result["evaluation"]["miou"]
         row = _row(
             "–" if block is None else block,
-            "yes" if config.upsample and config.key_positions else "no" if config.upsample else "–",
+            ("yes" if config.key_positions else "no") if config.upsample else "–",
             f"{options['similarity_gain']:g}",
             f"{options['lr'] * options['decoder_lr_scale']:.1e}",
             options.get("betas", TrainConfig.betas)[1],
