@@ -117,18 +117,110 @@ def test_config_file_and_options_after_it(tmp_path, capsys):
     assert "finished at step 1 " in capsys.readouterr().out
 
 
-def test_mistakes_in_options(tmp_path, capsys):
-    assert fails(capsys, "train", "--out", "x").startswith("segvit train: error: ")
-    assert "--max-steps: " in fails(
-        capsys, "train", "--data", "synthetic", "--out", "x", "--max-steps", "many"
+RUN = ["train", "--data", "nowhere", "--out", "x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-steps", "many"], "--max-steps: got 'many', expected a whole number"),
+        (["--max-steps", "1.5"], "--max-steps: got '1.5', expected a whole number"),
+        (["--max-steps", "9" * 30], "--max-steps: got '999"),
+        (["--max-steps", ""], "--max-steps: got nothing, expected a whole number"),
+        (["--lr", "nan"], "--lr: got 'nan', expected a number"),
+        (["--lr", "1e999"], "--lr: got '1e999', expected a number"),
+        (["--betas", "[0.9, a]"], "--betas: got [0.9, 'a'], expected 2 numbers in brackets"),
+        (["--betas", "0.9"], "--betas: got '0.9', expected 2 numbers"),
+        (["--model", "5"], "--model: got '5', expected a mapping {key: value}"),
+        (["--model", "{a: 1, a: 2}"], "--model: line 1: the key 'a' occurs twice"),
+        (["--model", "{a: 1"], "--model: not YAML: "),
+        (
+            ["--precision", "bf61"],
+            "--precision: got 'bf61', expected one of 32, bf16, fp16; did you mean bf16?",
+        ),
+        (["--label-mapping", "{a: 1}"], "--label-mapping: got {'a': 1}, expected a text"),
+        (["--names", " "], "--names: got ' ', expected a text that is not empty"),
+        (["--no-such", "1"], "--no-such: no such option"),
+        (["--max-stepp", "1"], "--max-stepp: no such option; did you mean --max-steps?"),
+        (["--max-steps"], "--max-steps: expected one argument"),
+        (["--model.width"], "--model.width: expected a value after it"),
+        (["--flip", "maybe"], "got 'maybe' where no argument is expected"),
+        (["--config", "none.yaml"], "none.yaml: no such file"),
+        (["--config", ""], "--config: got '', expected a YAML file"),
+    ],
+)
+def test_mistakes_in_options(capsys, words, message):
+    line = fails(capsys, *RUN, *words)
+    assert line.startswith(f"segvit train: error: {message}")
+    assert not Path("x").exists()
+
+
+def test_mistakes_before_the_options(capsys):
+    assert fails(capsys, "train", "--out", "x") == "segvit train: error: missing: --data (see --help)"
+    assert "missing: IMAGES, --checkpoint" in fails(capsys, "predict")
+    assert fails(capsys, "fly").startswith("segvit: error: no command 'fly'; expected train, evaluate, ")
+    assert fails(capsys, "trian") == "segvit: error: no command 'trian'; did you mean train?"
+    assert "expected a command" in fails(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_step: 3\n", "line 1: no option 'max_step'; did you mean max_steps?"),
+        ("data: x\nlr: 1\nlr: 2\n", "line 3: lr occurs twice"),
+        ("max-steps: 1\nmax_steps: 2\n", "line 2: max_steps occurs twice"),
+        ("\nmax_steps: many\n", "line 2: max_steps: got 'many', expected a whole number"),
+        ("flip: maybe\n", "line 1: flip: got 'maybe', expected true or false"),
+        ("data: [1]\n", "line 1: data: got [1], expected a text that is not empty"),
+        ("data: null\n", "line 1: data: got 'null', expected a text"),
+        ("data:\n", "line 1: data: got '', expected a text"),
+        ("scale: [1, 2, 3]\n", "line 1: scale: got [1, 2, 3], expected 2 numbers"),
+        ("model:\n  width: 1\n  width: 2\n", "line 3: the key 'width' occurs twice"),
+        ("- a\n", "got ['a'], expected options (key: value)"),
+        ("# nothing\n", "the file is empty, expected options (key: value)"),
+        ("train: {lr: 1}\n", "line 1: no option 'train'"),
+    ],
+)
+def test_mistakes_in_configuration_files(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = fails(capsys, *RUN, "--config", str(path))
+    assert line.startswith(f"segvit train: error: {path}: {message}")
+
+
+def options_of(capsys, *words):
+    """What --print-config says."""
+    assert main([words[0], "--print-config", *words[1:]]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_configuration_files_as_editors_write_them(tmp_path, capsys):
+    text = (
+        "# mine\r\nlr: 1e-4\r\nflip: no\r\nresume: on\r\nprecision: 32\r\nout: 2024-01-01\r\ndata: no\r\n"
+        "max-steps: 1e3\r\nnames: ~\r\nmodel.key_positions: true\r\nlabel_mapping: {7: 0}\r\n"
+        "betas: [0.9, 0.98]  \r\n"
     )
-    assert "--no-such" in fails(capsys, "train", "--data", "synthetic", "--out", "x", "--no-such", "1")
-    assert "nowhere" in fails(capsys, "train", "--config", str(tmp_path / "nowhere.yaml"))
-    (tmp_path / "bad.yaml").write_text("max_stepps: 3\n")
-    assert "max_stepps" in fails(
-        capsys, "train", "--config", str(tmp_path / "bad.yaml"), "--data", "x", "--out", "y"
-    )
-    assert "fly" in fails(capsys, "fly")
+    expected = {
+        "lr": 1e-4, "flip": False, "resume": True, "precision": "32", "out": "2024-01-01", "data": "no",
+        "max_steps": 1000, "names": None, "model": {"key_positions": True}, "label_mapping": {7: 0},
+        "betas": [0.9, 0.98],
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes(text.encode(encoding))
+        values = options_of(capsys, "train", "--config", str(path))
+        assert {name: values[name] for name in expected} == expected
+    words = ["--lr", "3", "--model.width", "16", "--config", str(path), "--flip", "--names", "null"]
+    values = options_of(capsys, "train", *words)
+    assert values["lr"] == 3 and values["flip"] and values["model"] == {"key_positions": True, "width": 16}
+
+
+def test_words_that_look_like_options(capsys):
+    words = ["predict", "a.png", "--checkpoint", "x", "b.png", "--out=-x", "--", "-c.png", "--out"]
+    values = options_of(capsys, *words)
+    assert values["images"] == ["a.png", "b.png", "-c.png", "--out"] and values["out"] == "-x"
+    values = options_of(capsys, "convert", "in.pth", "--model", "{heads: 2}", "out")
+    assert (values["checkpoint"], values["out"], values["model"]) == ("in.pth", "out", {"heads": 2})
 
 
 def test_mistakes_in_data(folder, tmp_path, capsys):
@@ -195,7 +287,7 @@ def test_checkpoints_that_do_not_fit(folder, checkpoint, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("module", ["jsonargparse", "torchvision", "lightning_fabric"])
+@pytest.mark.parametrize("module", ["yaml", "torchvision", "lightning_fabric"])
 def test_missing_extra_is_named(tmp_path, module):
     words = ["train", "--data", "synthetic", "--out", str(tmp_path / "run"), *SMALL_RUN]
     script = (

@@ -605,7 +605,7 @@ def test_compiled_for_any_size(variant):
 
 
 def test_train_evaluate_predict(tmp_path, capsys):
-    pytest.importorskip("jsonargparse", reason="needs the extra train")
+    pytest.importorskip("yaml", reason="needs the extra train")
     image_module = pytest.importorskip("PIL.Image", reason="needs the extra train")
     from segvit.cli import main
 
