@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from segvit.checkpoint import (
     timm_state_dict,
 )
 from segvit.config import SegViTConfig
+from segvit.data.pictures import image_tensor
 from segvit.decoder import ATMDecoder
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
@@ -177,8 +177,8 @@ class SegViT(nn.Module):
         by one.
 
         Args:
-            images: a path, a PIL image, a uint8 array (H, W, 3), a uint8 tensor (3, H, W) or (B, 3, H, W), or
-                a list of single ones.
+            images: a path, a PIL image (both as they are seen, see `segvit.data.read_image`), a uint8 array
+                (H, W, 3), a uint8 tensor (3, H, W) or (B, 3, H, W), or a list of single ones.
             options: sliding window, scales, mirroring; by default the whole image at once.
 
         Returns:
@@ -190,7 +190,7 @@ class SegViT(nn.Module):
         """
         if isinstance(images, (list, tuple)):
             return [self.predict(image, options) for image in images]
-        images = _image_tensor(images)
+        images = image_tensor(images)
         training = self.training
         self.eval()
         try:
@@ -411,30 +411,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(f"{repo_id}: no such folder, and the Hub says: {reason}") from None
-
-
-def _image_tensor(image: Any) -> Tensor:
-    """uint8 (3, H, W) or (B, 3, H, W) of a path, PIL image, array or tensor."""
-    if isinstance(image, Tensor):
-        return image
-    if isinstance(image, (str, os.PathLike)):
-        pil = require("PIL.Image", extra="train")
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"{image}: no such image")
-        try:
-            with pil.open(image) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{image}: not a readable image ({error})") from None
-    elif not isinstance(image, np.ndarray) and hasattr(image, "convert"):
-        image = image.convert("RGB")
-    elif not isinstance(image, np.ndarray):
-        expected = "a path, a PIL image, a uint8 array or a uint8 tensor"
-        raise TypeError(f"expected {expected}, got {type(image).__name__}")
-    array = np.array(image)
-    if array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(f"an image array must have shape (H, W, 3), got {array.shape}")
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 import segvit_kernels
 from segvit._extras import require
-from segvit.data import read_image
+from segvit.data.pictures import PICTURE_SUFFIXES as SUFFIXES
+from segvit.data.pictures import probe, read_image
 from segvit.options import PredictConfig
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PredictConfig", "class_colors", "class_names", "find_classes", "find_images", "run"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Files as given, and every picture directly inside the folders given, sorted by name; each file once.
@@ -41,7 +40,6 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         FileNotFoundError: a path does not exist, or a folder holds no picture.
         ValueError: there is no path, or a file is not a picture.
     """
-    image_module = require("PIL.Image", extra="train")
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         files = [path]
@@ -56,11 +54,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         for file in files:
             found.setdefault(file.resolve(), file)
     for file in found.values():
-        try:
-            with image_module.open(file):
-                pass
-        except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError):
-            raise ValueError(f"{file}: not a picture, or one of an unknown format") from None
+        probe(file)
     if not found:
         raise ValueError("images: got none, expected files or folders")
     return list(found.values())

@@ -98,7 +98,7 @@ def test_size_mismatch_and_colour_labels(folder):
     dataset = SegmentationFolder(folder)
     with pytest.raises(ValueError, match=r"b\.png: the label map is 4x3 pixels, its image 5x3"):
         dataset[1]
-    Image.new("RGB", (4, 3)).save(folder / "annotations/training/b.png")
+    Image.new("RGB", (4, 3), "red").save(folder / "annotations/training/b.png")
     with pytest.raises(ValueError, match=r"b\.png: got a label image of shape \(3, 4, 3\)"):
         dataset[1]
 

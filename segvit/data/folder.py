@@ -18,62 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segvit._extras import require
+from segvit.data.names import read_names
+from segvit.data.pictures import read_image, read_label
 
-__all__ = ["SegmentationFolder", "open_dataset", "read_image", "read_label", "read_names"]
+__all__ = ["SegmentationFolder", "open_dataset"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _INVALID = -(1 << 62)
-
-
-def _decode(path: Path, mode: str | None) -> np.ndarray:
-    """Pixels of an image file, converted to `mode`, or as stored (palette indices for palette files)."""
-    image_module = require("PIL.Image", extra="train")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with image_module.open(path) as image:
-            return np.array(image.convert(mode) if mode else image)
-    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be decoded as an image ({error})") from None
-
-
-def read_image(path: str | Path) -> torch.Tensor:
-    """An image file as uint8 (3, H, W), RGB."""
-    return torch.from_numpy(_decode(Path(path), "RGB")).permute(2, 0, 1).contiguous()
-
-
-def read_label(path: str | Path) -> np.ndarray:
-    """A label file as stored, an unsigned integer array (H, W)."""
-    label = _decode(Path(path), None)
-    if label.ndim != 2:
-        raise ValueError(f"{path}: got a label image of shape {label.shape}, expected one channel")
-    if label.dtype == bool:
-        label = label.astype(np.uint8)
-    if label.dtype.kind not in "ui" or (label.size and label.min() < 0):
-        raise ValueError(f"{path}: got {label.dtype} label values, expected non-negative integers")
-    return label
-
-
-def read_names(path: str | Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line; blank lines and lines that start with # do not count.
-
-    ADE20K's own list, `objectInfo150.txt`, is understood too: its last column has the names.
-    """
-    path = Path(path)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: the names file is not UTF-8 text") from None
-    if lines and lines[0].startswith("Idx\t"):
-        lines = [line.rpartition("\t")[2] for line in lines[1:]]
-    names = tuple(line for line in lines if line and not line.startswith("#"))
-    if not names:
-        raise ValueError(f"{path}: the names file holds no class name")
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{path}: class names occur twice: {', '.join(twice)}")
-    return names
 
 
 def _read_mapping(source: Mapping[int, int | None] | str | Path) -> dict[int, int | None]:

@@ -1,0 +1,89 @@
+"""Class names from a text file, with or without their colours."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["ClassList", "read_classes", "read_names"]
+
+_COLOUR = re.compile(r"^(.*?)[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})$")
+_HEADER = re.compile(r"^name[\s,;]+r\w*[\s,;]+g\w*[\s,;]+b\w*$", re.IGNORECASE)
+_IGNORE = "ignore"
+
+
+class ClassList(NamedTuple):
+    """What a names file says.
+
+    Attributes:
+        names: class names in order.
+        colours: one (red, green, blue) for each class, or None.
+        ignored: colours that mean "no class".
+        ade20k: it is ADE20K's own list, whose label maps have 0 for "no class".
+    """
+
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...] | None = None
+    ignored: tuple[tuple[int, int, int], ...] = ()
+    ade20k: bool = False
+
+
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """Class names from a text file, one a line; blank lines and lines that start with # do not count.
+
+    ADE20K's own list, `objectInfo150.txt`, is understood too: its last column has the names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_classes`.
+    """
+    return read_classes(path).names
+
+
+def read_classes(path: str | Path) -> ClassList:
+    """Class names, one a line, or `name red green blue` on every line (blanks, tabs or commas between).
+
+    The colours are those of colour-coded label maps and of overlays. Lines named `ignore` give colours of
+    pixels without a class. Blank lines, lines that start with # and a first line `name r g b` do not count.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a text file; no name; a name or colour twice; a colour out of range, or missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such names file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: the names file is not UTF-8 text") from None
+    ade20k = bool(lines) and lines[0].startswith("Idx\t")
+    if ade20k:
+        lines = [line.rpartition("\t")[2] for line in lines[1:]]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    matches = [_COLOUR.match(line) for line in lines]
+    if any(matches) and lines and _HEADER.match(lines[0]):
+        lines, matches = lines[1:], matches[1:]
+    colours: list[tuple[int, int, int]] | None = None
+    ignored: tuple[tuple[int, int, int], ...] = ()
+    names = lines
+    if any(matches):
+        if not all(matches):
+            bare = lines[matches.index(None)]
+            raise ValueError(f"{path}: {bare!r} has no colour, other classes have; give all of them or none")
+        found = [(m[1].strip(), tuple(int(m[i]) for i in (2, 3, 4))) for m in matches]
+        if wrong := [f"{name} {colour}" for name, colour in found if max(colour) > 255]:
+            raise ValueError(f"{path}: colour out of range: {wrong[0]}, expected 0 to 255")
+        _refuse_twice(path, "colours", [" ".join(map(str, colour)) for _, colour in found])
+        names = [name for name, _ in found if name != _IGNORE]
+        colours = [colour for name, colour in found if name != _IGNORE]
+        ignored = tuple(colour for name, colour in found if name == _IGNORE)
+    if not names:
+        raise ValueError(f"{path}: the names file holds no class name")
+    _refuse_twice(path, "class names", names)
+    return ClassList(tuple(names), None if colours is None else tuple(colours), ignored, ade20k)
+
+
+def _refuse_twice(path: Path, what: str, items: list[str]) -> None:
+    if twice := sorted({item for item in items if items.count(item) > 1}):
+        raise ValueError(f"{path}: {what} occur twice: {', '.join(twice)}")

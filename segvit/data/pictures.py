@@ -1,0 +1,473 @@
+"""The one reader of pictures and of stored label maps, for `predict`, training, Python and `bench`.
+
+Pictures are read as people see them: turned as EXIF says, transparent parts on white, every colour space as
+RGB, and values of more than 8 bits scaled to 0...255, never clipped (`to_bytes` says how). Of several frames
+the first counts. Label maps keep their stored values, turned in the same way.
+
+Every problem with a file is a `ValueError` or `FileNotFoundError` of one line that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segvit._extras import require
+
+__all__ = [
+    "StoredLabel",
+    "as_rgb",
+    "image_tensor",
+    "probe",
+    "read_image",
+    "read_label",
+    "stored_label",
+    "to_bytes",
+]
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy")
+_MAX_PIXELS = 1 << 30
+_ORIENTATION = 0x0112
+_open_lock = threading.Lock()
+
+Range = Sequence[float] | None
+
+
+# Pictures
+
+
+def read_image(path: str | os.PathLike, channels: int = 3, value_range: Range = None) -> Tensor:
+    """A picture file as uint8 (channels, H, W).
+
+    Args:
+        path: of any format that Pillow reads, a .npy array (H, W), (H, W, C) or (C, H, W), or a TIFF of any
+            number of channels (needs the extra `tiff` where Pillow cannot).
+        channels: 3 for RGB, to which every other kind is converted; 1 for grey; any other number must be the
+            file's own.
+        value_range: the stored values that become 0 and 255, see `to_bytes`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be decoded, is larger than the limit, or has another number of channels.
+        ImportError: an extra is needed for it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    return _tensor(_decode_picture(path, channels, value_range))
+
+
+def image_tensor(image: Any, channels: int = 3, value_range: Range = None) -> Tensor:
+    """uint8 (C, H, W) of a path, PIL image or array (H, W, C), see `read_image`; a tensor as it is.
+
+    A PIL image is turned as its EXIF data say, as a file is.
+
+    Raises:
+        TypeError: something else.
+        ValueError, FileNotFoundError, ImportError: as `read_image`.
+    """
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, channels, value_range)
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[-1] != channels:
+            raise ValueError(f"an image array must have shape (H, W, {channels}), got {image.shape}")
+        return _tensor(np.array(image))
+    if not hasattr(image, "getexif"):
+        expected = "a path, a PIL image, a uint8 array or a uint8 tensor"
+        raise TypeError(f"expected {expected}, got {type(image).__name__}")
+    return _tensor(_from_pil(image, channels, value_range, "image"))
+
+
+def as_rgb(image: Tensor) -> Tensor:
+    """What to show of an image (C, H, W): its first three channels, or the first one as grey."""
+    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+
+
+def to_bytes(samples: np.ndarray, value_range: Range = None) -> np.ndarray:
+    """Stored values of any kind (H, W, C) as uint8 on 0...255, linearly.
+
+    8-bit values stay. Without `value_range` the values that become 0 and 255 are
+
+    - of integers without sign: 0 and the largest number of 8, 10, 12, 14 or 16 bits, the fewest that hold the
+      picture's largest value;
+    - of floats within 0...1: 0 and 1; of whole numbers within 0...255: 0 and 255;
+    - of everything else: the picture's smallest and largest.
+
+    With it, values beyond become 0 or 255. What is not finite becomes 0.
+
+    Args:
+        value_range: (low, high), or low and high for each of the channels in turn.
+
+    Raises:
+        ValueError: `value_range` has another length, or a low that is not below its high.
+    """
+    if samples.dtype == bool:
+        samples = samples.astype(np.uint8) * 255
+    if value_range is None:
+        if samples.dtype == np.uint8:
+            return samples
+        low, high = _natural_range(samples)
+    else:
+        pairs = np.asarray(value_range, dtype=np.float64)
+        if pairs.size not in (2, 2 * samples.shape[-1]):
+            expected = f"expected 2, or 2 for each of {samples.shape[-1]} channels"
+            raise _WholeMessageError(f"value_range: got {pairs.size} numbers, {expected}")
+        low, high = pairs.reshape(-1, 2).T
+        if not (low < high).all():
+            raise _WholeMessageError(
+                f"value_range: got {list(value_range)}, expected each low below its high"
+            )
+    values = (samples.astype(np.float64) - low) * (255 / (high - low))
+    return np.nan_to_num(values, nan=0, posinf=0, neginf=0).clip(0, 255).round().astype(np.uint8)
+
+
+def _natural_range(samples: np.ndarray) -> tuple[float, float]:
+    finite = samples if samples.dtype.kind in "ui" else samples[np.isfinite(samples)]
+    if not finite.size:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    if samples.dtype.kind in "ui" or (low >= 0 and 1 < high <= 255 and not (finite % 1).any()):
+        bits = next((bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits), None)
+        if low >= 0 and bits:
+            return 0.0, float((1 << bits) - 1)
+    elif low >= 0 and high <= 1:
+        return 0.0, 1.0
+    return low, high if high > low else low + 1
+
+
+def probe(path: str | os.PathLike, *, decode: bool = False) -> tuple[int, int]:
+    """Width and height of a picture as it is seen; `decode` reads its pixels too, and finds a damaged file.
+
+    Raises:
+        ValueError: it is not a picture, or damaged.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        shape = _load_array(path, mmap=True).shape
+        return (shape[1], shape[0]) if len(shape) == 2 or shape[-1] <= shape[0] else (shape[2], shape[1])
+    image = _open(path)
+    if image is None:
+        height, width = _read_tiff(path).shape[:2]
+        return width, height
+    with image:
+        width, height = image.size
+        if not decode:
+            return width, height
+        with _named(path):
+            # A quarter of the work for JPEGs, and all of their data is looked at.
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+        # Pillow turns TIFFs itself, and says so in their size from the start.
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+# Stored label maps
+
+
+class StoredLabel(NamedTuple):
+    """A label map as its file has it, turned as the picture is.
+
+    Attributes:
+        values: integers (H, W), or with `colour` red << 16 | green << 8 | blue.
+        colour: the file holds colours, not numbers.
+        palette: of a palette file, its colours in the same form, by value.
+    """
+
+    values: np.ndarray
+    colour: bool = False
+    palette: np.ndarray | None = None
+
+
+def stored_label(path: str | os.PathLike) -> StoredLabel:
+    """Read a label map file: one channel, a palette, or colours; alpha channels must be opaque.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be decoded, was compressed with loss, or holds values that are no whole numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    palette = None
+    if path.suffix.lower() == ".npy":
+        array = _load_array(path)
+    else:
+        image = _open(path)
+        if image is None:
+            array = _read_tiff(path)
+            array = array[..., 0] if array.shape[-1] == 1 else array
+        else:
+            with image, _named(path):
+                array, palette = _label_samples(image, path)
+    if array.ndim == 3 and array.shape[-1] in (2, 4):
+        if (array[..., -1] != np.iinfo(array.dtype).max).any():
+            raise ValueError(f"{path}: a label map with transparent pixels; which label they have is unknown")
+        array = array[..., 0] if array.shape[-1] == 2 else array[..., :3]
+    if array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8:
+        red, green, blue = (array[..., i].astype(np.int64) for i in range(3))
+        if (red != green).any() or (green != blue).any():
+            return StoredLabel(red << 16 | green << 8 | blue, colour=True)
+        array = array[..., 0]
+    if array.ndim != 2:
+        raise ValueError(f"{path}: got a label image of shape {array.shape}, expected one channel")
+    return StoredLabel(_whole_numbers(array, path), palette=palette)
+
+
+def read_label(path: str | os.PathLike) -> np.ndarray:
+    """A label file as stored, an integer array (H, W).
+
+    Raises:
+        FileNotFoundError, ValueError: as `stored_label`, or it holds colours.
+    """
+    label = stored_label(path)
+    if label.colour:
+        raise ValueError(
+            f"{path}: got a label image of shape {(*label.values.shape, 3)}, colours where label values are "
+            "expected; give each class its colour in the names file, 'name red green blue'"
+        )
+    return label.values
+
+
+def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    lossy = image.format in ("JPEG", "MPO", "JPEG2000") or (
+        image.format == "WEBP" and b"VP8 " in path.read_bytes()[:64]
+    )
+    if lossy:
+        raise _WholeMessageError(
+            f"{path}: a {image.format} label map: compression with loss changes labels; store PNG"
+        )
+    palette = None
+    image.load()
+    turn = _orientation(image)
+    if image.mode in ("P", "PA"):
+        colours = np.zeros((256, 3), np.int64)
+        stored = np.array(image.getpalette("RGB")[: 3 * 256], np.int64).reshape(-1, 3)
+        colours[: len(stored)] = stored
+        palette = colours @ (1 << 16, 1 << 8, 1)
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBa", "La"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA" if image.mode == "RGBa" else "RGB")
+    return _turned(np.array(image), turn), palette
+
+
+def _whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype == bool:
+        return array.astype(np.uint8)
+    if array.dtype.kind == "f":
+        broken = ~np.isfinite(array) | (array % 1 != 0) | (np.abs(array) >= 1 << 53)
+        if broken.any():
+            row, column = np.argwhere(broken)[0]
+            raise ValueError(
+                f"{path}: got label value {array[row, column]} at row {row}, column {column}, "
+                "expected whole numbers"
+            )
+        return array.astype(np.int64)
+    if array.dtype.kind not in "ui":
+        raise ValueError(f"{path}: got {array.dtype} label values, expected whole numbers")
+    return array
+
+
+# Decoding
+
+
+class _WholeMessageError(ValueError):
+    """A message that is whole already."""
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever a decoder raises becomes one line that names the file."""
+    try:
+        yield
+    except (_WholeMessageError, ImportError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be decoded as an image ({reason})") from None
+
+
+def _open(path: Path) -> Any:
+    """A PIL image whose pixels are not read yet; None for a TIFF that Pillow cannot read.
+
+    Our limit of pixels stands in place of Pillow's, which microscopes and satellites exceed.
+    """
+    image_module = require("PIL.Image", extra="train")
+    with _named(path), _open_lock:
+        before, image_module.MAX_IMAGE_PIXELS = image_module.MAX_IMAGE_PIXELS, None
+        try:
+            image = image_module.open(path)
+        except image_module.UnidentifiedImageError:
+            with path.open("rb") as file:
+                if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+                    return None
+            raise _WholeMessageError(f"{path}: not a picture, or one of an unknown format") from None
+        finally:
+            image_module.MAX_IMAGE_PIXELS = before
+    if image.format == "TIFF":
+        image.filename = (
+            ""  # otherwise Pillow maps the file, and maps turned pictures with the sides exchanged
+        )
+    try:
+        _check_size(path, *image.size)
+    except ValueError:
+        image.close()
+        raise
+    return image
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    text = os.environ.get("SEGVIT_MAX_PIXELS", str(_MAX_PIXELS))
+    if not text.isdecimal() or not int(text):
+        raise _WholeMessageError(f"SEGVIT_MAX_PIXELS: got {text!r}, expected a number of pixels")
+    if width * height > int(text):
+        raise _WholeMessageError(
+            f"{path}: {width}x{height} pixels, more than {int(text)}; SEGVIT_MAX_PIXELS sets another limit"
+        )
+
+
+def _decode_picture(path: Path, channels: int, value_range: Range) -> np.ndarray:
+    """uint8 (H, W, channels)."""
+    if path.suffix.lower() == ".npy":
+        samples = _channels_last(_load_array(path), channels, path)
+        return _fit_channels(to_bytes(samples, value_range), channels, path)
+    image = _open(path)
+    if image is not None:
+        with image:
+            if not (image.format == "TIFF" and _needs_tifffile(image, channels, value_range)):
+                with _named(path):
+                    return _from_pil(image, channels, value_range, path)
+    return _fit_channels(to_bytes(_read_tiff(path), value_range), channels, path)
+
+
+def _from_pil(image: Any, channels: int, value_range: Range, name: Any) -> np.ndarray:
+    """uint8 (H, W, channels) of a PIL image, upright."""
+    image.load()
+    turn = _orientation(image)
+    if image.mode[0] in "IF":  # "I", "I;16", "I;16B", "F"
+        samples = to_bytes(np.array(image)[..., None], value_range)
+    elif channels in (1, 3):
+        samples = np.array(_flattened(image).convert("L" if channels == 1 else "RGB"))
+        samples = samples if samples.ndim == 3 else samples[..., None]
+        samples = samples if value_range is None else to_bytes(samples, value_range)
+    else:
+        samples = np.array(image)
+        samples = to_bytes(samples if samples.ndim == 3 else samples[..., None], value_range)
+    return np.ascontiguousarray(_fit_channels(_turned(samples, turn), channels, name))
+
+
+def _flattened(image: Any) -> Any:
+    """Without transparency: what is seen on white paper; in a mode that Pillow converts to RGB."""
+    if image.mode == "LAB":
+        cms = require("PIL.ImageCms", extra="train")
+        return cms.profileToProfile(
+            image, cms.createProfile("LAB"), cms.createProfile("sRGB"), outputMode="RGB"
+        )
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode not in ("LA", "PA", "RGBA") and "transparency" not in image.info:
+        return image
+    image_module = require("PIL.Image", extra="train")
+    image = image.convert("RGBA")
+    if not image.getextrema()[3][1]:  # an alpha channel of zeros alone hides nothing but a mistake
+        return image.convert("RGB")
+    return image_module.alpha_composite(image_module.new("RGBA", image.size, "white"), image)
+
+
+def _fit_channels(samples: np.ndarray, channels: int, name: Any) -> np.ndarray:
+    found = samples.shape[-1]
+    if found == channels:
+        return samples
+    if found == 1 and channels == 3:
+        return samples.repeat(3, axis=-1)
+    if found == 3 and channels == 1:
+        return (samples @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)[..., None]
+    raise _WholeMessageError(f"{name}: has {found} channels, expected {channels}")
+
+
+def _channels_last(samples: np.ndarray, channels: int, path: Path) -> np.ndarray:
+    if samples.ndim == 2:
+        return samples[..., None]
+    fitting = {channels, *({1: (3,), 3: (1,)}.get(channels, ()))}
+    if samples.ndim == 3 and samples.shape[-1] in fitting:
+        return samples
+    if samples.ndim == 3 and samples.shape[0] in fitting:
+        return np.moveaxis(samples, 0, -1)
+    raise ValueError(
+        f"{path}: an array of shape {samples.shape}, expected (H, W, {channels}) or ({channels}, H, W)"
+    )
+
+
+def _load_array(path: Path, mmap: bool = False) -> np.ndarray:
+    with _named(path):
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or array.ndim not in (2, 3):
+            raise ValueError("expected an array of numbers (H, W), (H, W, C) or (C, H, W)")
+        if not array.size:
+            raise ValueError(f"an array of shape {array.shape}")
+    return array
+
+
+def _needs_tifffile(image: Any, channels: int, value_range: Range) -> bool:
+    """Whether Pillow would lose channels or bits of a TIFF."""
+    bits = image.tag_v2.get(258, (1,))
+    samples = image.tag_v2.get(277, 1)
+    deep = samples > 1 and max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    if channels in (1, 3):
+        return samples > len(image.getbands()) or (deep and value_range is not None)
+    return deep or samples != channels
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    """Samples (H, W, C) of the first picture of a TIFF; pages of one size are its channels."""
+    tifffile = require("tifffile", extra="tiff")
+    with _named(path), tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        _check_size(path, series.sizes.get("width", 1), series.sizes.get("height", 1))
+        try:
+            array = series.asarray()
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                require("imagecodecs", extra="tiff")
+            raise
+        axes = series.axes
+    for axis in range(array.ndim - 1, -1, -1):
+        if axes[axis] not in "YXS" and array.shape[axis] == 1 and array.ndim > 2:
+            array, axes = array.squeeze(axis), axes[:axis] + axes[axis + 1 :]
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise ValueError(f"{path}: a TIFF of {array.ndim} dimensions ({axes}), expected one picture")
+    return array if axes[-1] == "S" else np.moveaxis(array, 0, -1)
+
+
+def _orientation(image: Any) -> int:
+    """The EXIF orientation of a loaded picture, 1 to 8."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data: the pixels are there all the same
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, ...) as stored to the picture as it is seen."""
+    if orientation >= 5:
+        samples = samples.swapaxes(0, 1)
+    rows, columns = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(
+        orientation, (1, 1)
+    )
+    return samples[::rows, ::columns]
+
+
+def _tensor(samples: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(samples)).permute(2, 0, 1).contiguous()

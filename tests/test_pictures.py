@@ -1,0 +1,357 @@
+"""The reader: every mode and depth, orientation, size, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+from segvit import SegViT, SegViTConfig
+from segvit.data import SegmentationFolder, read_image, read_label
+from segvit.data.pictures import as_rgb, image_tensor, probe, stored_label, to_bytes
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+RAMP = np.arange(256, dtype=np.uint8)[None].repeat(3, 0)
+
+
+def saved(tmp_path, picture, name, **options):
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def pixels(tensor):
+    return tensor.permute(1, 2, 0).numpy()
+
+
+# Modes
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("1", "a.png"), ("L", "a.png"), ("LA", "a.png"), ("P", "a.png"), ("P", "a.gif"), ("PA", None), ("RGB", "a.bmp"),
+        ("RGBA", "a.png"), ("RGBa", None), ("La", None), ("RGBX", None), ("CMYK", "a.tif"), ("YCbCr", "a.jpg"),
+        ("HSV", None), ("I", "a.tif"), ("I;16", "a.png"), ("I;16B", "a.tif"), ("F", "a.tif"), ("RGB", "a.webp"),
+    ],
+)  # fmt: skip
+def test_every_mode_is_seen_alike(tmp_path, mode, name):
+    """A picture brought into a mode is read as Pillow's 8-bit RGB of it; opaque pixels, exact."""
+    source = Image.fromarray(COLOURS)
+    if mode in ("I", "F", "I;16", "I;16B"):
+        grey = np.array(source.convert("L")).astype(np.float64)
+        kind = {"I": np.int32, "F": np.float32}.get(mode, np.dtype(">u2" if mode == "I;16B" else "<u2"))
+        picture = Image.fromarray(
+            (grey * 257).astype(kind) if kind != np.float32 else (grey / 255).astype(kind)
+        )
+        expected = np.array(source.convert("L"))[..., None].repeat(3, -1)
+    else:
+        picture = source.convert("RGBA").convert(mode) if mode in ("RGBa",) else source
+        picture = source.convert("LA").convert(mode) if mode in ("La",) else picture
+        picture = source.convert("P").convert(mode) if mode in ("PA",) else picture
+        picture = picture.convert(mode)
+        flat = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+        expected = np.array(picture.convert(flat).convert("RGB"))
+    found = pixels(image_tensor(picture))
+    np.testing.assert_array_equal(found, expected)
+    if name:
+        options = (
+            {"lossless": True}
+            if name.endswith("webp")
+            else {"quality": 100, "subsampling": 0}
+            if name.endswith("jpg")
+            else {}
+        )
+        file = saved(tmp_path, picture, name, **options)
+        assert probe(file) == probe(file, decode=True) == (9, 6)
+        tolerance = 4 if name.endswith("jpg") else 0
+        np.testing.assert_allclose(pixels(read_image(file)).astype(int), expected, atol=tolerance)
+
+
+def test_lab_is_colour(tmp_path):
+    source = Image.new("RGB", (2, 2), (200, 40, 90))
+    lab = ImageCms.profileToProfile(
+        source, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert np.abs(pixels(read_image(saved(tmp_path, lab, "a.tif"))).astype(int) - (200, 40, 90)).max() < 6
+
+
+def test_transparent_parts_are_white_paper(tmp_path):
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[..., 0] = 255  # red, hidden below alpha 0 in the first column, half in the second
+    rgba[..., 3] = (0, 128, 255)
+    expected = [[255, 255, 255], [255, 127, 127], [255, 0, 0]]
+    assert pixels(read_image(saved(tmp_path, rgba, "a.png")))[0].tolist() == expected
+    grey = Image.fromarray(np.array([[0, 255], [0, 0]], np.uint8))
+    file = saved(tmp_path, grey, "key.png", transparency=0)  # a grey value that means transparent
+    assert pixels(read_image(file))[..., 0].tolist() == [[255, 255], [255, 255]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    file = saved(tmp_path, palette, "p.png", transparency=bytes([0, 255]))
+    assert pixels(read_image(file))[0].tolist() == [[255, 255, 255], [40, 50, 60]]
+    rgba[..., 3] = 0  # nothing at all to be seen: the channel is no transparency
+    assert pixels(read_image(saved(tmp_path, rgba, "none.png")))[0].tolist() == [[255, 0, 0]] * 3
+
+
+# Depth
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "levels"),
+    [
+        ("full.png", RAMP.astype(np.uint16) * 257, 256),
+        ("full.tif", RAMP.astype(np.uint16) * 257, 256),
+        ("twelve.png", RAMP.astype(np.uint16) * 16 + RAMP // 17, 256),  # a 12-bit camera
+        ("dim.png", RAMP.astype(np.uint16), 256),  # 8-bit values in 16-bit words stay
+        ("signed.tif", RAMP.astype(np.int32) * 12 - 1024, 256),  # Hounsfield units
+        ("wide.tif", RAMP.astype(np.int32) * 100_000, 256),
+        ("unit.tif", (RAMP / 255).astype(np.float32), 256),
+        ("bytes.tif", RAMP.astype(np.float32), 256),
+        ("kelvin.tif", (273 + RAMP / 8).astype(np.float32), 256),
+        ("double.npy", RAMP / 255, 256),
+        ("half.npy", (RAMP / 255).astype(np.float16), 256),
+        ("bool.npy", RAMP > 127, 2),
+    ],
+)
+def test_deep_values_are_scaled_not_clipped(tmp_path, name, values, levels):
+    file = tmp_path / name
+    np.save(file, values) if name.endswith("npy") else saved(tmp_path, values, name)
+    image = read_image(file)
+    assert image.dtype == torch.uint8 and image.shape == (3, 3, 256)
+    assert (image[0] == image[1]).all() and len(image.unique()) == levels
+    assert image[0, 0].diff().min() >= 0 and image.min() == 0 and image.max() == 255
+    assert torch.equal(read_image(file, channels=1)[0], image[0])
+
+
+def test_values_that_are_not_numbers_and_constant_pictures():
+    samples = np.array([[0.0, np.nan], [np.inf, 1.0]])[..., None]
+    assert to_bytes(samples)[..., 0].tolist() == [[0, 0], [0, 255]]
+    assert to_bytes(np.full((2, 2, 1), np.nan)).max() == 0
+    assert to_bytes(np.full((2, 2, 1), 300.0)).tolist() == np.zeros((2, 2, 1)).tolist()
+
+
+def test_value_range():
+    samples = np.array([[[0, 0], [600, 60], [2000, 300]]], np.uint16)
+    assert to_bytes(samples, (0, 1000)).tolist() == [[[0, 0], [153, 15], [255, 76]]]
+    assert to_bytes(samples, (0, 1000, 0, 100)).tolist() == [[[0, 0], [153, 153], [255, 255]]]
+    with pytest.raises(
+        ValueError, match="value_range: got 3 numbers, expected 2, or 2 for each of 2 channels"
+    ):
+        to_bytes(samples, (0, 1, 2))
+    with pytest.raises(ValueError, match="value_range: got .*each low below its high"):
+        to_bytes(samples, (5, 5))
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp", "deep.png", "deep.tif", "grey.tif"])
+def test_orientation(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    deep = RAMP[:, :50].astype(np.uint16) + np.array([[0], [60], [200]], np.uint16)
+    stored = {"deep": deep * 200, "grey": deep.astype(np.uint8)}.get(name[:4], COLOURS)
+    options = {"lossless": True} if name.endswith("webp") else {}
+    file = saved(tmp_path, stored, name, exif=exif, **options)
+    # Pillow maps grey TIFFs wrongly (13.0): what is seen comes from a PNG, and of JPEGs from the file itself.
+    witness = file if name.endswith("jpg") else saved(tmp_path, stored, "witness.png", exif=exif)
+    with Image.open(witness) as picture:
+        seen = np.array(ImageOps.exif_transpose(picture))
+    assert seen.shape[:2] == (stored.shape[:2] if orientation < 5 else stored.shape[1::-1])
+    if seen.ndim == 2:
+        seen = to_bytes(seen[..., None]).repeat(3, -1)
+    found = pixels(read_image(file))
+    np.testing.assert_array_equal(found, seen)
+    assert probe(file, decode=True) == seen.shape[1::-1]
+    if not name.endswith("tif"):
+        with Image.open(file) as picture:
+            np.testing.assert_array_equal(pixels(image_tensor(picture)), found)
+
+
+def test_a_label_is_turned_as_its_own_file_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    label = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert read_label(saved(tmp_path, label, "a.png", exif=exif)).tolist() == np.rot90(label, -1).tolist()
+
+
+def test_damaged_exif_does_no_harm(tmp_path):
+    file = saved(tmp_path, COLOURS, "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    assert read_image(file).shape == (3, 6, 9)
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    assert read_image(saved(tmp_path, COLOURS, "b.jpg", exif=exif)).shape == (3, 6, 9)
+
+
+def test_one_reader_for_all(tmp_path):
+    """Training, `predict` of a path, of a PIL image and of an array see the same picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "training").mkdir(parents=True)
+    noise = RNG.integers(0, 256, (24, 40, 4), dtype=np.uint8)
+    file = saved(tmp_path, noise, "images/training/a.png", exif=exif)
+    saved(tmp_path, np.zeros((40, 24), np.uint8), "annotations/training/a.png")
+    torch.manual_seed(0)
+    config = SegViTConfig.preset("vit_tiny", 3, width=32, depth=1, heads=1, taps=(0,), image_size=32)
+    model = SegViT(config).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    dataset = SegmentationFolder(tmp_path, names=("a", "b"), reduce_zero_label=False)
+    with Image.open(file) as picture:
+        for image in (file, str(file), picture, dataset[0]["image"], pixels(dataset[0]["image"])):
+            assert model.predict(image).shape == (40, 24)
+    assert all(torch.equal(inputs, seen[0]) for inputs in seen)
+
+
+# Sizes and frames
+
+
+def test_pictures_above_pillows_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # 54 pixels are a "bomb" now
+    file = saved(tmp_path, COLOURS, "a.png")
+    assert read_image(file).shape == (3, 6, 9) and probe(file) == (9, 6)
+    assert Image.MAX_IMAGE_PIXELS == 10
+    monkeypatch.setenv("SEGVIT_MAX_PIXELS", "53")
+    for read in (read_image, probe, read_label):
+        with pytest.raises(ValueError, match=r"a\.png: 9x6 pixels, more than 53; SEGVIT_MAX_PIXELS sets"):
+            read(file)
+    monkeypatch.setenv("SEGVIT_MAX_PIXELS", "many")
+    with pytest.raises(ValueError, match="SEGVIT_MAX_PIXELS: got 'many'"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png"])
+def test_the_first_of_several_frames(tmp_path, name):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    file = tmp_path / name
+    frames[0].save(file, save_all=True, append_images=frames[1:], **options)
+    assert pixels(read_image(file))[0, 0].tolist() == [255, 0, 0]
+
+
+# Other numbers of channels
+
+
+def test_channels(tmp_path):
+    many = RNG.integers(0, 256, (5, 7, 6), dtype=np.uint8)
+    np.save(tmp_path / "last.npy", many)
+    np.save(tmp_path / "first.npy", many.transpose(2, 0, 1))
+    for name in ("last", "first"):
+        assert np.array_equal(pixels(read_image(tmp_path / f"{name}.npy", 6)), many)
+    with pytest.raises(ValueError, match=r"last\.npy: an array of shape \(5, 7, 6\), expected \(H, W, 3\)"):
+        read_image(tmp_path / "last.npy")
+    rgba = saved(tmp_path, many[..., :4], "a.png")
+    assert np.array_equal(pixels(read_image(rgba, 4)), many[..., :4])
+    with pytest.raises(ValueError, match=r"a\.png: has 4 channels, expected 5"):
+        read_image(rgba, 5)
+    grey = Image.fromarray(COLOURS).convert("L")
+    assert np.array_equal(pixels(read_image(saved(tmp_path, COLOURS, "c.png"), 1))[..., 0], np.array(grey))
+    assert as_rgb(torch.zeros(6, 2, 2)).shape == as_rgb(torch.zeros(2, 2, 2)).shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
+@pytest.mark.parametrize("planar", [False, True])
+def test_multispectral_tiff(tmp_path, compression, planar):
+    tifffile = pytest.importorskip("tifffile")
+    if compression:
+        pytest.importorskip("imagecodecs")
+    many = RNG.integers(0, 1 << 12, (16, 24, 5), dtype=np.uint16)
+    file = tmp_path / "a.tif"
+    stored = many.transpose(2, 0, 1) if planar else many
+    config = "separate" if planar else "contig"
+    tifffile.imwrite(file, stored, planarconfig=config, photometric="minisblack", compression=compression)
+    assert np.array_equal(pixels(read_image(file, 5)), to_bytes(many))
+    assert np.array_equal(pixels(read_image(file, 5, (0, 1000))), to_bytes(many, (0, 1000)))
+    assert probe(file, decode=True) == (24, 16)
+    with pytest.raises(ValueError, match=r"a\.tif: has 5 channels, expected 3"):
+        read_image(file)
+    pages = tmp_path / "pages.tif"
+    tifffile.imwrite(pages, many.transpose(2, 0, 1), photometric="minisblack")
+    assert np.array_equal(pixels(read_image(pages, 5)), to_bytes(many))
+
+
+def test_deep_colour_tiff_with_a_range(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    colours = RNG.integers(0, 1 << 12, (16, 24, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb")
+    assert np.array_equal(pixels(read_image(tmp_path / "a.tif", 3, (0, 4095))), to_bytes(colours, (0, 4095)))
+
+
+# Label files
+
+
+def test_label_files(tmp_path):
+    label = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    palette = Image.fromarray(label).convert("P")
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    files = {
+        "grey.png": label, "palette.png": palette, "palette.gif": palette, "deep.png": label.astype(np.uint16),
+        "int.tif": label.astype(np.int32), "float.tif": label.astype(np.float32),
+        "rgb.png": label[..., None].repeat(3, -1), "la.png": Image.fromarray(label).convert("LA"),
+        "rgba.png": Image.fromarray(label).convert("RGBA"),
+    }  # fmt: skip
+    for name, picture in files.items():
+        assert read_label(saved(tmp_path, picture, name)).tolist() == label.tolist(), name
+    for kind in (np.int8, np.int64, np.uint16, np.float64):
+        np.save(tmp_path / "a.npy", label.astype(kind))
+        assert read_label(tmp_path / "a.npy").tolist() == label.tolist()
+    bits = saved(tmp_path, Image.fromarray(label > 0), "bits.png")
+    assert read_label(bits).tolist() == (label > 0).astype(int).tolist()
+    stored = stored_label(tmp_path / "palette.png")
+    assert stored.palette[:3].tolist() == [0, 255 << 16, 255 << 8] and not stored.colour
+    negative = saved(tmp_path, label.astype(np.int32) - 1, "negative.tif")
+    assert read_label(negative).min() == -1
+
+
+def test_label_files_refused(tmp_path):
+    label = np.array([[0, 1], [2, 3]], np.uint8)
+    jpeg = saved(tmp_path, label, "a.jpg")
+    (tmp_path / "a.png").write_bytes(jpeg.read_bytes())  # whatever the name says
+    for name in ("a.jpg", "a.png"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: a JPEG label map: compression with loss changes labels"
+        ):
+            read_label(tmp_path / name)
+    webp = saved(tmp_path, np.zeros((8, 8, 3), np.uint8), "a.webp", quality=50)
+    with pytest.raises(ValueError, match=r"a\.webp: a WEBP label map"):
+        read_label(webp)
+    with pytest.raises(ValueError, match=r"f\.tif: got label value 0\.5 at row 0, column 1, expected whole"):
+        read_label(saved(tmp_path, np.array([[0, 0.5]], np.float32), "f.tif"))
+    with pytest.raises(ValueError, match=r"n\.tif: got label value nan"):
+        read_label(saved(tmp_path, np.array([[0, np.nan]], np.float32), "n.tif"))
+    half = Image.fromarray(label).convert("LA")
+    half.putalpha(Image.fromarray(np.array([[255, 0], [255, 255]], np.uint8)))
+    with pytest.raises(ValueError, match=r"t\.png: a label map with transparent pixels"):
+        read_label(saved(tmp_path, half, "t.png"))
+    with pytest.raises(ValueError, match=r"c\.png: got a label image of shape \(6, 9, 3\), colours"):
+        read_label(saved(tmp_path, COLOURS, "c.png"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"\x89PNG\r\n\x1a\nrubbish", b"II*\0rubbish", b"\x93NUMPYrubbish"]
+)
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.npy"])
+def test_rubbish_is_one_line_that_names_the_file(tmp_path, content, name):
+    file = tmp_path / name
+    file.write_bytes(content)
+    for read in (read_image, read_label, probe):
+        try:
+            read(file)
+        except ValueError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+        except ImportError as error:
+            assert content.startswith(b"II") and "tifffile is not installed" in str(error)
+        else:
+            pytest.fail(f"{read.__name__} took {content!r} for a picture")
+
+
+def test_damage_further_on(tmp_path):
+    file = saved(tmp_path, RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), "a.jpg")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) * 2 // 3])
+    assert probe(file) == (64, 64)  # the size is there
+    for damaged in (lambda: probe(file, decode=True), lambda: read_image(file)):
+        with pytest.raises(ValueError, match=r"a\.jpg: cannot be decoded as an image \("):
+            damaged()
