@@ -35,9 +35,9 @@ from segvit.config import PRESETS, SegViTConfig
 from segvit.data import read_image
 from segvit.engine import InferenceEngine
 from segvit.evaluate import load_model
+from segvit.machine import pick_backend, pick_device
 from segvit.model import SegViT
 from segvit.options import BenchConfig
-from segvit.predict import pick_backend, pick_device
 
 __all__ = ["BenchConfig", "advice", "measure", "report", "run"]
 

@@ -31,9 +31,10 @@ import segvit_kernels
 from segvit import report
 from segvit.checkpoint import atomic_write
 from segvit.evaluate import evaluate, load_model
+from segvit.machine import pick_backend, pick_device
 from segvit.model import SegViT
 from segvit.options import DemoConfig, TrainConfig
-from segvit.predict import make_folder, pick_device, similarity_maps
+from segvit.predict import make_folder, similarity_maps
 from segvit.synthetic import SyntheticShapes
 from segvit.train import train
 from segvit.visualize import Image, heat, legend_entries, overlay, stage_notes
@@ -108,6 +109,7 @@ def run(config: DemoConfig) -> int:
     if config.seed < 0:
         raise ValueError(f"seed: got {config.seed}, expected at least 0")
     device = pick_device(config.accelerator)
+    pick_backend(None, device)
     out = Path(config.out)
     if (out / "run").exists() and not (out / "report.html").is_file():
         raise ValueError(f"out: {out / 'run'} is there and not from a demo; choose another folder")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from segvit._extras import require
 from segvit.data import open_dataset
 from segvit.inference import check_options
+from segvit.machine import pick_backend
 from segvit.metrics import ConfusionMatrix
 from segvit.options import EvaluateConfig, InferenceOptions
 
@@ -171,11 +172,13 @@ def make_fabric(config: Any) -> Any:
     on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and config.accelerator == "cuda":
         raise ValueError("accelerator: got cuda, but torch sees no GPU on this machine")
+    device = torch.device("cpu" if on_cpu else "cuda")
+    pick_backend(config.backend, device)
     if on_cpu and config.precision == "fp16":
         raise ValueError("precision: fp16 needs a GPU; use bf16 or 32 on the CPU")
     try:
         return Fabric(
-            accelerator="cpu" if on_cpu else "cuda",
+            accelerator=device.type,
             devices=config.devices,
             strategy="ddp_spawn" if config.devices > 1 else "auto",
             precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],

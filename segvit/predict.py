@@ -7,7 +7,6 @@ the first file is written, and a file appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -18,10 +17,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import segvit_kernels
 from segvit._extras import require
 from segvit.data.pictures import PICTURE_SUFFIXES as SUFFIXES
 from segvit.data.pictures import probe, read_image
+from segvit.machine import pick_backend, pick_device
 from segvit.options import PredictConfig
 
 if TYPE_CHECKING:
@@ -124,32 +123,6 @@ def make_folder(out: Path) -> None:
             raise PermissionError("no permission to write")
     except OSError as error:
         raise type(error)(f"out: cannot write to folder {out} ({error.strerror or error})") from None
-
-
-def pick_device(accelerator: str) -> torch.device:
-    """Where to run: "auto", "cpu" or "cuda".
-
-    Raises:
-        ValueError: "cuda" on a machine without.
-    """
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator: got 'cuda', but PyTorch sees no such device here")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """A context in which every operator runs on this backend; None leaves the choice to the device.
-
-    Raises:
-        ValueError: no such backend, or it cannot run on the device.
-    """
-    if name is None:
-        return contextlib.nullcontext()
-    if name not in segvit_kernels.BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected {' or '.join(segvit_kernels.BACKENDS)}")
-    if reason := segvit_kernels.why_not(name, device):
-        raise ValueError(f"backend: {name!r} is not available: {reason}")
-    return segvit_kernels.backend(name)
 
 
 def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:

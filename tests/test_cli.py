@@ -305,3 +305,27 @@ def test_missing_extra_is_named(tmp_path, module):
 def test_module_runs_as_the_command():
     done = python("-m", "segvit", "train", "--out", "x")
     assert done.returncode == 2 and done.stderr.startswith("segvit train: error: ")
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "bench"])
+def test_a_backend_that_cannot_run_here(tmp_path, capsys, monkeypatch, command, by_option):
+    """Of the environment as of an option: one line, before anything is written."""
+    out, picture = str(tmp_path / "out"), tmp_path / "a.png"
+    monkeypatch.setattr("segvit_kernels.why_not", lambda name, device: f"no {name} on {device}")
+    Image.new("RGB", (8, 8)).save(picture)
+    words = {
+        "train": ["--data", "synthetic", "--out", out, *SMALL_RUN],
+        "evaluate": ["--data", "synthetic", "--checkpoint", out, "--accelerator", "cpu", "--json", out],
+        "predict": [str(picture), "--checkpoint", out, "--out", out, "--accelerator", "cpu"],
+        "demo": ["--out", out, "--accelerator", "cpu"],
+        "bench": ["vit_tiny", "--accelerator", "cpu", "--json", out],
+    }[command]
+    for name, reason in (("cuda", "'cuda' is not available: no cuda on cpu"), ("abacus", "'abacus'")):
+        if not by_option:
+            monkeypatch.setenv("SEGVIT_KERNELS_BACKEND", name)
+        elif command == "demo":
+            continue
+        line = fails(capsys, command, *words, *(["--backend", name] if by_option else []))
+        assert ("backend: " if by_option else "variable SEGVIT_KERNELS_BACKEND") in line and reason in line
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,38 @@
+"""What this machine has: devices and backends that a command asks for, looked at before any work is done."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+import segvit_kernels
+
+__all__ = ["pick_backend", "pick_device"]
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """Where to run: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" on a machine without.
+    """
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator: got 'cuda', but PyTorch sees no such device here")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context in which every operator runs on this backend; None leaves the choice to the environment
+    variable SEGVIT_KERNELS_BACKEND and else to the device.
+
+    Raises:
+        ValueError: no such backend, or it cannot run on the device.
+    """
+    if name is not None and name not in segvit_kernels.BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected {' or '.join(segvit_kernels.BACKENDS)}")
+    asked = segvit_kernels.requested_backend(name)
+    if asked and (reason := segvit_kernels.why_not(asked, device)):
+        origin = "backend" if name else "environment variable SEGVIT_KERNELS_BACKEND"
+        raise ValueError(f"{origin}: {asked!r} is not available: {reason}")
+    return contextlib.nullcontext() if name is None else segvit_kernels.backend(name)
