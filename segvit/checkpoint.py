@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from segvit._extras import require
+from segvit.files import atomic_write as atomic_write
 
 
 class LoadReport(NamedTuple):
@@ -119,26 +119,6 @@ def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], source:
     if problems:
         raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems)}")
     module.load_state_dict(state_dict)
-
-
-def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
-    """Call `writer` with a temporary path beside `path`, then put the result in place in one step.
-
-    Whatever happens, `path` is the old file or the whole new one. The folder is made if need be.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the usual one: some writers leave files that only their owner reads
-        writer(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def rename_published_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -104,10 +104,6 @@ def run(config: DemoConfig) -> int:
     Raises:
         ValueError, OSError: an option that cannot be used, a folder that cannot be written.
     """
-    if config.steps < 1:
-        raise ValueError(f"steps: got {config.steps}, expected at least 1")
-    if config.seed < 0:
-        raise ValueError(f"seed: got {config.seed}, expected at least 0")
     device = pick_device(config.accelerator)
     pick_backend(None, device)
     out = Path(config.out)

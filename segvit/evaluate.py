@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from segvit._extras import require
 from segvit.data import open_dataset
+from segvit.files import follow
 from segvit.inference import check_options
+from segvit.interrupts import ignore_signals
 from segvit.machine import pick_backend
 from segvit.metrics import ConfusionMatrix
 from segvit.options import EvaluateConfig, InferenceOptions
@@ -64,6 +66,7 @@ def batches(dataset: Dataset, sampler: Any, workers: int, collate_fn: Callable, 
         num_workers=workers,
         collate_fn=collate_fn,
         pin_memory=pin,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own: the loader must not draw from the training's random state
     )
     for batch in loader:
@@ -141,7 +144,7 @@ def find_checkpoint(path: str | Path) -> Path:
         FileNotFoundError: neither.
     """
     path = Path(path)
-    for folder in (path, path / "checkpoints" / "best", path / "checkpoints" / "last"):
+    for folder in map(follow, (path, path / "checkpoints" / "best", path / "checkpoints" / "last")):
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(f"{path}: no checkpoint here (expected config.json and model.safetensors)")
@@ -167,8 +170,6 @@ def make_fabric(config: Any) -> Any:
     from lightning_fabric import Fabric
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-    if config.devices < 1:
-        raise ValueError(f"devices: got {config.devices}, expected at least 1")
     on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and config.accelerator == "cuda":
         raise ValueError("accelerator: got cuda, but torch sees no GPU on this machine")

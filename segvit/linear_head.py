@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit.config import SegViTConfig
+from segvit.losses import full_precision, over_processes, weights_of_classes
 from segvit.model import SegViT
 
 __all__ = ["CrossEntropy", "LinearSegmenter"]
@@ -63,18 +64,36 @@ class LinearSegmenter(SegViT):
 
 
 class CrossEntropy(nn.Module):
-    """Pixel-wise cross-entropy on upsampled scores, the mean over counted pixels of all processes' images."""
+    """Pixel-wise cross-entropy on upsampled scores, the mean over counted pixels of all processes' images.
 
-    def __init__(self, ignore_index: int = 255) -> None:
+    With `class_weights` the weighted mean, each pixel by its class's weight. A batch may be split into parts,
+    as for `segvit.losses.SegViTLoss`.
+    """
+
+    def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.register_buffer("class_weights", weights_of_classes(class_weights), False)
 
-    def forward(self, output: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        scores = F.interpolate(output.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(scores, labels, ignore_index=self.ignore_index, reduction="sum")
-        counted = (labels != self.ignore_index).sum().to(total.dtype)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counted)
-            counted = counted / dist.get_world_size()
-        loss = total / torch.clamp(counted, min=1)
+    def normalisers(self, labels: Tensor) -> Tensor:
+        """The sum of the weights of counted pixels in labels (B, H, W), over all processes / their number."""
+        counted = labels != self.ignore_index
+        if self.class_weights is not None:
+            counted = counted * self.class_weights.double()[torch.where(counted, labels, 0)]
+        return over_processes(counted.sum(dtype=torch.float64))
+
+    def forward(self, output: Tensor, labels: Tensor, normalisers: Tensor | None = None) -> dict[str, Tensor]:
+        """'cross_entropy', and the same as 'total'.
+
+        Args:
+            output: class scores (B, N, h, w). labels: int64 (B, H, W).
+            normalisers: those of the whole batch, where this is a part of it.
+        """
+        scores = full_precision(output)
+        scores = F.interpolate(scores, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        weights = None if self.class_weights is None else self.class_weights.to(scores.dtype)
+        total = F.cross_entropy(scores, labels, weights, ignore_index=self.ignore_index, reduction="sum")
+        if normalisers is None:
+            normalisers = self.normalisers(labels)
+        loss = total / normalisers.to(total.dtype)
         return {"cross_entropy": loss, "total": loss}

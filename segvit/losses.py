@@ -5,6 +5,7 @@ Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2, equation 5, with t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
 class SegViTLoss(nn.Module):
     """Classification, focal and dice loss of the prediction and of every auxiliary output.
 
-    With P the (image, class) pairs whose class is present in the image, and |P| and the sum of class weights
-    taken over all processes of a `torch.distributed` group and divided by their number:
+    With P the (image, class) pairs whose class is present in the image, w its class's weight (1 by default),
+    |P| = Σ_P w, or 1 without any pair, and these sums taken over all processes of a `torch.distributed` group
+    and divided by their number:
 
     - class: cross-entropy over N+1 logits of every token, its target its own class if present and "no object"
-      otherwise, weighted 1 and `no_object_weight`, divided by the sum of these weights;
-    - focal: for each pair the mean over the image of α_t (1 − p_t)^γ BCE, summed over P / max(|P|, 1);
-    - dice: for each pair 1 − (2 Σσt + 1) / (Σσ + Σt + 1), summed over P / max(|P|, 1).
+      otherwise, weighted w and `no_object_weight`, divided by the sum of these weights;
+    - focal: for each pair w times the mean over the image of α_t (1 − p_t)^γ BCE, summed over P / |P|;
+    - dice: for each pair w (1 − (2 Σσt + 1) / (Σσ + Σt + 1)), summed over P / |P|.
+
+    A batch may be split into parts: with the `normalisers` of all its labels, the parts' losses and gradients
+    add up to the batch's.
 
     Mask logits count as upsampled bilinearly to the labels' size, but nothing of that size is stored:
     `segvit_kernels.mask_loss`, all outputs in one call, and nothing is read back from a GPU.
@@ -34,6 +39,7 @@ class SegViTLoss(nn.Module):
         num_classes: N.
         ignore_index: label of pixels that belong to no class.
         class_weight, focal_weight, dice_weight: factors of the three terms.
+        class_weights: one weight for each class, or None.
         no_object_weight: weight of "no object" in the classification term.
         focal_alpha, focal_gamma: α and γ.
         mask_ignored: leave ignored pixels out of focal and dice. By default they count as background, as in
@@ -46,6 +52,7 @@ class SegViTLoss(nn.Module):
         ignore_index: int = 255,
         *,
         class_weight: float = 1.0,
+        class_weights: Sequence[float] | None = None,
         focal_weight: float = 20.0,
         dice_weight: float = 1.0,
         no_object_weight: float = 0.1,
@@ -63,14 +70,35 @@ class SegViTLoss(nn.Module):
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.mask_ignored = mask_ignored
+        self.register_buffer("class_weights", weights_of_classes(class_weights, num_classes), False)
 
-    def forward(self, output: SegViTOutput, labels: Tensor) -> dict[str, Tensor]:
+    def normalisers(self, labels: Tensor) -> Tensor:
+        """|P| and the sum of the classification term's weights for labels (B, H, W), over all processes."""
+        classes = self.num_classes
+        known = torch.where((labels >= 0) & (labels < classes), labels.long(), classes).flatten(1)
+        present = known.new_zeros(len(known), classes + 1, dtype=torch.bool).scatter_(1, known, True)
+        return self._normalisers(*self._weights(present[:, :classes], torch.float64))
+
+    def _weights(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of pairs and of tokens, both (B, N)."""
+        pairs = present.to(dtype)
+        if self.class_weights is not None:
+            pairs = pairs * self.class_weights.to(dtype)
+        return pairs, torch.where(present, pairs, self.no_object_weight)
+
+    def _normalisers(self, pairs: Tensor, tokens: Tensor) -> Tensor:
+        return over_processes(torch.stack([pairs.sum(), tokens.sum()]))
+
+    def forward(
+        self, output: SegViTOutput, labels: Tensor, normalisers: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Weighted terms by name, and their sum as 'total'.
 
         Args:
             output: what the model returned, or anything of that form.
             labels: (B, H, W), integers in [0, N) or `ignore_index`. Other values raise on the CPU and count
                 as ignored on a GPU, where looking would stall it.
+            normalisers: those of the whole batch, where this is a part of it.
 
         Returns:
             'class', 'focal', 'dice', and for each auxiliary output, earliest first, 'aux0.class' and so on.
@@ -88,20 +116,22 @@ class SegViTLoss(nn.Module):
             focal_alpha=self.focal_alpha,
             focal_gamma=self.focal_gamma,
             mask_ignored=self.mask_ignored,
+            pair_weights=None if self.class_weights is None else self.class_weights.expand(len(labels), -1),
             reduction="sum",
         )
-        token_weights = torch.full_like(masks.present, self.no_object_weight, dtype=masks.num_masks.dtype)
-        token_weights = token_weights.masked_fill(masks.present, 1.0)
-        num_masks, weight_sum = _normalisers(masks.num_masks, token_weights)
+        pair_weights, token_weights = self._weights(masks.present, masks.num_masks.dtype)
+        if normalisers is None:
+            normalisers = self._normalisers(pair_weights, token_weights)
+        pair_sum, token_sum = normalisers.to(token_weights.dtype)
 
         terms: dict[str, Tensor] = {}
         for (prefix, (class_logits, _)), focal, dice in zip(
             outputs.items(), masks.focal, masks.dice, strict=True
         ):
             class_term = self._class_term(class_logits, masks.present, token_weights)
-            terms[prefix + "class"] = self.weights["class"] * class_term / weight_sum
-            terms[prefix + "focal"] = self.weights["focal"] * focal / num_masks
-            terms[prefix + "dice"] = self.weights["dice"] * dice / num_masks
+            terms[prefix + "class"] = self.weights["class"] * class_term / token_sum
+            terms[prefix + "focal"] = self.weights["focal"] * focal / pair_sum
+            terms[prefix + "dice"] = self.weights["dice"] * dice / pair_sum
         return {**terms, "total": sum(terms.values())}
 
     def _check(self, output: SegViTOutput, labels: Tensor) -> None:
@@ -119,24 +149,39 @@ class SegViTLoss(nn.Module):
                 raise ValueError(f"mask_logits must have shape {expected}, got {tuple(mask_logits.shape)}")
 
     def _class_term(self, logits: Tensor, present: Tensor, weights: Tensor) -> Tensor:
-        log_probabilities = _full_precision(logits).log_softmax(-1)
+        log_probabilities = full_precision(logits).log_softmax(-1)
         own = log_probabilities[..., :-1].diagonal(dim1=1, dim2=2)
         return -(weights * torch.where(present, own, log_probabilities[..., -1])).sum()
 
 
-def _normalisers(num_masks: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """max(|P|, 1) and the sum of class weights, over all processes / their number.
+def weights_of_classes(weights: Sequence[float] | None, num_classes: int | None = None) -> Tensor | None:
+    """As a tensor, float32.
+
+    Raises:
+        ValueError: not one for each class, a negative one, or none above 0.
+    """
+    if weights is None:
+        return None
+    if num_classes is not None and len(weights) != num_classes:
+        raise ValueError(f"class_weights: got {len(weights)}, expected one for each of {num_classes} classes")
+    if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+        raise ValueError(f"class_weights: got {tuple(weights)}, expected at least 0 each, and one above")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def over_processes(sums: Tensor) -> Tensor:
+    """What a batch's sums of losses are divided by: `sums` (of weights) over all processes / their number.
 
     The mean of the processes' losses, which DDP's averaged gradients belong to, is then the loss of one
-    process that sees all their images.
+    process that sees all their images. A sum of 0, without anything to weight, counts as 1.
     """
-    sums = torch.stack([num_masks, weights.sum()])
     world = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         world = torch.distributed.get_world_size()
         torch.distributed.all_reduce(sums)
-    return sums[0].clamp(min=1) / world, sums[1] / world
+    return torch.where(sums == 0, 1.0, sums) / world
 
 
-def _full_precision(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for half precision, else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

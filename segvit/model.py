@@ -26,6 +26,7 @@ from segvit.checkpoint import (
 from segvit.config import SegViTConfig
 from segvit.data.pictures import image_tensor
 from segvit.decoder import ATMDecoder
+from segvit.files import follow
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
 from segvit_kernels import Views, pack_linears, semantic_argmax, unpack_linears
@@ -352,7 +353,7 @@ class SegViT(nn.Module):
             FileNotFoundError: neither folder nor Hub repository, or a file is missing in it.
             ValueError: configuration or weights that do not go together.
         """
-        folder = Path(source)
+        folder = follow(source)
         if not folder.is_dir():
             owner, _, name = str(source).partition("/")
             if not owner or not name or "/" in name or owner.startswith((".", "~")) or folder.exists():

@@ -1,14 +1,21 @@
 """Options of the command line, as plain dataclasses without heavy imports.
 
 The classes are the groups of `--help`; `segvit.cli` turns each field into one option (`max_steps` becomes
-`--max-steps`), and configuration files use the field names.
+`--max-steps`), and configuration files use the field names. Each number stands with the range it must lie in,
+which is checked when the dataclass is made, by whatever command or program.
 """
 
 # ruff: noqa: RUF009  (`option` makes a field, as `dataclasses.field` does)
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import types
+import typing
 from dataclasses import MISSING, dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 __all__ = [
@@ -19,14 +26,40 @@ __all__ = [
     "InferenceOptions",
     "PredictConfig",
     "TrainConfig",
+    "check_ranges",
 ]
 
 Precision = Literal["32", "bf16", "fp16"]
 
 
-def option(default: Any, help: str, *, positional: bool = False) -> Any:
-    """A dataclass field with its help text; `...` as the default makes it required."""
-    metadata = {"help": help, "positional": positional}
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from `at_least` or above `more_than` to `at_most` or below `less_than`."""
+
+    at_least: float = -math.inf
+    more_than: float = -math.inf
+    at_most: float = math.inf
+    less_than: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        finite = abs(value) < 1 << 63 if isinstance(value, Integral) else math.isfinite(value)
+        return finite and self.more_than < value < self.less_than and self.at_least <= value <= self.at_most
+
+    def __str__(self) -> str:
+        limits = [
+            f"{name.replace('_', ' ')} {value:,}"
+            for name, value in dataclasses.asdict(self).items()
+            if math.isfinite(value)
+        ]
+        return " and ".join(limits) or "a finite number"
+
+
+def option(default: Any, help: str, *, positional: bool = False, **limits: float) -> Any:
+    """A dataclass field with its help text; `...` as the default makes it required.
+
+    `limits` are those of `Range`, for a number or each of several; a number without any must be finite.
+    """
+    metadata = {"help": help, "positional": positional, "range": Range(**limits)}
     if default is ...:
         return field(default=MISSING, metadata=metadata)
     if isinstance(default, (list, dict)):
@@ -34,8 +67,53 @@ def option(default: Any, help: str, *, positional: bool = False) -> Any:
     return field(default=default, metadata=metadata)
 
 
+@functools.cache
+def _kinds(options: type) -> dict[str, tuple[type | None, tuple[str, ...], bool]]:
+    """Of each option: the type of its number or numbers, the words that it may be, whether it may be None."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(options).items():
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        numbers, words = set(), []
+        for member in members:
+            origin, arguments = typing.get_origin(member), typing.get_args(member)
+            if origin is Literal:
+                words += arguments
+            else:
+                numbers |= {arguments[0] if origin in (list, tuple) else member} & {int, float}
+        kinds[name] = (numbers or {None}).pop(), tuple(words), type(None) in members
+    return kinds
+
+
+def check_ranges(options: Any) -> None:
+    """Compare the numbers and the words of a choice among the options with what they may be.
+
+    Raises:
+        ValueError: one is out of range; TypeError: something else stands for a number. The option is named.
+    """
+    for item in dataclasses.fields(options):
+        value, (number, words, optional) = getattr(options, item.name), _kinds(type(options))[item.name]
+        if (value is None and optional) or not (number or words) or value in words:
+            continue
+        limits, several = item.metadata["range"], isinstance(value, (list, tuple))
+        shown = tuple(value) if several else value
+        choices = [*words, *([str(limits)] if number else []), *(["null"] if optional else [])]
+        got, expected = f"{item.name}: got {shown!r}, expected", " or ".join(choices)
+        for part in value if several else [value]:
+            if number is None or (words and isinstance(part, str)):
+                raise ValueError(f"{got} {expected}")
+            if isinstance(part, bool) or not isinstance(part, Integral if number is int else Real):
+                raise TypeError(f"{got} a {'whole ' if number is int else ''}number, {expected}")
+            if part not in limits:
+                raise ValueError(f"{got} {expected}")
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
 @dataclass(kw_only=True)
-class DataOptions:
+class DataOptions(_Checked):
     """Data"""
 
     data: str = option(..., "folder with images/SPLIT and annotations/SPLIT, or 'synthetic'")
@@ -50,35 +128,43 @@ class DataOptions:
 
 
 @dataclass(kw_only=True)
-class MachineOptions:
+class MachineOptions(_Checked):
     """Machine"""
 
-    devices: int = option(1, "number of processes, one device each")
+    devices: int = option(1, "number of processes, one device each", at_least=1)
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     precision: Precision = option("32", "arithmetic: 32, or mixed with bf16 or fp16")
-    workers: int = option(2, "data loading processes for each device; 0 loads in the main process")
+    workers: int = option(
+        2, "data loading processes for each device; 0 loads in the main process", at_least=0
+    )
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
 
 
 @dataclass(kw_only=True)
-class InferenceOptions:
+class InferenceOptions(_Checked):
     """Inference"""
 
     window: int | None = option(
-        None, "side of the square sliding window in pixels; the whole image at once when not given"
+        None,
+        "side of the square sliding window in pixels; the whole image at once when not given",
+        at_least=1,
     )
-    stride: int | None = option(None, "step of the window; two thirds of it when not given")
-    scales: list[float] = option([1.0], "factors to which the image is resized; scores are averaged")
+    stride: int | None = option(None, "step of the window; two thirds of it when not given", at_least=1)
+    scales: list[float] = option(
+        [1.0], "factors to which the image is resized; scores are averaged", more_than=0
+    )
     flip: bool = option(False, "average with the scores of the mirrored image")
-    short_side: int | None = option(None, "resize the image to this short side first")
+    short_side: int | None = option(None, "resize the image to this short side first", at_least=1)
 
 
 @dataclass(kw_only=True)
-class ModelOptions:
+class ModelOptions(_Checked):
     """Model"""
 
     preset: str = option("vit_small", "vit_tiny, vit_small, vit_base or vit_large")
-    image_size: int = option(512, "side of the square training crop in pixels, a multiple of the patch size")
+    image_size: int = option(
+        512, "side of the square training crop in pixels, a multiple of the patch size", at_least=1
+    )
     shrunk: bool = option(
         False,
         "the Shrunk structure: query-based down- and up-sampling, 40 % less compute; it learns much sooner "
@@ -87,11 +173,13 @@ class ModelOptions:
     locate_images: int = option(
         64,
         "images that show a Shrunk model's queries where they are before the first step; 0: random queries",
+        at_least=0,
     )
     similarity_gain: float = option(
         1.0,
         "start the class attention's queries and keys this many times wider than published; 3.5 learns masks "
         "sooner, which counts when training is short",
+        more_than=0,
     )
     model: dict[str, Any] = option(
         {}, "changes to the preset's fields, e.g. {'patch_size': 14, 'class_token': true}"
@@ -104,40 +192,54 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
-class OptimizerOptions:
+class OptimizerOptions(_Checked):
     """Optimization"""
 
-    max_steps: int = option(20000, "length of training, in optimizer steps")
-    max_minutes: float | None = option(None, "stop (evaluate, save) after this many minutes at the latest")
-    batch_size: int = option(8, "images for each device and optimizer step")
-    accumulate: int = option(1, "split each batch into this many smaller ones to save memory")
-    lr: float = option(1e-4, "peak learning rate of the backbone")
-    decoder_lr_scale: float = option(10.0, "factor on lr for everything but the backbone")
+    max_steps: int = option(20000, "length of training, in optimizer steps", at_least=1)
+    max_minutes: float | None = option(
+        None, "stop (evaluate, save) after this many minutes at the latest", more_than=0
+    )
+    batch_size: int = option(8, "images for each device and optimizer step", at_least=1)
+    accumulate: int = option(1, "split each batch into this many smaller ones to save memory", at_least=1)
+    lr: float = option(1e-4, "peak learning rate of the backbone", more_than=0)
+    decoder_lr_scale: float = option(10.0, "factor on lr for everything but the backbone", more_than=0)
     betas: tuple[float, float] = option(
         (0.9, 0.999),
         "decay rates of AdamW's two moments; a second one of 0.98 soon forgets the large gradients of "
         "the first steps, which counts when training is short",
+        at_least=0,
+        less_than=1,
     )
-    weight_decay: float = option(0.01, "AdamW weight decay (none on the backbone's norms)")
-    warmup_steps: int = option(1500, "steps of linear warm-up")
-    warmup_lr: float = option(1e-6, "learning rate of the first step")
-    power: float = option(1.0, "power of the polynomial decay to 0")
-    clip: float | None = option(35.0, "largest L2 norm of the gradient")
-    ema: float | None = option(None, "decay of the moving average of the weights that is evaluated and saved")
+    weight_decay: float = option(0.01, "AdamW weight decay (none on the backbone's norms)", at_least=0)
+    warmup_steps: int = option(1500, "steps of linear warm-up", at_least=0)
+    warmup_lr: float = option(1e-6, "learning rate of the first step", at_least=0)
+    power: float = option(1.0, "power of the polynomial decay to 0", at_least=0)
+    clip: float | None = option(35.0, "largest L2 norm of the gradient", more_than=0)
+    ema: float | None = option(
+        None,
+        "decay of the moving average of the weights that is evaluated and saved",
+        more_than=0,
+        less_than=1,
+    )
     compile: bool = option(False, "use torch.compile on the model")
-    seed: int = option(0, "seed of weights, order, augmentation and dropout")
+    seed: int = option(0, "seed of weights, order, augmentation and dropout", at_least=0)
 
 
 @dataclass(kw_only=True)
-class AugmentationOptions:
+class AugmentationOptions(_Checked):
     """Augmentation"""
 
     scale: tuple[float, float] = option(
-        (0.5, 2.0), "range of the random resize; short side = scale * image_size"
+        (0.5, 2.0),
+        "range of the random resize; short side = scale * image_size",
+        more_than=0,
+        at_most=32,
     )
     flip: bool = option(True, "mirror half of the images")
     photometric: bool = option(True, "vary brightness, contrast, saturation and hue")
-    class_share: float = option(0.75, "try for crops in which no class fills more than this share")
+    class_share: float = option(
+        0.75, "try for crops in which no class fills more than this share", more_than=0, at_most=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -146,13 +248,15 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
 
     out: str = option(..., "folder of the run: config, log, checkpoints")
     resume: bool = option(False, "continue the run in the folder exactly where its last checkpoint was")
-    evaluate_every: int = option(1000, "steps between evaluations; 0 evaluates at the end only")
-    checkpoint_every: int | None = option(None, "steps between checkpoints; as evaluate_every when not given")
-    log_every: int = option(10, "steps between lines of the log")
+    evaluate_every: int = option(1000, "steps between evaluations; 0 evaluates at the end only", at_least=0)
+    checkpoint_every: int | None = option(
+        None, "steps between checkpoints; as evaluate_every when not given", at_least=1
+    )
+    log_every: int = option(10, "steps between lines of the log", at_least=1)
     tensorboard: bool = option(False, "also write TensorBoard logs")
     progress: bool = option(True, "show a progress bar")
-    synthetic_images: int = option(2048, "images in the synthetic training set")
-    synthetic_validation: int = option(64, "images in the synthetic validation set")
+    synthetic_images: int = option(2048, "images in the synthetic training set", at_least=1)
+    synthetic_validation: int = option(64, "images in the synthetic validation set", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -163,7 +267,7 @@ class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
     split: str = option("validation", "which split of the data")
     json: str | None = option(None, "also write the result to this JSON file")
     progress: bool = option(True, "show a progress bar")
-    synthetic_validation: int = option(64, "images in the synthetic validation set")
+    synthetic_validation: int = option(64, "images in the synthetic validation set", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -174,13 +278,13 @@ class PredictConfig(InferenceOptions):
     checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
     out: str = option("predictions", "folder for overlays and label maps")
     maps: list[str] = option([], "classes, by name or index, whose similarity maps are drawn stage by stage")
-    alpha: float = option(0.55, "opacity of the overlay, 0 to 1")
+    alpha: float = option(0.55, "opacity of the overlay, 0 to 1", at_least=0, at_most=1)
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
 
 
 @dataclass(kw_only=True)
-class ConvertConfig:
+class ConvertConfig(_Checked):
     """Conversion"""
 
     checkpoint: str = option(..., "published checkpoint, .pth or .safetensors", positional=True)
@@ -193,7 +297,7 @@ class ConvertConfig:
 
 
 @dataclass(kw_only=True)
-class BenchConfig:
+class BenchConfig(_Checked):
     """Benchmark"""
 
     model: str = option(
@@ -202,30 +306,34 @@ class BenchConfig:
         "vit_base, vit_large)",
         positional=True,
     )
-    size: list[int] = option([], "height and width of the images, or one side; the model's own if not given")
-    batch: int = option(1, "images of a call")
+    size: list[int] = option(
+        [], "height and width of the images, or one side; the model's own if not given", at_least=1
+    )
+    batch: int = option(1, "images of a call", at_least=1)
     image: str | None = option(None, "picture to measure on, resized; random pixels when not given")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "precision of the engine")
     method: Literal["auto", "eager", "graph", "compile"] = option(
         "auto", "how the engine runs: layer by layer, as a CUDA graph, or through torch.compile (minutes)"
     )
-    seconds: float = option(5.0, "time for each way of running the model, and for finding where it goes")
+    seconds: float = option(
+        5.0, "time for each way of running the model, and for finding where it goes", more_than=0
+    )
     alternatives: bool = option(True, "also measure what could be switched on")
-    threads: int | None = option(None, "CPU threads; torch's choice when not given")
+    threads: int | None = option(None, "CPU threads; torch's choice when not given", at_least=1)
     shrunk: bool = option(False, "the Shrunk structure of a preset")
-    classes: int | None = option(None, "classes of a preset, 150 when not given")
+    classes: int | None = option(None, "classes of a preset, 150 when not given", at_least=1)
     json: str | None = option(None, "also write the result to this JSON file")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
 
 
 @dataclass(kw_only=True)
-class DemoConfig:
+class DemoConfig(_Checked):
     """Demo"""
 
     out: str = option(
         "segvit-demo", "folder for the report, the trained model and a few pictures to try it on"
     )
-    steps: int = option(1000, "length of training")
-    seed: int = option(0, "seed of data, weights and order")
+    steps: int = option(1000, "length of training", at_least=1)
+    seed: int = option(0, "seed of data, weights and order", at_least=0)
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")

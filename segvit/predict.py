@@ -164,8 +164,6 @@ def run(config: PredictConfig) -> int:
     files = find_images(config.images)
     out = Path(config.out)
     stems = _output_stems(files, out)
-    if not 0 <= config.alpha <= 1:
-        raise ValueError(f"alpha: got {config.alpha}, expected 0 to 1")
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
 

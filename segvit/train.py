@@ -2,16 +2,9 @@
 
 Source of the recipe: SegViT (NeurIPS 2022, arXiv 2210.05844), section 4.1.
 
-A run is a folder:
-
-    config.yaml              the options
-    metrics.csv              one line every `log_every` steps, and one for each evaluation
-    checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`) and trainer.pt
-    checkpoints/last, best   links to the newest checkpoint and to the one of the highest mIoU
-
-Checkpoints appear whole or not at all, so a run may be killed at any moment and continued with `resume`:
-weights, optimizer, schedule, place in the data, random states and moving average are those of the last
-checkpoint.
+A run is a folder (`segvit.run_folder`). Checkpoints appear whole or not at all, so it may be killed at any
+moment and continued with `resume`: weights, optimizer, schedule, place in the data, random states and moving
+average are those of the last checkpoint. SIGINT and SIGTERM save one at the end of the step.
 
 Sample number i of the whole run is drawn from the permutation of (seed, epoch), augmented from (seed, epoch,
 image): it depends neither on the number of processes nor on loading workers. In step s, R processes with
@@ -20,41 +13,40 @@ batches of b images take the samples from s·R·b on, process r the r-th piece o
 
 from __future__ import annotations
 
-import csv
-import dataclasses
+import json
 import math
-import os
 import random
-import shutil
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 import segvit_kernels
 from segvit._extras import require
-from segvit.checkpoint import atomic_write, load_state_dict, read_state_dict
+from segvit.checkpoint import load_state_dict, read_state_dict
 from segvit.config import SegViTConfig
 from segvit.data import open_dataset
 from segvit.evaluate import batches, collate, evaluate, launch, make_fabric, progress_bar
+from segvit.files import atomic_write
+from segvit.interrupts import Interrupted, Interrupts, obey_parent
 from segvit.linear_head import CrossEntropy, LinearSegmenter
 from segvit.losses import SegViTLoss
 from segvit.model import WEIGHTS_FILE, SegViT
-from segvit.options import TrainConfig
+from segvit.options import TrainConfig, check_ranges
+from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, prepare, samples_of
 from segvit.transforms import Augment, sample_seed
 from segvit_kernels import FusedATM
 
 __all__ = ["TrainConfig", "build_model", "learning_rate_factor", "run", "train"]
-
-# Options that may differ when a run is resumed; every other one changes the result.
-_FREE = {"resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every"}
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -64,6 +56,37 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
         first = min(1.0, config.warmup_lr / config.lr)
         return first + (1 - first) * step / warmup
     return (1 - (step - warmup) / (config.max_steps - warmup)) ** config.power
+
+
+def backward(
+    fabric: Any,
+    model: nn.Module,
+    preprocess: Callable[[Tensor], Tensor],
+    loss: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    parts: int = 1,
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch's loss to the parameters'; the detached terms of that loss.
+
+    Args:
+        fabric: the run's, which set up `model`.
+        preprocess: from images to what `model` takes.
+        loss: `SegViTLoss` or `CrossEntropy`.
+        images, labels: of the batch, (B, 3, H, W) and (B, H, W).
+        parts: pieces into which the batch is split to save memory; the sums that the batch's loss is divided
+            by are the whole batch's, so that loss and gradient are too.
+    """
+    normalisers = loss.normalisers(labels) if parts > 1 else None
+    sums: dict[str, Tensor] = {}
+    pieces = zip(images.chunk(parts), labels.chunk(parts), strict=True)
+    for part, (image, label) in enumerate(pieces, start=1):
+        with fabric.no_backward_sync(model, enabled=part < parts):
+            terms = loss(model(preprocess(image)), label, normalisers)
+            fabric.backward(terms["total"])
+        for name, value in terms.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    return sums
 
 
 class _Samples(Dataset):
@@ -117,48 +140,6 @@ class StepSampler:
             yield keys
 
 
-class _Log:
-    """metrics.csv, and TensorBoard where asked for. Continuing at a step drops what was written after it."""
-
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self.path = folder / "metrics.csv"
-        self.rows: list[dict[str, str]] = []
-        if step and self.path.is_file():
-            with self.path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
-        self.columns = list(self.rows[0]) if self.rows else []
-        if self.rows:
-            self._rewrite()
-        else:
-            self.path.unlink(missing_ok=True)
-        self.writer = None
-        if tensorboard:
-            module = require("torch.utils.tensorboard", extra="tensorboard")
-            self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def _rewrite(self) -> None:
-        def write(path: Path) -> None:
-            with path.open("w", newline="") as file:
-                table = csv.DictWriter(file, self.columns)
-                table.writeheader()
-                table.writerows(self.rows)
-
-        atomic_write(self.path, write)
-
-    def add(self, step: int, **values: float) -> None:
-        row = {"step": str(step), **{name: f"{value:.9g}" for name, value in values.items()}}
-        self.rows.append(row)
-        if not set(row) <= set(self.columns):
-            self.columns += [name for name in row if name not in self.columns]
-            self._rewrite()
-        else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-
 def build_model(config: TrainConfig, dataset: Any) -> SegViT:
     """The model of a training configuration, its backbone loaded, for the classes of a dataset.
 
@@ -186,59 +167,19 @@ def build_model(config: TrainConfig, dataset: Any) -> SegViT:
 
 
 def _check(config: TrainConfig) -> None:
-    """Raises ValueError for values that no run can have."""
-    least = {
-        "max_steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "devices": 1, "warmup_steps": 0,
-        "evaluate_every": 0, "locate_images": 0, "workers": 0, "weight_decay": 0, "seed": 0,
-    }  # fmt: skip
-    for name, minimum in least.items():
-        if getattr(config, name) < minimum:
-            raise ValueError(f"{name}: got {getattr(config, name)}, expected at least {minimum}")
-    for name in ("lr", "similarity_gain"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name}: got {getattr(config, name)}, expected more than 0")
-    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError(f"betas: got {tuple(config.betas)}, expected two decays from 0 to below 1")
-    if config.ema is not None and not 0 < config.ema < 1:
-        raise ValueError(f"ema: got {config.ema}, expected a decay between 0 and 1")
+    """Raises ValueError for options that do not go together."""
+    for name in ("betas", "scale"):
+        if len(getattr(config, name)) != 2:
+            raise ValueError(f"{name}: got {tuple(getattr(config, name))}, expected two numbers")
     if config.batch_size % config.accumulate:
         raise ValueError(
             f"accumulate: got {config.accumulate}, expected a divisor of batch_size {config.batch_size}"
         )
-    if config.checkpoint_every is not None and config.checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every: got {config.checkpoint_every}, expected at least 1")
-
-
-def _prepare_folder(config: TrainConfig) -> None:
-    """Make the run's folder, or check that it can be resumed.
-
-    Raises:
-        ValueError: a run is there already, or it had other options.
-        OSError: the folder cannot be written.
-    """
-    yaml = require("yaml", extra="train")
-    folder = Path(config.out)
-    path = folder / "config.yaml"
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            before = yaml.safe_load(path.read_text())
-            if not config.resume:
-                if (folder / "checkpoints" / "last").exists():
-                    raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
-            else:
-                changed = [k for k, v in values.items() if k not in _FREE and before.get(k, v) != v]
-                if changed:
-                    listed = ", ".join(f"{k} {before[k]!r} -> {values[k]!r}" for k in changed)
-                    raise ValueError(f"resume: {folder} was started with other options: {listed}")
-        values["resume"] = False
-        atomic_write(path, lambda temporary: temporary.write_text(yaml.safe_dump(values, sort_keys=False)))
-    except OSError as error:
-        raise OSError(f"out: cannot write to {folder} ({error.strerror or error})") from None
+    decay = config.lr * max(1.0, config.decoder_lr_scale) * config.weight_decay
+    if decay >= 1:
+        raise ValueError(
+            f"weight_decay: got {config.weight_decay}, which with lr {config.lr} turns weights around"
+        )
 
 
 def train(
@@ -258,7 +199,9 @@ def train(
     Raises:
         ValueError, TypeError, OSError: options, data or weights that cannot be used; the message names them.
         FloatingPointError: the loss is not finite.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
+    check_ranges(config)
     _check(config)
     fabric = make_fabric(config)
 
@@ -278,20 +221,41 @@ def train(
         training = data("training", config.synthetic_images)
     if validation is None:
         validation = data("validation", config.synthetic_validation)
-    _prepare_folder(config)
-    return launch(fabric, _train, config, training, validation)
+    prepare(config, samples_of(training, validation), _say)
+    with Interrupts() as interrupts:
+        result = launch(fabric, _train, config, training, validation, interrupts.flag)
+    if result["stopped"] == "interrupted":
+        name = signal.Signals(interrupts.flag.value).name
+        saved = f"saved in {config.out}" if result["step"] else "nothing to save"
+        raise Interrupted(
+            f"{name} at step {result['step']}, {saved}; the same command with --resume goes on",
+            interrupts.flag.value,
+        )
+    return result
 
 
-def _train(fabric: Any, config: TrainConfig, training: Any, validation: Any) -> dict[str, Any]:
+def _train(
+    fabric: Any, config: TrainConfig, training: Any, validation: Any, signalled: Any
+) -> dict[str, Any]:
+    obey_parent(signalled)
     with segvit_kernels.backend(config.backend) if config.backend else nullcontext():
-        return _Trainer(fabric, config, training, validation).fit()
+        return _Trainer(fabric, config, training, validation, signalled).fit()
+
+
+def _say(text: str) -> None:
+    print(f"segvit train: note: {text}", file=sys.stderr, flush=True)
+
+
+class _SignalledError(Exception):
+    """An evaluation is given up: a signal came."""
 
 
 class _Trainer:
-    def __init__(self, fabric: Any, config: TrainConfig, training: Any, validation: Any) -> None:
-        self.fabric, self.config, self.validation = fabric, config, validation
-        self.folder = Path(config.out)
-        self.checkpoints = self.folder / "checkpoints"
+    def __init__(
+        self, fabric: Any, config: TrainConfig, training: Any, validation: Any, signalled: Any
+    ) -> None:
+        self.fabric, self.config, self.validation, self.signalled = fabric, config, validation, signalled
+        self.checkpoints = Checkpoints(config.out)
 
         torch.manual_seed(config.seed)
         self.model = build_model(config, training).to(fabric.device).train()
@@ -323,7 +287,9 @@ class _Trainer:
         else:
             self.loss = SegViTLoss(training.num_classes, training.ignore_index)
 
-        self.step, self.elapsed, self.best, self.result = 0, 0.0, -math.inf, {}
+        self.step, self.saved, self.elapsed = 0, 0, 0.0
+        # Of evaluations: the last one and its step, the best and its step, how many came after the best.
+        self.score: dict[str, Any] = {"result": {}, "best": None, "best_step": None, "since_best": 0}
         self.window: dict[str, Tensor] = {}  # sums of the losses since the last line of the log
         self.window_steps = 0
         random.seed(sample_seed(config.seed, fabric.global_rank, 1))
@@ -332,7 +298,7 @@ class _Trainer:
 
         compiled = torch.compile(self.model) if config.compile else self.model
         self.wrapped, self.fabric_optimizer = fabric.setup(compiled, self.optimizer)
-        if saved:
+        if saved and saved["scaler"] and config.precision == "fp16":
             fabric._precision.load_state_dict(saved["scaler"])
         sampler = StepSampler(
             len(training),
@@ -348,11 +314,12 @@ class _Trainer:
         )
         self.log = None
         if fabric.is_global_zero:
-            for leftover in self.checkpoints.glob(".*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            self.log = _Log(self.folder, self.step, config.tensorboard)
+            self.checkpoints.clean(self.step, self.score["best_step"])
+            self.log = Log(Path(config.out), self.step, config.tensorboard, not self._evaluation_missing())
+        # The processes agree on when to stop without waiting for a GPU.
+        self.host = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
         if saved:  # last: nothing above may change what is drawn from here on
-            self._set_random_state(saved["random"][fabric.global_rank])
+            self._set_process_state(saved["random"])
 
     # The loop
 
@@ -360,57 +327,75 @@ class _Trainer:
         config, fabric = self.config, self.fabric
         checkpoint_every = config.checkpoint_every or config.evaluate_every or 1000
         self.started = time.perf_counter() - self.elapsed
-        evaluation_seconds = 0.0
-        stopped = "finished"
+        self.evaluation_seconds = 0.0
         bar = _training_bar(config.progress and fabric.is_global_zero)
         with bar:
-            task = bar.add_task(
-                "train", total=config.max_steps, completed=self.step, loss="", miou=self._miou_text()
+            self.bar, self.task = (
+                bar,
+                bar.add_task(
+                    "train", total=config.max_steps, completed=self.step, loss="", miou=self._miou_text()
+                ),
             )
-            while self.step < config.max_steps:
-                if self._out_of_time(evaluation_seconds):
-                    stopped = "max_minutes"
-                    break
-                terms = self._optimize()
-                self.step += 1
-                for name, value in terms.items():
-                    self.window[name] = self.window[name] + value if name in self.window else value
-                self.window_steps += 1
-                finished = self.step == config.max_steps
-                checkpoint = self.step % checkpoint_every == 0
-                evaluation = config.evaluate_every and self.step % config.evaluate_every == 0
-                if self.step % config.log_every == 0 or checkpoint or evaluation or finished:
-                    loss = self._write_log()
-                    bar.update(task, loss=f"loss {loss:.4f}")
-                bar.advance(task)
-                if evaluation and not finished:
-                    before = time.perf_counter()
-                    self._evaluate(bar)
-                    evaluation_seconds = time.perf_counter() - before
-                    bar.update(task, miou=self._miou_text())
-                if (checkpoint or evaluation) and not finished:
-                    self._save()
-            if self.window_steps:
-                self._write_log()
-            if self.result.get("step") != self.step:
-                self._evaluate(bar)
-                bar.update(task, miou=self._miou_text())
-                self._save()
+            try:
+                stopped = self._steps(checkpoint_every)
+            except _SignalledError:
+                stopped = "interrupted"
+            self._save()
         return {
-            **self.result,
-            "best_miou": self.best,
+            **self.score["result"],
+            "step": self.step,
+            "best_miou": self.score["best"],
             "seconds": time.perf_counter() - self.started,
             "stopped": stopped,
         }
 
-    def _out_of_time(self, reserve: float) -> bool:
-        """Whether max_minutes are over, with an evaluation of `reserve` seconds; the same everywhere."""
-        if self.config.max_minutes is None:
-            return False
-        over = time.perf_counter() - self.started + reserve > 60 * self.config.max_minutes
-        if self.fabric.world_size == 1:
-            return over
-        return self.step % self.config.log_every == 0 and bool(self.fabric.broadcast(over))
+    def _steps(self, checkpoint_every: int) -> str:
+        """Steps, checkpoints and evaluations until training ends; returns why it does."""
+        if self._evaluation_missing():
+            self._evaluate()
+        while (reason := self._why_stop()) is None:
+            terms = self._optimize()
+            self.step += 1
+            for name, value in terms.items():
+                self.window[name] = self.window[name] + value if name in self.window else value
+            self.window_steps += 1
+            checkpoint, evaluation = self.step % checkpoint_every == 0, self._evaluation_due()
+            if self.step % self.config.log_every == 0 or checkpoint or evaluation:
+                self.bar.update(self.task, loss=f"loss {self._write_log():.4f}")
+            self.bar.advance(self.task)
+            if checkpoint or evaluation:
+                self._save()
+            if evaluation:
+                self._evaluate()
+        if reason != "interrupted" and self.score["result"].get("step") != self.step:
+            if self.window_steps:
+                self._write_log()
+            self._save()
+            self._evaluate()
+        return reason
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluate_every
+        return self.step == self.config.max_steps or bool(every and self.step % every == 0)
+
+    def _evaluation_missing(self) -> bool:
+        """Whether the checkpoint that training goes on from was to be evaluated and a kill came first."""
+        return self.step > 0 and self._evaluation_due() and self.score["result"].get("step") != self.step
+
+    def _why_stop(self) -> str | None:
+        """What ends training before the next step, the same in every process; None: nothing."""
+        config = self.config
+        if self.step >= config.max_steps:
+            return "finished"
+        late = False
+        if config.max_minutes is not None and self.fabric.is_global_zero:
+            late = time.perf_counter() - self.started + self.evaluation_seconds > 60 * config.max_minutes
+        reason = 2 if self.signalled.value else int(late)
+        if self.host is not None:
+            reasons = torch.tensor(reason)
+            torch.distributed.all_reduce(reasons, torch.distributed.ReduceOp.MAX, group=self.host)
+            reason = int(reasons)
+        return (None, "max_minutes", "interrupted")[reason]
 
     def _optimize(self) -> dict[str, Tensor]:
         """One step of the optimizer; the detached terms of the loss."""
@@ -419,16 +404,11 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         batch = next(self.batches)
-        images = batch["image"].to(fabric.device, non_blocking=True).chunk(config.accumulate)
-        labels = batch["label"].to(fabric.device, non_blocking=True).chunk(config.accumulate)
-        sums: dict[str, Tensor] = {}
-        for part, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
-            with fabric.no_backward_sync(self.wrapped, enabled=part < config.accumulate):
-                terms = self.loss(self.wrapped(self.model.preprocess(image)), label)
-                fabric.backward(terms["total"] / config.accumulate)
-            for name, value in terms.items():
-                share = value.detach() / config.accumulate
-                sums[name] = sums[name] + share if name in sums else share
+        images = batch["image"].to(fabric.device, non_blocking=True)
+        labels = batch["label"].to(fabric.device, non_blocking=True)
+        terms = backward(
+            fabric, self.wrapped, self.model.preprocess, self.loss, images, labels, config.accumulate
+        )
         if config.clip is not None:
             fabric.clip_gradients(
                 self.wrapped, self.fabric_optimizer, max_norm=config.clip, error_if_nonfinite=False
@@ -437,7 +417,7 @@ class _Trainer:
         self.fabric_optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return sums
+        return terms
 
     def _write_log(self) -> float:
         """A line with the mean of each term since the last line; returns the mean loss.
@@ -451,11 +431,7 @@ class _Trainer:
         first = self.step - self.window_steps + 1
         if not math.isfinite(means["total"]):
             bad = ", ".join(f"{name} {value}" for name, value in means.items() if not math.isfinite(value))
-            last = (
-                "the last checkpoint is from before"
-                if (self.checkpoints / "last").exists()
-                else "no checkpoint yet"
-            )
+            last = "the last checkpoint is from before" if self.saved else "no checkpoint yet"
             steps = f"step {self.step}" if first == self.step else f"steps {first}...{self.step}"
             raise FloatingPointError(
                 f"the loss is not finite in {steps} ({bad}); try a lower lr or precision 32 ({last})"
@@ -474,88 +450,134 @@ class _Trainer:
         self.window, self.window_steps = {}, 0
         return loss
 
-    def _evaluate(self, bar: Any) -> None:
+    def _evaluate(self) -> None:
+        """Evaluate the weights of this step, whose checkpoint is there, and keep the result with it.
+
+        Raises:
+            _SignalledError: a signal came first.
+        """
+        before = time.perf_counter()
         model = self.model if self.average is None else self.average.module
         share = len(range(self.fabric.global_rank, len(self.validation), self.fabric.world_size))
-        task = bar.add_task("evaluate", total=share, loss="", miou="")
+        task = self.bar.add_task("evaluate", total=share, loss="", miou="")
         result = evaluate(
             model,
             self.validation,
             fabric=self.fabric,
             batch_size=self.config.batch_size,
             workers=self.config.workers,
-            on_images=lambda count: bar.advance(task, count),
+            on_images=lambda count: self._evaluated(task, count),
         )
-        bar.remove_task(task)
-        self.result = {"step": self.step, **result}
+        self.bar.remove_task(task)
+        result = self._judge(result)
+        self.evaluation_seconds = time.perf_counter() - before
         if self.log:
-            self.log.add(
-                self.step,
-                miou=result["miou"],
-                accuracy=result["accuracy"],
-                seconds=time.perf_counter() - self.started,
-            )
+            values = {name: result[name] for name in ("miou", "accuracy") if result[name] is not None}
+            self.log.add(self.step, **values, seconds=time.perf_counter() - self.started)
+            self.checkpoints.evaluated(self.step, self.score)
+            self.checkpoints.prune(1)
             if self.config.progress:
-                bar.console.print(f"step {self.step}: mIoU {100 * result['miou']:.2f}")
+                self.bar.console.print(f"step {self.step}: {self._miou_text()}")
+        self.bar.update(self.task, miou=self._miou_text())
+
+    def _evaluated(self, task: Any, count: int) -> None:
+        self.bar.advance(task, count)
+        # Several processes end an evaluation together, or not at all.
+        if self.signalled.value and self.fabric.world_size == 1:
+            raise _SignalledError
+
+    def _judge(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Note an evaluation and whether it is the best; returned without NaN, where no pixel counted."""
+        result = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in result.items()
+        }
+        miou, best = result["miou"], self.score["best"]
+        better = miou is not None and (best is None or miou > best)
+        self.score = {
+            "result": {"step": self.step, **result},
+            "best": miou if better else best,
+            "best_step": self.step if better else self.score["best_step"],
+            "since_best": 0 if better else self.score["since_best"] + 1,
+        }
+        return result
 
     def _miou_text(self) -> str:
-        return f"mIoU {100 * self.result['miou']:.2f}" if self.result else ""
+        return _miou(self.score["result"].get("miou"))
 
     # Checkpoints
 
-    def _random_state(self) -> dict[str, Any]:
+    def _process_state(self) -> dict[str, Any]:
+        """What differs between the processes."""
         cuda = self.fabric.device.type == "cuda"
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             "python": random.getstate(),
+            "window": {name: value.cpu() for name, value in self.window.items()},
+            "window_steps": self.window_steps,
         }
 
-    def _set_random_state(self, state: dict[str, Any]) -> None:
+    def _set_process_state(self, states: list[dict[str, Any]]) -> None:
+        """Those of as many processes; others draw anew, and their log begins a line here."""
+        rank, device = self.fabric.global_rank, self.fabric.device
+        if len(states) != self.fabric.world_size:
+            random.seed(sample_seed(self.config.seed, rank, 1, self.step))
+            torch.manual_seed(sample_seed(self.config.seed, rank, self.step))
+            return
+        state = states[rank]
         torch.set_rng_state(state["torch"])
         random.setstate(state["python"])
-        if state["cuda"] is not None and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.fabric.device)
+        if state["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
+        self.window = {name: value.to(device) for name, value in state.get("window", {}).items()}
+        self.window_steps = state.get("window_steps", 0)
 
     def _save(self) -> None:
-        """Write checkpoints/STEP, then turn the links to it; all processes take part."""
-        states = [self._random_state()]
+        """Write checkpoints/STEP, all processes taking part.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+            OSError: it cannot be written; the last checkpoint stays.
+        """
+        states = [self._process_state()]
         if self.fabric.world_size > 1:
             states = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(states, self._random_state())
-        better = self.result.get("step") == self.step and self.result["miou"] > self.best
-        if better:
-            self.best = self.result["miou"]
-        if not self.fabric.is_global_zero:
+            torch.distributed.all_gather_object(states, self._process_state())
+        if self.step == self.saved:
             return
-        temporary = self.checkpoints / f".{self.step}"
-        temporary.mkdir(exist_ok=True)
-        (self.model if self.average is None else self.average.module).save_pretrained(temporary)
+        kept = f"the last checkpoint is of step {self.saved}" if self.saved else "no checkpoint yet"
+        if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
+            raise FloatingPointError(
+                f"weights are not finite after step {self.step}; try a lower lr or precision 32 ({kept})"
+            )
+        if self.fabric.is_global_zero:
+            try:
+                self.checkpoints.save(self.step, lambda folder: self._write(folder, states))
+            except OSError as error:
+                raise OSError(f"{error}; {kept}, and with more space --resume goes on from there") from None
+            self.checkpoints.prune(1)
+        self.saved = self.step
+
+    def _write(self, folder: Path, states: list[dict[str, Any]]) -> None:
+        """A checkpoint's files."""
+        (self.model if self.average is None else self.average.module).save_pretrained(folder)
         state = {
             "step": self.step,
             "elapsed": time.perf_counter() - self.started,
-            "best": self.best,
-            "result": self.result,
+            "score": self.score,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.fabric._precision.state_dict(),
             "random": states,
             "model": None if self.average is None else self.model.state_dict(),
             "averaged": None if self.average is None else self.average.n_averaged,
         }
-        torch.save(state, temporary / "trainer.pt")
-        final = self.checkpoints / str(self.step)
-        if final.exists():  # of a run that went on from an earlier checkpoint
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        for name in ["last", "best"] if better else ["last"]:
-            link = self.checkpoints / f".{name}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(final.name)
-            os.replace(link, self.checkpoints / name)
-        kept = {(self.checkpoints / name).resolve() for name in ("last", "best")}
-        for folder in self.checkpoints.iterdir():
-            if folder.name.isdigit() and folder.resolve() not in kept:
-                shutil.rmtree(folder)
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # of Python, whose errors say more than torch's own
+                torch.save(state, file)
+
+        atomic_write(folder / TRAINER_FILE, write)
 
     @torch.no_grad()
     def _locate(self, training: Any, augment: Augment) -> None:
@@ -573,31 +595,42 @@ class _Trainer:
         self.model.decoder.upsample.locate([torch.cat(level) for level in zip(*levels, strict=True)])
 
     def _load(self) -> dict[str, Any] | None:
-        """Continue from checkpoints/last, if there is one.
+        """Continue from the newest checkpoint, if there is one.
 
         Raises:
-            ValueError: it is of another model or number of processes.
+            ValueError: it is of another model, or from after the last step.
         """
-        folder = self.checkpoints / "last"
-        if not folder.exists():
+        folder = self.checkpoints.newest()
+        if folder is None:
             return None
-        source = folder / "trainer.pt"
+        source = folder / TRAINER_FILE
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{source}: cannot be read ({str(error).splitlines()[0]})") from None
-        if len(state["random"]) != self.fabric.world_size:
+        if state["step"] > self.config.max_steps:
             raise ValueError(
-                f"{source}: of {len(state['random'])} processes, now it is {self.fabric.world_size}"
+                f"max_steps: got {self.config.max_steps}, but the run is at step {state['step']}"
             )
         weights = read_state_dict(folder / WEIGHTS_FILE)
         load_state_dict(self.model, state["model"] or weights, str(folder / WEIGHTS_FILE))
         if self.average is not None:
             load_state_dict(self.average.module, weights, str(folder / WEIGHTS_FILE))
             self.average.n_averaged.copy_(state["averaged"])
+        fused = self.optimizer.param_groups[0]["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.best, self.result = state["best"], state["result"]
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused
+        self.step = self.saved = state["step"]
+        self.elapsed = state["elapsed"]
+        evaluation = folder / EVALUATION_FILE
+        if evaluation.is_file():
+            self.score = json.loads(evaluation.read_text(encoding="utf-8"))
+        elif "score" in state:
+            self.score = state["score"]
+        else:  # of version 0.1.0, which saved after the evaluation
+            best = state["best"] if math.isfinite(state["best"]) else None
+            self.score.update(result=state["result"], best=best)
         return state
 
 
@@ -608,12 +641,20 @@ def _training_bar(enabled: bool) -> Any:
     return progress_bar(enabled, TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[miou]}"))
 
 
+def _miou(value: float | None) -> str:
+    return "" if value is None else f"mIoU {100 * value:.2f}"
+
+
 def run(config: TrainConfig) -> int:
     """`segvit train`."""
-    result = train(config)
+    try:
+        result = train(config)
+    except Interrupted as error:
+        print(f"segvit train: {error}", file=sys.stderr)
+        return 128 + error.signum
+    score = _miou(result["miou"]) or "no labelled pixel to evaluate"
+    best = f" (best {100 * result['best_miou']:.2f})" if result["best_miou"] is not None else ""
     minutes = result["seconds"] / 60
-    print(
-        f"{result['stopped']} at step {result['step']} after {minutes:.1f} minutes: "
-        f"mIoU {100 * result['miou']:.2f} (best {100 * result['best_miou']:.2f}) in {config.out}"
-    )
+    when = f"at step {result['step']} after {minutes:.1f} minutes"
+    print(f"{result['stopped']} {when}: {score}{best} in {config.out}")
     return 0

@@ -270,7 +270,7 @@ def test_threads_are_put_back():
         (["vit_tiny", "--size", "0"], "size: got [0], expected height and width"),
         (["vit_tiny", "--size", "1", "2", "3"], "size: got [1, 2, 3]"),
         (["vit_tiny", "--size", "wide"], "--size"),
-        (["vit_tiny", "--seconds", "0"], "seconds: got 0.0, expected a positive number"),
+        (["vit_tiny", "--seconds", "0"], "seconds: got 0.0, expected more than 0"),
         (["vit_tiny", "--threads", "0"], "threads: got 0, expected at least 1"),
         (["vit_tiny", "--classes", "0"], "num_classes must be at least 1, got 0"),
         (["vit_tiny", "--dtype", "int8"], "--dtype"),

@@ -144,7 +144,7 @@ def test_predict_takes_the_options(model):
         ({"window": 0}, "window: got 0"),
         ({"stride": 4}, "stride: got 4 without a window"),
         ({"window": 16, "stride": 17}, "stride: got 17, expected 1 to 16"),
-        ({"scales": [1.0, 0.0]}, r"scales: got \(1.0, 0.0\), expected positive"),
+        ({"scales": [1.0, 0.0]}, r"scales: got \(1.0, 0.0\), expected more than 0"),
         ({"scales": []}, "scales: got"),
         ({"short_side": 0}, "short_side: got 0"),
     ],

@@ -1,0 +1,143 @@
+"""Writing files so that a kill, a full disk or another file system loses nothing.
+
+What is replaced is replaced in one step, after the new content has reached the disk. Nothing here needs
+more than Windows allows: handles are synchronised for writing, folders only where that is possible, and where
+there are no symbolic links a small text file names the folder that a link would point to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_write", "discard", "follow", "point", "replace", "synchronise"]
+
+
+def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
+    """Call `writer` with a temporary path beside `path`, then put the result in place in one step.
+
+    Whatever happens, `path` is the old file or the whole new one. The folder is made if need be.
+
+    Raises:
+        OSError: it cannot be written; one line that names `path` and the reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the usual one: some writers leave files that only their owner reads
+        writer(temporary)
+        synchronise(temporary)
+        temporary.chmod(mode)
+        replace(temporary, path)
+    except Exception as error:
+        if reason := _why_not_written(error):
+            raise _os_error(error, f"{path}: cannot be written ({reason})") from None
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """The system's reason in an exception of Python, safetensors or torch; None if it is another one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if match := re.search(r"os error (\d+)|code: (\d+)", str(error)):
+        return os.strerror(int(match[1] or match[2]))
+    if re.search(r"inline_container|PytorchStreamWriter", str(error)):
+        cause = error.__context__
+        return (isinstance(cause, OSError) and cause.strerror) or "not all of it could be written"
+    return None
+
+
+def _os_error(error: Exception, text: str) -> OSError:
+    kind = type(error) if type(error) in (PermissionError, FileNotFoundError, NotADirectoryError) else OSError
+    result = kind(text)
+    result.errno = getattr(error, "errno", None)
+    return result
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk, where the system can tell."""
+    try:
+        if path.is_dir():
+            handle = os.open(path, os.O_RDONLY)  # refused on Windows
+        else:
+            handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    except OSError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        cannot = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES)
+        if error.errno not in cannot:
+            raise
+    finally:
+        os.close(handle)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, tried again for half a second where another program has the file open (Windows)."""
+    for wait in (0.01, 0.03, 0.1, 0.3, None):
+        try:
+            os.replace(source, target)
+            break
+        except PermissionError:
+            if wait is None:
+                raise
+            time.sleep(wait)
+    synchronise(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, under a hidden name first: it is whole or gone. One that is in use stays."""
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    try:
+        os.replace(folder, hidden)
+    except OSError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def follow(path: str | os.PathLike) -> Path:
+    """The folder beside `path` that it names, where it is a text file in place of a link; else `path`."""
+    path = Path(path)
+    try:
+        if path.is_file() and path.stat().st_size < 256:
+            name = path.read_text(encoding="utf-8").strip()
+            if re.fullmatch(r"[\w.-]+", name) and (path.parent / name).is_dir():
+                return path.parent / name
+    except (OSError, UnicodeDecodeError):
+        pass
+    return path
+
+
+def point(path: Path, name: str) -> None:
+    """Make `path` a link to the folder `name` beside it, or a text file of its name where links fail."""
+    if path.is_dir() and not path.is_symlink():  # a copy, made by a program that follows links
+        discard(path)
+    link = path.with_name(f".{path.name}")
+    try:
+        if os.name == "nt":  # a link to a folder cannot be replaced there in one step
+            raise NotImplementedError
+        link.unlink(missing_ok=True)
+        os.symlink(name, link)
+        os.replace(link, path)
+    except (OSError, NotImplementedError):
+        with suppress(OSError):
+            link.unlink()
+        atomic_write(path, lambda temporary: temporary.write_text(f"{name}\n", encoding="utf-8"))
+    else:
+        synchronise(path.parent)

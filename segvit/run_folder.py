@@ -1,0 +1,290 @@
+"""The folder of a training run: its options, its log, its checkpoints, and whether it can be continued.
+
+    config.yaml              the options
+    data.json                which samples and classes it trains on, wherever they lie
+    metrics.csv              one line every `log_every` steps, and one for each evaluation
+    checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`), trainer.pt, and
+                             evaluation.json: the last evaluation, and the best until then
+    checkpoints/last, best   links to the newest checkpoint and to the one of the highest mIoU; where there
+                             are no links, text files that hold its name
+
+A checkpoint's folder gets its name when all of it is on the disk, and the links turn after that.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from segvit._extras import require
+from segvit.files import atomic_write, discard, follow, point, replace, synchronise
+from segvit.options import TrainConfig
+
+__all__ = ["Checkpoints", "Log", "prepare", "samples_of"]
+
+TRAINER_FILE = "trainer.pt"
+EVALUATION_FILE = "evaluation.json"
+
+# What may change when a run is resumed: options that do not touch the result,
+_FREE = {
+    "resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every", "keep",
+    "patience", "log_every", "evaluate_every",
+}  # fmt: skip
+# those that only round otherwise, or draw another dropout,
+_ROUNDING = {
+    "accelerator", "backend", "compile", "precision", "accumulate", "gradient_checkpointing", "devices",
+    "batch_size",
+}  # fmt: skip
+# and those that say where the data lie, which data.json is compared for.
+_PLACES = {"data", "names"}
+
+
+def samples_of(training: Any, validation: Any) -> dict[str, Any]:
+    """What tells two data sets apart, wherever they lie: number and names of the samples, and the classes."""
+    result: dict[str, Any] = {"classes": list(training.class_names or [])}
+    for split, dataset in (("training", training), ("validation", validation)):
+        digest = None
+        if files := getattr(dataset, "files", None):
+            root = getattr(dataset, "root", None)
+            names = [_name_of(Path(image), root) for image, *_ in files]
+            digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        result[split] = {"images": len(dataset), "names": digest}
+    return result
+
+
+def _name_of(image: Path, root: Path | None) -> str:
+    return image.relative_to(root).as_posix() if root and image.is_relative_to(root) else image.name
+
+
+def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Make a run's folder, or check that the run in it can be continued with these options and samples.
+
+    Args:
+        config: `out` and `resume` decide.
+        samples: see `samples_of`.
+        say: told what changes against the run so far.
+
+    Raises:
+        ValueError: a run is there already, or it had options or samples that another result would come from.
+        OSError: the folder cannot be written.
+    """
+    yaml = require("yaml", extra="train")
+    folder = Path(config.out)
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if (folder / "config.yaml").is_file():
+            if config.resume:
+                _compare_options(_read_options(folder / "config.yaml"), values, folder, say)
+                _compare_samples(folder / "data.json", samples)
+            elif Checkpoints(folder).newest():
+                raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
+        values["resume"] = False
+        _write(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        _write(folder / "data.json", json.dumps(samples, indent=2) + "\n")
+    except OSError as error:
+        raise OSError(f"out: cannot write to {folder} ({error.strerror or error})") from None
+
+
+def _write(path: Path, text: str) -> None:
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    yaml = require("yaml", extra="train")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not readable as YAML ({reason})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got no options, expected what `segvit train` wrote")
+    return values
+
+
+def _compare_options(before: dict[str, Any], now: dict[str, Any], folder: Path, say: Callable) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    was = {name: before.get(name, defaults[name]) for name in now}
+    was = {name: now[name] if value is dataclasses.MISSING else value for name, value in was.items()}
+    places = _PLACES if (folder / "data.json").is_file() else set()
+    changed = {
+        name: f"{name} {was[name]!r} -> {now[name]!r}"
+        for name in now
+        if name not in _FREE | places and was[name] != now[name]
+    }
+    images = [values["batch_size"] * values["devices"] for values in (was, now)]
+    steps = changed.pop("max_steps", None)
+    free = _ROUNDING if images[0] == images[1] else _ROUNDING - {"batch_size", "devices"}
+    refused = [text for name, text in changed.items() if name not in free]
+    if refused:
+        raise ValueError(f"resume: {folder} was started with other options: {', '.join(refused)}")
+    if changed:
+        say(f"{', '.join(changed.values())}: the same training, with other rounding and dropout from here on")
+    if steps:
+        say(f"{steps}: the learning rate follows the schedule of {now['max_steps']} steps from here on")
+
+
+def _compare_samples(path: Path, samples: dict[str, Any]) -> None:
+    if not path.is_file():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: not readable as JSON") from None
+    if before.get("classes") != samples["classes"]:
+        raise ValueError("resume: the classes of the data are not those that the run was started with")
+    for split in ("training", "validation"):
+        was, now = before.get(split, {}), samples[split]
+        if was.get("images") != now["images"]:
+            raise ValueError(
+                f"resume: the {split} data have {now['images']} images, {was.get('images')} when it began"
+            )
+        if was != now:
+            raise ValueError(f"resume: the {split} images have other names than when the run began")
+
+
+class Log:
+    """metrics.csv, and TensorBoard where asked for.
+
+    Continuing at a step drops what was written after it, and the evaluation at it where that is done again.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool, evaluated: bool = True) -> None:
+        self.path = folder / "metrics.csv"
+        self.rows: list[dict[str, str]] = []
+        if step and self.path.is_file():
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a full disk cuts the last line
+            rows = [row for row in csv.DictReader(whole) if (row["step"] or "").isdigit()]
+            self.rows = [
+                row
+                for row in rows
+                if int(row["step"]) < step or (int(row["step"]) == step and (evaluated or row.get("loss")))
+            ]
+        self.columns = list(self.rows[0]) if self.rows else []
+        if self.rows:
+            self._rewrite()
+        else:
+            self.path.unlink(missing_ok=True)
+        self.writer = None
+        if tensorboard:
+            module = require("torch.utils.tensorboard", extra="tensorboard")
+            self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _rewrite(self) -> None:
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                table = csv.DictWriter(file, self.columns)
+                table.writeheader()
+                table.writerows(self.rows)
+
+        atomic_write(self.path, write)
+
+    def add(self, step: int, **values: float) -> None:
+        """A line of finite numbers; raises OSError, the line not begun, where there is no space for it."""
+        row = {"step": str(step), **{name: f"{value:.9g}" for name, value in values.items()}}
+        self.rows.append(row)
+        if not set(row) <= set(self.columns):
+            self.columns += [name for name in row if name not in self.columns]
+            self._rewrite()
+        else:
+            self._append(row)
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def _append(self, row: dict[str, str]) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError as error:
+            os.truncate(self.path, size)
+            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+
+class Checkpoints:
+    """The checkpoints of a run."""
+
+    def __init__(self, run: str | Path) -> None:
+        self.folder = Path(run) / "checkpoints"
+
+    def newest(self) -> Path | None:
+        """The checkpoint that `last` leads to; without one, the highest step's; None: there is none."""
+        last = follow(self.folder / "last")
+        if (last / TRAINER_FILE).is_file():
+            return last
+        return max(self._steps(), key=lambda path: int(path.name), default=None)
+
+    def _steps(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if path.name.isdigit()]
+        return [path for path in found if (path / TRAINER_FILE).is_file()]
+
+    def clean(self, step: int, best: int | None) -> None:
+        """After a start at `step`: remove what a kill left, and turn the links to where the run stands."""
+        for leftover in [
+            *self.folder.glob(".*"),
+            *self.folder.glob("*/.*"),
+            *self.folder.parent.glob(".*.tmp"),
+        ]:
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+        for path in self._steps():
+            if int(path.name) > step:
+                discard(path)
+        last = self.folder / "last"
+        if last.is_dir() and not last.is_symlink() and not (self.folder / str(step)).exists():
+            replace(last, self.folder / str(step))  # a copy, made by a program that follows links
+        for name, target in (("last", step), ("best", best)):
+            if target is not None and (self.folder / str(target)).is_dir():
+                self._point(name, target)
+
+    def _point(self, name: str, step: int) -> None:
+        if follow(self.folder / name).resolve() != (self.folder / str(step)).resolve():
+            point(self.folder / name, str(step))
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """A new checkpoint: `write` fills its folder. `last` is the old one or the whole new one.
+
+        Raises:
+            OSError: it cannot be written; nothing of it stays.
+        """
+        temporary = self.folder / f".{step}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            synchronise(temporary)
+            final = self.folder / str(step)
+            if final.exists():  # of a run that went on from an earlier checkpoint
+                discard(final)
+            replace(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._point("last", step)
+
+    def evaluated(self, step: int, values: dict[str, Any]) -> None:
+        """Keep an evaluation with the checkpoint of `step`; `best` leads to `values["best_step"]` then."""
+        _write(self.folder / str(step) / EVALUATION_FILE, json.dumps(values, indent=2) + "\n")
+        if values["best_step"] is not None:
+            self._point("best", values["best_step"])
+
+    def prune(self, keep: int | str) -> None:
+        """Remove all but the newest `keep` ("all" removes none) and those that `last` and `best` lead to."""
+        if keep == "all":
+            return
+        linked = {follow(self.folder / name).resolve() for name in ("last", "best")}
+        for path in sorted(self._steps(), key=lambda path: int(path.name))[:-keep]:
+            if path.resolve() not in linked:
+                discard(path)
