@@ -257,6 +257,8 @@ def test_mistakes_in_folders_and_numbers(tmp_path, capsys):
         str(tmp_path / "nan"),
         "--lr",
         "1e30",
+        "--weight-decay",
+        "0",
         "--warmup-steps",
         "0",
         "--clip",
