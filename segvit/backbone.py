@@ -19,12 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from segvit.config import BackboneConfig
 from segvit_kernels import (
+    Folded,
     PackedLinear,
     PackedWeight,
     QueryDownsample,
+    is_plain,
     linear,
     pack_weight,
     query_attention,
+    resize_positions,
     why_not,
     why_not_packed,
 )
@@ -64,7 +67,7 @@ class Mlp(nn.Module):
         if self.gated:
             gate, value = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * value)
-        if isinstance(self.fc1, PackedLinear):
+        if isinstance(self.fc1, PackedLinear) and is_plain(self.fc1):
             return self.fc2(self.fc1(x, gelu=True))
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -120,21 +123,25 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
-        self.packed: PackedWeight | None = None
+        self.packed: Folded | None = None  # after fuse()
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.packed is None:
+        packed = self.packed and self.packed.get([self.proj])
+        if packed is None:
             # In one piece: otherwise the tokens of every block would lie as the channels of an image do.
             return self.proj(images).flatten(2).transpose(1, 2).contiguous()
         patch = self.proj.kernel_size[0]
         patches = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
         patches = patches.flatten(3).flatten(1, 2)  # [B, h·w, 3·p·p]
-        return linear(patches, self.proj.weight.flatten(1), self.proj.bias, packed=self.packed)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias, packed=packed)
 
     def fuse(self) -> None:
         """Pack the weights, where that gains anything."""
+        self.packed = Folded.make([self.proj], self._packed)
+
+    def _packed(self) -> PackedWeight | None:
         weight = self.proj.weight.flatten(1)
-        self.packed = pack_weight(weight) if why_not_packed(weight) is None else None
+        return pack_weight(weight) if why_not_packed(weight) is None else None
 
 
 class VisionTransformer(nn.Module):
@@ -154,7 +161,7 @@ class VisionTransformer(nn.Module):
         self.grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
         self.gradient_checkpointing = False
         self.keep_positions = False  # after fuse(), which promises that weights stay as they are
-        self._positions: tuple[tuple, Tensor] | None = None
+        self._positions: tuple[tuple[int, int], Folded] | None = None
 
         self.patch_embed = PatchEmbed(config.patch_size, config.width)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.width))
@@ -200,10 +207,13 @@ class VisionTransformer(nn.Module):
         """(1, h·w, C) for `grid`; after fuse() the last one made is kept."""
         if not self.keep_positions or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return resize_positions(self.pos_embed, self.grid, grid)
-        key = (grid, self.pos_embed.dtype, self.pos_embed.device)
-        if self._positions is None or self._positions[0] != key:
-            self._positions = (key, resize_positions(self.pos_embed, self.grid, grid))
-        return self._positions[1]
+        kept, embedding = None, self.pos_embed
+        if self._positions is not None and self._positions[0] == grid:
+            kept = self._positions[1].get([embedding])
+        if kept is None:
+            kept = resize_positions(embedding, self.grid, grid)
+            self._positions = (grid, Folded([embedding], kept))
+        return kept
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, h·w, C) after each tapped block, shallow to deep, without prefix tokens.
@@ -240,15 +250,6 @@ def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
     if torch.jit.is_tracing():  # fvcore counts by tracing, where sizes are tensors
         height, width = int(height), int(width)
     return height // patch_size, width // patch_size
-
-
-def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embedding (1, h·w, C) of `grid` resized bicubically, in float32, to (1, h'·w', C)."""
-    if grid == new_grid:
-        return positions
-    image = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False)
-    return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 def resample_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:

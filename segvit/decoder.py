@@ -5,6 +5,7 @@ Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2 and figure 3.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit.config import SegViTConfig
-from segvit_kernels import FusedATM, PackedWeight, linear, pack_weight, why_not_packed
+from segvit_kernels import (
+    Folded,
+    FusedATM,
+    PackedWeight,
+    exportable,
+    linear,
+    pack_weight,
+    same_grid,
+    why_not_packed,
+)
 
 
+@exportable
 class StageOutput(NamedTuple):
     """Class logits (B, N, N+1), mask logits (B, N, h·w) of a grid (h, w), tokens (B, N, C) after a stage."""
 
@@ -28,18 +39,21 @@ class StageOutput(NamedTuple):
 class SelfAttention(nn.Module):
     """Self-attention of class tokens (B, N, C), with the parameter names of `nn.MultiheadAttention`."""
 
+    plain = True  # for is_plain
+
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.packed: PackedWeight | None = None  # of in_proj_weight
+        self.packed: Folded | None = None  # of in_proj_weight
         self.out_proj = nn.Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias, packed=self.packed)
+        packed = self.packed and self.packed.get([self.in_proj_weight])
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias, packed=packed)
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
@@ -93,16 +107,29 @@ class Stage(nn.Module):
         super().__init__()
         self.input_proj = nn.Identity() if width is None else nn.Linear(width, dim)
         self.input_norm = nn.Identity() if width is None else nn.LayerNorm(dim)
-        self.packed: PackedWeight | None = None  # of fused_kv_weight
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(depth))
+        self.folded_rows: Folded | None = None  # weight, bias and packed weight of all k and v, after fuse()
+
+    def projections(self) -> list[nn.Module]:
+        """k and v of every layer in turn."""
+        return [projection for layer in self.layers for projection in (layer.atm.k, layer.atm.v)]
+
+    def stacked_rows(self) -> tuple[Tensor, Tensor, PackedWeight | None]:
+        """Weight and bias of all projections, and the weight packed."""
+        projections = self.projections()
+        weight = torch.cat([p.weight for p in projections])
+        biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections]
+        return weight, torch.cat(biases), _packed(weight)
 
     def keys_and_values(self, features: Tensor) -> list[Tensor]:
         """k and v of every layer in turn, each (B, h·w, C), from the feature map."""
         features = self.input_norm(self.input_proj(features))
-        if hasattr(self, "fused_kv_weight"):
-            stacked = linear(features, self.fused_kv_weight, self.fused_kv_bias, packed=self.packed)
-            return list(stacked.chunk(2 * len(self.layers), dim=-1))
-        return [projection(features) for layer in self.layers for projection in (layer.atm.k, layer.atm.v)]
+        projections = self.projections()
+        folded = self.folded_rows and self.folded_rows.get(projections)
+        if folded:
+            weight, bias, packed = folded
+            return list(linear(features, weight, bias, packed=packed).chunk(len(projections), dim=-1))
+        return [projection(features) for projection in projections]
 
     def forward(
         self,
@@ -156,6 +183,7 @@ class ATMDecoder(nn.Module):
         dim, heads = config.decoder_dim, config.decoder_heads
         if stage_widths is None:
             stage_widths = [config.backbone.width] * len(config.taps)
+        self.folded_first: Folded | None = None  # tokens and query, after fuse()
         self.class_tokens = nn.Parameter(torch.empty(config.num_classes, dim))
         self.stages = nn.ModuleList(
             Stage(width, dim, heads, config.decoder_depth, config.decoder_dropout) for width in stage_widths
@@ -204,35 +232,38 @@ class ATMDecoder(nn.Module):
         if self.training:
             # Every image draws its own dropout; without dropout all images share the first tokens.
             return tokens.expand(batch, -1, -1), None
-        return tokens, (self.fused_tokens, self.fused_query) if hasattr(self, "fused_tokens") else None
+        return tokens, self.folded_first and self.folded_first.get(self._first_parts())
+
+    def _first_parts(self) -> list[nn.Module | Tensor]:
+        """What class tokens meet before they meet features."""
+        layer = self.stages[0].layers[0]
+        attention = layer.self_attn
+        return [self.class_tokens, attention, attention.out_proj, layer.dropout, layer.norm1, layer.atm.q]
 
     @torch.no_grad()
     def fuse(self) -> None:
         """Keep as constants what depends on parameters alone: first tokens and query, stacked k and v."""
         self.unfuse()
         first = self.stages[0].layers[0]
-        tokens = first.attend_tokens(self.class_tokens.unsqueeze(0))
-        self.register_buffer("fused_tokens", tokens, persistent=False)
-        self.register_buffer("fused_query", first.atm.q(tokens), persistent=False)
+
+        def attend() -> tuple[Tensor, Tensor]:
+            tokens = first.attend_tokens(self.class_tokens.unsqueeze(0))
+            return tokens, first.atm.q(tokens)
+
+        self.folded_first = Folded.make(self._first_parts(), attend)
         for stage in self.stages:
-            projections = [p for layer in stage.layers for p in (layer.atm.k, layer.atm.v)]
-            weight = torch.cat([p.weight for p in projections])
-            bias = torch.cat([p.bias for p in projections])
-            stage.register_buffer("fused_kv_weight", weight, persistent=False)
-            stage.register_buffer("fused_kv_bias", bias, persistent=False)
-            stage.packed = _packed(weight)
+            stage.folded_rows = Folded.make(stage.projections(), stage.stacked_rows)
             for layer in stage.layers:
-                layer.self_attn.packed = _packed(layer.self_attn.in_proj_weight)
+                weight = layer.self_attn.in_proj_weight
+                layer.self_attn.packed = Folded.make([weight], functools.partial(_packed, weight))
 
     def unfuse(self) -> None:
         """Forget the constants of `fuse`."""
-        for module in (self, *self.stages):
-            for name in ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias"):
-                if hasattr(module, name):
-                    delattr(module, name)
-        for module in self.modules():
-            if isinstance(module, (Stage, SelfAttention)):
-                module.packed = None
+        self.folded_first = None
+        for stage in self.stages:
+            stage.folded_rows = None
+            for layer in stage.layers:
+                layer.self_attn.packed = None
 
 
 def _packed(weight: Tensor) -> PackedWeight | None:
@@ -242,7 +273,7 @@ def _packed(weight: Tensor) -> PackedWeight | None:
 
 def _resize_masks(masks: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Mask logits (B, N, h·w) of `grid` interpolated bilinearly to (B, N, h'·w')."""
-    if grid == new_grid:
+    if same_grid(grid, new_grid):
         return masks
     image = F.interpolate(masks.unflatten(-1, grid), size=new_grid, mode="bilinear", align_corners=False)
     return image.flatten(-2)

@@ -16,14 +16,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from segvit.backbone import Block, resize_positions
+from segvit.backbone import Block
 from segvit.inference import InferenceOptions, crops_of, passes, views_of
-from segvit_kernels import requested_backend, why_not_packed
+from segvit_kernels import freeze, is_plain, requested_backend, resize_positions, why_not_packed
 
 if TYPE_CHECKING:
     from segvit.model import SegViT
@@ -71,13 +71,26 @@ class InferenceEngine:
             self.function = _LabelMaps(model, sides, batch, self.dtype, options or InferenceOptions())
             if fp8:
                 _quantise_backbone(self.function.network)
-            self._run: Callable[[Tensor], Tensor] = self.function
-            cuda = self.device.type == "cuda"
-            if self.method == "compile":
-                mode = "max-autotune-no-cudagraphs" if cuda else None  # the capture below is the graph
-                self._run = torch.compile(_own(self.function), mode=mode, fullgraph=True, dynamic=False)
-            if cuda and self.method != "eager":
-                self._run = _Graph(self._run, (batch, 3, *sides), self.device)
+        self._prepare()
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Compile and capture, as the method says."""
+        self._run: Callable[[Tensor], Tensor] = self.function
+        cuda = self.device.type == "cuda"
+        if self.method == "compile":
+            mode = "max-autotune-no-cudagraphs" if cuda else None  # the capture below is the graph
+            self._run = torch.compile(_own(self.function), mode=mode, fullgraph=True, dynamic=False)
+        if cuda and self.method != "eager":
+            self._run = _Graph(self._run, (self.batch, 3, *self.size), self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: what is compiled or captured is not in it."""
+        return {name: value for name, value in vars(self).items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -121,11 +134,14 @@ class _LabelMaps(nn.Module):
         super().__init__()
         self.size = size
         self.runs = passes(size, options, model.config.backbone.patch_size)
-        self.network = copy.deepcopy(model).eval().unfuse().requires_grad_(False)
-        self.register_buffer("shift", _fold_normalisation(self.network))
+        self.network = _copy(model).eval().unfuse().requires_grad_(False)
+        shift, scale = _fold_normalisation(self.network)
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
         _fold_positions(self.network, {run.crop for run in self.runs})
         self.to(dtype)
         self.network.fuse()
+        freeze(self.network)
         # Every stage classifies its tokens: here the last stage's alone, after the network.
         self.class_head = getattr(self.network.decoder, "class_head", None)
         if self.class_head is not None:
@@ -135,27 +151,43 @@ class _LabelMaps(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = torch.add(self.shift, images, alpha=_PIXEL)
+        if self.scale is not None:
+            images = images * self.scale
         outputs = [self.network(crops) for crops in crops_of(images, self.runs)]
         if self.class_head is not None:
             outputs = [out._replace(class_logits=self.class_head(out.class_logits)) for out in outputs]
         return self.network.labels(outputs, self.size, self.views)
 
 
-def _fold_normalisation(network: SegViT) -> Tensor:
+def _copy(model: SegViT) -> SegViT:
+    """A deep copy, also where pruning or weight_norm keep weights that are no leaves of autograd's graph."""
+    made = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in made})
+
+
+def _fold_normalisation(network: SegViT) -> tuple[Tensor, Tensor | None]:
     """Scale the patch embedding for pixels u · _PIXEL + shift in place of (u / 255 − mean) / std.
 
-    Returns the shift (3, 1, 1): such a pixel is normalised up to a factor, and 0 where that is 0.
+    Returns the shift (3, 1, 1): such a pixel is normalised up to a factor, and 0 where that is 0; and the
+    factor (3, 1, 1), where it cannot be folded into a patch embedding that is more than its weights.
     """
-    projection = network.backbone.patch_embed.proj
-    exact = torch.promote_types(projection.weight.dtype, torch.float32)
+    projection, positions = network.backbone.patch_embed.proj, network.backbone.pos_embed
+    exact = torch.promote_types(positions.dtype, torch.float32)
     mean, std = (
-        torch.tensor(values, dtype=exact, device=projection.weight.device).view(3, 1, 1)
+        torch.tensor(values, dtype=exact, device=positions.device).view(3, 1, 1)
         for values in (network.config.mean, network.config.std)
     )
     step = 255 * _PIXEL
+    if not is_plain(projection):
+        return -step * mean, 1 / (step * std)
     weight = projection.weight.to(exact) / (step * std)
     projection.weight = nn.Parameter(weight, requires_grad=False)
-    return -step * mean
+    return -step * mean, None
 
 
 def _fold_positions(network: SegViT, crops: set[tuple[int, int]]) -> None:
@@ -167,10 +199,11 @@ def _fold_positions(network: SegViT, crops: set[tuple[int, int]]) -> None:
         return
     backbone, patch = network.backbone, network.config.backbone.patch_size
     (grid,) = ((height // patch, width // patch) for height, width in crops)
-    positions = resize_positions(backbone.pos_embed, backbone.grid, grid)
-    backbone.pos_embed, backbone.grid = nn.Parameter(positions, requires_grad=False), grid
-    if network.config.upsample and network.config.resize_queries:
-        upsample = network.decoder.upsample
+    if "pos_embed" in backbone._parameters:  # a parametrization would make it again
+        positions = resize_positions(backbone.pos_embed, backbone.grid, grid)
+        backbone.pos_embed, backbone.grid = nn.Parameter(positions, requires_grad=False), grid
+    upsample = network.decoder.upsample if network.config.upsample else None
+    if upsample is not None and network.config.resize_queries and "queries" in upsample._parameters:
         queries = resize_positions(upsample.queries[None], upsample.grid, grid)[0]
         upsample.queries, upsample.grid = nn.Parameter(queries, requires_grad=False), grid
 
@@ -217,7 +250,7 @@ def _dtype(model: SegViT, asked: torch.dtype | None) -> torch.dtype:
         if asked not in _DTYPES:
             raise ValueError(f"dtype: got {asked}, expected one of {', '.join(map(str, _DTYPES))}")
         return asked
-    own, device = model.backbone.patch_embed.proj.weight.dtype, model.mean.device
+    own, device = model.backbone.pos_embed.dtype, model.mean.device
     if own == torch.float32 and prefers_bfloat16(device):
         return torch.bfloat16
     return own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,7 @@ from segvit.decoder import ATMDecoder
 from segvit.files import follow
 from segvit.inference import InferenceOptions, label_maps
 from segvit.shrunk import ShrunkDecoder
-from segvit_kernels import Views, pack_linears, semantic_argmax, unpack_linears
+from segvit_kernels import Views, exportable, pack_linears, semantic_argmax, unpack_linears
 
 if TYPE_CHECKING:
     from segvit.engine import InferenceEngine
@@ -38,6 +38,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
 
+@exportable
 class SegViTOutput(NamedTuple):
     """Prediction of a SegViT, with N classes and a grid of h x w patches.
 
@@ -68,8 +69,8 @@ class SegViT(nn.Module):
         self.backbone = VisionTransformer(config.backbone, config.image_size, config.taps)
         self.decoder = ShrunkDecoder(config) if config.upsample else ATMDecoder(config)
         self._set_statistics()
-        # Constants of fuse() would be stale beside new weights.
-        self.register_load_state_dict_pre_hook(lambda module, *_: module.unfuse())
+        self.fused = False
+        self.register_load_state_dict_pre_hook(_unfuse)
 
     def _set_statistics(self) -> None:
         for name in ("mean", "std"):
@@ -245,7 +246,10 @@ class SegViT(nn.Module):
         one, and the position embedding of the last image size. On a CPU with the native library attention
         runs on `segvit_kernels.query_attention`, and half-precision models on packed weights where the
         processor has AVX512-FP16 (`segvit_kernels.pack_linears`); these take as much memory as the weights.
-        `train()` and loading weights undo it; call it again after changing weights in any other way.
+        Layers that are wrapped (LoRA), parametrized, quantised or hooked are not folded but called. `train()`
+        and loading weights undo it, conversions (`to`, `half`) make the constants anew. Constants whose
+        weights or layers have changed are not used, which costs the speed only: call it again. Not noticed
+        are writes through `.data`, and in compiled code changes in place.
 
         Raises:
             RuntimeError: the model is in training mode.
@@ -256,13 +260,22 @@ class SegViT(nn.Module):
         self.decoder.fuse()
         self.backbone.fuse()
         pack_linears(self)
+        self.fused = True
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SegViT:
+        fused = self.fused
+        if fused:
+            self.unfuse()
+        super()._apply(fn, recurse)
+        return self.fuse() if fused else self
 
     def unfuse(self) -> SegViT:
         """Forget the constants of `fuse`; returns self."""
         self.decoder.unfuse()
         self.backbone.unfuse()
         unpack_linears(self)
+        self.fused = False
         return self
 
     def train(self, mode: bool = True) -> SegViT:
@@ -402,6 +415,11 @@ class SegViT(nn.Module):
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+def _unfuse(model: SegViT, *_: Any) -> None:
+    """Before a state dict is loaded: constants of fuse() would be of no use beside new weights."""
+    model.unfuse()
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -1,9 +1,11 @@
 """Fused kernels for mask-transformer segmentation on plain Vision Transformers."""
 
+from segvit_kernels._folding import Folded, freeze, is_plain
 from segvit_kernels._library import (
     BACKENDS,
     BackendUnavailableError,
     backend,
+    exportable,
     fvcore_handles,
     operator_names,
     record_backends,
@@ -17,6 +19,8 @@ from segvit_kernels.modules import (
     QueryDownsample,
     QueryUpsample,
     pack_linears,
+    resize_positions,
+    same_grid,
     unpack_linears,
 )
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
@@ -48,6 +52,7 @@ __all__ = [
     "ATMFunction",
     "ATMOutput",
     "BackendUnavailableError",
+    "Folded",
     "FusedATM",
     "MaskLoss",
     "MaskLossFunction",
@@ -64,8 +69,11 @@ __all__ = [
     "__version__",
     "atm_reference",
     "backend",
+    "exportable",
+    "freeze",
     "fused_atm",
     "fvcore_handles",
+    "is_plain",
     "linear",
     "linear_reference",
     "mask_loss",
@@ -79,6 +87,8 @@ __all__ = [
     "query_attention_reference",
     "record_backends",
     "requested_backend",
+    "resize_positions",
+    "same_grid",
     "semantic_argmax",
     "semantic_argmax_reference",
     "subsample_layer_norm",

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from segvit_kernels import _native
@@ -260,6 +261,15 @@ def define(
         lambda *shapes, out_shape=None, **kwargs: 2 * macs(*shapes[: count - 1])
     )
     return op
+
+
+def exportable(kind: type) -> type:
+    """Class decorator: a named tuple that ``torch.export.save`` can write.
+
+    The process that loads such a program must have imported the class's package.
+    """
+    pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+    return kind
 
 
 def fvcore_handles() -> dict[str, Callable]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from segvit_kernels._folding import HOOKS, Folded, is_plain
+from segvit_kernels.ops._autograd import full_precision
 from segvit_kernels.ops.atm import ATMOutput, fused_atm
 from segvit_kernels.ops.linear import linear, pack_weight, why_not_packed
 from segvit_kernels.ops.query_attention import query_attention
-from segvit_kernels.ops.subsample_norm import subsample_layer_norm
+from segvit_kernels.ops.subsample_norm import check_tokens, subsample_layer_norm, subsample_tokens
 
 
 class FusedATM(nn.Module):
@@ -122,7 +127,8 @@ class QueryDownsample(nn.Module):
             for what it does not do. ``norm1`` is a LayerNorm. ``attn`` has ``num_heads`` or ``heads``, linear
             projections ``qkv`` (packed in this order), or ``q``, ``k`` and ``v``, or ``q_proj``, ``k_proj``
             and ``v_proj``, and ``proj``; it may have ``scale``, ``q_norm`` and ``k_norm`` of each head,
-            ``attn_drop``, ``norm`` before ``proj`` and ``proj_drop`` after it.
+            ``attn_drop``, ``norm`` before ``proj`` and ``proj_drop`` after it. Projections and ``norm1`` may
+            be wrapped (LoRA), parametrized, quantised or hooked, before or later: they are called then.
         stride: rows 0, s, 2s, … and columns 0, s, 2s, … are kept.
 
     Raises:
@@ -155,17 +161,16 @@ class QueryDownsample(nn.Module):
             ValueError: ``x`` does not have the tokens of the prefix and the grid.
         """
         attn, norm = self.attn, self.norm1
-        normed, normed_sub, x_sub = subsample_layer_norm(
-            x,
-            norm.weight,
-            norm.bias,
-            grid=grid,
-            stride=self.stride,
-            prefix_tokens=prefix_tokens,
-            eps=norm.eps,
-        )
+        place = {"grid": grid, "stride": self.stride, "prefix_tokens": prefix_tokens}
+        if is_plain(norm):
+            normed, normed_sub, x_sub = subsample_layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **place)
+        else:
+            check_tokens(x, **place)
+            normed = norm(x)
+            normed_sub, x_sub = (subsample_tokens(t, **place) for t in (normed, x))
         heads = _heads(attn)
-        query, key, value = (t.unflatten(-1, (heads, -1)) for t in self._project(normed_sub, normed))
+        projected = self._project(normed_sub, normed, place)
+        query, key, value = (t.unflatten(-1, (heads, -1)) for t in projected)
         query, key = _apply(attn, "q_norm", query), _apply(attn, "k_norm", key)
         dropout = getattr(attn, "attn_drop", 0.0)
         dropout = getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
@@ -180,11 +185,14 @@ class QueryDownsample(nn.Module):
         x = x_sub + self.drop_path1(self.ls1(output))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def _project(self, kept: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, kept: Tensor, every: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Query of the kept tokens, key and value of all."""
         modules = [getattr(self.attn, name) for name in self._projections]
         if len(modules) == 3:
             return modules[0](kept), modules[1](every), modules[2](every)
+        if not is_plain(modules[0]):
+            query, key, value = modules[0](every).chunk(3, dim=-1)
+            return subsample_tokens(query, **place), key, value
         weight, bias = modules[0].weight, modules[0].bias
         width = weight.shape[0] // 3
         query = F.linear(kept, weight[:width], None if bias is None else bias[:width])
@@ -243,8 +251,8 @@ def _check_block(block: nn.Module) -> tuple[str, ...]:
     if "rope" in inspect.signature(attn.forward).parameters:
         refuse("block.attn", attn, "takes rotary positions; expected positions in the tokens alone")
     projections = [getattr(attn, name) for name in names]
-    if any(getattr(type(p), "forward", None) is not nn.Linear.forward for p in projections):
-        refuse("block.attn", attn, f"has other projections {', '.join(names)} than nn.Linear")
+    if not all(isinstance(getattr(p, "out_features", None), int) for p in projections):
+        refuse("block.attn", attn, f"has projections {', '.join(names)} without out_features")
     widths = {p.out_features for p in projections}
     if len(widths) > 1 or widths.pop() % (heads * 3 // len(names)):
         refuse("block.attn", attn, f"has projections {', '.join(names)} that do not fit {heads} equal heads")
@@ -253,6 +261,8 @@ def _check_block(block: nn.Module) -> tuple[str, ...]:
 
 class _PackedAttention(nn.Module):
     """`query_attention` with its projections, under the parameter names of `nn.MultiheadAttention`."""
+
+    plain = True  # for is_plain
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -264,8 +274,15 @@ class _PackedAttention(nn.Module):
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the projections first ... last - 1 of query, key and value."""
-        dim = self.in_proj_weight.shape[1]
-        return self.in_proj_weight[first * dim : last * dim], self.in_proj_bias[first * dim : last * dim]
+        for name in ("in_proj_weight", "in_proj_bias"):
+            if name in self.__dict__:
+                raise TypeError(
+                    f"{name} is made by a hook in each call (torch.nn.utils.prune, weight_norm); expected "
+                    "a parameter or a parametrization (torch.nn.utils.parametrize): prune.remove makes one"
+                )
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        dim = weight.shape[1]
+        return weight[first * dim : last * dim], bias[first * dim : last * dim]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, Nq, C) from projected (B or 1, Nq, C) and (B, Nk, C), all of which may be strided slices."""
@@ -301,6 +318,25 @@ class _UpsampleLayer(nn.Module):
         tokens = self.norm2(tokens + self.dropout(self.multihead_attn(query, key, value)))
         hidden = self.dropout(F.relu(self.linear1(tokens)))
         return self.norm3(tokens + self.dropout(self.linear2(hidden)))
+
+
+def same_grid(grid: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two grids are the same. Sizes that a trace leaves open are not, unless they always are: its
+    program then holds for both."""
+    return all(statically_known_true(a == b) for a, b in zip(grid, other, strict=True))
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embedding (1, h·w, C) of a grid (h, w), resized bicubically to (1, h'·w', C) of another.
+
+    In float32 at least. At the same size resizing changes nothing, and is left out.
+    """
+    if same_grid(grid, new_grid):
+        return positions
+    (image,) = full_precision(positions)
+    image = image.unflatten(1, grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False)
+    return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 def _place_code(grid: tuple[int, int], size: int) -> Tensor:
@@ -349,6 +385,12 @@ class _UpsampleStage(nn.Module):
         self.input_proj = nn.Linear(level_dim, dim)
         self.input_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(_UpsampleLayer(dim, heads, dropout) for _ in range(depth))
+        self.folded_rows: Folded | None = None  # stacked_rows(), after QueryUpsample.fuse
+        self.folded_keys: Folded | None = None  # position_keys() of the queries
+
+    def attentions(self) -> list[nn.Module]:
+        """The layers' cross-attention."""
+        return [layer.multihead_attn for layer in self.layers]
 
     def stacked_rows(self) -> tuple[Tensor, Tensor]:
         """Weight and bias that project features to k and v of every layer in turn."""
@@ -373,9 +415,9 @@ class _UpsampleStage(nn.Module):
         method of this name, are added to the keys.
         """
         features = self.input_norm(self.input_proj(features))
-        if hasattr(self, "fused_kv_weight"):
-            stacked = F.linear(features, self.fused_kv_weight, self.fused_kv_bias)
-            projected = stacked.chunk(len(self.layers), dim=-1)
+        stacked = self.folded_rows and self.folded_rows.get(self.attentions())
+        if stacked is not None:
+            projected = F.linear(features, *stacked).chunk(len(self.layers), dim=-1)
         else:
             projected = [F.linear(features, *layer.multihead_attn.rows(1, 3)) for layer in self.layers]
         for depth, (layer, key_value) in enumerate(zip(self.layers, projected, strict=True)):
@@ -388,8 +430,9 @@ class _UpsampleStage(nn.Module):
         return tokens
 
 
-# Constants of `QueryUpsample.fuse`, of the module or of its stages.
-_FUSED = ("fused_tokens", "fused_query", "fused_kv_weight", "fused_kv_bias", "fused_position_keys")
+def _unfuse(module: nn.Module, *_: Any) -> None:
+    """Before a state dict is loaded: constants of fuse() would be of no use beside new weights."""
+    module.unfuse()
 
 
 class QueryUpsample(nn.Module):
@@ -442,8 +485,8 @@ class QueryUpsample(nn.Module):
             _UpsampleStage(level_dim, embed_dim, num_heads, depth, dropout) for level_dim in level_dims
         )
         self.reset_parameters()
-        # Constants of fuse() would be stale beside new weights.
-        self.register_load_state_dict_pre_hook(lambda module, *_: module.unfuse())
+        self.folded_first: Folded | None = None  # after fuse()
+        self.register_load_state_dict_pre_hook(_unfuse)
 
     def reset_parameters(self) -> None:
         """Normal queries, truncated normal linear layers (0.02), Xavier packed projections; zero biases."""
@@ -474,9 +517,13 @@ class QueryUpsample(nn.Module):
             sharpness: standard deviation of the attention logits of a query.
 
         Raises:
+            TypeError: a layer that gets weights is wrapped, parametrized or hooked.
             ValueError: a level is no subsampled training grid.
         """
         self.unfuse()
+        for name, module in self.named_modules():
+            if not is_plain(module) and name.endswith(("input_proj", "_attn", "out_proj", "linear2")):
+                raise TypeError(f"{name} ({type(module).__name__}) is no plain layer; expected one to set")
         dim, heads = self.queries.shape[1], self.stages[0].layers[0].self_attn.heads
         head_dim = dim // heads
         places = min(head_dim, dim // 4)
@@ -541,13 +588,13 @@ class QueryUpsample(nn.Module):
         first = positions = None
         tokens = self._queries(grid)
         if self.key_positions:
-            image = tokens if grid == level_grid else self._queries(level_grid)
+            image = tokens if same_grid(grid, level_grid) else self._queries(level_grid)
             positions = image[0].unflatten(0, level_grid)
         if self.training and self.dropout > 0:
             # Every image draws its own dropout; without dropout all images share the first steps.
             tokens = tokens.expand(levels[0].shape[0], -1, -1)
-        elif grid == self.grid and hasattr(self, "fused_tokens"):
-            first = (self.fused_tokens, self.fused_query)
+        elif self.folded_first is not None and same_grid(grid, self.grid):
+            first = self.folded_first.get(self._first_parts())
         for stage, features in zip(self.stages, levels, strict=True):
             position_keys = self._position_keys(stage, features.shape[1], positions)
             tokens, first = stage(tokens, features, first, position_keys), None
@@ -557,36 +604,51 @@ class QueryUpsample(nn.Module):
         """What is added to a stage's keys, (tokens, depth, C), for levels of images with these (h, w, C)."""
         if positions is None:
             return None
-        if tuple(positions.shape[:2]) == self.grid and hasattr(stage, "fused_position_keys"):
-            return _subsampled(stage.fused_position_keys.unflatten(0, self.grid), tokens)
+        if stage.folded_keys is not None and same_grid(positions.shape[:2], self.grid):
+            keys = stage.folded_keys.get([self.queries, *stage.attentions()])
+            if keys is not None:
+                return _subsampled(keys.unflatten(0, self.grid), tokens)
         return stage.position_keys(_subsampled(positions, tokens))
 
+    def _first_parts(self) -> list[nn.Module | Tensor]:
+        """What the queries meet before they meet the first features."""
+        layer = self.stages[0].layers[0]
+        attention = layer.self_attn
+        return [self.queries, attention, attention.out_proj, layer.dropout, layer.norm1, layer.multihead_attn]
+
     def _queries(self, grid: tuple[int, int]) -> Tensor:
-        queries = self.queries.unsqueeze(0)
-        if grid == self.grid:
-            return queries
-        image = queries.float().unflatten(1, self.grid).permute(0, 3, 1, 2)
-        image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-        return image.flatten(2).transpose(1, 2).to(queries.dtype)
+        return resize_positions(self.queries.unsqueeze(0), self.grid, grid)
 
     @torch.no_grad()
     def fuse(self) -> None:
         """Keep as constants what depends on parameters alone, for inference with weights that stay.
 
         These are the first self-attention, query and positions of keys at the training grid, and each level's
-        k and v projections, stacked into one.
+        k and v projections, stacked into one. Where a layer is wrapped, parametrized or has hooks, it is
+        called instead; and constants whose weights have changed are not used: in place, by loading, by
+        replacing layers, but for writes through ``.data``. Compiled code notices replaced ones only.
         """
         self.unfuse()
-        tokens, query = self.stages[0].layers[0].attend_tokens(self._queries(self.grid))
-        self.register_buffer("fused_tokens", tokens, persistent=False)
-        self.register_buffer("fused_query", query, persistent=False)
+        first = self.stages[0].layers[0]
+        self.folded_first = Folded.make(
+            self._first_parts(), lambda: first.attend_tokens(self._queries(self.grid))
+        )
         for stage in self.stages:
-            weight, bias = stage.stacked_rows()
-            stage.register_buffer("fused_kv_weight", weight, persistent=False)
-            stage.register_buffer("fused_kv_bias", bias, persistent=False)
+            parts = stage.attentions()
+            stage.folded_rows = Folded.make(parts, stage.stacked_rows)
             if self.key_positions:
-                keys = stage.position_keys(self.queries)
-                stage.register_buffer("fused_position_keys", keys, persistent=False)
+                stage.folded_keys = Folded.make(
+                    [self.queries, *parts], functools.partial(stage.position_keys, self.queries)
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryUpsample:
+        """Conversions (``to``, ``half``, ``cuda``) make the constants anew."""
+        folded = self.folded_first is not None
+        self.unfuse()
+        super()._apply(fn, recurse)
+        if folded:
+            self.fuse()
+        return self
 
     def train(self, mode: bool = True) -> QueryUpsample:
         if mode:
@@ -595,10 +657,9 @@ class QueryUpsample(nn.Module):
 
     def unfuse(self) -> None:
         """Forget the constants of :meth:`fuse`, as training and loading weights do."""
-        for module in (self, *self.stages):
-            for name in _FUSED:
-                if hasattr(module, name):
-                    delattr(module, name)
+        self.folded_first = None
+        for stage in self.stages:
+            stage.folded_rows = stage.folded_keys = None
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, resize={self.resize}, key_positions={self.key_positions}"
@@ -618,22 +679,26 @@ class PackedLinear(nn.Linear):
         TypeError: another dtype.
     """
 
+    plain = True  # for is_plain
+
     def __init__(self, module: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = module.in_features, module.out_features
         self.weight, self.bias = module.weight, module.bias
         self.training = module.training
-        self.packed = pack_weight(module.weight)
+        self.packed = Folded([module.weight], pack_weight(module.weight))
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
         """(..., in_features) -> (..., out_features), through the exact GELU if asked for."""
-        return linear(input, self.weight, self.bias, packed=self.packed, gelu=gelu)
+        return linear(input, self.weight, self.bias, packed=self.packed.get([self.weight]), gelu=gelu)
 
     def unpack(self) -> nn.Linear:
         """The plain layer, with the same parameters."""
         with torch.device("meta"):
             module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         module.weight, module.bias = self.weight, self.bias
+        for name in HOOKS:
+            setattr(module, name, getattr(self, name))
         return module.train(self.training)
 
 
@@ -641,12 +706,18 @@ def pack_linears(model: nn.Module) -> int:
     """Replace every ``nn.Linear`` inside a model by a :class:`PackedLinear` where that gains anything.
 
     That is where weights are float16 or bfloat16, on a CPU with AVX512-FP16, and the native library is built
-    (:func:`segvit_kernels.why_not_packed`). Weights must stay as they are until :func:`unpack_linears`.
+    (:func:`segvit_kernels.why_not_packed`), and a layer has no hooks. Where weights have changed since, the
+    layer computes what ``nn.Linear`` does, but for writes through ``.data`` and in compiled code, which are
+    not noticed.
 
     Returns:
         How many were replaced.
     """
-    return _replace(model, lambda m: type(m) is nn.Linear and why_not_packed(m.weight) is None, PackedLinear)
+    return _replace(
+        model,
+        lambda m: type(m) is nn.Linear and is_plain(m) and why_not_packed(m.weight) is None,
+        PackedLinear,
+    )
 
 
 def unpack_linears(model: nn.Module) -> int:

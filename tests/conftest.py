@@ -1,6 +1,8 @@
 """Fixtures and guards of the whole suite. Triton's interpreter is chosen before anything imports Triton."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -39,6 +41,25 @@ def native_backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.nn.Module]]:
+    """Watches modules without a hook, which folding would respect: the list of those called since."""
+
+    def watch(*modules: torch.nn.Module) -> list[torch.nn.Module]:
+        seen: list[torch.nn.Module] = []
+
+        def forward(self: torch.nn.Module, *args: object, original: Callable, **kwargs: object) -> object:
+            seen.extend(m for m in modules if m is self)
+            return original(self, *args, **kwargs)
+
+        for kind in {type(module) for module in modules}:
+            watched = functools.partialmethod(forward, original=kind.forward)
+            monkeypatch.setattr(kind, "forward", watched)
+        return seen
+
+    return watch
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segvit import SegViT, SegViTConfig
 from segvit_kernels import (
+    Folded,
     PackedLinear,
     fvcore_handles,
     linear,
@@ -235,7 +236,8 @@ def test_fuse_packs_and_unfuse_unpacks(dtype, packs):
     parts = packed_parts(model)
     for part in ("backbone.patch_embed", "backbone.blocks.0.mlp.fc1", "backbone.blocks.11.attn.qkv"):
         assert part in parts
-    for part in ("decoder.stages.0", "decoder.stages.0.layers.1.self_attn", "decoder.class_head"):
+    assert all(stage.folded_rows.value[2] is not None for stage in model.decoder.stages)
+    for part in ("decoder.stages.0.layers.1.self_attn", "decoder.class_head"):
         assert part in parts
     assert not [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
     assert list(model.state_dict()) == list(state)
@@ -261,6 +263,8 @@ def test_fused_on_eager_is_unfused(shrunk, packs):
     images = torch.randn(2, 3, 64, 64)
     expected = model(images)
     fused = copy.deepcopy(model).fuse()
-    fused.backbone.patch_embed.packed = pack_weight(model.backbone.patch_embed.proj.weight.flatten(1).half())
+    projection = fused.backbone.patch_embed.proj
+    packed = pack_weight(projection.weight.flatten(1).half())
+    fused.backbone.patch_embed.packed = Folded([projection], packed)
     for found, truth in zip(fused(images)[:2], expected[:2], strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)

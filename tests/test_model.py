@@ -204,16 +204,14 @@ def test_bad_images(images, message):
 
 
 @torch.no_grad()
-def test_fuse():
+def test_fuse(called):
     model = tiny_model(class_token=True, decoder_depth=3)
     images = torch.randn(2, 3, 40, 24)
     expected = model(images)
     keys = set(model.state_dict())
     assert model.fuse() is model
-    calls = []
-    model.decoder.stages[0].layers[0].self_attn.register_forward_hook(lambda *_: calls.append("self_attn"))
-    for stage in model.decoder.stages:
-        stage.layers[1].atm.k.register_forward_hook(lambda *_: calls.append("k"))
+    stages = model.decoder.stages
+    calls = called(stages[0].layers[0].self_attn, *(stage.layers[1].atm.k for stage in stages))
     assert_equal_outputs(model(images), expected)
     assert_equal_outputs(model(images), expected)
     assert not calls, "folded parts still run"

@@ -283,7 +283,7 @@ def test_located_queries_attend_to_their_own_place(key_positions, monkeypatch):
     before = attention_distances(upsample, others, monkeypatch)
     upsample.fuse()
     upsample.locate(shown)
-    assert not hasattr(upsample, "fused_tokens")
+    assert upsample.folded_first is None
     after = attention_distances(upsample, others, monkeypatch)
     assert len(before) == len(after) == 4
     assert all(b > 3.8 for b in before), before  # about the mean distance of two cells
@@ -314,14 +314,13 @@ def test_upsample_grids():
 
 @torch.no_grad()
 @pytest.mark.parametrize("key_positions", [False, True])
-def test_upsample_fuse(key_positions):
+def test_upsample_fuse(key_positions, called):
     upsample = make_upsample(dropout=0.1, key_positions=key_positions).eval()
     levels = {grid: levels_of(grid or (3, 5), 2) for grid in (None, (4, 4))}
     expected = {grid: upsample(levels[grid], grid) for grid in levels}
     upsample.fuse()
-    calls = []
-    upsample.stages[0].layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     for grid, output in expected.items():
+        calls = called(upsample.stages[0].layers[0].self_attn)
         torch.testing.assert_close(upsample(levels[grid], grid), output, atol=1e-5, rtol=1e-5)
         assert len(calls) == (grid is not None), "folded at the training grid only"
     keys = set(make_upsample().state_dict())
@@ -330,7 +329,7 @@ def test_upsample_fuse(key_positions):
     upsample.load_state_dict(other.state_dict())
     torch.testing.assert_close(upsample(levels[None]), other(levels[None]))
     upsample.fuse()
-    assert not hasattr(upsample.train(), "fused_tokens")
+    assert upsample.train().folded_first is None
 
 
 # Whole models
@@ -417,8 +416,8 @@ def test_fuse(variant):
             assert_equal_outputs(model(images), output)
     assert set(model.state_dict()) == keys
     if model.config.upsample:
-        assert hasattr(model.decoder.upsample, "fused_tokens")
-        assert not hasattr(copy.deepcopy(model).train().decoder.upsample, "fused_tokens")
+        assert model.decoder.upsample.folded_first is not None
+        assert copy.deepcopy(model).train().decoder.upsample.folded_first is None
     other = tiny_model(1, **VARIANTS[variant])
     model.load_state_dict(other.state_dict())
     assert_equal_outputs(model(pictures[0]), other(pictures[0]))

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import (
@@ -36,9 +35,11 @@ from segvit_kernels.ops._attention import (
     unit_stride,
     validate,
 )
+from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 from segvit_kernels.ops._philox import dropout_scale, keep_mask
 
 
+@_library.exportable
 class ATMOutput(NamedTuple):
     """``output`` (B, Nq, H, D), from the module (B, Nq, C), and ``mask_logits`` (B, Nq, Nk) or ``None``."""
 
@@ -262,7 +263,7 @@ class ATMFunction(torch.autograd.Function):
         return output, masks
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("fused_atm", "atm_reference")
     def backward(ctx: Any, grad_output: Tensor | None, grad_masks: Tensor | None) -> tuple:
         if not ctx.need_masks:
             grad_masks = None
@@ -334,6 +335,11 @@ def fused_atm(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = draw_seed(query.device) if dropout_p > 0 else None
+    if transformed(backend):
+        *projected, previous = full_precision(query, key, value, previous_masks)
+        options = {"scale": scale, "dropout_p": dropout_p, "previous_masks": previous, "seed": seed}
+        output, masks = (t.to(query.dtype) for t in atm_reference(*projected, **options))
+        return ATMOutput(output, masks if need_masks else None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         query, key, value = distinct(query, key, value)
         output, masks = ATMFunction.apply(

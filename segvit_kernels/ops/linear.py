@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
+from segvit_kernels.ops._autograd import transformed
 
 _HALVES = (torch.float16, torch.bfloat16)
 _PANEL = 48  # outputs, as in csrc/cpu/linear.h
@@ -33,6 +34,7 @@ _DEPTH = 32
 _TOP = 3  # scaled numbers lie below 2^4
 
 
+@_library.exportable
 class PackedWeight(NamedTuple):
     """A weight (N, K) for the kernel.
 
@@ -170,13 +172,19 @@ def linear(
             unknown.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    autograd = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (input, weight, bias)
+    autograd = transformed() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     )
     autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
     if backend is None and (packed is None or autograd or autocast or input.dtype not in _HALVES):
         return linear_reference(input, weight, bias, gelu=gelu)
     _validate(input, weight, bias, packed)
+    if autograd and backend == "eager":
+        return linear_reference(input, weight, bias, gelu=gelu)
+    if autograd and backend in _library.BACKENDS:
+        raise _library.BackendUnavailableError(
+            f"segvit::linear: backend {backend!r} has no derivative: use eager, or torch.no_grad()"
+        )
     panels, exponents = (None, None) if packed is None else packed
     return _linear(input, weight, bias, panels, exponents, gelu, backend)
 

@@ -39,10 +39,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from segvit_kernels import _library
+from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KERNEL_DTYPES = _DTYPES[:3]
@@ -52,6 +52,7 @@ _MASK_DTYPES = (torch.bool, *_DTYPES)
 _BOUND = 80
 
 
+@_library.exportable
 class MaskLoss(NamedTuple):
     """``focal``, ``bce`` and ``dice`` (one tensor, or a list for a list of logits), scalar or (B, Q).
 
@@ -65,6 +66,7 @@ class MaskLoss(NamedTuple):
     present: Tensor
 
 
+@_library.exportable
 class MatchingCost(NamedTuple):
     """``focal``, ``bce`` and ``dice``, each (B, Q, M)."""
 
@@ -161,7 +163,7 @@ def mask_matching_cost_reference(
 
 def _can_read(x: Tensor) -> bool:
     """Whether values can be looked at without stalling a device or breaking a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def _accumulator(logits: Tensor) -> torch.dtype:
@@ -514,7 +516,7 @@ class MaskLossFunction(torch.autograd.Function):
         return sums, areas
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("mask_loss", "mask_loss_reference")
     def backward(ctx: Any, grad_sums: Tensor, _: Tensor) -> tuple:
         targets, matches, areas, *mask_logits = ctx.saved_tensors
         gradients = _mask_loss_bwd(grad_sums, mask_logits, targets, matches, areas, *ctx.options)
@@ -592,6 +594,22 @@ def mask_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
 
+    if torch.is_grad_enabled() and targets.requires_grad:
+        raise ValueError("targets requires a gradient, which there is none of; expected targets.detach()")
+    if transformed(backend):
+        entries = full_precision(*entries)
+        return mask_loss_reference(
+            entries[0] if isinstance(mask_logits, Tensor) else entries,
+            targets,
+            matches=matches,
+            num_classes=classes,
+            focal_alpha=focal_alpha,
+            focal_gamma=focal_gamma,
+            mask_ignored=mask_ignored,
+            pair_weights=pair_weights,
+            num_masks=num_masks,
+            reduction=reduction,
+        )
     options = (targets, matches, classes, float(focal_alpha), float(focal_gamma), mask_ignored, backend)
     if torch.is_grad_enabled() and any(logits.requires_grad for logits in entries):
         sums, areas = MaskLossFunction.apply(*options, *entries)

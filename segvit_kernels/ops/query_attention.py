@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segvit_kernels import _library
 from segvit_kernels.ops import atm
@@ -37,6 +36,7 @@ from segvit_kernels.ops._attention import (
     unit_stride,
     validate,
 )
+from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 
 
 def query_attention_reference(
@@ -174,7 +174,7 @@ class QueryAttentionFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("query_attention", "query_attention_reference")
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         return (*_query_attention_bwd(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
 
@@ -229,6 +229,9 @@ def query_attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     seed = draw_seed(query.device) if dropout_p > 0 else None
+    if transformed(backend):
+        options = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+        return query_attention_reference(*full_precision(query, key, value), **options).to(query.dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         inputs = distinct(query, key, value)
         return QueryAttentionFunction.apply(*inputs, seed, scale, dropout_p, deterministic, backend)

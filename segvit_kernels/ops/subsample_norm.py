@@ -29,16 +29,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from segvit_kernels import _library
+from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KERNEL_DTYPES = _DTYPES[:3]
 _TRITON_MAX_CHANNELS = 8192
 
 
+@_library.exportable
 class SubsampledNorm(NamedTuple):
     """``normed`` (B, N, C) of all tokens; ``normed_sub`` and ``x_sub`` (B, N', C) of the kept ones."""
 
@@ -58,13 +59,15 @@ def subsample_layer_norm_reference(
     eps: float = 1e-6,
 ) -> SubsampledNorm:
     """The meaning of :func:`subsample_layer_norm` in ordinary PyTorch; arguments as there."""
-
-    def subsample(tokens: Tensor) -> Tensor:
-        prefix, patches = tokens[:, :prefix_tokens], tokens[:, prefix_tokens:]
-        return torch.cat([prefix, patches.unflatten(1, grid)[:, ::stride, ::stride].flatten(1, 2)], dim=1)
-
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return SubsampledNorm(normed, subsample(normed), subsample(x))
+    kept, x_sub = (subsample_tokens(tokens, grid, stride, prefix_tokens) for tokens in (normed, x))
+    return SubsampledNorm(normed, kept, x_sub)
+
+
+def subsample_tokens(tokens: Tensor, grid: tuple[int, int], stride: int, prefix_tokens: int) -> Tensor:
+    """The prefix tokens, and every ``stride``-th row and column of the grid's."""
+    prefix, patches = tokens[:, :prefix_tokens], tokens[:, prefix_tokens:]
+    return torch.cat([prefix, patches.unflatten(1, grid)[:, ::stride, ::stride].flatten(1, 2)], dim=1)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -259,7 +262,7 @@ class SubsampleNormFunction(torch.autograd.Function):
         return normed, normed_sub, x_sub
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("subsample_layer_norm", "subsample_layer_norm_reference")
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         if all(g is None for g in gradients):
             return (None,) * 10
@@ -316,6 +319,11 @@ def subsample_layer_norm(
         dtype = torch.get_autocast_dtype(device_type)
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
+    if transformed(backend):
+        options = {"grid": (height, width), "stride": stride, "prefix_tokens": prefix_tokens, "eps": eps}
+        normed, normed_sub, _ = subsample_layer_norm_reference(*full_precision(x, weight, bias), **options)
+        x_sub = subsample_tokens(x, (height, width), stride, prefix_tokens)
+        return SubsampledNorm(normed.to(dtype), normed_sub.to(dtype), x_sub)
     arguments = (x, weight, bias, height, width, stride, prefix_tokens, float(eps), dtype, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return SubsampledNorm(*SubsampleNormFunction.apply(*arguments))
@@ -354,14 +362,19 @@ def _validate(
             )
     if weight is None and bias is not None:
         raise ValueError("bias is given without a weight; expected both, the weight alone, or neither")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; expected a number of at least 0")
+    return check_tokens(x, grid, stride, prefix_tokens)
+
+
+def check_tokens(x: Tensor, grid: tuple[int, int], stride: int, prefix_tokens: int) -> tuple[int, int]:
+    """Rows and columns of the grid, if it and the prefix are the tokens of ``x``."""
     if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(map(_positive, grid))):
         raise ValueError(f"grid is {grid!r}; expected the rows and columns of the tokens")
     if not _positive(stride):
         raise ValueError(f"stride is {stride!r}; expected a positive integer")
     if not (_positive(prefix_tokens) or prefix_tokens == 0):
         raise ValueError(f"prefix_tokens is {prefix_tokens!r}; expected a number of tokens")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps!r}; expected a number of at least 0")
     height, width = grid
     if x.shape[1] != prefix_tokens + height * width:
         raise ValueError(

@@ -1,0 +1,118 @@
+"""When a module's parameters say what it computes, and when what was made of them is out of date.
+
+Code that takes a layer's ``weight`` instead of calling the layer leaves out what others put on it: LoRA and
+other wrappers, parametrizations, hooks, quantised weights. So it asks :func:`is_plain` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout, nn.Identity)
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+"""Attributes of a module that hold its hooks."""
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a layer is its class's formula on its own parameters, and nothing else.
+
+    The class is one of ``nn.Linear``, ``nn.LayerNorm``, ``nn.Conv2d``, ``nn.Dropout`` and ``nn.Identity``
+    itself, or sets ``plain = True`` in its own body; it has no hooks, and its parameters are dense.
+    """
+    kind = type(module)
+    if kind not in _PLAIN and "plain" not in kind.__dict__:
+        return False
+    if any(getattr(module, name) for name in HOOKS) or "forward" in module.__dict__:
+        return False
+    return not any(hasattr(type(p), "__tensor_flatten__") for p in module._parameters.values())
+
+
+class Folded:
+    """What was made of layers and parameters once, for as long as they are what they were.
+
+    Told apart are other layers, other tensors, in-place changes and other memory; not writes through
+    ``.data``, which PyTorch does not count. Compiled code notices other layers and tensors only. Copies and
+    unpickled ones belong to the copied parameters.
+
+    Args:
+        parts: the layers and parameters.
+        value: what was made of them.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module | Tensor], value: Any) -> None:
+        self.frozen = False  # after freeze()
+        self.value = value
+        self._states = _states(parts)
+
+    @classmethod
+    def make(cls, parts: Sequence[nn.Module | Tensor], function: Callable[[], Any]) -> Folded | None:
+        """What a function makes of the parts.
+
+        ``None`` where that is nothing, or where a part is not plain or in training mode.
+        """
+        value = None if _states(parts) is None else function()
+        return None if value is None else cls(parts, value)
+
+    def get(self, parts: Sequence[nn.Module | Tensor]) -> Any:
+        """The value, or ``None`` where the parts are not what they were."""
+        if self.frozen:
+            return self.value
+        now, then = _states(parts), self._states
+        if now is None or then is None or len(now) != len(then):
+            return None
+        if torch.compiler.is_exporting():  # parameters are stood in for
+            return self.value
+        if any(a[0] is not b[0] or a[1:] != b[1 : len(a)] for a, b in zip(now, then, strict=True)):
+            return None
+        return self.value
+
+    def __getstate__(self) -> dict[str, Any]:
+        tensors = None
+        if self._states is not None and all(_state(s[0])[1:] == s[1:] for s in self._states):
+            tensors = [s[0] for s in self._states]
+        return {"frozen": self.frozen, "value": self.value, "tensors": tensors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.frozen, self.value = state["frozen"], state["value"]
+        tensors = state["tensors"]
+        self._states = None if tensors is None else [_state(t) for t in tensors]
+
+
+def freeze(model: nn.Module) -> None:
+    """Promise that a model stays as it is: what was folded in it is not checked any more."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Folded):
+                value.frozen = True
+
+
+def _states(parts: Sequence[nn.Module | Tensor]) -> list[tuple] | None:
+    """The state of every tensor of the parts; ``None`` where a part is not plain or in training mode."""
+    states = []
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            states.append(_state(part))
+        elif part.training or not is_plain(part):
+            return None
+        else:
+            states += [_state(p) for p in part._parameters.values() if p is not None]
+    return states
+
+
+def _state(tensor: Tensor) -> tuple:
+    if torch.compiler.is_compiling():
+        return (tensor,)
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor, version, 0 if tensor.is_meta else tensor.data_ptr()
