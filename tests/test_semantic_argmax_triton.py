@@ -17,10 +17,13 @@ LARGE = {"tile_y": 32, "tile_x": 64, "cells": 512, "block_q": 32}
 SMALL = {"tile_y": 8, "tile_x": 8, "cells": 64, "block_q": 32}
 
 
+def _as_list(masks):
+    return masks if isinstance(masks, list) else [masks]
+
+
 def _run(inputs, *, sigmoid=True, scores=False, prune=0.0, config=None):
     """The launcher as the operator calls it; ``config`` may give tiles, from which the rest follows."""
-    masks, views, (height, width) = inputs["mask_logits"], inputs["views"], inputs["size"]
-    masks = masks if isinstance(masks, list) else [masks]
+    masks, views, (height, width) = _as_list(inputs["mask_logits"]), inputs["views"], inputs["size"]
     probs = inputs["class_probs"]
     reach = views.reach if views else [masks[0].shape[2] / height, masks[0].shape[3] / width]
     config = dict(LARGE if config is None else config)
@@ -73,9 +76,7 @@ def test_scores(case, dtype, poisoned):
 @pytest.mark.parametrize("case", ["one_pixel", "smaller", "mixed"])
 def test_no_activation(case, dtype, poisoned):
     inputs = BY_NAME[case].inputs(dtype)
-    masks = inputs["mask_logits"]
-    masks = masks if isinstance(masks, list) else [masks]
-    inputs["mask_logits"] = [m.sigmoid() for m in masks]
+    inputs["mask_logits"] = [m.sigmoid() for m in _as_list(inputs["mask_logits"])]
     _check(case, inputs, activation="none", scores=True)
 
 
@@ -309,6 +310,30 @@ def test_infinite_logits(poisoned):
         inputs = {"mask_logits": masks, "class_probs": torch.eye(2, dtype=dtype)[None], "size": (8, 8)}
         labels = _run({**inputs, "views": None}, config=SMALL)[0]
         assert (labels[..., :3] == 0).all() and (labels[..., 5:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "held"),
+    [
+        ("classes_300", torch.float32, 0),
+        ("classes_300", torch.float16, 2**20),
+        ("one_pixel", torch.float16, 0),
+        ("mixed", torch.float32, 0),
+    ],
+)
+def test_not_a_number_gives_some_class(case, dtype, held, poisoned):
+    """As of the other backends: class 0 where no score is a number, never a number that is no class."""
+    case = BY_NAME[case]
+    config = {**LARGE, "held": held, "programs": 1}
+    for tokens, classes in ((slice(1), []), ([], [3]), ([], slice(None))):
+        inputs = case.inputs(dtype)
+        for masks in _as_list(inputs["mask_logits"]):
+            masks[:, tokens] = math.nan
+        inputs["class_probs"][..., classes] = math.nan
+        labels = _run(inputs, config=config)[0]
+        assert int(labels.min()) >= 0 and int(labels.max()) < case.classes
+    if dtype == torch.float32:
+        assert not labels.any()
 
 
 def test_strides(poisoned):

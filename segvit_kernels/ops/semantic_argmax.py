@@ -19,6 +19,8 @@ queries after the K with the most class mass can add at most r_c = Σ_rest p[q, 
 w of the first K has s_w > s_c + r_c for every other c, the rest need not be computed. Trained models give a
 few queries nearly all mass.
 
+Where scores are not numbers the label is some class: always in [0, classes), 0 where no score is one.
+
 Refused: anything but 4-D masks of one floating dtype, (views, queries, classes) probabilities, one device,
 views that leave a pixel of the output uncovered.
 """

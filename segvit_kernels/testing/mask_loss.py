@@ -69,6 +69,7 @@ CASES = (
     MaskLossCase("odd", 2, 19, ((7, 5),), (100, 37)),
     MaskLossCase("stacked", 2, 11, ((4, 4), (8, 6), (8, 6)), (40, 56), weighted=True),
     MaskLossCase("down_scaling", 2, 5, ((32, 64),), (10, 23)),
+    MaskLossCase("down_scaling_32_times", 1, 2, ((64, 64), (33, 1)), (2, 3)),
     MaskLossCase("same_size", 1, 5, ((12, 17),), (12, 17)),
     MaskLossCase("mask_ignored", 3, 19, ((6, 6), (3, 4)), (33, 47), options={"mask_ignored": True}),
     MaskLossCase("single_class", 1, 1, ((5, 5),), (32, 32), targets=0),

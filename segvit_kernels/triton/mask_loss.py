@@ -167,9 +167,10 @@ def _columns(x, w, W):
 @triton.jit
 def _map_row(ptr, row, h, w, column, past):
     """One row of the map, interpolated at the output columns: [rows, columns]."""
+    # The hint is for the layout, loads stay scalar: by itself Triton 3.6 lets threads run down the rows.
     ptrs = ptr + tl.minimum(row, h - 1) * w
-    left = tl.load(ptrs + column).to(tl.float32)
-    right = tl.load(ptrs + tl.minimum(column + 1, w - 1)).to(tl.float32)
+    left = tl.load(tl.max_contiguous(ptrs + column, [1, 2])).to(tl.float32)
+    right = tl.load(tl.max_contiguous(ptrs + tl.minimum(column + 1, w - 1), [1, 2])).to(tl.float32)
     return left + past * (right - left)
 
 
@@ -411,7 +412,7 @@ def _mask_loss_sum_kernel(
 @triton.jit
 def _support(first, owned, cells, size):
     """Output elements between cell ``first`` − 1 and cell ``first + owned``, both left out."""
-    begin = ((2 * first - 1) * size - cells) // (2 * cells) + 1
+    begin = ((2 * first - 1) * size + cells) // (2 * cells)
     end = tl.cdiv((2 * (first + owned) + 1) * size - cells, 2 * cells)
     return tl.where(first == 0, 0, begin), tl.where(first + owned >= cells, size, end)
 

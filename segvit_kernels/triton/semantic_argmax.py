@@ -231,8 +231,9 @@ def _semantic_argmax_prepare_kernel(
                 ptrs = masks_ptr + query[:, None] * stride_mq
                 ptrs += (i // w * stride_mh + i % w * stride_mw)[None, :]
                 valid = (i[None, :] < h * w) & (slot[:, None] < Q)
-                # Weights of zero must stay zero beside an infinite logit.
-                x = tl.load(ptrs, mask=valid, other=0.0).to(tl.float32)
+                # The hint is for the layout: by itself Triton 3.6 lets threads run over queries where the
+                # width is no multiple of 16. Weights of zero must stay zero beside an infinite logit.
+                x = tl.load(tl.max_contiguous(ptrs, [1, 16]), mask=valid, other=0.0).to(tl.float32)
                 x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(cells_ptr.dtype.element_ty)
                 out = cells_ptr + i.to(tl.int64)[:, None] * PADDED_Q + slot[None, :]
                 tl.store(out, tl.trans(x), mask=i[:, None] < h * w)
@@ -370,6 +371,12 @@ def _decide(acc, tails, groups, scale):
         code += tl.sum(tl.where(running, 2048 + c, 0), 1, keep_dims=True)
         first += acc[i].shape[1]
     return tl.max(code, 1)
+
+
+@triton.jit
+def _some_class(label, classes):
+    """The label, or 0 where there is none because scores are not numbers."""
+    return tl.where(label < classes, tl.maximum(label, 0), 0)
 
 
 @triton.jit
@@ -554,7 +561,7 @@ def _semantic_argmax_kernel(
             label = tl.where(value > best, top + column, label)
             best = tl.maximum(best, value)
     offsets = b.to(tl.int64) * H * W + y * W + x
-    tl.store(labels_ptr + offsets, label.to(labels_ptr.dtype.element_ty))
+    tl.store(labels_ptr + offsets, _some_class(label, C).to(labels_ptr.dtype.element_ty))
     if scores_ptr is not None:
         unit = 1.0 / (groups * (sigma_scale * probs_scale)) if VIEWS else tl.load(units_ptr + b) / sigma_scale
         tl.store(scores_ptr + offsets, best * unit)
@@ -654,7 +661,7 @@ def _semantic_argmax_held_kernel(
             )
             best, label = _top(acc, C)
         outputs = view * H * W + y * W + x
-        tl.store(labels_ptr + outputs, label.to(labels_ptr.dtype.element_ty))
+        tl.store(labels_ptr + outputs, _some_class(label, C).to(labels_ptr.dtype.element_ty))
         if scores_ptr is not None:
             tl.store(scores_ptr + outputs, best * tl.load(units_ptr + b) / sigma_scale)
 
