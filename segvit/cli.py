@@ -1,4 +1,4 @@
-"""The command line: `segvit train|evaluate|predict|convert|bench|demo`, also `python -m segvit`.
+"""The command line: `segvit train|evaluate|predict|convert|bench|data check|demo`, also `python -m segvit`.
 
 Options are the fields of the dataclasses in `segvit.options`; torch is imported only after they have been
 read. A mistake in options, files or data is one line on stderr and exit code 2.
@@ -26,6 +26,7 @@ from segvit._failures import one_line, out_of_memory
 from segvit.options import (
     BenchConfig,
     ConvertConfig,
+    DataConfig,
     DemoConfig,
     EvaluateConfig,
     PredictConfig,
@@ -45,9 +46,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
         BenchConfig,
         "how fast a model runs on this machine, where the time goes, and what to switch on",
     ),
+    "data check": (DataConfig, "what a folder of images and label maps holds, and how it is understood"),
     "demo": (DemoConfig, "train a small model on synthetic data and write an HTML report"),
 }
-_FILES = {"predict": "IMAGE... ", "convert": "IN.pth OUT ", "bench": "MODEL "}
+_FILES = {"predict": "IMAGE... ", "convert": "IN.pth OUT ", "bench": "MODEL ", "data check": "FOLDER "}
 
 
 # Values
@@ -55,13 +57,17 @@ _FILES = {"predict": "IMAGE... ", "convert": "IN.pth OUT ", "bench": "MODEL "}
 
 def _members(kind: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the type itself."""
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return typing.get_args(kind) if _is_union(kind) else (kind,)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)  # X | Literal[...] is the second
 
 
 def _expected(kind: Any) -> str:
     """What a value of a type is, in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
+    if _is_union(kind):
         return " or ".join(_expected(member) for member in arguments)
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, arguments))}"
@@ -311,7 +317,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
             else:
                 first = next(member for member in _members(kind) if member is not types.NoneType)
                 origin, inner = typing.get_origin(first), typing.get_args(first)
-                if origin is typing.Literal:
+                if first is bool:
+                    arguments["metavar"] = f"{{{','.join(_switch_words(kind))}}}"
+                elif origin is typing.Literal:
                     arguments["metavar"] = f"{{{','.join(map(str, inner))}}}"
                 elif origin is tuple:
                     arguments["metavar"] = f"[{','.join('X' * len(inner))}]"
@@ -324,6 +332,31 @@ def _parser(command: str) -> argparse.ArgumentParser:
                 arguments |= {"metavar": name.upper(), "nargs": "*" if many else "?"}
             group.add_argument(name if field.metadata["positional"] else flag, **arguments)
     return parser
+
+
+def _switch_words(kind: Any) -> list[str]:
+    """What may follow an option that is true, false or one of some words."""
+    words = [typing.get_args(m) for m in _members(kind) if typing.get_origin(m) is typing.Literal]
+    return ["true", "false", *(word for some in words for word in some)]
+
+
+def _spell_switches(words: list[str], options: _Options) -> list[str]:
+    """--NAME and --no-NAME of options that take other words too, as --NAME=true and --NAME=false."""
+    switches = {
+        f"--{name.replace('_', '-')}": _switch_words(kind)
+        for name, kind in options.kinds.items()
+        if kind is not bool and bool in _members(kind)
+    }
+    spelled: list[str] = []
+    for position, word in enumerate(words):
+        if word == "--":
+            return spelled + words[position:]
+        if word in switches and words[position + 1 : position + 2] not in [[w] for w in switches[word]]:
+            word = f"{word}=true"
+        elif word.startswith("--no-") and f"--{word[5:]}" in switches:
+            word = f"--{word[5:]}=false"
+        spelled.append(word)
+    return spelled
 
 
 def _take_entries(words: list[str], options: _Options) -> tuple[list[str], list[tuple[str, str, str]]]:
@@ -352,7 +385,7 @@ def _take_entries(words: list[str], options: _Options) -> tuple[list[str], list[
 def _parse(command: str, words: list[str]) -> Any:
     """The options of a command from the words after its name; None where --print-config was all."""
     options = _Options(command)
-    words, entries = _take_entries(words, options)
+    words, entries = _take_entries(_spell_switches(words, options), options)
     parser = _parser(command)
     end = words.index("--") if "--" in words else len(words)
     given, extra = parser.parse_known_intermixed_args(words[:end])

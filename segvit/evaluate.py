@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from segvit._extras import require
-from segvit.data import open_dataset
+from segvit._progress import progress_bar
+from segvit.data import folder_options, open_dataset
 from segvit.files import follow
 from segvit.inference import check_options
 from segvit.interrupts import ignore_signals
@@ -220,23 +221,6 @@ def iou_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "-" * (width + 8), *footer])
 
 
-def progress_bar(enabled: bool, *columns: Any) -> Any:
-    """A rich progress bar on stderr."""
-    require("rich", extra="train")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not enabled,
-    )
-
-
 def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) -> Any:
     import segvit_kernels
 
@@ -270,6 +254,16 @@ def check_classes(model_config: Any, dataset: Any) -> None:
         raise ValueError(f"class {index} is {mine!r} in the checkpoint but {other!r} in the data")
 
 
+def check_data(*datasets: Any) -> list[str]:
+    """Look at the label maps of folders; lines that say what they hold and mean.
+
+    Raises:
+        ValueError: they contradict the options, or cannot be used.
+    """
+    lines = [line for dataset in datasets if hasattr(dataset, "check") for line in dataset.check()]
+    return list(dict.fromkeys(lines))
+
+
 def run(config: EvaluateConfig) -> int:
     """`segvit evaluate`: print the IoU of every class and the mean."""
     if config.json and not Path(config.json).resolve().parent.is_dir():
@@ -279,18 +273,16 @@ def run(config: EvaluateConfig) -> int:
     dataset = open_dataset(
         config.data,
         config.split,
-        names=config.names,
-        reduce_zero_label=config.reduce_zero_label,
-        label_mapping=config.label_mapping,
-        ignore_index=config.ignore_index,
+        **folder_options(config),
         num_classes=model_config.num_classes,
+        default_names=model_config.class_names,
+        progress=config.progress,
         synthetic_length=config.synthetic_validation,
         synthetic_size=model_config.image_size[0],
     )
     check_classes(model_config, dataset)
     check_options(config, model_config.backbone.patch_size)
-    if dataset.class_names is None and model_config.class_names:
-        dataset.class_names = model_config.class_names
+    print(*check_data(dataset), sep="\n", flush=True)
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
     print(iou_table(result))
     if config.json:

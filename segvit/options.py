@@ -21,6 +21,7 @@ from typing import Any, Literal
 __all__ = [
     "BenchConfig",
     "ConvertConfig",
+    "DataConfig",
     "DemoConfig",
     "EvaluateConfig",
     "InferenceOptions",
@@ -72,12 +73,15 @@ def _kinds(options: type) -> dict[str, tuple[type | None, tuple[str, ...], bool]
     """Of each option: the type of its number or numbers, the words that it may be, whether it may be None."""
     kinds = {}
     for name, hint in typing.get_type_hints(options).items():
-        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        members = typing.get_args(hint) if union else (hint,)
         numbers, words = set(), []
         for member in members:
             origin, arguments = typing.get_origin(member), typing.get_args(member)
             if origin is Literal:
                 words += arguments
+            elif member is bool and len(members) > 1:
+                words += (True, False)
             else:
                 numbers |= {arguments[0] if origin in (list, tuple) else member} & {int, float}
         kinds[name] = (numbers or {None}).pop(), tuple(words), type(None) in members
@@ -113,18 +117,49 @@ class _Checked:
 
 
 @dataclass(kw_only=True)
-class DataOptions(_Checked):
-    """Data"""
+class LabelOptions(_Checked):
+    """Files and labels"""
 
-    data: str = option(..., "folder with images/SPLIT and annotations/SPLIT, or 'synthetic'")
-    names: str | None = option(None, "file of class names, one a line, in the order of the classes")
-    reduce_zero_label: bool = option(
-        True, "label 0 means ignore and 1... become classes 0... (the ADE20K way)"
+    names: str | None = option(
+        None, "file of class names, one a line, in the order of the classes; perhaps 'name red green blue'"
     )
-    label_mapping: str | dict[int, int] | None = option(
-        None, "label value -> class, as a JSON file or in the config file; replaces reduce_zero_label"
+    reduce_zero_label: bool | Literal["auto"] = option(
+        "auto",
+        "label 0 means ignore and 1... become classes 0... (the ADE20K way), or with --no-... 0... are the "
+        "classes; auto: as the label files say, or the choice is yours",
+    )
+    label_mapping: str | dict[int, int | None] | None = option(
+        None,
+        "label value -> class, as a JSON file, as JSON or in the config file; replaces reduce_zero_label",
     )
     ignore_index: int = option(255, "label of pixels that count neither in the loss nor in the mIoU")
+    image_pattern: str | None = option(
+        None,
+        "where the pictures are, e.g. 'images/{split}/**/*_rgb.png': {split} is the split's folder, * any "
+        "part of a name, **/ any folders; a usual layout is found by itself",
+    )
+    label_pattern: str | None = option(None, "where the label maps are; its stars are those of the pictures")
+    split_list: str | None = option(
+        None, "files that list a split's pictures, e.g. 'lists/{split}.txt', one name a line"
+    )
+    validation_share: float = option(
+        0.1,
+        "share of the training pictures that is kept for validation where there is no such split",
+        at_least=0,
+        less_than=1,
+    )
+    value_range: list[float] = option(
+        [],
+        "stored values of pictures that become black and white, one pair or one for each channel; found "
+        "picture by picture when not given, for other than 8-bit pictures",
+    )
+
+
+@dataclass(kw_only=True)
+class DataOptions(LabelOptions):
+    """Data"""
+
+    data: str = option(..., "folder of pictures and label maps in a usual layout, or 'synthetic'")
 
 
 @dataclass(kw_only=True)
@@ -325,6 +360,21 @@ class BenchConfig(_Checked):
     json: str | None = option(None, "also write the result to this JSON file")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
+
+
+@dataclass(kw_only=True)
+class DataConfig(LabelOptions):
+    """Looking at data"""
+
+    folder: str = option(..., "folder of pictures and label maps", positional=True)
+    sheet: str | None = option(
+        "data-check.png", "contact sheet to write: pictures with their labels over them"
+    )
+    pictures: int = option(24, "pictures on the contact sheet", at_least=1, at_most=400)
+    channels: int = option(
+        3, "channels of the pictures: 3 for RGB, 1 for grey, or the number they have", at_least=1
+    )
+    progress: bool = option(True, "show a progress bar")
 
 
 @dataclass(kw_only=True)

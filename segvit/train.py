@@ -13,6 +13,7 @@ batches of b images take the samples from s·R·b on, process r the r-th piece o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -34,8 +35,8 @@ import segvit_kernels
 from segvit._extras import require
 from segvit.checkpoint import load_state_dict, read_state_dict
 from segvit.config import SegViTConfig
-from segvit.data import open_dataset
-from segvit.evaluate import batches, collate, evaluate, launch, make_fabric, progress_bar
+from segvit.data import SegmentationFolder, folder_options, open_dataset
+from segvit.evaluate import batches, check_data, collate, evaluate, launch, make_fabric, progress_bar
 from segvit.files import atomic_write
 from segvit.interrupts import Interrupted, Interrupts, obey_parent
 from segvit.linear_head import CrossEntropy, LinearSegmenter
@@ -209,10 +210,8 @@ def train(
         return open_dataset(
             config.data,
             split,
-            names=config.names,
-            reduce_zero_label=config.reduce_zero_label,
-            label_mapping=config.label_mapping,
-            ignore_index=config.ignore_index,
+            **folder_options(config),
+            progress=config.progress,
             synthetic_length=synthetic_length,
             synthetic_size=config.image_size,
         )
@@ -221,7 +220,12 @@ def train(
         training = data("training", config.synthetic_images)
     if validation is None:
         validation = data("validation", config.synthetic_validation)
+    understood = check_data(training, validation)
+    if isinstance(training, SegmentationFolder):  # what the files said, for the run's record
+        config = dataclasses.replace(config, reduce_zero_label=training.reduce_zero_label)
     prepare(config, samples_of(training, validation), _say)
+    if understood:
+        print(*understood, sep="\n", flush=True)
     with Interrupts() as interrupts:
         result = launch(fabric, _train, config, training, validation, interrupts.flag)
     if result["stopped"] == "interrupted":

@@ -1,65 +1,68 @@
-"""Segmentation data on disk, in the ADE20K layout.
+"""A data set on disk: pictures with label maps in one of the usual layouts, and what their values mean.
 
-    ROOT/images/SPLIT/*.jpg|jpeg|png        pictures
-    ROOT/annotations/SPLIT/*.png            label maps of the same names and sizes: one channel, or a palette
-    ROOT/names.txt                          class names, one a line (optional; any file may be given instead,
-                                            and ADE20K's own objectInfo150.txt is found)
+    ROOT/images/SPLIT/*          pictures
+    ROOT/annotations/SPLIT/*     label maps of the same names and sizes
+    ROOT/names.txt               class names, one a line, perhaps with colours (optional; any file may be
+                                 given instead, and ADE20K's own objectInfo150.txt is found)
 
-Every problem with a file is a `ValueError` or `FileNotFoundError` of one line that names the file.
+Other layouts: `segvit.data.layouts`. Every problem is a `ValueError` or `FileNotFoundError` of one line.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segvit.data.names import read_names
-from segvit.data.pictures import read_image, read_label
+from segvit.data.inspection import Facts, Summary, colour_text, inspect, size_problem, summarize
+from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
+from segvit.data.layouts import Listing, find_layout
+from segvit.data.names import ClassList, read_classes
+from segvit.data.pictures import StoredLabel, colours_problem, read_image, stored_label
+from segvit.options import LabelOptions
 
-__all__ = ["SegmentationFolder", "open_dataset"]
+__all__ = ["SegmentationFolder", "folder_options", "open_dataset"]
 
-_SUFFIXES = {".jpg", ".jpeg", ".png"}
 _INVALID = -(1 << 62)
-
-
-def _read_mapping(source: Mapping[int, int | None] | str | Path) -> dict[int, int | None]:
-    if isinstance(source, Mapping):
-        return {int(key): value for key, value in source.items()}
-    try:
-        return {int(key): value for key, value in json.loads(Path(source).read_text()).items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{source}: expected a JSON object of label value -> class, e.g. {{'7': 0}} ({error})"
-        ) from None
 
 
 class SegmentationFolder(Dataset):
     """Images with label maps from a folder, sorted by name.
 
-    Items are {"image": uint8 (3, H, W), "label": int64 (H, W), "name": str}, with labels in
+    Items are {"image": uint8 (channels, H, W), "label": int64 (H, W), "name": str}, with labels in
     0 ... num_classes - 1 or `ignore_index`.
 
     Args:
         root: the folder.
-        split: name of the sub-folders, "training" or "validation" in ADE20K.
-        names: class names, or a file of them; `root/names.txt`, or ADE20K's
+        split: "training" or "validation" (also found as train, val, train2017, ...), or any other's name.
+        names: class names, or a file of them (see `read_classes`); `root/names.txt`, or ADE20K's
             `root/objectInfo150.txt`, when not given.
-        reduce_zero_label: stored 0 is ignored, stored k is class k - 1 (as in ADE20K).
+        reduce_zero_label: True: stored 0 is ignored, stored k is class k - 1 (as in ADE20K). False: stored k
+            is class k. "auto": what the stored values of all label maps of training and validation, the names
+            and the layout say, see `segvit.data.labels.decide`; they are looked at, once.
         label_mapping: stored value -> class (None or ignore_index: ignored), a dict or a JSON file; replaces
             `reduce_zero_label`.
         ignore_index: the label of pixels without a class; stored 255 means it too, where 255 is no class.
         num_classes: in place of names.
+        default_names: where neither `names` nor the folder has any and their number is `num_classes`.
+        image_pattern, label_pattern, split_list: where the files are, see `segvit.data.layouts`; one of the
+            usual layouts when not given.
+        validation_share: where there is no validation split, this share of the training pictures is it, and
+            not in training any more.
+        channels: of the images, see `read_image`.
+        value_range: stored values of pictures that become 0 and 255, see `read_image`.
+        progress: show a progress bar while looking at the label maps.
 
     Raises:
         FileNotFoundError: no such folder, names file or label map.
         ValueError: no image in the split; a mapping to classes that are not there; number of classes unknown;
-            when an item is read, a file that cannot be decoded, a label map of another size than its image,
-            or a label value out of range.
+            label values that no reading or several readings fit; when an item is read, a file that cannot be
+            decoded, a label map of another size than its image, or a label value out of range.
     """
 
     def __init__(
@@ -67,28 +70,42 @@ class SegmentationFolder(Dataset):
         root: str | Path,
         split: str = "training",
         names: str | Path | tuple[str, ...] | list[str] | None = None,
-        reduce_zero_label: bool = True,
+        reduce_zero_label: Zero = "auto",
         label_mapping: Mapping[int, int | None] | str | Path | None = None,
         ignore_index: int = 255,
         num_classes: int | None = None,
+        *,
+        default_names: Sequence[str] | None = None,
+        image_pattern: str | None = None,
+        label_pattern: str | None = None,
+        split_list: str | None = None,
+        validation_share: float = 0.0,
+        channels: int = 3,
+        value_range: Sequence[float] = (),
+        progress: bool = False,
     ) -> None:
+        if reduce_zero_label not in (True, False, "auto"):
+            raise ValueError(f"reduce_zero_label: got {reduce_zero_label!r}, expected True, False or 'auto'")
+        if not 0 <= validation_share < 1:
+            raise ValueError(f"validation_share: got {validation_share}, expected 0 to below 1")
         self.root, self.split, self.ignore_index = Path(root), split, ignore_index
-        self.palette = None
-        if names is None:
-            candidates = (self.root / "names.txt", self.root / "objectInfo150.txt")
-            names = next((path for path in candidates if path.is_file()), None)
-        if isinstance(names, (str, Path)):
-            if not Path(names).is_file():
-                raise FileNotFoundError(f"{names}: no such names file")
-            names = read_names(names)
-        self.files = self._pair_files()
-        mapping = None if label_mapping is None else _read_mapping(label_mapping)
-        self.class_names = None if names is None else tuple(names)
+        self.channels, self.value_range, self.progress = channels, tuple(value_range) or None, progress
+        self.layout = find_layout(root, image_pattern, label_pattern, split_list)
+        self.validation_share = validation_share
+        classes = self._class_list(names)
+        self.listing, self._split_on_disk, self.said = self.layout.pool(split, validation_share)
+        self.files = self._pairs(self.listing)
+
+        mapping = None if label_mapping is None else read_mapping(label_mapping)
+        self.class_names = None if classes is None else classes.names
+        self.palette = None if classes is None else classes.colours
         if self.class_names is not None:
             self.num_classes = len(self.class_names)
         elif num_classes is not None:
             self.num_classes = num_classes
-        elif mapping:
+            if default_names is not None and len(default_names) == num_classes:
+                self.class_names = tuple(default_names)
+        elif mapping and any(target not in (None, ignore_index) for target in mapping.values()):
             self.num_classes = 1 + max(c for c in mapping.values() if c not in (None, ignore_index))
         else:
             raise ValueError(
@@ -96,105 +113,237 @@ class SegmentationFolder(Dataset):
             )
         if 0 <= ignore_index < self.num_classes:
             raise ValueError(
-                f"ignore_index: got {ignore_index}, which is one of the {self.num_classes} classes"
+                f"ignore_index: got {ignore_index}, which is one of the {self.num_classes} classes (a stored "
+                f"value without class is ignored by --label-mapping, 0 by --reduce-zero-label)"
             )
-        self._table = self._lookup_table(mapping, reduce_zero_label)
+        self._mapping, self._wanted = mapping, reduce_zero_label
+        self._zero = "ignored" if classes is not None and classes.ade20k else self.layout.zero
+        self._colours = {}
+        if classes is not None and classes.colours:
+            self._colours = {_packed(colour): index for index, colour in enumerate(classes.colours)}
+            self._colours |= {_packed(colour): None for colour in classes.ignored}
+        self._summary: Summary | None = None
+        if mapping is None and reduce_zero_label == "auto":
+            self._decide()
+        else:
+            self._set_reading(self._read(None))
 
-    def _pair_files(self) -> list[tuple[Path, Path]]:
-        images, annotations = self.root / "images" / self.split, self.root / "annotations" / self.split
-        for folder in (self.root, images, annotations):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"{folder}: no such folder (expected images/SPLIT and annotations/SPLIT)"
-                )
-        pictures = sorted(path for path in images.iterdir() if path.suffix.lower() in _SUFFIXES)
-        if not pictures:
-            raise ValueError(f"{images}: holds no .jpg or .png image")
-        labels = {path.stem: path for path in annotations.iterdir() if path.suffix.lower() == ".png"}
-        missing = [path for path in pictures if path.stem not in labels]
-        if missing:
-            more = f" (and {len(missing) - 1} more images without label)" if len(missing) > 1 else ""
-            raise FileNotFoundError(
-                f"{missing[0]}: image without label, expected {annotations / missing[0].stem}.png{more}"
+    def _class_list(self, names: Any) -> ClassList | None:
+        if names is None:
+            candidates = (self.root / "names.txt", self.root / "objectInfo150.txt")
+            names = next((path for path in candidates if path.is_file()), None)
+        if isinstance(names, (str, Path)):
+            return read_classes(names)
+        return None if names is None else ClassList(tuple(names))
+
+    def _pairs(self, listing: Listing) -> list[tuple[Path, Path]]:
+        if listing.unlabelled:
+            (picture, expected), *more = listing.unlabelled
+            rest = f" (and {len(more)} more images without label)" if more else ""
+            raise FileNotFoundError(f"{picture}: image without label, expected {expected}{rest}")
+        if not listing.pairs:
+            where = self.layout.images.replace("{split}", self._split_on_disk or "").partition("*")[0]
+            raise ValueError(
+                f"{(self.root / where)}: holds no .jpg or .png image, nor another of a known kind"
             )
-        return [(path, labels[path.stem]) for path in pictures]
+        return listing.pairs
 
-    def _lookup_table(self, mapping: dict[int, int | None] | None, reduce_zero_label: bool) -> np.ndarray:
-        table = np.full(1 << 16, _INVALID, dtype=np.int64)
-        table[255] = self.ignore_index
-        if 0 <= self.ignore_index < len(table):
-            table[self.ignore_index] = self.ignore_index
-        if mapping is None:
-            first = int(reduce_zero_label)
-            table[first : first + self.num_classes] = np.arange(self.num_classes)
-            if reduce_zero_label:
-                table[0] = self.ignore_index
-            return table
-        for stored, target in mapping.items():
-            target = self.ignore_index if target is None else target
-            if not 0 <= stored < len(table) or not (
-                target == self.ignore_index or 0 <= target < self.num_classes
-            ):
-                raise ValueError(
-                    f"label_mapping: {stored} -> {target}, expected a value below {len(table)} and a class "
-                    f"in 0...{self.num_classes - 1} (or {self.ignore_index} to ignore)"
-                )
-            table[stored] = target
-        return table
+    # What the values mean
+
+    @property
+    def reduce_zero_label(self) -> bool:
+        """Whether stored 0 is ignored and stored k is class k - 1."""
+        return self.reading.reduce_zero_label
+
+    def _read(self, summary: Summary | None) -> Reading:
+        # Where every label map is in colours, no number needs a meaning.
+        counts = None if summary is None or not summary.values else summary.values
+        wanted = False if counts is None and self._wanted == "auto" else self._wanted
+        return decide(
+            counts,
+            self.num_classes,
+            names=self.class_names,
+            reduce_zero_label=wanted,
+            mapping=self._mapping,
+            ignore_index=self.ignore_index,
+            zero=self._zero,
+            where=None if summary is None else summary.where,
+            source=self.root,
+        )
+
+    def _set_reading(self, reading: Reading) -> None:
+        self.reading = reading
+        self._numbers = _Lookup(reading.table, self.ignore_index)
+        self._colour_table = _Lookup(self._colours, self.ignore_index, dense=False)
+
+    def facts(self) -> list[Facts]:
+        """What is known of every pair of `files`; they are looked at where that was not done before."""
+        return inspect(self.files, channels=self.channels, progress=self.progress)
+
+    def _decide(self) -> None:
+        """Look at the label maps and find what they mean; a file that cannot be used, `check` reports."""
+        if self._summary is not None:
+            return
+        pairs = list(self.files)
+        self._looked_at = self.split
+        automatic = self._mapping is None and self._wanted == "auto" and self._zero is None
+        if automatic:
+            for split in ("training", "validation"):
+                known = {picture for picture, _ in pairs}
+                if other := [] if split == self.split else self._other(split, known):
+                    pairs += other
+                    self._looked_at += f" and {split}"
+        facts = inspect(pairs, channels=self.channels, progress=self.progress)
+        self._problem = next((one.problem for one in facts[: len(self.files)] if one.problem), None)
+        if all(one.problem for one in facts):
+            raise ValueError(self._problem)
+        summary = summarize(facts, [label for _, label in pairs], self._colours)
+        unknown = [colour for colour in summary.colours if colour not in self._colours]
+        if unknown:
+            share = sum(summary.colours[colour] for colour in unknown) / summary.colours.total()
+            shown = ", ".join(colour_text(colour) for colour in unknown[:4])
+            more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+            what = "no class's" if self._colours else "no label values"
+            raise ValueError(
+                f"{summary.where_colour[unknown[0]]}: the colours {shown}{more} ({share:.1%} of the pixels) "
+                f"are {what}; give each class its colour in the names file, 'name red green blue', and what "
+                "is no class as 'ignore red green blue'"
+            )
+        reading = self._read(summary)
+        if not summary.values and all(self._colours[colour] is None for colour in summary.colours):
+            raise ValueError(f"{self.root}: every pixel is ignored")
+        self._set_reading(reading)
+        self._summary = summary
+
+    def _other(self, split: str, known: set[Path]) -> list[tuple[Path, Path]]:
+        try:
+            listing, _, _ = self.layout.pool(split, self.validation_share)
+        except (ValueError, OSError):
+            return []
+        return [pair for pair in listing.pairs if pair[0] not in known]
+
+    def check(self) -> list[str]:
+        """Look at all label maps and say what was understood: what is there, and what it means.
+
+        Raises:
+            ValueError: the files contradict the options, or cannot be used.
+        """
+        self._decide()
+        if self._problem:
+            raise ValueError(self._problem)
+        summary = self._summary
+        found = []
+        if summary.values:
+            found.append(f"the values {spans(sorted(summary.values))}")
+        if summary.colours:
+            found.append(f"{len(summary.colours)} colours")
+        empty = sum(not self._has_class(*held) for held in summary.held)
+        alone = f"; {empty} of them hold no class at all" if empty else ""
+        lines = [f"data: {summary.maps} label maps of {self._looked_at} hold {' and '.join(found)}{alone}"]
+        if summary.values:
+            lines.append(f"data: {self.reading.describe(summary.values, self.class_names, self.num_classes)}")
+        if summary.colours:
+            codes = Reading({code: self._colours[code] for code in summary.colours})
+            lines.append(
+                f"data: {codes.describe(summary.colours, self.class_names, self.num_classes, colour_text)}"
+            )
+        return [*lines, *([f"data: {self.said}"] if self.said else [])]
+
+    def _has_class(self, values: tuple[int, ...], colours: tuple[int, ...]) -> bool:
+        return any(self.reading.table[value] is not None for value in values) or any(
+            self._colours[colour] is not None for colour in colours
+        )
+
+    # Items
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         image_path, label_path = self.files[index]
-        image = read_image(image_path)
-        stored = read_label(label_path)
-        if stored.shape != tuple(image.shape[1:]):
-            raise ValueError(
-                f"{label_path}: the label map is {stored.shape[1]}x{stored.shape[0]} pixels, "
-                f"its image {image.shape[2]}x{image.shape[1]}"
-            )
-        largest = int(stored.max(initial=0))
-        label = self._table[stored] if largest < len(self._table) else np.full(stored.shape, _INVALID)
+        image = read_image(image_path, self.channels, self.value_range)
+        stored = stored_label(label_path)
+        if stored.colour and not self._colours:
+            raise ValueError(colours_problem(label_path, stored))
+        size, expected = stored.values.shape[::-1], tuple(image.shape[:0:-1])
+        if size != expected:
+            raise ValueError(size_problem(label_path, size, expected))
+        label = torch.from_numpy(self.classes_of(stored, label_path))
+        return {"image": image, "label": label, "name": image_path.stem}
+
+    def classes_of(self, stored: StoredLabel, path: Path) -> np.ndarray:
+        """int64 (H, W): classes and `ignore_index` of a stored label map.
+
+        Raises:
+            ValueError: a value or a colour that is none.
+        """
+        values, lookup = stored.values, self._numbers
+        if stored.palette is not None and self._colours:
+            used = stored.palette[np.unique(values)]
+            if set(used.tolist()) <= self._colours.keys():
+                values, lookup = stored.palette[values], self._colour_table
+        elif stored.colour:
+            lookup = self._colour_table
+        label = lookup(values)
         if (label == _INVALID).any():
             row, column = np.argwhere(label == _INVALID)[0]
-            known = np.flatnonzero(self._table != _INVALID)
+            at = f"at row {row}, column {column}"
+            if lookup is self._colour_table:
+                raise ValueError(
+                    f"{path}: colour {colour_text(int(values[row, column]))} {at} is no class's; the names "
+                    f"file gives {len(self._colours)} colours, 'name red green blue'"
+                )
             raise ValueError(
-                f"{label_path}: label value {stored[row, column]} at row {row}, column {column} is out of "
-                f"range, expected {_spans(known)} for {self.num_classes} classes"
+                f"{path}: label value {values[row, column]} {at} is out of range, expected "
+                f"{spans(sorted(self.reading.table))} for {self.num_classes} classes"
             )
-        return {"image": image, "label": torch.from_numpy(label), "name": image_path.stem}
+        return label
 
 
-def _spans(values: np.ndarray) -> str:
-    """[0, 1, 2, 255] -> '0...2, 255'."""
-    parts = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return ", ".join(f"{p[0]}...{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+class _Lookup:
+    """Stored values to classes, element by element; what is not in the table becomes _INVALID."""
+
+    def __init__(self, table: Mapping[int, int | None], ignore_index: int, dense: bool = True) -> None:
+        keys = sorted(table)
+        targets = [ignore_index if table[key] is None else table[key] for key in keys]
+        self.keys = np.array(keys, np.int64)
+        self.targets = np.array([*targets, _INVALID], np.int64)
+        self.low = self.high = 0
+        if dense and keys and keys[-1] - keys[0] < 1 << 20:
+            self.low, self.high = keys[0], keys[-1] + 1
+            self.dense = np.full(self.high - self.low, _INVALID, np.int64)
+            self.dense[self.keys - self.low] = targets
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        if self.low < self.high and values.size and self.low <= values.min() and values.max() < self.high:
+            return self.dense[values.astype(np.int64) - self.low]
+        place = np.searchsorted(self.keys, values)
+        known = place < len(self.keys)
+        known[known] = self.keys[place[known]] == values[known]
+        return self.targets[np.where(known, place, -1)]
+
+
+def _packed(colour: Sequence[int]) -> int:
+    red, green, blue = colour
+    return red << 16 | green << 8 | blue
+
+
+def folder_options(config: LabelOptions) -> dict[str, Any]:
+    """The options of a command that a `SegmentationFolder` takes too."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(LabelOptions)}
 
 
 def open_dataset(
     data: str,
     split: str,
     *,
-    names: str | None = None,
-    reduce_zero_label: bool = True,
-    label_mapping: Mapping[int, int | None] | str | None = None,
-    ignore_index: int = 255,
-    num_classes: int | None = None,
     synthetic_length: int = 64,
     synthetic_size: int = 96,
+    **options: Any,
 ) -> Dataset:
-    """`data` as on the command line: "synthetic", or the folder of a `SegmentationFolder`."""
+    """`data` as on the command line: "synthetic", or the folder of a `SegmentationFolder` (`options`)."""
     if data == "synthetic":
         from segvit.synthetic import SyntheticShapes
 
         return SyntheticShapes(split, synthetic_length, synthetic_size)
-    return SegmentationFolder(
-        data,
-        split,
-        names=names,
-        reduce_zero_label=reduce_zero_label,
-        label_mapping=label_mapping,
-        ignore_index=ignore_index,
-        num_classes=num_classes,
-    )
+    return SegmentationFolder(data, split, **options)

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from segvit.text import read_lines
+
 __all__ = ["ClassList", "read_classes", "read_names"]
 
 _COLOUR = re.compile(r"^(.*?)[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})$")
@@ -53,14 +55,10 @@ def read_classes(path: str | Path) -> ClassList:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such names file")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: the names file is not UTF-8 text") from None
+    lines = [line for _, line in read_lines(path)]
     ade20k = bool(lines) and lines[0].startswith("Idx\t")
     if ade20k:
         lines = [line.rpartition("\t")[2] for line in lines[1:]]
-    lines = [line for line in lines if line and not line.startswith("#")]
     matches = [_COLOUR.match(line) for line in lines]
     if any(matches) and lines and _HEADER.match(lines[0]):
         lines, matches = lines[1:], matches[1:]

@@ -232,11 +232,16 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
     """
     label = stored_label(path)
     if label.colour:
-        raise ValueError(
-            f"{path}: got a label image of shape {(*label.values.shape, 3)}, colours where label values are "
-            "expected; give each class its colour in the names file, 'name red green blue'"
-        )
+        raise ValueError(colours_problem(path, label))
     return label.values
+
+
+def colours_problem(path: str | os.PathLike, label: StoredLabel) -> str:
+    """What to say of a colour-coded label map where no class has a colour."""
+    return (
+        f"{path}: got a label image of shape {(*label.values.shape, 3)}, colours where label values are "
+        "expected; give each class its colour in the names file, 'name red green blue'"
+    )
 
 
 def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,0 +1,258 @@
+"""Facts about all files of a data set: stored label values, sizes, damage. Kept between runs.
+
+What was found is kept in the user's cache folder (SEGVIT_CACHE, or the system's), never beside the data, by
+path, size and date of both files; without a place to write to, it is found again each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segvit._progress import progress_bar
+from segvit.data.pictures import probe, read_image, stored_label
+
+__all__ = ["Facts", "Summary", "inspect", "summarize"]
+
+_FORMAT = 1
+_MOST_VALUES = 4096
+_FAILED = (ValueError, OSError, ImportError)
+_kept: dict[str, Facts] = {}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A picture and its label map.
+
+    Attributes:
+        picture, label: width and height as they are seen; None where the file cannot be read.
+        values: stored value -> pixels; colours as red << 16 | green << 8 | blue where `colour`.
+        palette: of a palette file, stored value -> colour of the values that occur.
+        problem: why a file cannot be used, or None.
+    """
+
+    picture: tuple[int, int] | None = None
+    label: tuple[int, int] | None = None
+    values: Mapping[int, int] = field(default_factory=dict)
+    colour: bool = False
+    palette: Mapping[int, int] | None = None
+    problem: str | None = None
+
+
+@dataclass
+class Summary:
+    """All label maps together.
+
+    Attributes:
+        maps: how many.
+        values, colours: pixels of every stored value, and of every colour of colour-coded maps.
+        where: a label map for each value, and one for each colour.
+        held: for every label map, the values and the colours that it holds.
+    """
+
+    maps: int = 0
+    values: Counter[int] = field(default_factory=Counter)
+    colours: Counter[int] = field(default_factory=Counter)
+    where: dict[int, Path] = field(default_factory=dict)
+    where_colour: dict[int, Path] = field(default_factory=dict)
+    held: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+
+def inspect(pairs: Sequence[tuple[Path, Path]], *, channels: int = 3, progress: bool = False) -> list[Facts]:
+    """Facts about every pair of picture and label map, with a progress bar where they are not known yet."""
+    keys = [_key(picture, label, channels) for picture, label in pairs]
+    file = _cache_file(pairs)
+    cached = _read_cache(file)
+    found: list[Facts | None] = []
+    for key, (_, label) in zip(keys, pairs, strict=True):
+        entry = cached.get(os.path.abspath(label))
+        found.append(_kept.get(key) or (_facts(entry[1]) if entry and entry[0] == key else None))
+    new = [index for index, facts in enumerate(found) if facts is None]
+    if new:
+        workers = min(8, os.cpu_count() or 1)
+        with progress_bar(progress) as bar, ThreadPoolExecutor(workers) as pool:
+            task = bar.add_task("look at the data", total=len(new))
+            looks = pool.map(lambda index: _look(*pairs[index], channels), new)
+            for index, facts in zip(new, looks, strict=True):
+                found[index] = _kept[keys[index]] = _facts(facts)
+                # A file that cannot be read is looked at again: what was missing may be there then.
+                if "problem" not in facts:
+                    cached[os.path.abspath(pairs[index][1])] = [keys[index], facts]
+                bar.advance(task)
+        _write_cache(file, cached)
+    return found
+
+
+def _look(picture: Path, label: Path, channels: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    try:
+        if channels in (1, 3) and picture.suffix.lower() not in (".tif", ".tiff", ".npy"):
+            facts["picture"] = probe(picture, decode=True)
+        else:
+            facts["picture"] = read_image(picture, channels).shape[:0:-1]
+        stored = stored_label(label)
+        values, counts = np.unique(stored.values, return_counts=True)
+        if len(values) > _MOST_VALUES:
+            raise ValueError(f"{label}: {len(values)} different values, no label map")
+        facts["label"] = stored.values.shape[::-1]
+        facts["values"] = dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
+        facts["colour"] = stored.colour
+        if stored.palette is not None:
+            facts["palette"] = {str(v): int(stored.palette[v]) for v in values.tolist()}
+        if facts["label"] != facts["picture"]:
+            raise ValueError(size_problem(label, facts["label"], facts["picture"]))
+    except _FAILED as error:
+        facts["problem"] = " ".join(str(error).split())
+    return facts
+
+
+def size_problem(label: Path, found: tuple[int, int], expected: tuple[int, int]) -> str:
+    """What to say of a label map of another size (width, height) than its picture."""
+    text = f"{label}: the label map is {found[0]}x{found[1]} pixels, its image {expected[0]}x{expected[1]}"
+    if found == tuple(expected)[::-1]:
+        text += "; drawn on the picture as stored, before its EXIF orientation? Turn one of the two"
+    return text
+
+
+def summarize(facts: Sequence[Facts], labels: Sequence[Path], colours: Mapping[int, Any]) -> Summary:
+    """Counts over label maps without problem.
+
+    Args:
+        facts: of the label maps.
+        labels: their paths.
+        colours: colour -> what it means. Palette files count by colour where all their colours are here.
+
+    Raises:
+        ValueError: palette files that give the same colour different values.
+    """
+    summary = Summary()
+    numbers: dict[int, tuple[int, Path]] = {}
+    for one, label in zip(facts, labels, strict=True):
+        if one.problem:
+            continue
+        summary.maps += 1
+        counts = one.values
+        by_colour = one.colour
+        if one.palette is not None:
+            by_colour = bool(colours) and set(one.palette.values()) <= colours.keys()
+            if by_colour:
+                counts = Counter()
+                for value, count in one.values.items():
+                    counts[one.palette[value]] += count
+            else:
+                _compare_palettes(one, label, numbers)
+        total, where = (
+            (summary.colours, summary.where_colour) if by_colour else (summary.values, summary.where)
+        )
+        for value, count in counts.items():
+            total[value] += count
+            where.setdefault(value, label)
+        held = tuple(counts)
+        summary.held.append(((), held) if by_colour else (held, ()))
+    return summary
+
+
+def _compare_palettes(one: Facts, label: Path, numbers: dict[int, tuple[int, Path]]) -> None:
+    """Saved with a palette of its own, a picture's numbers mean nothing: elsewhere a colour has others."""
+    times = Counter(one.palette.values())
+    for value, colour in one.palette.items():
+        if times[colour] > 1:
+            continue
+        before, other = numbers.setdefault(colour, (value, label))
+        if before != value:
+            raise ValueError(
+                f"{label}: its palette gives the colour {colour_text(colour)} the value {value}, {other} the "
+                f"value {before}: colour-coded label maps; give each class its colour in the names file, "
+                "'name red green blue'"
+            )
+
+
+def colour_text(colour: int) -> str:
+    """0xff0040 -> '255 0 64', as in a names file."""
+    return f"{colour >> 16} {colour >> 8 & 255} {colour & 255}"
+
+
+# The cache
+
+
+def _key(picture: Path, label: Path, channels: int) -> str:
+    parts = [str(channels)]
+    for path in (picture, label):
+        try:
+            status = path.stat()
+            parts += [os.path.abspath(path), str(status.st_size), str(status.st_mtime_ns)]
+        except OSError:
+            parts += [os.path.abspath(path), "gone"]
+    return "|".join(parts)
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("SEGVIT_CACHE"):
+        return Path(chosen)
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "segvit" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "segvit"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segvit"
+
+
+def _cache_file(pairs: Sequence[tuple[Path, Path]]) -> Path | None:
+    if not pairs:
+        return None
+    folder = hashlib.sha256(
+        os.path.abspath(pairs[0][1].parent).encode("utf-8", "surrogateescape")
+    ).hexdigest()
+    try:
+        return _cache_folder() / "labels" / f"{folder[:24]}-{_FORMAT}.json"
+    except RuntimeError:  # no home folder
+        return None
+
+
+def _read_cache(file: Path | None) -> dict[str, list[Any]]:
+    """Label map -> [what it was when it was looked at, facts as JSON]."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        for _, facts in values.values():
+            _facts(facts)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return values
+
+
+def _write_cache(file: Path | None, values: dict[str, list[Any]]) -> None:
+    if file is None:
+        return
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(values), encoding="utf-8")
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _facts(values: dict[str, Any]) -> Facts:
+    def integers(mapping: dict[str, int] | None) -> dict[int, int] | None:
+        return None if mapping is None else {int(key): value for key, value in mapping.items()}
+
+    return Facts(
+        picture=tuple(values["picture"]) if "picture" in values else None,
+        label=tuple(values["label"]) if "label" in values else None,
+        values=integers(values.get("values", {})),
+        colour=values.get("colour", False),
+        palette=integers(values.get("palette")),
+        problem=values.get("problem"),
+    )

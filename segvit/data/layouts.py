@@ -1,0 +1,360 @@
+"""Where a data set's pictures and label maps lie: patterns of file names; usual ones are found.
+
+A pattern is a path below the folder. `{split}` stands for the split, `*` for anything within one name, `**/`
+for folders of any depth; a pattern that ends without a suffix takes every suffix of pictures or label maps.
+What the stars of a picture's name stand for, the stars of its label map stand for too:
+
+    leftImg8bit/{split}/**/*_leftImg8bit.png    gtFine/{split}/**/*_gtFine_labelTrainIds.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES
+from segvit.text import read_lines
+
+__all__ = ["Layout", "Listing", "find_layout"]
+
+_LOSSY = (".jpg", ".jpeg")
+_SPLITS = {"training": ("training", "train"), "validation": ("validation", "val", "valid"), "test": ("test",)}
+_PAIR_FOLDERS = (("images", "annotations"), ("images", "masks"), ("images", "labels"), ("img_dir", "ann_dir"))
+_ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_seg")
+
+
+class Listing(NamedTuple):
+    """The files of a split.
+
+    Attributes:
+        pairs: pictures with their label maps, sorted by the picture's path.
+        unlabelled: pictures without, and where the label map is looked for.
+        orphans: label maps without picture.
+    """
+
+    pairs: list[tuple[Path, Path]]
+    unlabelled: list[tuple[Path, str]]
+    orphans: list[Path]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Patterns of pictures and label maps below a folder, and a file that lists a split's names, if there is.
+
+    Attributes:
+        zero: what the layout's own convention says of stored 0: "class", "ignored", or None.
+    """
+
+    root: Path
+    images: str
+    labels: str
+    split_list: str | None = None
+    zero: str | None = None
+    _found: dict[str, Listing] = field(default_factory=dict, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        lists = f", split by {self.split_list}" if self.split_list else ""
+        return f"{self.images} with {self.labels}{lists}"
+
+    def splits(self) -> list[str]:
+        """Names of the splits that are there; none where the patterns know no split."""
+        pattern = self.split_list or self.images
+        if "{split}" not in pattern:
+            return []
+        before, after = pattern.split("{split}", 1)
+        parent, _, start = before.rpartition("/")
+        end = after.partition("/")[0]
+        end = "" if "*" in end and not self.split_list else end
+        folder = self.root / parent
+        if not folder.is_dir():
+            return []
+        found = []
+        for path in folder.iterdir():
+            name = path.name
+            fits = name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
+            if fits and not name.startswith(".") and path.is_dir() != bool(self.split_list):
+                found.append(name[len(start) : len(name) - len(end)])
+        return sorted(found)
+
+    def resolve(self, split: str) -> str | None:
+        """The split's name on disk: the same, or another usual one (train, val, train2017, ...).
+
+        Raises:
+            ValueError: several could be meant.
+        """
+        found = self.splits()
+        if split in found:
+            return split
+        group = _group(split)
+        similar = [name for name in found if group is not None and _group(name) == group]
+        if len(similar) > 1:
+            raise ValueError(
+                f"{self.root}: split {split!r} could be {' or '.join(similar)}; name one of them"
+            )
+        return similar[0] if similar else None
+
+    def listing(self, split: str | None) -> Listing:
+        """The files of a split by its name on disk; None: all there are.
+
+        Raises:
+            FileNotFoundError: no such folder or list.
+            ValueError: the list names a picture that is not there, or two pictures have one name.
+        """
+        key = split or ""
+        if key not in self._found:
+            self._found[key] = self._list(split)
+        return self._found[key]
+
+    def _list(self, split: str | None) -> Listing:
+        named = self._named(split) if self.split_list else None
+        patterns = [p.replace("{split}", split or "") for p in (self.images, self.labels)]
+        for pattern in patterns:
+            base = self.root / _base(pattern)
+            if not base.is_dir():
+                raise FileNotFoundError(f"{base}: no such folder (expected {self})")
+        labels: dict[tuple[str, ...], list[Path]] = {}
+        for captured, path in _matches(self.root, patterns[1], LABEL_SUFFIXES + _LOSSY):
+            labels.setdefault(captured, []).append(path)
+        taken = {path for paths in labels.values() for path in paths} if patterns[0] != patterns[1] else set()
+        pairs, unlabelled, used = [], [], set()
+        for captured, picture in sorted(
+            _matches(self.root, patterns[0], PICTURE_SUFFIXES), key=lambda match: match[1]
+        ):
+            if picture in taken or (named is not None and captured not in named):
+                continue
+            if found := labels.get(captured):
+                used.add(captured)
+                order = LABEL_SUFFIXES + _LOSSY
+                pairs.append((picture, min(found, key=lambda path: order.index(path.suffix.lower()))))
+            else:
+                unlabelled.append((picture, str(self.root / _filled(patterns[1], captured))))
+        if named is not None:
+            pictures = {captured for captured, _ in _matches(self.root, patterns[0], PICTURE_SUFFIXES)}
+            if gone := sorted(named - pictures):
+                raise FileNotFoundError(
+                    f"{self._list_path(split)}: names {gone[0][0]!r}, but {patterns[0]} has no such picture"
+                )
+        orphans = [path for captured, paths in labels.items() if captured not in used for path in paths]
+        return Listing(pairs, unlabelled, [] if named is not None else sorted(orphans))
+
+    def _list_path(self, split: str | None) -> Path:
+        return self.root / self.split_list.replace("{split}", split or "")
+
+    def _named(self, split: str | None) -> set[tuple[str, ...]]:
+        path = self._list_path(split)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such list of the split's pictures")
+        if _count_stars(self.images) != (0, 1):
+            raise ValueError(f"split_list: needs an image pattern with one *, got {self.images!r}")
+        return {_key((_stem(PurePosixPath(line.split()[0]).name),)) for _, line in read_lines(path)}
+
+    def pool(self, split: str, share: float) -> tuple[Listing, str | None, str]:
+        """The files of a split, `training` where there is only one, and `validation` a share of it.
+
+        Returns:
+            The files, the split's name on disk (None: there is one pool), and a line to say, or "".
+
+        Raises:
+            FileNotFoundError: no such split.
+        """
+        name = self.resolve(split)
+        group = _group(split)
+        rest = self.resolve("training")
+        if name is not None and not (group == "training" and self.resolve("validation") is None):
+            return self.listing(name), name, ""
+        single = not self.splits()
+        if group not in ("training", "validation") or not (single or rest is not None):
+            where = self.root / _base(self.images.replace("{split}", split))
+            here = ", ".join(self.splits()) or "none"
+            raise FileNotFoundError(f"{where}: no such folder (splits here: {here})")
+        whole = self.listing(rest)
+        count = max(1, round(share * len(whole.pairs))) if share else 0
+        if not 0 < count < len(whole.pairs):
+            if group == "training":
+                return whole, rest, ""
+            where = self.root / _base(self.images.replace("{split}", split))
+            few = f", and {len(whole.pairs)} training pictures are too few to share" if share else ""
+            raise FileNotFoundError(f"{where}: no such folder (expected {self}){few}")
+        # By a hash of the name: the same pictures whatever else is in the folder, and on every machine.
+        order = sorted(whole.pairs, key=lambda pair: _digest(pair[0].relative_to(self.root).as_posix()))
+        held = {picture for picture, _ in order[:count]}
+        keep = [pair for pair in whole.pairs if (pair[0] in held) == (group == "validation")]
+        said = (
+            f"no validation split: {count} of the {len(whole.pairs)} training pictures, chosen by their "
+            "names, are kept for it (--validation-share)"
+        )
+        return Listing(keep, whole.unlabelled, whole.orphans), rest, said
+
+
+def find_layout(
+    root: str | Path,
+    image_pattern: str | None = None,
+    label_pattern: str | None = None,
+    split_list: str | None = None,
+) -> Layout:
+    """The layout of a folder, by the patterns given or the only usual one that fits.
+
+    Raises:
+        FileNotFoundError: no such folder, or no layout fits.
+        ValueError: several fit; half of the patterns is missing, or they do not go together.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder (expected images/SPLIT and annotations/SPLIT)")
+    if image_pattern or label_pattern:
+        if not (image_pattern and label_pattern):
+            missing = "label_pattern" if image_pattern else "image_pattern"
+            raise ValueError(f"{missing}: pictures and label maps both need a pattern")
+        if any("{split}" in PurePosixPath(pattern).name for pattern in (image_pattern, label_pattern)):
+            raise ValueError("image_pattern: {split} must stand in the name of a folder")
+        stars = [_count_stars(pattern) for pattern in (image_pattern, label_pattern)]
+        if stars[0] != stars[1] or not sum(stars[0]):
+            raise ValueError(
+                f"label_pattern: got {label_pattern!r}, expected the stars of {image_pattern!r}, at least one"
+            )
+        return Layout(root, image_pattern, label_pattern, split_list)
+    for candidates in _usual(root, split_list):
+        fitting = [layout for layout in candidates if _is_there(layout) and _has_pairs(layout)]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"{root}: pictures and label maps could be {' or '.join(map(str, fitting))}; choose with "
+                "--image-pattern and --label-pattern"
+            )
+        if fitting:
+            return fitting[0]
+    plain = Layout(root, "images/{split}/**/*", "annotations/{split}/**/*", split_list)
+    if plain.splits():
+        return plain
+    expected = "images/SPLIT and annotations/SPLIT, or --image-pattern and --label-pattern"
+    missing = next((path for path in (root / "images", root / "annotations") if not path.is_dir()), None)
+    if missing is None:
+        raise FileNotFoundError(f"{root}: no picture with a label map here (expected {expected})")
+    raise FileNotFoundError(f"{missing}: no such folder (expected {expected})")
+
+
+def _usual(root: Path, split_list: str | None) -> Iterator[list[Layout]]:
+    """Usual layouts; those of the first list that fits are looked at alone."""
+    voc = Layout(
+        root, "JPEGImages/*", "SegmentationClass/*", "ImageSets/Segmentation/{split}.txt", zero="class"
+    )
+    cityscapes = Layout(
+        root,
+        "leftImg8bit/{split}/**/*_leftImg8bit",
+        "gtFine/{split}/**/*_gtFine_labelTrainIds",
+        zero="class",
+    )
+    yield [
+        voc,
+        cityscapes,
+        *(
+            Layout(root, pictures, labels, split_list)
+            for images, annotations in _PAIR_FOLDERS
+            for ending in _ENDINGS
+            for pictures, labels in (
+                (f"{images}/{{split}}/**/*", f"{annotations}/{{split}}/**/*{ending}"),
+                (f"{{split}}/{images}/**/*", f"{{split}}/{annotations}/**/*{ending}"),
+            )
+        ),
+        Layout(root, "{split}/*", "{split}annot/*", split_list),
+        *(Layout(root, "{split}/*", f"{{split}}/*{ending}", split_list) for ending in _ENDINGS[1:]),
+    ]
+    yield [
+        *(
+            Layout(root, f"{images}/**/*", f"{annotations}/**/*{ending}", split_list)
+            for images, annotations in _PAIR_FOLDERS
+            for ending in _ENDINGS
+        ),
+        Layout(root, "leftImg8bit/**/*_leftImg8bit", "gtFine/**/*_gtFine_labelTrainIds", zero="class"),
+        *(Layout(root, "*", f"*{ending}", split_list) for ending in _ENDINGS[1:]),
+    ]
+
+
+def _is_there(layout: Layout) -> bool:
+    if "{split}" not in (layout.split_list or layout.images):
+        return all((layout.root / _base(pattern)).is_dir() for pattern in (layout.images, layout.labels))
+    return any(
+        (layout.root / _base(layout.labels.replace("{split}", split))).is_dir()
+        and (layout.root / _base(layout.images.replace("{split}", split))).is_dir()
+        for split in layout.splits()
+    )
+
+
+def _has_pairs(layout: Layout) -> bool:
+    for split in layout.splits() or [None]:
+        try:
+            if layout.listing(split).pairs:
+                return True
+        except FileNotFoundError:
+            continue
+    return False
+
+
+def _group(split: str) -> str | None:
+    stem = split.lower().rstrip("0123456789").rstrip("_-")
+    return next((group for group, names in _SPLITS.items() if stem in names), None)
+
+
+def _count_stars(pattern: str) -> tuple[int, int]:
+    deep = pattern.count("**/")
+    return deep, pattern.replace("**/", "").count("*")
+
+
+def _base(pattern: str) -> str:
+    """The folders of a pattern before its first star."""
+    return pattern.partition("*")[0].rpartition("/")[0]
+
+
+def _has_suffix(pattern: str) -> bool:
+    return PurePosixPath(pattern).suffix.lower() in (*PICTURE_SUFFIXES, *LABEL_SUFFIXES)
+
+
+def _matches(root: Path, pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:
+    """What the stars stand for, and the path, of every file that a pattern fits; hidden ones do not count."""
+    parts = re.split(r"(\*\*/|\*)", pattern)
+    expression = "".join(
+        {"**/": "((?:[^/]+/)*)", "*": "([^/]*?)"}.get(part, re.escape(part)) for part in parts
+    )
+    if not _has_suffix(pattern):
+        expression += "(?:" + "|".join(re.escape(suffix) for suffix in suffixes) + ")"
+    compiled = re.compile(expression, re.IGNORECASE)
+    base = _base(pattern)
+    depth = None if "**/" in pattern else pattern[len(base) :].strip("/").count("/")
+    for path in _walk(root / base, depth):
+        if match := compiled.fullmatch(path.relative_to(root).as_posix()):
+            yield _key(match.groups()), path
+
+
+def _walk(folder: Path, depth: int | None) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if depth is None or depth > 0:
+                    yield from _walk(folder / entry.name, None if depth is None else depth - 1)
+            elif entry.is_file():
+                yield folder / entry.name
+
+
+def _key(captured: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", part) for part in captured)
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem if _has_suffix(name) else name
+
+
+def _filled(pattern: str, captured: tuple[str, ...]) -> str:
+    parts = iter(captured)
+    name = re.sub(r"\*\*/|\*", lambda _: next(parts), pattern)
+    return name if _has_suffix(name) else f"{name}.png"
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()
