@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,14 +17,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit.options import InferenceOptions
-from segvit_kernels import View, Views
+from segvit_kernels import View, Views, semantic_argmax_reference
 
 if TYPE_CHECKING:
     from segvit.model import SegViT
 
-__all__ = ["InferenceOptions", "Pass", "check_options", "crops_of", "label_maps", "passes", "views_of"]
+__all__ = [
+    "InferenceOptions",
+    "Pass",
+    "check_options",
+    "check_region",
+    "crops_of",
+    "label_maps",
+    "label_maps_with_scores",
+    "passes",
+    "views_of",
+]
 
 _IMAGES = 8  # crops that run together
+_PIXELS = 1 << 30  # of a resized image, at most
+_WINDOWS = 1 << 17
 
 
 class Pass(NamedTuple):
@@ -49,11 +61,22 @@ def passes(size: tuple[int, int], options: InferenceOptions, patch: int) -> list
         ValueError: an option is out of range, or the window not a multiple of the patch size.
     """
     check_options(options, patch)
-    found = []
+    found: list[Pass] = []
     factor = options.short_side / min(size) if options.short_side else 1.0
     for scale in options.scales:
-        height, width = (max(1, round(side * factor * scale)) for side in size)
+        exact = [max(1.0, side * factor * scale) for side in size]
+        if not exact[0] * exact[1] <= _PIXELS:
+            raise ValueError(
+                f"scales, short_side: a picture of {size[1]}x{size[0]} pixels would be resized by "
+                f"{factor * scale:.3g}, to more than {_PIXELS:,} pixels"
+            )
+        height, width = map(round, exact)
         rows, columns = (_windows(side, options, patch) for side in (height, width))
+        if len(rows) * len(columns) > _WINDOWS:
+            raise ValueError(
+                f"stride: {len(rows) * len(columns)} windows on a picture of {width}x{height} pixels, more "
+                f"than {_WINDOWS:,}; expected a longer one"
+            )
         for flip in (False, True) if options.flip else (False,):
             group = found[-1].group + 1 if found else 0
             for top, crop_height in rows:
@@ -99,7 +122,13 @@ def views_of(
     """
     if len(runs) == 1 and runs[0].resized == runs[0].crop == size and not runs[0].flip:
         return None
-    views = [
+    return Views(_list_views(batch, size, runs, grids), batch, size, device)
+
+
+def _list_views(
+    batch: int, size: tuple[int, int], runs: Sequence[Pass], grids: Sequence[tuple[int, int]]
+) -> list[View]:
+    return [
         View.crop(
             image,
             size,
@@ -114,7 +143,6 @@ def views_of(
         for run, grid in zip(runs, grids, strict=True)
         for image in range(batch)
     ]
-    return Views(views, batch, size, device)
 
 
 def label_maps(model: SegViT, images: Tensor, options: InferenceOptions) -> Tensor:
@@ -128,6 +156,78 @@ def label_maps(model: SegViT, images: Tensor, options: InferenceOptions) -> Tens
     outputs = [model(crops) for crops in crops_of(images, runs)]
     grids = tuple(model.mask_grid(run.crop) for run in runs)
     return model.labels(outputs, size, views_of(len(images), size, tuple(runs), grids, images.device))
+
+
+def label_maps_with_scores(
+    model: SegViT,
+    images: Tensor,
+    options: InferenceOptions,
+    take: Callable[[int, Tensor], None],
+    *,
+    elements: int = 1 << 23,
+) -> Tensor:
+    """Label maps (B, H, W) of normalised images, and the scores of which they are the argmax.
+
+    The scores never exist as a whole: `take` gets them in blocks of rows.
+
+    Args:
+        model, images, options: as for `label_maps`.
+        take: called with the first row and float32 scores (B, N, rows, W) of each block.
+        elements: of a block of scores, at most, where a row has no more.
+
+    Raises:
+        ValueError: options that cannot be.
+    """
+    (height, width), count = images.shape[-2:], len(images)
+    runs = passes((height, width), options, model.config.backbone.patch_size)
+    parts = [model.scoring(model(crops)) for crops in crops_of(images, runs)]
+    masks = [mask[None].float() for stack, _ in parts for mask in stack]
+    probabilities = torch.cat([probs.float() for _, probs in parts])
+    grids = [model.mask_grid(run.crop) for run in runs]
+    views = _list_views(count, (height, width), runs, grids)
+    kind = torch.uint8 if probabilities.shape[-1] <= 256 else torch.int16
+    labels = torch.empty(count, height, width, dtype=kind, device=images.device)
+    rows = max(1, elements // (count * width * max(probabilities.shape[1:])))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        cut = {i: part for i, view in enumerate(views) if (part := _cut(view, top, bottom))}
+        area = (bottom - top, width)
+        labels[:, top:bottom], scores = semantic_argmax_reference(
+            [masks[i] for i in cut],
+            probabilities[list(cut)],
+            area,
+            views=Views(list(cut.values()), count, area),
+            activation=model.activation,
+        )
+        take(top, scores)
+    return labels
+
+
+def check_region(region: Sequence[int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """`region` as it is, if it is (left, top, width, height) inside an image of `size` (height, width).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if len(region) != 4:
+        raise ValueError(f"region: got {tuple(region)}, expected left, top, width and height")
+    left, top, width, height = region
+    if not (0 <= left < left + width <= size[1] and 0 <= top < top + height <= size[0]):
+        raise ValueError(
+            f"region: got {width}x{height} pixels at left {left}, top {top}; expected at least 1x1 inside "
+            f"the picture's {size[1]}x{size[0]}"
+        )
+    return left, top, width, height
+
+
+def _cut(view: View, top: int, bottom: int) -> View | None:
+    """What rows of the output see of a view, counted from the first of them; None where it is nothing."""
+    y0, x0, y1, x1 = view.rectangle
+    y0, y1 = max(y0, top), min(y1, bottom)
+    if y0 >= y1 or x0 >= x1:
+        return None
+    ay, by, ax, bx = view.affine
+    return View(view.image, (ay, by + ay * top, ax, bx), (y0 - top, x0, y1 - top, x1), view.group)
 
 
 def crops_of(images: Tensor, runs: list[Pass]) -> Iterator[Tensor]:

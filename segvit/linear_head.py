@@ -59,6 +59,10 @@ class LinearSegmenter(SegViT):
         identity = torch.eye(output.shape[1], device=output.device, dtype=output.dtype)
         return output, identity.expand(len(output), -1, -1)
 
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """The softmax of scores (B, N, ...)."""
+        return scores.softmax(1)
+
     def similarity_maps(self, images: Tensor) -> list[Tensor]:
         raise ValueError("a linear head has no similarity maps")
 

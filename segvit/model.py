@@ -27,7 +27,7 @@ from segvit.config import SegViTConfig
 from segvit.data.pictures import image_tensor
 from segvit.decoder import ATMDecoder
 from segvit.files import follow
-from segvit.inference import InferenceOptions, label_maps
+from segvit.inference import InferenceOptions, check_region, label_maps, label_maps_with_scores
 from segvit.shrunk import ShrunkDecoder
 from segvit_kernels import Views, exportable, pack_linears, semantic_argmax, unpack_linears
 
@@ -171,7 +171,14 @@ class SegViT(nn.Module):
         )
 
     @torch.inference_mode()
-    def predict(self, images: Any, options: InferenceOptions | None = None) -> Tensor | list[Tensor]:
+    def predict(
+        self,
+        images: Any,
+        options: InferenceOptions | None = None,
+        *,
+        return_scores: bool | str = False,
+        region: tuple[int, int, int, int] | None = None,
+    ) -> Any:
         """Label maps at the images' own sizes, on the model's device.
 
         Images of any size are padded at the right and bottom with the mean colour to multiples of the patch
@@ -182,25 +189,60 @@ class SegViT(nn.Module):
             images: a path, a PIL image (both as they are seen, see `segvit.data.read_image`), a uint8 array
                 (H, W, 3), a uint8 tensor (3, H, W) or (B, 3, H, W), or a list of single ones.
             options: sliding window, scales, mirroring; by default the whole image at once.
+            return_scores: also return the score of every class, of which the labels are the argmax; with
+                "probabilities", scores as shares (see `probabilities`).
+            region: (left, top, width, height) of the scores in pixels; the whole image when not given.
 
         Returns:
-            (H, W) for a single image, (B, H, W) for a batch, a list of (H, W) for a list.
+            (H, W) for a single image, (B, H, W) for a batch, a list of (H, W) for a list. With
+            `return_scores` a pair (or a list of pairs): labels, and float32 scores (N, H, W) or (B, N, H, W)
+            of the region.
 
         Raises:
             TypeError: not an image, or not uint8.
             ValueError: an unreadable file, not RGB, or an option that cannot be.
         """
+        if return_scores not in (False, True, "scores", "probabilities"):
+            raise ValueError(
+                f"return_scores: got {return_scores!r}, expected True, False, 'scores' or 'probabilities'"
+            )
+        if region is not None and not return_scores:
+            raise ValueError("region: is of the scores; expected return_scores with it")
         if isinstance(images, (list, tuple)):
-            return [self.predict(image, options) for image in images]
+            return [self.predict(i, options, return_scores=return_scores, region=region) for i in images]
         images = image_tensor(images)
         training = self.training
         self.eval()
         try:
             batch = self.preprocess(images if images.ndim == 4 else images[None])
-            labels = label_maps(self, batch, options or InferenceOptions())
+            options = options or InferenceOptions()
+            if not return_scores:
+                labels = label_maps(self, batch, options)
+                return labels if images.ndim == 4 else labels[0]
+            size = tuple(batch.shape[-2:])
+            left, top, columns, rows = check_region(region or (0, 0, size[1], size[0]), size)
+            scores = batch.new_empty(len(batch), self.config.num_classes, rows, columns, dtype=torch.float32)
+
+            def take(first: int, block: Tensor) -> None:
+                block = self.probabilities(block) if return_scores == "probabilities" else block
+                start, stop = max(first, top), min(first + block.shape[2], top + rows)
+                if start < stop:
+                    part = block[:, :, start - first : stop - first, left : left + columns]
+                    scores[:, :, start - top : stop - top] = part
+
+            labels = label_maps_with_scores(self, batch, options, take)
+            return (labels, scores) if images.ndim == 4 else (labels[0], scores[0])
         finally:
             self.train(training)
-        return labels if images.ndim == 4 else labels[0]
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Scores (B, N, ...) of all classes as shares that add up to 1: each divided by their sum.
+
+        They say how much of the evidence is for a class; nothing calibrates them. Where no class has any, all
+        have the same.
+        """
+        total = scores.sum(1, keepdim=True)
+        return torch.where(total > 0, scores / total.clamp(min=1e-38), 1 / scores.shape[1])
 
     def compile_for_inference(
         self,

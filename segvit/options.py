@@ -313,6 +313,24 @@ class PredictConfig(InferenceOptions):
     checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
     out: str = option("predictions", "folder for overlays and label maps")
     maps: list[str] = option([], "classes, by name or index, whose similarity maps are drawn stage by stage")
+    scores: bool = option(
+        False,
+        "also write NAME_scores.npz: the score of every class at every pixel; the label has the largest",
+    )
+    probabilities: bool = option(
+        False, "also write NAME_probabilities.npz: the scores as shares that add up to 1 at every pixel"
+    )
+    score_type: Literal["float16", "float32", "uint8"] = option(
+        "float16", "how scores and probabilities are stored; uint8 (probabilities only): 255 is 1"
+    )
+    score_classes: list[str] = option(
+        [], "classes, by name or index, to store in these files; all when not given"
+    )
+    region: list[int] = option(
+        [],
+        "left, top, width and height in pixels: store scores and probabilities of this part only",
+        at_least=0,
+    )
     alpha: float = option(0.55, "opacity of the overlay, 0 to 1", at_least=0, at_most=1)
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")

@@ -1,23 +1,31 @@
-"""`segvit predict`: label maps, overlays with a legend and similarity maps for pictures on disk.
+"""`segvit predict`: label maps, overlays with a legend, scores and similarity maps for pictures on disk.
 
 For every picture NAME.* the output folder gets NAME_labels.png (class indices as grey values, 16-bit above
-256 classes), NAME_overlay.png and, where classes are asked for, NAME_maps.png. Arguments are checked before
-the first file is written, and a file appears whole or not at all.
+256 classes), NAME_overlay.png and, where asked for, NAME_maps.png (similarity maps), NAME_scores.npz and
+NAME_probabilities.npz. Arguments are checked before the first file is written, and a file appears whole or
+not at all. A picture that cannot be done does not keep the others from it; it is named at the end.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from segvit._extras import require
+from segvit._failures import one_line, out_of_memory
 from segvit.data.pictures import PICTURE_SUFFIXES as SUFFIXES
 from segvit.data.pictures import probe, read_image
 from segvit.machine import pick_backend, pick_device
@@ -35,16 +43,22 @@ __all__ = ["PredictConfig", "class_colors", "class_names", "find_classes", "find
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Files as given, and every picture directly inside the folders given, sorted by name; each file once.
 
+    Hidden files in folders do not count.
+
     Raises:
         FileNotFoundError: a path does not exist, or a folder holds no picture.
-        ValueError: there is no path, or a file is not a picture.
+        ValueError: there is no path, or no file is a picture.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
+        if "\0" in str(path):
+            raise ValueError(f"images: got {str(path)!r}, a file name cannot hold a NUL character")
         files = [path]
         if path.is_dir():
             files = sorted(
-                file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
             )
             if not files:
                 raise FileNotFoundError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
@@ -52,10 +66,18 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
             raise FileNotFoundError(f"{path}: no such file or folder")
         for file in files:
             found.setdefault(file.resolve(), file)
-    for file in found.values():
-        probe(file)
     if not found:
         raise ValueError("images: got none, expected files or folders")
+    problems = []
+    for file in found.values():  # up to the first that can be opened: the others are read in their turn
+        try:
+            probe(file)
+            break
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(error)
+    else:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{one_line(problems[0])}{more}")
     return list(found.values())
 
 
@@ -71,7 +93,7 @@ def class_colors(config: SegViTConfig) -> np.ndarray:
     return class_palette(config.num_classes) if config.palette is None else np.array(config.palette, np.uint8)
 
 
-def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
+def find_classes(wanted: Sequence[str], names: Sequence[str], option: str = "maps") -> list[int]:
     """Indices of classes given by name (capital letters do not count) or by index, each once.
 
     Raises:
@@ -88,22 +110,48 @@ def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
             near = [names[lowered.index(name)] for name in get_close_matches(word.lower(), lowered, n=3)]
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             listing = ", ".join(names)
-            raise ValueError(f"maps: no class {word!r}; {hint}The {len(names)} classes: {listing}")
+            raise ValueError(f"{option}: no class {word!r}; {hint}The {len(names)} classes: {listing}")
     return list(dict.fromkeys(indices))
 
 
-def _output_stems(files: Sequence[Path], out: Path) -> list[str]:
-    """A stem for each file, numbered where two files share one; refuses to write over an input."""
+KINDS = {
+    "labels": ".png",
+    "overlay": ".png",
+    "maps": ".png",
+    "scores": ".npz",
+    "probabilities": ".npz",
+}
+_LONGEST_NAME = 240  # bytes; file systems take 255, and others count in other units
+
+
+def output_stems(files: Sequence[Path], out: Path) -> list[str]:
+    """A stem of output files for each file, that no other has on any file system.
+
+    Files of one stem get numbers, also where only capital letters or the composition of accents differ. Names
+    too long for what is appended to them are cut, those that Windows keeps for devices lose their dot.
+
+    Raises:
+        ValueError: an output would be written over an input.
+    """
     inputs = {file.resolve() for file in files}
+    taken: set[str] = set()
     stems: list[str] = []
+    room = _LONGEST_NAME - max(len(f"_{kind}{suffix}") for kind, suffix in KINDS.items())
     for file in files:
-        stem, number = file.stem, 1
-        while stem in stems:
+        base = file.stem
+        if PureWindowsPath(f"{base}_labels.png").is_reserved():
+            base = base.replace(".", "_", 1)
+        if len(os.fsencode(base)) > room:
+            whole = os.fsencode(base)
+            base = f"{os.fsdecode(whole[: room - 20]).rstrip(chr(0xFFFD))}~{zlib.crc32(whole):08x}"
+        stem, number = base, 1
+        while (key := unicodedata.normalize("NFC", stem).casefold()) in taken:
             number += 1
-            stem = f"{file.stem}_{number}"
+            stem = f"{base}_{number}"
+        taken.add(key)
         stems.append(stem)
-        for kind in ("labels", "overlay", "maps"):
-            target = out / f"{stem}_{kind}.png"
+        for kind, suffix in KINDS.items():
+            target = out / f"{stem}_{kind}{suffix}"
             if target.resolve() in inputs:
                 raise ValueError(
                     f"out: {target} is an input picture and would be overwritten; choose another folder"
@@ -117,6 +165,8 @@ def make_folder(out: Path) -> None:
     Raises:
         OSError: files could not be written there.
     """
+    if os.name == "nt" and PureWindowsPath(out).is_reserved():
+        raise OSError(f"out: cannot write to folder {out} (Windows keeps this name for a device)")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK | os.X_OK):
@@ -159,46 +209,194 @@ def run(config: PredictConfig) -> int:
     """Predict every picture of `config`; prints a line for each. Returns 0.
 
     Raises:
-        ValueError, OSError: an argument or a file is wrong; one line that names it.
+        ValueError, OSError: an argument or a file is wrong, or some pictures could not be done; one line that
+            names them. Those that could are there.
+        KeyboardInterrupt: with what is done and what is not as its message.
     """
     files = find_images(config.images)
     out = Path(config.out)
-    stems = _output_stems(files, out)
+    stems = output_stems(files, out)
+    if config.region and not (config.scores or config.probabilities):
+        raise ValueError("region: is of scores and probabilities; expected --scores or --probabilities too")
+    if config.score_classes and not (config.scores or config.probabilities):
+        raise ValueError("score_classes: expected --scores or --probabilities too")
+    if config.score_type == "uint8" and config.scores:
+        raise ValueError("score_type: uint8 is for probabilities; scores need float16 or float32")
+    if config.region and (len(config.region) != 4 or 0 in config.region[2:]):
+        raise ValueError(f"region: got {config.region}, expected left, top, width and height in pixels")
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
 
-    from segvit import visualize
-    from segvit.checkpoint import atomic_write
     from segvit.evaluate import load_model
     from segvit.inference import check_options
     from segvit.linear_head import LinearSegmenter
 
     model = load_model(config.checkpoint).to(device).eval().fuse()
-    names, palette = class_names(model.config), class_colors(model.config)
+    names = class_names(model.config)
     classes = find_classes(config.maps, names)
     if classes and isinstance(model, LinearSegmenter):
         raise ValueError(f"maps: {config.checkpoint} has a linear head, which has no similarity maps")
+    kept = find_classes(config.score_classes, names, "score_classes") or list(range(len(names)))
     check_options(config, model.config.backbone.patch_size)
     make_folder(out)
-    with choice, torch.inference_mode():
-        for file, stem in zip(files, stems, strict=True):
-            image = read_image(file)
-            labels = model.predict(image, config).cpu().numpy()
-            pixels = image.permute(1, 2, 0).numpy()
-            pictures = {
-                "labels": label_picture(labels, len(names)),
-                "overlay": visualize.overlay_with_legend(pixels, labels, names, palette, alpha=config.alpha),
-            }
-            if classes:
-                stages, accumulated = similarity_maps(model, image, classes)
-                rows = [names[index] for index in classes]
-                pictures["maps"] = visualize.similarity_picture(
-                    pixels, stages, accumulated, rows, layers=model.config.upsample
-                )
-            for kind, picture in pictures.items():
-                atomic_write(out / f"{stem}_{kind}.png", lambda path, p=picture: p.save(path, "PNG"))
-            print(f"{file}: {_summary(labels, names)} -> {out / stem}_overlay.png", flush=True)
+    job = _Job(config, model, out, classes, kept)
+    failed: dict[Path, str] = {}
+    done = 0
+
+    def state() -> str:
+        left = [str(file) for file in files[done + len(failed) :]]
+        problems = [f"{file}: {reason}" for file, reason in failed.items()]
+        parts = [f"{done} of {len(files)} pictures are done, in {out}"]
+        parts += [f"failed: {_listed(problems)}"] if failed else []
+        return "; ".join(parts + ([f"not done: {_listed(left)}"] if left else []))
+
+    try:
+        with choice, torch.inference_mode():
+            for file, stem in zip(files, stems, strict=True):
+                try:
+                    with ExitStack() as scratch:
+                        outputs, summary = job.predict(file, scratch)
+                        for kind, write in outputs.items():
+                            job.write(out / f"{stem}_{kind}{KINDS[kind]}", write)
+                except _CannotWriteError:
+                    raise
+                except Exception as error:
+                    if not (isinstance(error, (ValueError, OSError, ImportError)) or out_of_memory(error)):
+                        raise
+                    failed[file] = one_line(error).removeprefix(f"{file}: ")
+                    print(f"{file}: failed: {failed[file]}", flush=True)
+                else:
+                    done += 1
+                    print(f"{file}: {summary} -> {out / stem}_overlay.png", flush=True)
+    except _CannotWriteError as error:
+        raise OSError(f"{error}; {state()}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(state()) from None
+    if failed:
+        raise ValueError(state())
     return 0
+
+
+class _CannotWriteError(OSError):
+    """No picture can be written any more."""
+
+
+def _listed(items: list[str], most: int = 20) -> str:
+    return "; ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+class _Job:
+    """What `run` does with each picture."""
+
+    def __init__(
+        self, config: PredictConfig, model: SegViT, out: Path, classes: Sequence[int], kept: Sequence[int]
+    ) -> None:
+        self.config, self.model, self.out, self.classes, self.kept = config, model, out, classes, kept
+        self.names, self.palette = class_names(model.config), class_colors(model.config)
+
+    def predict(self, file: Path, scratch: ExitStack) -> tuple[dict[str, Callable[[Path], Any]], str]:
+        """What is to be written for a picture, by kind, each as a function of the path; and a summary."""
+        from segvit import visualize
+
+        image = read_image(file)
+        labels, writers = self._labels(image, scratch)
+        pixels = image.permute(1, 2, 0).numpy()
+        pictures = {
+            "labels": label_picture(labels, len(self.names)),
+            "overlay": visualize.overlay_with_legend(
+                pixels, labels, self.names, self.palette, alpha=self.config.alpha
+            ),
+        }
+        if self.classes:
+            stages, accumulated = similarity_maps(self.model, image, self.classes)
+            rows = [self.names[index] for index in self.classes]
+            pictures["maps"] = visualize.similarity_picture(
+                pixels, stages, accumulated, rows, layers=self.model.config.upsample
+            )
+        for kind, picture in pictures.items():
+            writers[kind] = lambda path, picture=picture: picture.save(path, "PNG")
+        return writers, _summary(labels, self.names)
+
+    def _labels(
+        self, image: torch.Tensor, scratch: ExitStack
+    ) -> tuple[np.ndarray, dict[str, Callable[[Path], Any]]]:
+        from segvit.inference import check_region, label_maps_with_scores
+
+        kinds = [kind for kind in ("scores", "probabilities") if getattr(self.config, kind)]
+        if not kinds:
+            return self.model.predict(image, self.config).cpu().numpy(), {}
+        size = tuple(image.shape[1:])
+        region = check_region(self.config.region or (0, 0, size[1], size[0]), size)
+        files = {kind: scratch.enter_context(_ScoreFile(self, region)) for kind in kinds}
+
+        def take(first: int, block: torch.Tensor) -> None:
+            for kind, file in files.items():
+                file.add(first, (block if kind == "scores" else self.model.probabilities(block))[0])
+
+        batch = self.model.preprocess(image[None])
+        labels = label_maps_with_scores(self.model, batch, self.config, take)
+        writers = {kind: lambda path, kind=kind: files[kind].save(path, kind) for kind in kinds}
+        return labels[0].cpu().numpy(), writers
+
+    def write(self, path: Path, writer: Callable[[Path], Any]) -> None:
+        from segvit.checkpoint import atomic_write
+
+        try:
+            atomic_write(path, writer)
+        except OSError as error:
+            text = one_line(error)
+            where = "" if str(path) in text else f"{path}: cannot be written: "
+            raise _CannotWriteError(f"{where}{text}") from None
+
+
+class _ScoreFile:
+    """Scores that come in blocks of rows, on disk until they are packed into an .npz file."""
+
+    def __init__(self, job: _Job, region: tuple[int, int, int, int]) -> None:
+        self.job, self.region = job, region
+        self.kind = np.dtype(job.config.score_type)
+
+    def __enter__(self) -> _ScoreFile:
+        # In the output folder: the system's own for such files is often small.
+        self.file = tempfile.SpooledTemporaryFile(max_size=1 << 26, dir=self.job.out)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, first: int, block: torch.Tensor) -> None:
+        """Take rows of scores (N, rows, W), from row `first` of the picture on."""
+        left, top, width, height = self.region
+        start, stop = max(first, top), min(first + block.shape[1], top + height)
+        if start >= stop:
+            return
+        for place, index in enumerate(self.job.kept):
+            values = block[index, start - first : stop - first, left : left + width]
+            values = values.mul(255).round() if self.kind == np.uint8 else values
+            rows = values.cpu().numpy().astype(self.kind)
+            try:
+                self.file.seek((place * height + start - top) * width * self.kind.itemsize)
+                self.file.write(rows.tobytes())
+            except OSError as error:
+                raise _CannotWriteError(f"{self.job.out}: cannot be written: {one_line(error)}") from None
+
+    def save(self, path: Path, name: str) -> None:
+        """Write the .npz file: `name` (K, height, width), `classes` (K), `names` (K), `region` (4)."""
+        shape = (len(self.job.kept), self.region[3], self.region[2])
+        beside = {
+            "classes": np.array(self.job.kept),
+            "names": np.array([self.job.names[index] for index in self.job.kept]),
+            "region": np.array(self.region),
+        }
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                header = {"descr": self.kind.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(entry, header)
+                self.file.seek(0)
+                shutil.copyfileobj(self.file, entry, 1 << 20)
+            for key, values in beside.items():
+                with archive.open(f"{key}.npy", "w") as entry:
+                    np.lib.format.write_array(entry, values, allow_pickle=False)
 
 
 def _summary(labels: np.ndarray, names: Sequence[str]) -> str:
