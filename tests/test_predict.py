@@ -6,10 +6,19 @@ import torch
 from PIL import Image
 
 from segvit.config import BackboneConfig, SegViTConfig
+from segvit.inference import label_maps_with_scores
 from segvit.linear_head import LinearSegmenter
 from segvit.model import SegViT
-from segvit.options import PredictConfig
-from segvit.predict import class_names, find_classes, find_images, label_picture, run, similarity_maps
+from segvit.options import InferenceOptions, PredictConfig
+from segvit.predict import (
+    class_names,
+    find_classes,
+    find_images,
+    label_picture,
+    output_stems,
+    run,
+    similarity_maps,
+)
 
 NAMES = ("road", "sky", "car", "street light", "tree")
 
@@ -159,7 +168,8 @@ def test_bad_paths_are_named(checkpoint, pictures, tmp_path):
     text.write_text("no picture")
     refused(FileNotFoundError, r"none\.png: no such file", checkpoint, tmp_path, images=[good, str(missing)])
     refused(FileNotFoundError, r"empty: no picture", checkpoint, tmp_path, images=[good, str(empty)])
-    refused(ValueError, r"text\.png: not a picture", checkpoint, tmp_path, images=[good, str(text)])
+    refused(ValueError, r"text\.png: not a picture", checkpoint, tmp_path, images=[str(text)])
+    refused(ValueError, "a file name cannot hold a NUL", checkpoint, tmp_path, images=["a\0b"])
     refused(ValueError, "images: got none", checkpoint, tmp_path, images=[])
     refused(FileNotFoundError, "nowhere: no checkpoint", tmp_path / "nowhere", tmp_path, images=[good])
     refused(ValueError, r"alpha: got 2", checkpoint, tmp_path, images=[good], alpha=2)
@@ -178,21 +188,99 @@ def test_missing_device_is_named(checkpoint, pictures, tmp_path):
     )
 
 
-def test_a_truncated_picture_leaves_no_output_of_its_own(checkpoint, pictures, tmp_path):
+def damaged(path) -> str:
+    """Write a JPEG whose last third is missing; returns its name."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(pictures / "c.jpg")
-    whole = (pictures / "c.jpg").read_bytes()
-    (pictures / "c.jpg").write_bytes(whole[: len(whole) * 2 // 3])
-    out = tmp_path / "out"
-    options = PredictConfig(
-        images=[str(pictures / "a.png"), str(pictures / "c.jpg")],
-        checkpoint=str(checkpoint),
-        out=str(out),
-        accelerator="cpu",
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    return str(path)
+
+
+def predict(checkpoint, out, images, **changes) -> None:
+    run(
+        PredictConfig(
+            images=[str(image) for image in images],
+            checkpoint=str(checkpoint),
+            out=str(out),
+            accelerator="cpu",
+            **changes,
+        )
     )
-    with pytest.raises(ValueError, match=r"c\.jpg: cannot be decoded"):
-        run(options)
+
+
+def test_pictures_that_cannot_be_read_do_not_keep_others_from_it(checkpoint, pictures, tmp_path, capsys):
+    out, text = tmp_path / "out", pictures / "b.jpg"
+    text.write_text("no picture")
+    bad = damaged(pictures / "a.jpg")
+    with pytest.raises(ValueError) as caught:
+        predict(checkpoint, out, [pictures])
+    message = str(caught.value)
+    assert message.startswith(f"2 of 4 pictures are done, in {out}; failed: {bad}: cannot be decoded")
+    assert f"; {text}: " in message and "\n" not in message and "not done" not in message
+    assert outputs(out) == {f"{stem}_{kind}.png" for stem in ("a_2", "b_2") for kind in ("labels", "overlay")}
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 4 and f"{bad}: failed: cannot be decoded" in printed
+
+
+def test_nothing_is_made_where_no_picture_can_be_opened(checkpoint, tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_text("no picture")
+    images = [tmp_path / "a.png", tmp_path / "b.png"]
+    with pytest.raises(ValueError, match=r"a\.png: not a picture.*\(and 1 more\)"):
+        predict(checkpoint, tmp_path / "out", images)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_done_stays_when_it_ends_early(checkpoint, pictures, tmp_path, monkeypatch, error):
+    """A full disk, and Ctrl-C: the second picture is being written."""
+    save, out = Image.Image.save, tmp_path / "out"
+
+    def failing(self, path, *args, **kwargs):
+        if (out / "a_overlay.png").exists():
+            path.write_bytes(b"half")
+            raise error
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", failing)
+    with pytest.raises(type(error)) as caught:
+        predict(checkpoint, out, [pictures])
+    message = str(caught.value)
+    assert f"1 of 3 pictures are done, in {out}; not done: {pictures / 'b.jpg'}; " in message
+    if isinstance(error, OSError):
+        assert message.startswith(f"{out / 'b_labels.png'}: cannot be written") and "No space left" in message
     assert outputs(out) == {"a_labels.png", "a_overlay.png"}
+
+
+def test_a_picture_too_large_for_the_memory_is_one_that_failed(checkpoint, pictures, tmp_path, monkeypatch):
+    predicted = SegViT.predict
+
+    def short_of_memory(self, image, *args, **kwargs):
+        if image.shape[-1] == 50:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return predicted(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(SegViT, "predict", short_of_memory)
+    with pytest.raises(ValueError, match=r"b\.jpg: not enough memory \(99 bytes .*sliding window"):
+        predict(checkpoint, tmp_path / "out", [pictures])
+    assert len(outputs(tmp_path / "out")) == 4
+
+
+def test_no_output_is_another_ones(checkpoint, tmp_path):
+    """Stems that are one on some file system, names too long for what is appended, names of devices."""
+    names = ["x/a.png", "y/A.png", "z/a.png", "z/a_2.png", "x/\u00e9.png", "y/e\u0301.png", "x/CON.1.png"]
+    names += [f"x/{'l' * 250}.png", f"y/{'l' * 250}.png", f"x/{'l' * 249}m.png", "x/-n\n.png", "x/\udcff.png"]
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+    stems = output_stems(files, tmp_path / "out")
+    long = [stem for stem in stems if len(stem) > 200]
+    assert stems[:7] == ["a", "A_2", "a_3", "a_2_2", "\u00e9", "e\u0301_2", "CON_1"] and len(long) == 3
+    assert len({stem.lower() for stem in stems}) == len(stems)
+    predict(checkpoint, tmp_path / "out", files)
+    assert outputs(tmp_path / "out") == {f"{s}_{kind}.png" for s in stems for kind in ("labels", "overlay")}
 
 
 def test_output_that_cannot_be_written_is_named(checkpoint, pictures, tmp_path):
@@ -219,21 +307,6 @@ def test_input_pictures_are_never_overwritten(checkpoint, pictures, tmp_path):
     assert (pictures / "a_labels.png").read_bytes() == before
 
 
-def test_nothing_half_written_when_writing_fails(checkpoint, pictures, tmp_path, monkeypatch):
-    def full_disk(self, path, *args, **kwargs):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    out = tmp_path / "out"
-    options = PredictConfig(
-        images=[str(pictures)], checkpoint=str(checkpoint), out=str(out), accelerator="cpu"
-    )
-    with pytest.raises(OSError, match="No space left"):
-        run(options)
-    assert outputs(out) == set()
-
-
 def test_find_images_lists_each_file_once(pictures):
     found = find_images([pictures / "b.png", pictures, pictures / "." / "a.png"])
     assert [path.name for path in found] == ["b.png", "a.png", "b.jpg"]
@@ -248,3 +321,102 @@ def test_a_linear_head_predicts_but_has_no_maps(model, pictures, tmp_path):
     run(PredictConfig(images=images, checkpoint=str(tmp_path / "linear"), out=str(out), accelerator="cpu"))
     with Image.open(out / "a_labels.png") as labels:
         np.testing.assert_array_equal(np.asarray(labels), linear.predict(pictures / "a.png").numpy())
+
+
+# Scores
+
+
+VIEWS = [InferenceOptions(), InferenceOptions(window=24, stride=16, scales=[0.7, 1.3], flip=True)]
+
+
+@pytest.mark.parametrize("options", VIEWS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_labels_are_the_argmax_of_the_scores(model, options, linear, monkeypatch):
+    """Of those of every class at every pixel, by windows and scales too, however they are cut into rows."""
+    network = LinearSegmenter(model.config).eval() if linear else model
+    coarse = torch.randint(256, (2, 3, 3, 3), dtype=torch.uint8, generator=torch.manual_seed(1))
+    images = coarse.repeat_interleave(16, 2).repeat_interleave(16, 3)[..., :45, :37].contiguous()
+    labels, scores = network.predict(images, options, return_scores=True)
+    assert scores.shape == (2, 5, 45, 37) and labels.unique().numel() > 1
+    torch.testing.assert_close(scores.argmax(1).to(labels.dtype), labels, rtol=0, atol=0)
+    two = scores.topk(2, 1).values
+    alike = network.predict(images, options) == labels
+    assert ((two[:, 0] - two[:, 1])[~alike] < 1e-5).all() and alike.float().mean() > 0.99
+    if options is VIEWS[0] and not linear:
+        padded = network.pad_to_patches(network.preprocess(images))
+        with torch.no_grad():
+            expected = network.semantic_scores(network(padded), padded.shape[-2:])[..., :45, :37]
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+    def in_rows(*args, **kwargs):
+        return label_maps_with_scores(*args, **kwargs, elements=1)
+
+    monkeypatch.setattr("segvit.model.label_maps_with_scores", in_rows)
+    one, rows = network.predict(images[0], options, return_scores="scores")
+    torch.testing.assert_close(rows, scores[0], rtol=1e-4, atol=1e-5)
+    region = (3, 5, 20, 30)
+    _, shares = network.predict(images[0], options, return_scores="probabilities", region=region)
+    assert shares.shape == (5, 30, 20) and one.shape == (45, 37)
+    torch.testing.assert_close(shares.sum(0), torch.ones(30, 20))
+    part = rows[:, 5:35, 3:23]
+    torch.testing.assert_close(shares, part.softmax(0) if linear else part / part.sum(0))
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "uint8"])
+def test_score_files(model, checkpoint, pictures, tmp_path, kind):
+    out, picture = tmp_path / "out", pictures / "b.png"
+    changes = {"probabilities": True, "score_type": kind}
+    if kind == "float16":
+        changes |= {
+            "scores": True,
+            "region": [2, 3, 10, 20],
+            "score_classes": ["sky", "0"],
+            **VIEWS[1].__dict__,
+        }
+    predict(checkpoint, out, [picture], **changes)
+    left, top, width, height = changes.get("region") or (0, 0, 24, 33)
+    classes = [1, 0] if "region" in changes else list(range(5))
+    options = VIEWS[1] if "region" in changes else None
+    for name in ("scores", "probabilities"):
+        if not changes.get(name):
+            assert not (out / f"b_{name}.npz").exists()
+            continue
+        _, expected = model.predict(picture, options, return_scores=name)
+        with np.load(out / f"b_{name}.npz") as stored:
+            assert set(stored) == {name, "classes", "names", "region"} and stored[name].dtype == kind
+            assert stored["classes"].tolist() == classes and stored["region"].tolist() == [
+                left,
+                top,
+                width,
+                height,
+            ]
+            assert stored["names"].tolist() == [NAMES[index] for index in classes]
+            values = stored[name].astype(np.float64) / (255 if kind == "uint8" else 1)
+        part = expected[classes, top : top + height, left : left + width].numpy()
+        error = {"float16": 1e-3, "float32": 1e-6, "uint8": 0.5 / 255 + 1e-6}[kind]
+        np.testing.assert_allclose(values, part, rtol=error, atol=error)
+        with Image.open(out / "b_labels.png") as picture_of_labels:
+            written = np.asarray(picture_of_labels)
+        if "region" not in changes:  # rounded scores: the label's is among the largest
+            assert (np.take_along_axis(values, written[None], 0)[0] == values.max(0)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"region": [0, 0, 1, 1]}, "region: is of scores"),
+        ({"scores": True, "region": [0, 0, 1]}, "region: got"),
+        ({"scores": True, "region": [0, 0, 0, 1]}, "region: got"),
+        ({"score_classes": ["sky"]}, "score_classes: expected"),
+        ({"scores": True, "score_type": "uint8"}, "score_type: uint8"),
+        ({"scores": True, "score_classes": ["skies"]}, "score_classes: no class 'skies'"),
+    ],
+)
+def test_mistakes_about_scores(checkpoint, pictures, tmp_path, changes, message):
+    refused(ValueError, message, checkpoint, tmp_path, images=[str(pictures)], **changes)
+
+
+def test_a_region_outside_a_picture_is_of_this_picture(checkpoint, pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"2 of 3 .*b\.jpg: region: got 20x20 pixels.*the picture's 50x17$"):
+        predict(checkpoint, tmp_path / "out", [pictures], scores=True, region=[0, 0, 20, 20])
+    assert "b_scores.npz" not in outputs(tmp_path / "out") and "a_scores.npz" in outputs(tmp_path / "out")
