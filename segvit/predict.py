@@ -15,7 +15,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from difflib import get_close_matches
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -238,6 +238,7 @@ def run(config: PredictConfig) -> int:
         raise ValueError(f"maps: {config.checkpoint} has a linear head, which has no similarity maps")
     kept = find_classes(config.score_classes, names, "score_classes") or list(range(len(names)))
     check_options(config, model.config.backbone.patch_size)
+    made = not out.exists()
     make_folder(out)
     job = _Job(config, model, out, classes, kept)
     failed: dict[Path, str] = {}
@@ -272,6 +273,10 @@ def run(config: PredictConfig) -> int:
         raise OSError(f"{error}; {state()}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(state()) from None
+    finally:
+        if made and not done:
+            with suppress(OSError):  # not empty
+                out.rmdir()
     if failed:
         raise ValueError(state())
     return 0
