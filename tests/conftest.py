@@ -1,13 +1,12 @@
-"""Fixtures and guards of the whole suite. Triton's interpreter is chosen before anything imports Triton."""
+"""Fixtures and guards of the whole suite. How Triton runs is chosen before anything of ours imports it."""
 
 import functools
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-# The operators' definition, whether or not the native library is built; tests of other backends name them.
-os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
 os.environ.setdefault(
     "SEGVIT_KERNELS_CUDA_EMULATOR",
     str(Path(__file__).resolve().parents[1] / "build" / "native" / "libsegvit_emulated.so"),
@@ -20,9 +19,45 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-from segvit_kernels import _library
-
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def interpreted(given: str | None, device: bool, markers: str) -> bool:
+    """Whether Triton kernels run in the interpreter.
+
+    Args:
+        given: ``TRITON_INTERPRET``, which wins; ``None`` where it is not set.
+        device: whether there is a GPU.
+        markers: the expression after ``pytest -m``. Tests marked ``gpu`` need compiled kernels, all others
+            the interpreter; one process has one of them.
+    """
+    if given is not None:
+        return given == "1"
+    words = re.findall(r"\w+", markers)
+    asked = any(w == "gpu" and before != "not" for before, w in zip(["", *words], words, strict=False))
+    return not (device and asked)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = os.environ.get("TRITON_INTERPRET")
+    if interpreted(given, torch.cuda.is_available(), config.option.markexpr):
+        os.environ["TRITON_INTERPRET"] = "1"
+        # The operators' definition, whether the native library is built or not; tests name other backends.
+        os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
+
+
+def assert_compiled() -> None:
+    """No kernel that is loaded runs in the interpreter, which takes CUDA tensors too."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("segvit_kernels.triton."):
+            kernels = {n: type(v).__name__ for n, v in vars(module).items() if n.endswith("_kernel")}
+            assert set(kernels.values()) <= {"JITFunction"}, f"{name}: {kernels}"
+
+
+@pytest.fixture(autouse=True)
+def compiled_on_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") is not None:
+        assert_compiled()
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +72,8 @@ def shared_dir() -> Path:
 @pytest.fixture(params=["cpu", "cuda"])
 def native_backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the native library that runs on CPU tensors; "cuda" where its emulator is built."""
+    from segvit_kernels import _library
+
     reason = _library.why_not(request.param, "cpu")
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
@@ -81,9 +118,13 @@ def poisoned():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA or ROCm device, this machine has none"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "Triton kernels are interpreted in this process: pytest -m gpu"
+    else:
         return
-    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device, this machine has none")
+    skip = pytest.mark.skip(reason=reason)
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
