@@ -130,13 +130,20 @@ def replaced(configs: dict[str, Any], path: Sequence[str], values: dict[str, Any
     """``configs`` with the entry at ``path`` replaced, for a while."""
     there = entry(configs, path)
     kept = dict(there)
-    there.clear()
-    there.update(values)
+    _put(there, values)
     try:
         yield
     finally:
-        there.clear()
-        there.update(kept)
+        _put(there, kept)
+
+
+def _put(entry: dict[str, Any], values: dict[str, Any]) -> None:
+    """Replace an entry of the pinned parameters in place; launchers forget what they made of the old one."""
+    from segvit_kernels.triton._plan import forget
+
+    entry.clear()
+    entry.update(values)
+    forget()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +262,7 @@ def main(operator: str, *, dry_run: bool = False) -> int:
         print(f"{' '.join(space.path)}: {outcome.best}, {outcome.gain:.3f}× what was pinned")
         if not dry_run and outcome.gain > 1:
             pin(path, space.path, outcome.best, environment.describe(device))
-            entry(configs, space.path).clear()
-            entry(configs, space.path).update(outcome.best)
+            _put(entry(configs, space.path), outcome.best)
     return 0
 
 

@@ -1,7 +1,8 @@
 """Kernel launches as data, and the pinned launch parameters.
 
-A :class:`Launch` holds everything that one kernel launch needs. Launchers run it on real tensors; the
-compile gate builds the same ``Launch`` from meta tensors and compiles it for a GPU that is not there.
+A :class:`Launch` holds everything that one kernel launch needs. Launchers build it on real tensors and run it
+(:mod:`segvit_kernels.triton._plan`); the compile gate builds the same ``Launch`` from meta tensors and
+compiles it for a GPU that is not there.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 FALLBACK = "default"
+CDNA = "gfx942"
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -49,8 +50,9 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, int]
 
-    def __call__(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, **self.constants, **self._options())
+    def __call__(self) -> Any:
+        """Run it by way of Triton's JIT, which returns the compiled kernel."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.constants, **self._options())
 
     def _options(self) -> dict[str, Any]:
         # Triton 3.10 turns the fusion of multiplications and additions off unless asked.
@@ -72,31 +74,64 @@ class Launch:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
+                # The JIT notes integers that 16 does not divide too; its cache key has them.
+                attributes[(index,)] = [] if value % 16 else [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=target, options=self._options())
 
 
-def run(launches: Sequence[Launch]) -> None:
-    """Run the launches in order."""
-    for launch in launches:
-        launch()
+class _GPU(NamedTuple):
+    arch: str
+    multiprocessors: int
 
 
 @functools.cache
-def architecture(device: torch.device) -> str:
-    """The name under which a device's parameters are pinned: ``sm_90``, ``gfx942``; asks the driver once."""
+def _gpu(device: torch.device) -> _GPU | None:
+    """What the driver says of a device, asked once; ``None`` for the CPU."""
     if device.type != "cuda":
-        return FALLBACK
+        return None
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        return _GPU(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return _GPU(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def architecture(device: torch.device) -> str:
+    """The name under which a device's parameters are pinned: ``sm_90``, ``gfx942``."""
+    gpu = _gpu(device)
+    return gpu.arch if gpu else FALLBACK
+
+
+def target(device: torch.device) -> str:
+    """What launches are shaped for: the architecture and its number of multiprocessors, ``sm_90:114``."""
+    gpu = _gpu(device)
+    return f"{gpu.arch}:{gpu.multiprocessors}" if gpu else FALLBACK
 
 
 @functools.cache
 def pinned(arch: str) -> dict[str, Any]:
-    """The frozen launch parameters of ``arch``, or of the fallback where it has no file of its own."""
+    """The frozen launch parameters of ``arch``, or of the nearest architecture with a file of its own.
+
+    Args:
+        arch: an architecture, for the multiprocessors of the GPU on which its file was made, or what
+            :func:`target` says of a device.
+    """
+    name, _, multiprocessors = arch.partition(":")
+    if multiprocessors:
+        return {**pinned(name), "multiprocessors": int(multiprocessors)}
     folder = resources.files("segvit_kernels.triton") / "configs"
-    path = folder / f"{arch}.json"
-    return json.loads((path if path.is_file() else folder / f"{FALLBACK}.json").read_text())
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        # What AMD's compiler does not take (registers by number, TF32) stands in no file of theirs.
+        path = folder / f"{CDNA if name.startswith('gfx') else FALLBACK}.json"
+    return json.loads(path.read_text())
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉; ``triton.cdiv`` costs two microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not less than ``n`` ≥ 1."""
+    return 1 << (n - 1).bit_length()

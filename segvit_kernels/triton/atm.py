@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, architecture, pinned, run
+from segvit_kernels.triton._launch import Launch, cdiv, next_power_of_2, pinned, target
+from segvit_kernels.triton._plan import planned
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
@@ -49,7 +50,7 @@ def _pinned(
 
 
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def _fwd_config(
@@ -60,7 +61,7 @@ def _fwd_config(
     Args:
         shape: batch, queries, keys, heads, head dim.
         dtype: of the inputs.
-        arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
+        arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
         dropout: whether attention weights are dropped, which costs registers.
 
     Returns:
@@ -69,12 +70,12 @@ def _fwd_config(
     """
     batch, queries, keys, heads, _ = shape
     config = {"plan": "fused", **_pinned("atm_fwd", shape, dtype, arch, dropout)}
-    tiles = triton.cdiv(queries, config["block_m"])
-    blocks = triton.cdiv(tiles, 1 if dropout else config["tiles"])
-    config["tiles"] = triton.cdiv(tiles, blocks)
+    tiles = cdiv(queries, config["block_m"])
+    blocks = cdiv(tiles, 1 if dropout else config["tiles"])
+    config["tiles"] = cdiv(tiles, blocks)
     # As near as can be to two programs per multiprocessor, each with at least two tiles of keys.
     splits = round(2 * pinned(arch)["multiprocessors"] / max(1, batch * heads * blocks))
-    most = min(_MAX_SPLITS, triton.cdiv(keys, config["block_n"]) // 2)
+    most = min(_MAX_SPLITS, cdiv(keys, config["block_n"]) // 2)
     return {**config, "splits": max(1, min(splits, most))}
 
 
@@ -93,7 +94,7 @@ def _bwd_config(
     """
     batch, queries, keys, heads, head_dim = shape
     config = _pinned("atm_bwd", shape, dtype, arch, dropout)
-    partial_bytes = 4 * batch * triton.cdiv(keys, config["block_n"]) * queries * heads * head_dim
+    partial_bytes = 4 * batch * cdiv(keys, config["block_n"]) * queries * heads * head_dim
     reduce = "partials" if deterministic or partial_bytes <= _PARTIAL_BYTES else "atomics"
     return {**config, "reduce": reduce}
 
@@ -570,11 +571,11 @@ def _fwd_launches(
     previous_masks = None if previous_masks is None else _addressable(previous_masks)
     block_m, block_n = config["block_m"], config["block_n"]
     fused = config["plan"] == "fused"
-    blocks = triton.cdiv(queries, block_m * (config["tiles"] if fused else 1))
-    tiles = triton.cdiv(keys, block_n)
+    blocks = cdiv(queries, block_m * (config["tiles"] if fused else 1))
+    tiles = cdiv(keys, block_n)
     # Whole tiles per split, and no split without keys.
-    tiles_per_split = triton.cdiv(tiles, config["splits"]) if fused else 1
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles_per_split = cdiv(tiles, config["splits"]) if fused else 1
+    splits = cdiv(tiles, tiles_per_split)
     partial, partial_lse = output, lse
     if splits > 1:
         partial = query.new_empty(splits, *output.shape, dtype=torch.float32)
@@ -630,7 +631,7 @@ def _fwd_launches(
             "Nq": queries,
             "splits": splits,
         }
-        programs = triton.cdiv(rows, block_r)
+        programs = cdiv(rows, block_r)
         options = {"num_warps": 4, "num_stages": 1}
         launches.append(
             Launch(_atm_combine_kernel, programs, arguments, {**sizes, "BLOCK_R": block_r}, options)
@@ -663,7 +664,7 @@ def _bwd_launches(
     grad_output = None if grad_output is None else _addressable(grad_output)
     grad_masks = None if grad_masks is None else _addressable(grad_masks)
     block_n = config["block_n"]
-    tiles = triton.cdiv(keys, block_n)
+    tiles = cdiv(keys, block_n)
     atomics = config["reduce"] == "atomics" and tiles > 1
     size = queries * heads * dim
     if atomics:
@@ -711,7 +712,7 @@ def _bwd_launches(
     # A query shared by the batch sums over images as over parts.
     block, parts = 1024, partial.shape[0] * partial.shape[1] // query_batch
     arguments = {"dq_ptr": partial, "out_ptr": grad_query, "size": size, "parts": parts, "scale": scale}
-    programs = query_batch * triton.cdiv(size, block)
+    programs = query_batch * cdiv(size, block)
     options = {"num_warps": 4, "num_stages": 1}
     finish = Launch(_atm_bwd_query_kernel, programs, arguments, {"BLOCK": block}, options)
     return results, [main, finish]
@@ -721,6 +722,7 @@ def _shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int]:
     return key.shape[0], query.shape[1], key.shape[1], query.shape[2], query.shape[3]
 
 
+@planned
 def atm_fwd(
     query: Tensor,
     key: Tensor,
@@ -732,15 +734,14 @@ def atm_fwd(
     need_masks: bool,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::atm_fwd``; ``config`` replaces entries of :func:`_fwd_config`."""
-    found = _fwd_config(_shape(query, key), query.dtype, architecture(query.device), seed is not None)
+    found = _fwd_config(_shape(query, key), query.dtype, target(query.device), seed is not None)
     arguments = (query, key, value, previous_masks, seed, scale, dropout_p, need_masks)
-    results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _fwd_launches(*arguments, {**found, **(config or {})})
 
 
+@planned
 def atm_bwd(
     grad_output: Tensor | None,
     grad_masks: Tensor | None,
@@ -755,11 +756,9 @@ def atm_bwd(
     deterministic: bool,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::atm_bwd``; ``config`` replaces entries of :func:`_bwd_config`."""
-    arch = architecture(query.device)
+    arch = target(query.device)
     found = _bwd_config(_shape(query, key), query.dtype, arch, seed is not None, deterministic)
     arguments = (grad_output, grad_masks, query, key, value, output, lse, seed, scale, dropout_p)
-    results, launches = _bwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _bwd_launches(*arguments, {**found, **(config or {})})

@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, architecture, pinned, run
+from segvit_kernels.triton._launch import Launch, cdiv, next_power_of_2, pinned, target
+from segvit_kernels.triton._plan import planned
 
 _ENTRIES = 4  # of the list of logits, in one launch
 _GROUPS = 16  # the smallest height of a matrix product
@@ -51,7 +52,7 @@ def _config(name: str, arch: str) -> dict[str, Any]:
 
     Args:
         name: which of them.
-        arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
+        arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
 
     Returns:
         ``block``, output columns of a tile; ``programs`` per multiprocessor; ``multiprocessors``;
@@ -647,7 +648,7 @@ def _sum_launch(partial: Tensor, out: Tensor, parts: int, inner: int) -> Launch:
     """out (…, inner) = the sum of partial (…, parts, inner) over parts."""
     arguments = {"partial_ptr": partial, "out_ptr": out, "size": out.numel(), "parts": parts, "inner": inner}
     block = 256
-    programs = triton.cdiv(out.numel(), block)
+    programs = cdiv(out.numel(), block)
     return Launch(_mask_sum_kernel, programs, arguments, {"BLOCK": block}, {"num_warps": 4, "num_stages": 1})
 
 
@@ -657,14 +658,14 @@ def _area_launches(targets: Tensor, num_targets: int) -> tuple[Tensor, Tensor | 
     areas = targets.new_empty(batch, num_targets, dtype=torch.float32)
     if areas.numel() == 0:
         return areas, None, []
-    chunks = triton.cdiv(pixels, _COUNTED)
+    chunks = cdiv(pixels, _COUNTED)
     options = {"num_warps": 4, "num_stages": 1}
     common = {"pixels": pixels, "M": num_targets, "stride_b": targets.stride(0)}
     sizes = {"BLOCK": 1024, "CHUNK": _COUNTED}
     if targets.ndim == 3:
         counts = targets.new_zeros(batch, num_targets, dtype=torch.int32)
         arguments = {"labels_ptr": targets, "counts_ptr": counts, **common}
-        classes = min(_CLASSES, max(32, triton.next_power_of_2(num_targets)))
+        classes = min(_CLASSES, max(32, next_power_of_2(num_targets)))
         constants = {"CLASSES": classes, **sizes}
         return areas, counts, [Launch(_mask_count_kernel, batch * chunks, arguments, constants, options)]
     partial = areas if chunks == 1 else areas.new_empty(areas.numel() * chunks)
@@ -745,11 +746,11 @@ def _options(config: dict[str, Any], crowded: bool = True) -> dict[str, int]:
 
 def _rows_of_a_group(height: int, h: int) -> int:
     """As many as three rows of the map can serve; fewer where tiles then end with the image."""
-    most = min(_MAX_ROWS, triton.cdiv(height, h))
+    most = min(_MAX_ROWS, cdiv(height, h))
     for rows in range(most, most // 2, -1):
         if height % (_GROUPS * rows) == 0:
             return rows
-    return triton.cdiv(height, _GROUPS * triton.cdiv(height, _GROUPS * most))
+    return cdiv(height, _GROUPS * cdiv(height, _GROUPS * most))
 
 
 def _fwd_launches(
@@ -780,7 +781,7 @@ def _fwd_launches(
         rows, tiles = [], []
         for logits in group:
             rows.append(_rows_of_a_group(height, logits.shape[2]))
-            tiles.append(triton.cdiv(height, _GROUPS * rows[-1]) * triton.cdiv(width, block * span))
+            tiles.append(cdiv(height, _GROUPS * rows[-1]) * cdiv(width, block * span))
         begins = _begins(tiles)
         partial = sums.new_empty(batch, queries, sum(tiles), 4)
         arguments, constants = _common(
@@ -804,7 +805,7 @@ def _fwd_launches(
             **begins,
         }
         pair_block = 32
-        programs = len(group) * triton.cdiv(batch * queries, pair_block)
+        programs = len(group) * cdiv(batch * queries, pair_block)
         constants = {"LABELS": labels, "BLOCK": pair_block}
         options = {"num_warps": 4, "num_stages": 1}
         launches.append(Launch(_mask_loss_sum_kernel, programs, arguments, constants, options))
@@ -838,12 +839,12 @@ def _bwd_launches(
         group = [logits.contiguous() for logits in mask_logits[first : first + _ENTRIES]]
         # A block of cells, or several, for every BLOCK output columns.
         scale = min(targets.shape[-1] / logits.shape[3] for logits in group)
-        cells = min(64, max(_GROUPS, triton.next_power_of_2(int(block / max(1.0, scale)))))
+        cells = min(64, max(_GROUPS, next_power_of_2(int(block / max(1.0, scale)))))
         tiles = []
         for logits in group:
             h, w = logits.shape[2:]
-            across = triton.cdiv(w, cells - 1 if w > cells else cells)
-            tiles.append(triton.cdiv(h, _GROUPS - 1 if h > _GROUPS else _GROUPS) * across)
+            across = cdiv(w, cells - 1 if w > cells else cells)
+            tiles.append(cdiv(h, _GROUPS - 1 if h > _GROUPS else _GROUPS) * across)
         arguments, constants = _common(
             group, targets, matches, pairs, num_classes, focal_alpha, focal_gamma, mask_ignored, block
         )
@@ -885,13 +886,13 @@ def _matching_launches(
     if counts is not None:
         launches.append(_pairs_launch(None, counts, areas, num_classes, labels)[1])
     block_q, block_m = config["block_q"], config["block_m"]
-    rows = triton.cdiv(height, triton.cdiv(height, min(_MAX_ROWS, triton.cdiv(height, h))))
-    groups = triton.cdiv(height, rows)
+    rows = cdiv(height, cdiv(height, min(_MAX_ROWS, cdiv(height, h))))
+    groups = cdiv(height, rows)
     # Without a target there are still totals.
-    blocks = batch * triton.cdiv(queries, block_q) * max(1, triton.cdiv(num_classes, block_m))
-    splits = min(groups, triton.cdiv(config["multiprocessors"] * config["programs"], blocks))
-    groups_per_split = triton.cdiv(groups, splits)
-    splits = triton.cdiv(groups, groups_per_split)
+    blocks = batch * cdiv(queries, block_q) * max(1, cdiv(num_classes, block_m))
+    splits = min(groups, cdiv(config["multiprocessors"] * config["programs"], blocks))
+    groups_per_split = cdiv(groups, splits)
+    splits = cdiv(groups, groups_per_split)
     partial = products if splits == 1 else products.new_empty(splits, *products.shape)
     partial_totals = totals if splits == 1 else totals.new_empty(splits, *totals.shape)
     arguments = {
@@ -933,6 +934,7 @@ def _matching_launches(
     return (products, totals, areas), launches
 
 
+@planned
 def mask_loss_fwd(
     mask_logits: list[Tensor],
     targets: Tensor,
@@ -943,15 +945,14 @@ def mask_loss_fwd(
     mask_ignored: bool,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::mask_loss_fwd``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_fwd", architecture(targets.device))
+    found = _config("mask_loss_fwd", target(targets.device))
     arguments = (mask_logits, targets, matches, num_classes, focal_alpha, focal_gamma, mask_ignored)
-    results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _fwd_launches(*arguments, {**found, **(config or {})})
 
 
+@planned
 def mask_loss_bwd(
     grad_sums: Tensor,
     mask_logits: list[Tensor],
@@ -964,16 +965,15 @@ def mask_loss_bwd(
     mask_ignored: bool,
     *,
     config: dict[str, Any] | None = None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Launch]]:
     """Launcher of ``segvit::mask_loss_bwd``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_bwd", architecture(targets.device))
+    found = _config("mask_loss_bwd", target(targets.device))
     arguments = (grad_sums, mask_logits, targets, matches, areas, num_classes)
     options = (focal_alpha, focal_gamma, mask_ignored)
-    results, launches = _bwd_launches(*arguments, *options, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _bwd_launches(*arguments, *options, {**found, **(config or {})})
 
 
+@planned
 def mask_matching_sums(
     mask_logits: Tensor,
     targets: Tensor,
@@ -982,10 +982,8 @@ def mask_matching_sums(
     focal_gamma: float,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::mask_matching_sums``; ``config`` replaces entries of :func:`_config`."""
-    found = _config("mask_loss_matching", architecture(targets.device))
+    found = _config("mask_loss_matching", target(targets.device))
     arguments = (mask_logits, targets, num_classes, focal_alpha, focal_gamma)
-    results, launches = _matching_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _matching_launches(*arguments, {**found, **(config or {})})

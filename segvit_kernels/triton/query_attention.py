@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, architecture, pinned, run
+from segvit_kernels.triton._launch import Launch, cdiv, pinned, target
+from segvit_kernels.triton._plan import planned
 from segvit_kernels.triton.atm import (
     _addressable,
     _atm_bwd_query_kernel,
@@ -57,10 +58,7 @@ def _pinned(name: str, head_dim: int, dtype: torch.dtype, arch: str, dropout: bo
 
 def _filling(config: dict[str, int], side: str, programs: int, size: int, arch: str) -> dict[str, int]:
     """Half the tile and half the warps where ``programs`` (per tile of ``size``) would leave cores idle."""
-    if (
-        config["num_warps"] == 8
-        and programs * triton.cdiv(size, config[side]) < pinned(arch)["multiprocessors"]
-    ):
+    if config["num_warps"] == 8 and programs * cdiv(size, config[side]) < pinned(arch)["multiprocessors"]:
         config |= {side: config[side] // 2, "num_warps": 4}
     return config
 
@@ -73,7 +71,7 @@ def _fwd_config(
     Args:
         shape: batch, queries, keys, heads, head dim.
         dtype: of the inputs.
-        arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
+        arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
         dropout: whether attention weights are dropped.
 
     Returns:
@@ -82,9 +80,9 @@ def _fwd_config(
     batch, queries, keys, heads, head_dim = shape
     config = _pinned("fwd", head_dim, dtype, arch, dropout)
     # As near as can be to eight warps per multiprocessor, each program with at least two tiles of keys.
-    programs = max(1, batch * heads) * triton.cdiv(queries, config["block_m"])
+    programs = max(1, batch * heads) * cdiv(queries, config["block_m"])
     splits = round(8 / config["num_warps"] * pinned(arch)["multiprocessors"] / programs)
-    most = min(_MAX_SPLITS, triton.cdiv(keys, config["block_n"]) // 2)
+    most = min(_MAX_SPLITS, cdiv(keys, config["block_n"]) // 2)
     return {**config, "splits": max(1, min(splits, most))}
 
 
@@ -407,9 +405,9 @@ def _fwd_launches(
     query, key, value = (_addressable(t) for t in (query, key, value))
     block_n = config["block_n"]
     # Whole tiles per split, and no split without keys.
-    tiles = triton.cdiv(keys, block_n)
-    tiles_per_split = triton.cdiv(tiles, config["splits"])
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles = cdiv(keys, block_n)
+    tiles_per_split = cdiv(tiles, config["splits"])
+    splits = cdiv(tiles, tiles_per_split)
     partial, partial_lse = output, lse
     if splits > 1:
         partial = query.new_empty(splits, *output.shape, dtype=torch.float32)
@@ -434,7 +432,7 @@ def _fwd_launches(
     sizes = {"H": heads, "D": dim, "BLOCK_D": _padded(dim)}
     constants, options = _tiles(config, query.dtype)
     constants |= {**sizes, **_tail(keys, block_n)}
-    programs = batch * heads * splits * triton.cdiv(queries, config["block_m"])
+    programs = batch * heads * splits * cdiv(queries, config["block_m"])
     launches = [Launch(_query_attention_fwd_kernel, programs, arguments, constants, options)]
     if splits > 1:
         rows, block_r = batch * queries * heads, 32
@@ -448,9 +446,7 @@ def _fwd_launches(
             "splits": splits,
         }
         constants, options = {**sizes, "BLOCK_R": block_r}, {"num_warps": 4, "num_stages": 1}
-        launches.append(
-            Launch(_atm_combine_kernel, triton.cdiv(rows, block_r), arguments, constants, options)
-        )
+        launches.append(Launch(_atm_combine_kernel, cdiv(rows, block_r), arguments, constants, options))
     return (output, lse), launches
 
 
@@ -511,13 +507,13 @@ def _bwd_launches(
             "Nq": queries,
         }
         constants = {**sizes, "BLOCK_R": block_r}
-        programs = triton.cdiv(rows, block_r)
+        programs = cdiv(rows, block_r)
         launches = [Launch(_query_attention_bwd_start_kernel, programs, arguments, constants, small)]
     else:
         constants, options = _tiles(config["query"], query.dtype)
         constants |= {**sizes, **_tail(keys, constants["BLOCK_N"])}
         arguments = {**common, "o_ptr": output, "dq_ptr": partial, "factor": 1.0 if finish else scale}
-        programs = batch * heads * triton.cdiv(queries, constants["BLOCK_M"])
+        programs = batch * heads * cdiv(queries, constants["BLOCK_M"])
         launches = [Launch(_query_attention_bwd_query_kernel, programs, arguments, constants, options)]
 
     constants, options = _tiles(config["key"], query.dtype)
@@ -530,13 +526,13 @@ def _bwd_launches(
         "dv_ptr": grad_value,
         "scale": scale,
     }
-    programs = batch * heads * triton.cdiv(keys, block_n)
+    programs = batch * heads * cdiv(keys, block_n)
     launches.append(Launch(_query_attention_bwd_key_kernel, programs, arguments, constants, options))
     if finish:
         size, block = queries * heads * dim, 1024
         parts = batch // query_batch
         arguments = {"dq_ptr": partial, "out_ptr": grad_query, "size": size, "parts": parts, "scale": scale}
-        programs = query_batch * triton.cdiv(size, block)
+        programs = query_batch * cdiv(size, block)
         launches.append(Launch(_atm_bwd_query_kernel, programs, arguments, {"BLOCK": block}, small))
     return results, launches
 
@@ -545,6 +541,7 @@ def _shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int]:
     return key.shape[0], query.shape[1], key.shape[1], query.shape[2], query.shape[3]
 
 
+@planned
 def query_attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -554,15 +551,14 @@ def query_attention_fwd(
     dropout_p: float,
     *,
     config: dict[str, int] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::query_attention_fwd``; ``config`` replaces entries of :func:`_fwd_config`."""
-    found = _fwd_config(_shape(query, key), query.dtype, architecture(query.device), seed is not None)
+    found = _fwd_config(_shape(query, key), query.dtype, target(query.device), seed is not None)
     arguments = (query, key, value, seed, scale, dropout_p)
-    results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _fwd_launches(*arguments, {**found, **(config or {})})
 
 
+@planned
 def query_attention_bwd(
     grad_output: Tensor,
     query: Tensor,
@@ -576,11 +572,9 @@ def query_attention_bwd(
     deterministic: bool,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::query_attention_bwd``; ``config`` replaces entries of :func:`_bwd_config`."""
-    arch = architecture(query.device)
+    arch = target(query.device)
     found = _bwd_config(_shape(query, key), query.dtype, arch, seed is not None, deterministic)
     arguments = (grad_output, query, key, value, output, lse, seed, scale, dropout_p)
-    results, launches = _bwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _bwd_launches(*arguments, {**found, **(config or {})})

@@ -34,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, architecture, pinned, run
+from segvit_kernels.triton._launch import Launch, cdiv, next_power_of_2, pinned, target
+from segvit_kernels.triton._plan import planned
 
 _SIGMA_SCALE = 1024.0  # of half-precision σ
 _PROBS_SCALE = 2.0**14  # of half-precision class probabilities up to 1
@@ -47,8 +48,8 @@ def _parts(classes: int, limit: int) -> tuple[tuple[int, ...], int]:
 
     Up to ``limit`` classes at once; a loop over turns takes registers too, so that its limit is lower.
     """
-    turns = 1 if classes <= limit else triton.cdiv(classes, min(limit, 192))
-    sixteens = triton.cdiv(triton.cdiv(classes, turns), 16)
+    turns = 1 if classes <= limit else cdiv(classes, min(limit, 192))
+    sixteens = cdiv(cdiv(classes, turns), 16)
     while sixteens.bit_count() > 3:
         sixteens += sixteens & -sixteens
     return tuple(16 << bit for bit in reversed(range(16)) if sixteens >> bit & 1), turns
@@ -56,7 +57,7 @@ def _parts(classes: int, limit: int) -> tuple[tuple[int, ...], int]:
 
 def _footprint(tile: int, reach: float) -> int:
     """How many cells, as a power of two, ``tile`` pixels at ``reach`` cells a pixel can touch."""
-    return triton.next_power_of_2(math.floor((tile - 1) * reach) + 3)
+    return next_power_of_2(math.floor((tile - 1) * reach) + 3)
 
 
 def _config(
@@ -67,7 +68,7 @@ def _config(
     Args:
         shape: batch, output height, output width, queries, classes.
         dtype: of the masks.
-        arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
+        arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
         reach: the largest |step| from pixel to pixel, in cells, of rows and columns.
 
     Returns:
@@ -78,6 +79,7 @@ def _config(
         ``num_stages``; perhaps ``maxnreg``.
     """
     config = dict(pinned(arch)["semantic_argmax"]["single" if dtype == torch.float32 else "half"])
+    config["programs"] *= pinned(arch)["multiprocessors"]
     _, _, _, queries, classes = shape
     parts, turns = _parts(classes, config.pop("classes"))
     cells = [_footprint(config[f"tile_{axis}"], r) for axis, r in zip("yx", reach, strict=True)]
@@ -708,7 +710,7 @@ def _launches(
     single = mask_logits[0].dtype == torch.float32
     dtype = torch.float32 if single else torch.float16
     block_q, parts = config["block_q"], config["parts"]
-    padded_q = triton.cdiv(queries, block_q) * block_q
+    padded_q = cdiv(queries, block_q) * block_q
     padded_c = config["turns"] * sum(parts)
     # σ is at most 1, and scores want all of the sum.
     head = config["head"] if sigmoid and not need_scores else 0
@@ -719,7 +721,7 @@ def _launches(
     info = class_probs.new_empty(count, _INFO, dtype=torch.int32)
     units = class_probs.new_empty(count, dtype=torch.float32)
 
-    block_queries = max(block_q, triton.next_power_of_2(queries))
+    block_queries = max(block_q, next_power_of_2(queries))
 
     class_probs = _addressable(class_probs, 2)
     constants = {
@@ -740,9 +742,7 @@ def _launches(
         if views_here == 0:
             continue
         masks = _addressable(masks, 2)
-        programs = min(
-            triton.cdiv(h * w, constants["BLOCK_CELLS"]), triton.cdiv(config["programs"], views_here)
-        )
+        programs = min(cdiv(h * w, constants["BLOCK_CELLS"]), cdiv(config["programs"], views_here))
         arguments = {
             "masks_ptr": masks,
             "p_ptr": class_probs,
@@ -816,12 +816,12 @@ def _launches(
         "PRECISION": config["precision"] if single else None,
         "STAGES": config["num_stages"],
     }
-    tiles = triton.cdiv(height, config["tile_y"]) * triton.cdiv(width, config["tile_x"])
+    tiles = cdiv(height, config["tile_y"]) * cdiv(width, config["tile_x"])
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
     kernel, programs = _semantic_argmax_kernel, batch * tiles
     if _holds(config, dtype, padded_q, views, prune):
         kernel, run = _semantic_argmax_held_kernel, _run_length(config, batch, tiles)
-        programs = batch * triton.cdiv(tiles, run)
+        programs = batch * cdiv(tiles, run)
         for name in ("starts_ptr", "layout_ptr", "affine_ptr", "probs_scale"):
             del arguments[name]
         for name in ("TURNS", "TAILS", "PRECISION", "STAGES"):
@@ -831,6 +831,7 @@ def _launches(
     return (labels, scores), launches
 
 
+@planned
 def semantic_argmax(
     mask_logits: list[Tensor],
     class_probs: Tensor,
@@ -844,14 +845,12 @@ def semantic_argmax(
     prune: float,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::semantic_argmax``; ``config`` replaces entries of :func:`_config`."""
     masks = mask_logits[0]
     if not views:
         reach = [masks.shape[2] / height, masks.shape[3] / width]
     shape = (batch, height, width, *class_probs.shape[1:])
-    found = _config(shape, masks.dtype, architecture(masks.device), tuple(reach))
+    found = _config(shape, masks.dtype, target(masks.device), tuple(reach))
     arguments = (mask_logits, class_probs, views, batch, height, width, sigmoid, need_scores, prune)
-    results, launches = _launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _launches(*arguments, {**found, **(config or {})})

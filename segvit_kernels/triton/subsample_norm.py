@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, architecture, pinned, run
+from segvit_kernels.triton._launch import Launch, cdiv, next_power_of_2, pinned, target
+from segvit_kernels.triton._plan import planned
 
 _MAX_WARPS = 16
 _LEAST_TOKENS = 8  # of a backward program: below, partials would weigh more than the tokens
@@ -30,7 +31,7 @@ _LEAST_TOKENS = 8  # of a backward program: below, partials would weigh more tha
 
 def _tile(name: str, channels: int, dtype: torch.dtype, arch: str) -> dict[str, int]:
     config = dict(pinned(arch)[name]["single" if dtype == torch.float32 else "half"])
-    padded, elements = triton.next_power_of_2(channels), config.pop("elements")
+    padded, elements = next_power_of_2(channels), config.pop("elements")
     if channels % 8:
         elements //= 4  # addresses of tokens that vector accesses cannot reach need the registers
     # More than the elements of a program in one token: more warps, each with as many as before.
@@ -44,7 +45,7 @@ def _fwd_config(shape: tuple[int, int, int], dtype: torch.dtype, arch: str) -> d
     Args:
         shape: batch, tokens, channels.
         dtype: of x.
-        arch: a name from :func:`segvit_kernels.triton._launch.architecture`.
+        arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
 
     Returns:
         ``block_n`` tokens in one program, ``num_warps``, ``num_stages``.
@@ -60,9 +61,9 @@ def _bwd_config(shape: tuple[int, int, int], dtype: torch.dtype, arch: str) -> d
     """
     config = _tile("subsample_norm_bwd", shape[2], dtype, arch)
     programs = config.pop("programs") * pinned(arch)["multiprocessors"]
-    blocks = triton.cdiv(shape[0] * shape[1], config["block_n"])
-    least = triton.cdiv(_LEAST_TOKENS, config["block_n"])
-    return {**config, "steps": max(least, triton.cdiv(blocks, programs))}
+    blocks = cdiv(shape[0] * shape[1], config["block_n"])
+    least = cdiv(_LEAST_TOKENS, config["block_n"])
+    return {**config, "steps": max(least, cdiv(blocks, programs))}
 
 
 @triton.jit
@@ -192,8 +193,8 @@ def _sizes(
 ) -> tuple[int, dict[str, int], dict[str, int]]:
     """Kept tokens of an image, and the arguments and constants that say where they are."""
     batch, tokens, channels = x.shape
-    columns = triton.cdiv(width, stride)
-    kept = prefix_tokens + triton.cdiv(height, stride) * columns
+    columns = cdiv(width, stride)
+    kept = prefix_tokens + cdiv(height, stride) * columns
     arguments = {
         "rows_total": batch * tokens,
         "N": tokens,
@@ -206,7 +207,7 @@ def _sizes(
         "STRIDE": stride,
         "C": channels,
         "BLOCK_N": block_n,
-        "BLOCK_C": triton.next_power_of_2(channels),
+        "BLOCK_C": next_power_of_2(channels),
     }
     return kept, arguments, constants
 
@@ -248,7 +249,7 @@ def _fwd_launches(
         "eps": eps,
     }
     options = {name: config[name] for name in ("num_warps", "num_stages")}
-    programs = triton.cdiv(batch * tokens, block_n)
+    programs = cdiv(batch * tokens, block_n)
     return results, [Launch(_subsample_norm_fwd_kernel, programs, arguments, constants, options)]
 
 
@@ -276,7 +277,7 @@ def _bwd_launches(
     if batch == 0:
         return (grad_x, mean.new_zeros(size), mean.new_zeros(size)), []
     grad_weight, grad_bias = mean.new_empty(size), mean.new_empty(size)
-    programs = triton.cdiv(batch * tokens, block_n * steps)
+    programs = cdiv(batch * tokens, block_n * steps)
     partial = None if weight is None else mean.new_empty(programs, 2, channels)
     arguments = {
         "dn_ptr": grads[0],
@@ -300,13 +301,14 @@ def _bwd_launches(
     if partial is not None:
         block = {"BLOCK_P": 64, "BLOCK_C": 32}
         arguments = {"partial_ptr": partial, "dw_ptr": grad_weight, "db_ptr": grad_bias, "parts": programs}
-        programs = triton.cdiv(2 * channels, block["BLOCK_C"])
+        programs = cdiv(2 * channels, block["BLOCK_C"])
         options = {"num_warps": 4, "num_stages": 1}
         kernel = _subsample_norm_bwd_parameters_kernel
         launches.append(Launch(kernel, programs, arguments, {"C": channels, **block}, options))
     return (grad_x, grad_weight, grad_bias), launches
 
 
+@planned
 def subsample_norm_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -319,15 +321,14 @@ def subsample_norm_fwd(
     dtype: torch.dtype,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::subsample_norm_fwd``; ``config`` replaces entries of :func:`_fwd_config`."""
-    found = _fwd_config(tuple(x.shape), x.dtype, architecture(x.device))
+    found = _fwd_config(tuple(x.shape), x.dtype, target(x.device))
     arguments = (x, weight, bias, height, width, stride, prefix_tokens, eps, dtype)
-    results, launches = _fwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _fwd_launches(*arguments, {**found, **(config or {})})
 
 
+@planned
 def subsample_norm_bwd(
     grad_normed: Tensor | None,
     grad_normed_sub: Tensor | None,
@@ -342,11 +343,9 @@ def subsample_norm_bwd(
     prefix_tokens: int,
     *,
     config: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::subsample_norm_bwd``; ``config`` replaces entries of :func:`_bwd_config`."""
-    found = _bwd_config(tuple(x.shape), x.dtype, architecture(x.device))
+    found = _bwd_config(tuple(x.shape), x.dtype, target(x.device))
     grads = (grad_normed, grad_normed_sub, grad_x_sub)
     arguments = (*grads, x, weight, mean, rstd, height, width, stride, prefix_tokens)
-    results, launches = _bwd_launches(*arguments, {**found, **(config or {})})
-    run(launches)
-    return results
+    return _bwd_launches(*arguments, {**found, **(config or {})})

@@ -27,7 +27,6 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
-import importlib
 import os
 import shutil
 import subprocess
@@ -221,6 +220,4 @@ def _take_cpu_tensors(stub: Stub) -> None:
     _library._PREFERRED["cpu"] = ("triton",)
     for operator in _library.operators():
         operator.defaults.clear()
-    stems = {operator.stem for operator in _library.operators() if "triton" in operator.backends}
-    for module in (_launch, *(importlib.import_module(f"segvit_kernels.triton.{stem}") for stem in stems)):
-        module.architecture = lambda device: stub.arch
+    _launch._gpu = lambda device: _launch._GPU(stub.arch, stub.multiprocessors)
