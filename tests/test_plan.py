@@ -7,6 +7,7 @@ the JIT specialises on, so that a plan under a wrong key shows as a wrong kernel
 import ctypes
 import itertools
 import random
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -392,6 +393,8 @@ def test_threads(log):
     def noted(self, programs, y, z, stream, function, *rest):
         seen.rows.append(rest)
 
+    interval = sys.getswitchinterval()
+
     def work(size):
         try:
             for i in range(60):
@@ -404,6 +407,7 @@ def test_threads(log):
             errors.append(error)
 
     Compiled.run = noted
+    sys.setswitchinterval(1e-6)
     try:
         threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
         for t in threads:
@@ -412,4 +416,5 @@ def test_threads(log):
             t.join()
     finally:
         Compiled.run = run
+        sys.setswitchinterval(interval)
     assert errors == []
