@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from segvit._extras import require
 from segvit._progress import progress_bar
 from segvit.data import folder_options, open_dataset
-from segvit.files import follow
+from segvit.files import atomic_write, follow
 from segvit.inference import check_options
 from segvit.interrupts import ignore_signals
 from segvit.machine import pick_backend
@@ -85,6 +87,7 @@ def evaluate(
     workers: int = 0,
     options: InferenceOptions | None = None,
     on_images: Callable[[int], None] | None = None,
+    details: bool = False,
 ) -> dict[str, Any]:
     """mIoU of a model over a dataset.
 
@@ -100,14 +103,18 @@ def evaluate(
         workers: data loading processes.
         options: sliding window, scales, mirroring; by default the whole image at once.
         on_images: called with the number of images after each batch.
+        details: more than the IoU.
 
     Returns:
-        {"miou", "accuracy", "images", "iou": {class: IoU or None if absent}}
+        {"miou", "accuracy", "images", "iou": {class: IoU or None if absent}}; with `details` also "dice",
+        "precision", "recall" by class (None where there is nothing to divide by), their means over the
+        classes that have one ("mean_dice", ...), "frequency_weighted_iou", "pixels" labelled and "predicted"
+        by class, "ignored" pixels and the matrix of pixel counts "confusion", a row for each true class.
     """
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     device = next(model.parameters()).device
     confusion = ConfusionMatrix(dataset.num_classes, dataset.ignore_index, device)
-    seen = torch.zeros((), dtype=torch.int64, device=device)
+    seen, ignored = torch.zeros(2, 1, dtype=torch.int64, device=device)
     own = list(range(rank, len(dataset), world))
     sampler = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
     was_training = model.training
@@ -121,6 +128,7 @@ def evaluate(
                     prediction = torch.as_tensor(model.predict(batch["image"].to(device), options))
                     confusion.update(prediction.to(device), batch["label"].to(device))
                     seen += len(prediction)
+                    ignored += (batch["label"] == dataset.ignore_index).sum().to(device)
                     if on_images:
                         on_images(len(prediction))
     finally:
@@ -128,14 +136,35 @@ def evaluate(
     confusion.reduce()
     if world > 1:
         torch.distributed.all_reduce(seen)
+        torch.distributed.all_reduce(ignored)
     names = dataset.class_names or [f"class {i}" for i in range(dataset.num_classes)]
-    iou = [None if math.isnan(value) else value for value in confusion.iou().tolist()]
-    return {
+
+    def by_class(values: torch.Tensor) -> dict[str, Any]:
+        return {name: _known(value) for name, value in zip(names, values.tolist(), strict=True)}
+
+    result = {
         "miou": confusion.miou,
         "accuracy": confusion.accuracy,
         "images": int(seen),
-        "iou": dict(zip(names, iou, strict=True)),
+        "iou": by_class(confusion.iou()),
     }
+    if details:
+        for name in ("dice", "precision", "recall"):
+            values = getattr(confusion, name)()
+            result |= {f"mean_{name}": float(values.nanmean()), name: by_class(values)}
+        result |= {
+            "frequency_weighted_iou": confusion.frequency_weighted_iou,
+            "pixels": by_class(confusion.support),
+            "predicted": by_class(confusion.predicted),
+            "ignored": int(ignored),
+            "confusion": confusion.matrix.tolist(),
+        }
+    return result
+
+
+def _known(value: Any) -> Any:
+    """None in place of NaN, which JSON does not have."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -206,19 +235,51 @@ def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
+_MEASURES = {"iou": "IoU", "dice": "Dice", "precision": "precision", "recall": "recall"}
+
+
 def iou_table(result: dict[str, Any]) -> str:
-    """The classes and their IoU in per cent, worst last, with the mean."""
-    rows = sorted(result["iou"].items(), key=lambda row: -1 if row[1] is None else row[1], reverse=True)
-    width = max(len("mean IoU"), *(len(name) for name in result["iou"]))
-    lines = [
-        f"{name:<{width}}  {'absent' if value is None else f'{100 * value:6.2f}'}" for name, value in rows
-    ]
-    footer = (
-        f"{'mean IoU':<{width}}  {100 * result['miou']:6.2f}",
-        f"{'accuracy':<{width}}  {100 * result['accuracy']:6.2f}",
-        f"{'images':<{width}}  {result['images']:6d}",
-    )
-    return "\n".join([*lines, "-" * (width + 8), *footer])
+    """The classes with their IoU, and what else `evaluate` was asked for, in per cent, the worst last."""
+    measures = {name: title for name, title in _MEASURES.items() if name in result}
+    rows = sorted(result["iou"], key=lambda name: -1 if result["iou"][name] is None else result["iou"][name])
+    width = max(len("frequency-weighted IoU"), *map(len, rows)) if len(measures) > 1 else 0
+    width = width or max(len("mean IoU"), *map(len, rows))
+    lines = []
+    if len(measures) > 1:
+        lines.append(f"{'':<{width}}" + "".join(f"  {title:>9}" for title in measures.values()))
+    size = 9 if len(measures) > 1 else 6
+    for name in reversed(rows):
+        cells = [
+            "absent" if result["iou"][name] is None else _percent(result[measure][name])
+            for measure in measures
+        ]
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{size}}" for cell in cells))
+    footer = [("mean IoU", _percent(result["miou"]))]
+    if len(measures) > 1:
+        footer += [(f"mean {_MEASURES[m]}", _percent(result[f"mean_{m}"])) for m in list(measures)[1:]]
+        footer.append(("frequency-weighted IoU", _percent(result["frequency_weighted_iou"])))
+    footer += [("accuracy", _percent(result["accuracy"])), ("images", f"{result['images']:6d}")]
+    lines.append("-" * (width + (2 + size) * len(measures)))
+    return "\n".join([*lines, *(f"{name:<{width}}  {value}" for name, value in footer)])
+
+
+def _percent(value: float | None) -> str:
+    return "   n/a" if _known(value) is None else f"{100 * value:6.2f}"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What must be known to read the numbers of `evaluate` with details."""
+    lines = []
+    absent = [name for name, count in result["pixels"].items() if not count]
+    wrong = [name for name in absent if result["predicted"][name]]
+    if not any(result["pixels"].values()):
+        lines.append("no pixel counts: all are ignored, and nothing is measured")
+    elif absent:
+        text = f"not in the labels: {', '.join(absent)}"
+        if wrong:
+            text += f"; predicted all the same, with IoU 0 in the mean: {', '.join(wrong)}"
+        lines.append(text)
+    return lines
 
 
 def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) -> Any:
@@ -238,6 +299,7 @@ def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) 
             workers=config.workers,
             options=config,
             on_images=lambda count: bar.advance(task, count),
+            details=True,
         )
 
 
@@ -265,9 +327,8 @@ def check_data(*datasets: Any) -> list[str]:
 
 
 def run(config: EvaluateConfig) -> int:
-    """`segvit evaluate`: print the IoU of every class and the mean."""
-    if config.json and not Path(config.json).resolve().parent.is_dir():
-        raise FileNotFoundError(f"{config.json}: its folder does not exist")
+    """`segvit evaluate`: print the measures of every class and their means, and write what is asked for."""
+    files = _result_files(config)
     fabric = make_fabric(config)
     model_config = load_model(config.checkpoint).config  # here too, for errors before any process starts
     dataset = open_dataset(
@@ -284,10 +345,77 @@ def run(config: EvaluateConfig) -> int:
     check_options(config, model_config.backbone.patch_size)
     print(*check_data(dataset), sep="\n", flush=True)
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
+    inference = {field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)}
+    result = {**{key: _known(value) for key, value in result.items()}, "inference": inference}
+    problems = []
+    for path, write in files.items():  # before anything is printed: a console can fail
+        try:
+            atomic_write(path, functools.partial(write, result))
+        except OSError as error:
+            problems.append(error)
     print(iou_table(result))
-    if config.json:
-        inference = {
-            field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)
-        }
-        Path(config.json).write_text(json.dumps({**result, "inference": inference}, indent=2) + "\n")
+    for line in notes(result):
+        print(line)
+    if problems:
+        raise problems[0]
     return 0
+
+
+def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any], Path], Any]]:
+    """The files asked for, and what writes each.
+
+    Raises:
+        ValueError: a file of another kind, or one that is read; OSError: its folder does not exist.
+    """
+    writers: dict[str, Callable[[dict[str, Any], Path], Any]] = {}
+    mapping = config.label_mapping if isinstance(config.label_mapping, str) else None
+    inputs = [Path(name) for name in (config.names, mapping) if name]
+    inputs += [Path(config.data) / name for name in ("names.txt", "objectInfo150.txt")]
+    if Path(config.checkpoint).is_dir():
+        folder = find_checkpoint(config.checkpoint)
+        inputs += [folder / "config.json", folder / "model.safetensors"]
+    inputs = [file.resolve() for file in inputs]
+    for option, paths, kinds in (
+        ("json", [config.json], {"": _write_json}),
+        ("csv", [config.csv], {"": _write_csv}),
+        ("confusion", config.confusion, {".csv": _write_matrix, ".png": _write_picture}),
+    ):
+        for path in filter(None, paths):
+            if "" not in kinds and Path(path).suffix.lower() not in kinds:
+                raise ValueError(f"{option}: got {path}, expected a file {' or '.join(kinds)}")
+            if not Path(path).resolve().parent.is_dir():
+                raise FileNotFoundError(f"{path}: its folder does not exist")
+            if Path(path).is_dir():
+                raise IsADirectoryError(f"{path}: is a folder, expected a file")
+            if path in writers:
+                raise ValueError(f"{option}: {path} is asked for twice")
+            if Path(path).resolve() in inputs:
+                raise ValueError(f"{option}: {path} is read and would be overwritten; choose another file")
+            writers[path] = kinds.get("") or kinds[Path(path).suffix.lower()]
+    return {Path(path): write for path, write in writers.items()}
+
+
+def _write_json(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(result: dict[str, Any], path: Path) -> None:
+    columns = [*_MEASURES, "pixels", "predicted"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", *columns])
+        for name in result["iou"]:
+            table.writerow([name, *(result[column][name] for column in columns)])
+
+
+def _write_matrix(result: dict[str, Any], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["true class", *result["iou"]])
+        table.writerows([name, *row] for name, row in zip(result["iou"], result["confusion"], strict=True))
+
+
+def _write_picture(result: dict[str, Any], path: Path) -> None:
+    from segvit.visualize import confusion_picture
+
+    confusion_picture(result["confusion"], list(result["iou"])).save(path, "PNG")

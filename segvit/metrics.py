@@ -52,16 +52,45 @@ class ConfusionMatrix:
             dist.all_reduce(self.matrix)
         return self
 
+    @property
+    def support(self) -> Tensor:
+        """Labelled pixels of each class, int64 (num_classes,)."""
+        return self.matrix.sum(1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """Counted pixels predicted as each class, int64 (num_classes,)."""
+        return self.matrix.sum(0)
+
+    def _ratio(self, factor: int, total: Tensor) -> Tensor:
+        return factor * self.matrix.diagonal().double() / total.double()
+
     def iou(self) -> Tensor:
         """Intersection over union of each class, float64 (num_classes,); NaN for classes in neither map."""
-        matrix = self.matrix.double()
-        hit = matrix.diagonal()
-        return hit / (matrix.sum(0) + matrix.sum(1) - hit)
+        return self._ratio(1, self.predicted + self.support - self.matrix.diagonal())
+
+    def dice(self) -> Tensor:
+        """Dice coefficient, or F1 score, of each class, float64; NaN for classes in neither map."""
+        return self._ratio(2, self.predicted + self.support)
+
+    def precision(self) -> Tensor:
+        """Share of the pixels predicted as a class that are of it, float64; NaN where none is predicted."""
+        return self._ratio(1, self.predicted)
+
+    def recall(self) -> Tensor:
+        """Share of a class's labelled pixels that are predicted as it, float64; NaN where there is none."""
+        return self._ratio(1, self.support)
 
     @property
     def miou(self) -> float:
         """Mean of the IoU over the classes that occur in labels or predictions (NaN without any)."""
         return float(self.iou().nanmean())
+
+    @property
+    def frequency_weighted_iou(self) -> float:
+        """Mean of the IoU with the classes' shares of the labels as weights (NaN without any pixel)."""
+        share = self.support.double() / self.matrix.sum()
+        return float((share * self.iou().nan_to_num(0)).sum())
 
     @property
     def accuracy(self) -> float:

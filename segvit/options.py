@@ -300,7 +300,11 @@ class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
 
     checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
     split: str = option("validation", "which split of the data")
-    json: str | None = option(None, "also write the result to this JSON file")
+    json: str | None = option(None, "also write the result, confusion matrix included, to this JSON file")
+    csv: str | None = option(None, "also write a table of the classes to this CSV file")
+    confusion: list[str] = option(
+        [], "also write the confusion matrix: pixel counts to a .csv file, shares of a row to a .png picture"
+    )
     progress: bool = option(True, "show a progress bar")
     synthetic_validation: int = option(64, "images in the synthetic validation set", at_least=1)
 

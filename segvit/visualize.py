@@ -340,3 +340,43 @@ def similarity_picture(
                 corner = (left + 6, top + name_height + cell[1] - 5)
                 draw.text(corner, caption, _PAPER, small, anchor="ls", stroke_width=1, stroke_fill=_INK)
     return canvas
+
+
+def confusion_picture(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Image.Image:
+    """A confusion matrix of counts (N, N), rows true classes, as shares of each row.
+
+    Cells of up to 24 classes hold their share in per cent. A row without pixels stays white.
+    """
+    counts = np.asarray(matrix, dtype=np.float64)
+    number = len(class_names)
+    if counts.shape != (number, number):
+        raise ValueError(f"matrix has shape {counts.shape}; expected ({number}, {number}), as class_names")
+    total = counts.sum(1, keepdims=True)
+    share = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
+    cell = max(5, min(40, 960 // number))
+    font, gap = _font(max(8, min(14, cell - 4))), 8
+    names = [name if len(name) <= 28 else f"{name[:27]}…" for name in class_names]
+    written = cell >= 10
+    label = round(max(font.getlength(name) for name in names)) + 2 * gap if written else 2 * gap
+    head = label + 24
+    canvas = Image.new("RGB", (label + number * cell + gap, head + number * cell + gap), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, gap), "rows: true class, columns: predicted", _INK, _font(12))
+    position = np.linspace(0, 1, len(_HEAT))
+    colors = np.stack([np.interp(share, position, channel) for channel in _HEAT.T], axis=-1)
+    colors[total[:, 0] == 0] = _PAPER
+    blocks = colors.round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
+    canvas.paste(Image.fromarray(blocks), (label, head))
+    for index, name in enumerate(names if written else []):
+        middle = index * cell + cell // 2
+        draw.text((label - gap, head + middle), name, _INK, font, anchor="rm")
+        strip = Image.new("RGB", (label, cell), _PAPER)
+        ImageDraw.Draw(strip).text((gap, cell // 2), name, _INK, font, anchor="lm")
+        canvas.paste(strip.rotate(90, expand=True), (label + index * cell, 24))
+    if number <= 24:
+        small = _font(max(8, cell // 3))
+        for row, column in np.argwhere(share >= 0.005):
+            ink = _PAPER if share[row, column] < 0.5 else _INK
+            place = (label + column * cell + cell // 2, head + row * cell + cell // 2)
+            draw.text(place, f"{100 * share[row, column]:.0f}", ink, small, anchor="mm")
+    return canvas

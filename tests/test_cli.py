@@ -1,5 +1,8 @@
 """The command line: help, configuration files, and one line for every mistake."""
 
+import contextlib
+import csv
+import io
 import json
 import os
 import subprocess
@@ -8,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from segvit.cli import COMMANDS, main
+from segvit.config import SegViTConfig
+from segvit.linear_head import LinearSegmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = '{"width": 16, "depth": 2, "heads": 2, "taps": [0, 1], "patch_size": 8, "decoder_depth": 1}'
@@ -96,7 +102,77 @@ def test_train_then_evaluate(folder, checkpoint, tmp_path, capsys):
     assert values["images"] == 2 and set(values["iou"]) == {"left", "right"}
     protocol = {"window": 16, "stride": None, "scales": [1.0], "flip": False, "short_side": None}
     assert values["inference"] == protocol
-    assert f"mean IoU  {100 * values['miou']:6.2f}" in table and "right" in table
+    assert f"mean IoU{'':16}{100 * values['miou']:6.2f}" in table and "right" in table
+
+
+def test_what_evaluate_measures(tmp_path, capsys):
+    """A model that says class 0 everywhere; class 2 is in no label. Written before anything is printed."""
+    names = ("sky", "\u9053\u8def", "sea")
+    config = SegViTConfig.preset(
+        "vit_tiny", 3, width=16, depth=1, heads=1, taps=(0,), image_size=32, class_names=names
+    )
+    model = LinearSegmenter(config)
+    model.decoder[1].weight.data.zero_()
+    model.decoder[1].bias.data.copy_(torch.tensor([1.0, 0, 0]))
+    model.save_pretrained(tmp_path / "model")
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "validation").mkdir(parents=True)
+    label = np.ones((32, 32), np.uint8)
+    label[:8], label[8:10] = 2, 255
+    Image.fromarray(label).save(tmp_path / "annotations/validation/a.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/validation/a.png")
+    (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8")
+    files = {name: tmp_path / name for name in ("r.json", "c.csv", "m.csv", "m.png")}
+    words = ["evaluate", "--data", str(tmp_path), "--checkpoint", str(tmp_path / "model"), "--workers", "0"]
+    words += ["--no-progress", "--accelerator", "cpu", "--reduce-zero-label", "--json", str(files["r.json"])]
+    words += ["--csv", str(files["c.csv"]), "--confusion", str(files["m.csv"]), str(files["m.png"])]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    values = json.loads(files["r.json"].read_text())
+    assert values["confusion"] == [[704, 0, 0], [256, 0, 0], [0, 0, 0]] and values["ignored"] == 64
+    assert values["iou"] == {"sky": 704 / 960, names[1]: 0, "sea": None}
+    assert values["precision"] == {"sky": 704 / 960, names[1]: None, "sea": None}
+    assert values["recall"] == {"sky": 1, names[1]: 0, "sea": None} and values["mean_recall"] == 0.5
+    assert values["dice"]["sky"] == 2 * 704 / (960 + 704) and values["pixels"]["sea"] == 0
+    assert values["frequency_weighted_iou"] == pytest.approx(704 / 960 * 704 / 960)
+    assert "not in the labels: sea" in printed and "predicted all the same" not in printed
+    assert f"mean IoU{'':16}{100 * 704 / 960 / 2:6.2f}" in printed
+    table = list(csv.reader(files["c.csv"].open(encoding="utf-8")))
+    assert table[0] == ["class", "iou", "dice", "precision", "recall", "pixels", "predicted"]
+    assert table[2] == [names[1], "0.0", "0.0", "", "0.0", "256", "0"]
+    matrix = list(csv.reader(files["m.csv"].open(encoding="utf-8")))
+    assert matrix == [
+        ["true class", *names],
+        ["sky", "704", "0", "0"],
+        [names[1], "256", "0", "0"],
+        ["sea", *"000"],
+    ]
+    with Image.open(files["m.png"]) as picture:
+        picture.load()
+
+    for option, path, message in (
+        ("--json", tmp_path / "model/config.json", "is read and would be overwritten"),
+        ("--csv", tmp_path / "names.txt", "is read and would be overwritten"),
+        ("--confusion", tmp_path / "a.pdf", "expected a file .csv or .png"),
+        ("--confusion", files["r.json"], "expected a file .csv or .png"),
+        ("--csv", files["r.json"], "is asked for twice"),
+        ("--csv", tmp_path / "no/c.csv", "its folder does not exist"),
+        ("--json", tmp_path, "is a folder, expected a file"),
+    ):
+        line = fails(capsys, *words, option, str(path))
+        assert line.startswith(f"segvit evaluate: error: {option[2:] if 'folder' not in message else path}: ")
+        assert message in line
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    files["r.json"].unlink()
+    with contextlib.redirect_stdout(Full()):
+        assert main(words) == 2
+    complaint, lost = capsys.readouterr().err.split("\n", 1)
+    assert complaint == "segvit evaluate: error: standard output took no more (No space left on device)"
+    assert "mean IoU" in lost and json.loads(files["r.json"].read_text()) == values
 
 
 def test_config_file_and_options_after_it(tmp_path, capsys):

@@ -64,3 +64,22 @@ def test_bad_maps_are_refused():
     assert confusion.matrix.sum() == 0
     with pytest.raises(ValueError, match="num_classes: got 0"):
         ConfusionMatrix(0)
+
+
+def test_measures_by_hand():
+    """Class 2 is predicted but not labelled, class 3 labelled, not predicted, class 4 is in neither map."""
+    confusion = ConfusionMatrix(5)
+    matrix = [[5, 1, 2, 0, 0], [1, 3, 0, 0, 0], [0, 0, 0, 0, 0], [0, 4, 0, 0, 0], [0, 0, 0, 0, 0]]
+    confusion.matrix += torch.tensor(matrix)
+    nan = math.nan
+    expected = {
+        "iou": [5 / 9, 3 / 9, 0, 0, nan],
+        "dice": [10 / 14, 6 / 12, 0, 0, nan],
+        "precision": [5 / 6, 3 / 8, 0, nan, nan],
+        "recall": [5 / 8, 3 / 4, nan, 0, nan],
+    }
+    for name, values in expected.items():
+        assert getattr(confusion, name)().tolist() == pytest.approx(values, nan_ok=True), name
+    assert confusion.support.tolist() == [8, 4, 0, 4, 0] and confusion.predicted.tolist() == [6, 8, 2, 0, 0]
+    assert confusion.frequency_weighted_iou == pytest.approx((8 * 5 / 9 + 4 * 3 / 9) / 16)
+    assert math.isnan(ConfusionMatrix(2).frequency_weighted_iou)

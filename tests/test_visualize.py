@@ -235,3 +235,19 @@ def test_ticks_are_round(low, high, expected):
 def test_bars_show_missing_values_as_missing():
     html = report.bars([report.Bar("a", (0, 0, 0), math.nan), report.Bar("b", (0, 0, 0), 0.25)], ("", "", ""))
     assert "nan" not in html and "25.0 %" in html and "width:25.0%" in html
+
+
+@pytest.mark.parametrize("number", [1, 3, 30, 150])
+def test_confusion_picture(number):
+    matrix = np.zeros((number, number), np.int64)
+    matrix[0, -1] = 7
+    picture = np.asarray(visualize.confusion_picture(matrix, [f"class {i}" for i in range(number)]))
+    cell = max(5, min(40, 960 // number))
+    corner = picture[-9 - number * cell :, -9 - number * cell :]  # and the last line of what is left of it
+    first, last = corner[4, 4], corner[4, -8 - 4]
+    assert first.tolist() == (last if number == 1 else visualize._HEAT[0]).tolist()
+    assert last.tolist() == visualize._HEAT[-1].tolist()
+    if number > 1:  # a class without pixels
+        assert corner[number * cell - 4, 4].tolist() == [255, 255, 255]
+    with pytest.raises(ValueError, match="matrix has shape"):
+        visualize.confusion_picture(matrix, ["one", "too", "many"] * number)
