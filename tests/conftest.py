@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# Facts about data folders are found anew.
+os.environ.setdefault("SEGVIT_CACHE", os.devnull)
 os.environ.setdefault(
     "SEGVIT_KERNELS_CUDA_EMULATOR",
     str(Path(__file__).resolve().parents[1] / "build" / "native" / "libsegvit_emulated.so"),

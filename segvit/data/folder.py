@@ -178,7 +178,7 @@ class SegmentationFolder(Dataset):
 
     def facts(self) -> list[Facts]:
         """What is known of every pair of `files`; they are looked at where that was not done before."""
-        return inspect(self.files, channels=self.channels, progress=self.progress)
+        return inspect(self.files, self.root, channels=self.channels, progress=self.progress)
 
     def _decide(self) -> None:
         """Look at the label maps and find what they mean; a file that cannot be used, `check` reports."""
@@ -193,7 +193,7 @@ class SegmentationFolder(Dataset):
                 if other := [] if split == self.split else self._other(split, known):
                     pairs += other
                     self._looked_at += f" and {split}"
-        facts = inspect(pairs, channels=self.channels, progress=self.progress)
+        facts = inspect(pairs, self.root, channels=self.channels, progress=self.progress)
         self._problem = next((one.problem for one in facts[: len(self.files)] if one.problem), None)
         if all(one.problem for one in facts):
             raise ValueError(self._problem)
@@ -270,6 +270,20 @@ class SegmentationFolder(Dataset):
             raise ValueError(size_problem(label_path, size, expected))
         label = torch.from_numpy(self.classes_of(stored, label_path))
         return {"image": image, "label": label, "name": image_path.stem}
+
+    def class_of(self, value: int, colour: bool, palette: Mapping[int, int] | None) -> int | None:
+        """The class of one stored value, None where it is ignored, -1 where it is not known.
+
+        Args:
+            value: the value, or the colour as in `StoredLabel`.
+            colour: it is a colour.
+            palette: stored value -> colour of its palette file.
+        """
+        if colour:
+            return self._colours.get(value, -1)
+        if palette is not None and self._colours and set(palette.values()) <= self._colours.keys():
+            return self._colours[palette[value]]
+        return self.reading.table.get(value, -1)
 
     def classes_of(self, stored: StoredLabel, path: Path) -> np.ndarray:
         """int64 (H, W): classes and `ignore_index` of a stored label map.

@@ -70,15 +70,23 @@ class Summary:
     held: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
 
-def inspect(pairs: Sequence[tuple[Path, Path]], *, channels: int = 3, progress: bool = False) -> list[Facts]:
+def inspect(
+    pairs: Sequence[tuple[Path, Path]],
+    root: str | os.PathLike,
+    *,
+    channels: int = 3,
+    progress: bool = False,
+) -> list[Facts]:
     """Facts about every pair of picture and label map, with a progress bar where they are not known yet."""
     keys = [_key(picture, label, channels) for picture, label in pairs]
-    file = _cache_file(pairs)
+    file = _cache_file(root)
     cached = _read_cache(file)
     found: list[Facts | None] = []
     for key, (_, label) in zip(keys, pairs, strict=True):
         entry = cached.get(os.path.abspath(label))
-        found.append(_kept.get(key) or (_facts(entry[1]) if entry and entry[0] == key else None))
+        if key not in _kept and entry and entry[0] == key:
+            _kept[key] = _facts(entry[1])
+        found.append(_kept.get(key))
     new = [index for index, facts in enumerate(found) if facts is None]
     if new:
         workers = min(8, os.cpu_count() or 1)
@@ -208,12 +216,8 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segvit"
 
 
-def _cache_file(pairs: Sequence[tuple[Path, Path]]) -> Path | None:
-    if not pairs:
-        return None
-    folder = hashlib.sha256(
-        os.path.abspath(pairs[0][1].parent).encode("utf-8", "surrogateescape")
-    ).hexdigest()
+def _cache_file(root: str | os.PathLike) -> Path | None:
+    folder = hashlib.sha256(os.path.abspath(root).encode("utf-8", "surrogateescape")).hexdigest()
     try:
         return _cache_folder() / "labels" / f"{folder[:24]}-{_FORMAT}.json"
     except RuntimeError:  # no home folder

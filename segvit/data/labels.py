@@ -172,6 +172,8 @@ def _choose(
         return reduced
     if wanted is False:
         return plain
+    if all(plain.table.get(value, 0) is None for value in seen):
+        return plain
     complete = set(range(num_classes)) <= seen
     if zero == "ignored" and fits_reduced and not (complete and 255 in seen):
         return reduced

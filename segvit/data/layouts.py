@@ -165,11 +165,11 @@ class Layout:
         """
         name = self.resolve(split)
         group = _group(split)
-        rest = self.resolve("training")
-        if name is not None and not (group == "training" and self.resolve("validation") is None):
+        has_validation = any(_group(other) == "validation" for other in self.splits())
+        if name is not None and (group != "training" or has_validation):
             return self.listing(name), name, ""
-        single = not self.splits()
-        if group not in ("training", "validation") or not (single or rest is not None):
+        rest = self.resolve("training") if group == "validation" else name
+        if group not in ("training", "validation") or (self.splits() and rest is None):
             where = self.root / _base(self.images.replace("{split}", split))
             here = ", ".join(self.splits()) or "none"
             raise FileNotFoundError(f"{where}: no such folder (splits here: {here})")

@@ -1,0 +1,189 @@
+"""Where files lie: usual layouts, patterns, lists, splits, and the share that stands for validation."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segvit.data import SegmentationFolder
+from segvit.data.layouts import find_layout
+
+NAMES = ("a", "b", "c")
+
+
+def write(root, *files):
+    """Pictures and label maps of one size; a label map has label, mask, gt, ann or Class in its path."""
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        label = any(word in file.lower() for word in ("mask", "label", "gt", "ann", "class"))
+        values = (
+            np.arange(12).reshape(3, 4) % 3 if label and not file.startswith("images") else np.zeros((3, 4))
+        )
+        Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+def pairs(root, split="training", **options):
+    data = SegmentationFolder(root, split, NAMES, reduce_zero_label=False, **options)
+    return [tuple(path.relative_to(root).as_posix() for path in pair) for pair in data.files]
+
+
+@pytest.mark.parametrize(
+    ("picture", "label"),
+    [
+        ("images/train/a.jpg", "annotations/train/a.png"),
+        ("images/training/a.jpg", "masks/training/a.png"),
+        ("images/train/a.tif", "labels/train/a.tif"),
+        ("images/train2017/a.jpg", "annotations/train2017/a.png"),
+        ("img_dir/train/a.jpg", "ann_dir/train/a.png"),
+        ("images/train/scene/1/a.jpg", "annotations/train/scene/1/a.png"),
+        ("images/train/a.jpg", "masks/train/a_mask.png"),
+        ("train/images/a.jpg", "train/masks/a.png"),
+        ("train/images/a.jpg", "train/labels/a.png"),
+        ("train/a.jpg", "train/a_mask.png"),
+        ("train/a.png", "trainannot/a.png"),
+        ("leftImg8bit/train/x/x_0_leftImg8bit.png", "gtFine/train/x/x_0_gtFine_labelTrainIds.png"),
+    ],
+)
+def test_usual_layouts(tmp_path, picture, label):
+    other = tuple(name.replace("training", "valid").replace("train", "val") for name in (picture, label))
+    if "annot" in label and "annotations" not in label:
+        other = ("val/b.png", "valannot/b.png")
+    write(tmp_path, picture, label, *other)
+    assert pairs(tmp_path) == [(picture, label)]
+    assert pairs(tmp_path, "validation") == [other]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "label"),
+    [
+        ("images/{}.jpg", "masks/{}.png"),
+        ("images/{}.jpg", "annotations/{}.png"),
+        ("images/{}.jpg", "masks/{}_mask.png"),
+        ("{}.jpg", "{}_mask.png"),
+        ("{}.png", "{}_label.png"),
+    ],
+)
+def test_no_splits_at_all(tmp_path, pictures, label):
+    for name in "abcdefghij":
+        write(tmp_path, pictures.format(name), label.format(name))
+    assert len(pairs(tmp_path)) == 10
+    held = pairs(tmp_path, "validation", validation_share=0.2)
+    kept = pairs(tmp_path, "training", validation_share=0.2)
+    assert len(held) == 2 and len(kept) == 8 and not set(held) & set(kept)
+    with pytest.raises(FileNotFoundError, match="splits here: none"):
+        pairs(tmp_path, "test", validation_share=0.2)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        pairs(tmp_path, "validation")
+
+
+def test_voc(tmp_path):
+    for name in "abc":
+        write(tmp_path, f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png", f"JPEGImages/{name}2.jpg")
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nc\n")
+    (lists / "val.txt").write_text("b\r\n")
+    (lists / "trainval.txt").write_text("a\nb\nc\n")
+    assert [picture for picture, _ in pairs(tmp_path)] == ["JPEGImages/a.jpg", "JPEGImages/c.jpg"]
+    assert [picture for picture, _ in pairs(tmp_path, "validation")] == ["JPEGImages/b.jpg"]
+    assert len(pairs(tmp_path, "trainval")) == 3
+    assert (
+        SegmentationFolder(tmp_path, names=NAMES).reading.table[0] == 0
+    )  # 0 is the first class by convention
+    (lists / "val.txt").write_text("b\nz\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"val\.txt: names 'z', but JPEGImages/\* has no such picture"
+    ):
+        pairs(tmp_path, "validation")
+
+
+def test_patterns(tmp_path):
+    write(
+        tmp_path, "raw/train/x_1_rgb.png", "truth/train/1/x_gt.png", "raw/train/x_1_ir.png", "raw/train/y.png"
+    )
+    options = {"image_pattern": "raw/{split}/*_*_rgb.png", "label_pattern": "truth/{split}/*/*_gt"}
+    with pytest.raises(
+        FileNotFoundError, match=r"x_1_rgb\.png: image without label, expected .*/x/1_gt\.png"
+    ):
+        pairs(tmp_path, **options)  # the stars come in their order
+    write(tmp_path, "truth/train/x/1_gt.png")
+    assert pairs(tmp_path, **options) == [("raw/train/x_1_rgb.png", "truth/train/x/1_gt.png")]
+    lists = tmp_path / "fold"
+    lists.mkdir()
+    (lists / "one.txt").write_text("y.png\n")
+    write(tmp_path, "truth/y_gt.png")
+    flat = {"image_pattern": "raw/train/*", "label_pattern": "truth/*_gt", "split_list": "fold/{split}.txt"}
+    assert pairs(tmp_path, "one", **flat) == [("raw/train/y.png", "truth/y_gt.png")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_pattern": "raw/*"}, "label_pattern: pictures and label maps both need a pattern"),
+        (
+            {"image_pattern": "raw/*", "label_pattern": "gt/*/*"},
+            r"label_pattern: got 'gt/\*/\*', expected the stars",
+        ),
+        ({"image_pattern": "raw/a", "label_pattern": "gt/a"}, "at least one"),
+        ({"image_pattern": "raw/{split}_*", "label_pattern": "gt/*"}, "must stand in the name of a folder"),
+    ],
+)
+def test_patterns_that_cannot_be(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        find_layout(tmp_path, **options)
+
+
+def test_two_layouts_or_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="images: no such folder"):
+        find_layout(tmp_path)
+    write(tmp_path, "images/train/a.jpg", "masks/train/a.png", "annotations/train/a.png")
+    with pytest.raises(ValueError, match=r"could be .*annotations.* or .*masks.*choose with --image-pattern"):
+        find_layout(tmp_path)
+
+
+def test_splits_that_could_be_two(tmp_path):
+    write(
+        tmp_path, "images/train/a.jpg", "masks/train/a.png", "images/train2017/a.jpg", "masks/train2017/a.png"
+    )
+    with pytest.raises(ValueError, match="split 'training' could be train or train2017; name one"):
+        pairs(tmp_path)
+    assert len(pairs(tmp_path, "train")) == 1
+
+
+def test_files_that_are_none_and_names_in_two_spellings(tmp_path):
+    write(tmp_path, "images/train/Zu\u0308rich.jpg", "masks/train/Z\u00fcrich.png")  # as macOS stores it
+    write(tmp_path, "images/train/b.JPG", "masks/train/b.PNG")
+    for name in (
+        "images/train/._b.jpg",
+        "images/train/Thumbs.db",
+        "masks/train/.DS_Store",
+        "images/train/a.txt",
+    ):
+        (tmp_path / name).write_bytes(b"")
+    assert len(pairs(tmp_path)) == 2
+
+
+def test_the_share_does_not_depend_on_the_rest(tmp_path):
+    for number in range(40):
+        write(tmp_path, f"images/training/{number}.png", f"annotations/training/{number}.png")
+    share = {"validation_share": 0.25}
+    held = set(pairs(tmp_path, "validation", **share))
+    assert len(held) == 10 and len(pairs(tmp_path, **share)) == 30
+    for number in range(30, 40):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / "training" / f"{number}.png").unlink()
+    fewer = set(pairs(tmp_path, "validation", **share))
+    kept = {pair for pair in held if (tmp_path / pair[0]).exists()}
+    assert fewer <= kept  # nothing that was trained on becomes validation
+    data = SegmentationFolder(tmp_path, "validation", NAMES, reduce_zero_label=False, **share)
+    assert data.check()[-1].startswith("data: no validation split: 8 of the 30 training pictures")
+
+
+def test_jpeg_labels_are_named(tmp_path):
+    write(tmp_path, "images/train/a.jpg", "masks/train/a.jpg")
+    data = SegmentationFolder(tmp_path, names=NAMES, reduce_zero_label=False)
+    for refused in (data.check, lambda: data[0]):
+        with pytest.raises(ValueError, match=r"masks/train/a\.jpg: a JPEG label map"):
+            refused()
+    write(tmp_path, "masks/train/a.png")  # a picture of the label map beside it
+    assert pairs(tmp_path) == [("images/train/a.jpg", "masks/train/a.png")]
