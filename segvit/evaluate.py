@@ -7,6 +7,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import pickle
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +24,7 @@ from segvit.data import folder_options, open_dataset
 from segvit.files import atomic_write, follow
 from segvit.inference import check_options
 from segvit.interrupts import ignore_signals
-from segvit.machine import pick_backend
+from segvit.machine import pick_backend, started_processes
 from segvit.metrics import ConfusionMatrix
 from segvit.options import EvaluateConfig, InferenceOptions
 
@@ -207,15 +210,37 @@ def make_fabric(config: Any) -> Any:
     pick_backend(config.backend, device)
     if on_cpu and config.precision == "fp16":
         raise ValueError("precision: fp16 needs a GPU; use bf16 or 32 on the CPU")
+    started = started_processes()
+    if started and config.devices not in (1, started):
+        raise ValueError(f"devices: got {config.devices}, but {started} processes were started")
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", 1))) if started else 1
     try:
         return Fabric(
             accelerator=device.type,
-            devices=config.devices,
-            strategy="ddp_spawn" if config.devices > 1 else "auto",
+            devices=started // nodes or config.devices,
+            num_nodes=nodes,
+            strategy="ddp" if started else "ddp_spawn" if config.devices > 1 else "auto",
             precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],
         )
     except (MisconfigurationException, RuntimeError) as error:
         raise ValueError(f"devices: got {config.devices}: {error}") from None
+
+
+def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        result = function(fabric, *args)
+        if file is None:
+            return result
+        if fabric.is_global_zero:
+            file.write_bytes(pickle.dumps(result))
+        return None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = "was killed from outside" if "Killed" in str(error) else "ended early"
+        raise OSError(
+            f"workers: a data loading process {reason}, as when memory is short; fewer need less"
+        ) from None
 
 
 def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -225,7 +250,15 @@ def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
         ValueError, TypeError, OSError, ...: as `function` does.
     """
     try:
-        return fabric.launch(function, *args)
+        if fabric.strategy.launcher is None:
+            return fabric.launch(_run, None, function, *args)
+        # By a file: the launcher waits for the processes first, and a pipe takes 64 kB.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result"
+            fabric.launch(_run, file, function, *args)
+            return pickle.loads(file.read_bytes())
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise OSError(f"devices: one of the processes was ended from outside ({error})") from None
     except torch.multiprocessing.ProcessRaisedException as error:
         kind, _, text = str(error).strip().splitlines()[-1].partition(": ")
         known = (ValueError, TypeError, FileNotFoundError, PermissionError, OSError, FloatingPointError)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 
 import segvit_kernels
 
-__all__ = ["pick_backend", "pick_device"]
+__all__ = ["first_process", "pick_backend", "pick_device", "started_processes"]
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -36,3 +37,19 @@ def pick_backend(name: str | None, device: torch.device) -> contextlib.AbstractC
         origin = "backend" if name else "environment variable SEGVIT_KERNELS_BACKEND"
         raise ValueError(f"{origin}: {asked!r} is not available: {reason}")
     return contextlib.nullcontext() if name is None else segvit_kernels.backend(name)
+
+
+def started_processes() -> int:
+    """How many processes torchrun or srun has started, 0 where they have not started several."""
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        count = int(os.environ["WORLD_SIZE"])
+    else:
+        interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+        count = 0 if interactive else int(os.environ.get("SLURM_NTASKS", 0))
+    return count if count > 1 else 0
+
+
+def first_process() -> bool:
+    """Whether this is the first of the processes that torchrun or srun has started, or the only one."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return not started_processes() or int(rank) == 0

@@ -62,6 +62,7 @@ class SegViT(nn.Module):
 
     head: str | None = None  # what config.json names where it is not the ATM decoder
     activation = "sigmoid"  # of upsampled mask logits
+    backbone_frozen = False
 
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__()
@@ -323,7 +324,19 @@ class SegViT(nn.Module):
     def train(self, mode: bool = True) -> SegViT:
         if mode:
             self.unfuse()
-        return super().train(mode)
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def freeze_backbone(self) -> SegViT:
+        """Train the decoder alone: the backbone computes the same at every step, without stochastic depth.
+
+        Returns self.
+        """
+        self.backbone_frozen = True
+        self.backbone.requires_grad_(False).eval()
+        return self
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> SegViT:
         """Recompute the backbone's blocks in the backward pass instead of keeping it all; returns self."""
@@ -335,11 +348,15 @@ class SegViT(nn.Module):
         lr: float,
         weight_decay: float,
         decoder_lr_scale: float = 10.0,
+        layer_decay: float = 1.0,
     ) -> list[dict[str, Any]]:
         """Optimizer groups of the published recipe.
 
         No decay on the backbone's norms (and LayerScale); every decoder parameter, its norms included, with
         decay and `decoder_lr_scale` times the learning rate.
+
+        With `layer_decay` block i of n has its (n - i)-th power times the learning rate, what is before the
+        blocks the (n + 1)-th, and a final norm the whole, as usual since BEiT (arXiv 2106.08254).
         """
         norms = {
             id(parameter)
@@ -347,18 +364,24 @@ class SegViT(nn.Module):
             if isinstance(module, (nn.LayerNorm, LayerScale))
             for parameter in module.parameters()
         }
-        backbone = [p for p in self.backbone.parameters() if p.requires_grad]
-        decoder = [p for p in self.decoder.parameters() if p.requires_grad]
-        groups = [
-            ("backbone", [p for p in backbone if id(p) not in norms], lr, weight_decay),
-            ("backbone_norms", [p for p in backbone if id(p) in norms], lr, 0.0),
-            ("decoder", decoder, lr * decoder_lr_scale, weight_decay),
-        ]
-        return [
-            {"name": name, "params": params, "lr": rate, "weight_decay": decay}
-            for name, params, rate, decay in groups
-            if params
-        ]
+        depth = len(self.backbone.blocks)
+        groups: dict[str, dict[str, Any]] = {}
+
+        def add(group: str, parameter: nn.Parameter, rate: float, decay: float) -> None:
+            if parameter.requires_grad:
+                empty = {"name": group, "params": [], "lr": rate, "weight_decay": decay}
+                groups.setdefault(group, empty)["params"].append(parameter)
+
+        for name, parameter in self.backbone.named_parameters():
+            first, _, rest = name.partition(".")
+            block = int(rest.partition(".")[0]) if first == "blocks" else -1
+            below = 0 if layer_decay == 1 or first == "norm" else depth - block
+            group = "backbone_norms" if id(parameter) in norms else "backbone"
+            decay = 0.0 if id(parameter) in norms else weight_decay
+            add(f"{group}.{block}" if below else group, parameter, lr * layer_decay**below, decay)
+        for parameter in self.decoder.parameters():
+            add("decoder", parameter, lr * decoder_lr_scale, weight_decay)
+        return list(groups.values())
 
     # Weights
 

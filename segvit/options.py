@@ -236,8 +236,17 @@ class OptimizerOptions(_Checked):
     )
     batch_size: int = option(8, "images for each device and optimizer step", at_least=1)
     accumulate: int = option(1, "split each batch into this many smaller ones to save memory", at_least=1)
+    gradient_checkpointing: bool = option(
+        False, "compute the backbone's blocks again in the backward pass instead of keeping them in memory"
+    )
     lr: float = option(1e-4, "peak learning rate of the backbone", more_than=0)
     decoder_lr_scale: float = option(10.0, "factor on lr for everything but the backbone", more_than=0)
+    layer_decay: float = option(
+        1.0,
+        "factor on lr from each of the backbone's blocks to the one before; 0.65 to 0.9 is usual",
+        more_than=0,
+        at_most=1,
+    )
     betas: tuple[float, float] = option(
         (0.9, 0.999),
         "decay rates of AdamW's two moments; a second one of 0.98 soon forgets the large gradients of "
@@ -255,6 +264,12 @@ class OptimizerOptions(_Checked):
         "decay of the moving average of the weights that is evaluated and saved",
         more_than=0,
         less_than=1,
+    )
+    class_weights: Literal["inverse-sqrt"] | list[float] | None = option(
+        None,
+        "weights of the classes in the loss, [X,X,...] in their order, or inverse-sqrt: by 1 / sqrt(share of "
+        "the training pixels)",
+        at_least=0,
     )
     compile: bool = option(False, "use torch.compile on the model")
     seed: int = option(0, "seed of weights, order, augmentation and dropout", at_least=0)
@@ -286,6 +301,12 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
     evaluate_every: int = option(1000, "steps between evaluations; 0 evaluates at the end only", at_least=0)
     checkpoint_every: int | None = option(
         None, "steps between checkpoints; as evaluate_every when not given", at_least=1
+    )
+    keep_checkpoints: int | Literal["all"] = option(
+        1, "newest checkpoints that are kept, besides the best: a number, or all", at_least=1
+    )
+    patience: int | None = option(
+        None, "stop after this many evaluations in a row without a better mIoU", at_least=1
     )
     log_every: int = option(10, "steps between lines of the log", at_least=1)
     tensorboard: bool = option(False, "also write TensorBoard logs")

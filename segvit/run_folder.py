@@ -26,6 +26,7 @@ from typing import Any
 from segvit._extras import require
 from segvit.files import atomic_write, discard, follow, point, replace, synchronise
 from segvit.options import TrainConfig
+from segvit.text import parse_yaml, read_json, read_text, yaml_value
 
 __all__ = ["Checkpoints", "Log", "prepare", "samples_of"]
 
@@ -34,8 +35,8 @@ EVALUATION_FILE = "evaluation.json"
 
 # What may change when a run is resumed: options that do not touch the result,
 _FREE = {
-    "resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every", "keep",
-    "patience", "log_every", "evaluate_every",
+    "resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every",
+    "keep_checkpoints", "patience", "log_every", "evaluate_every",
 }  # fmt: skip
 # those that only round otherwise, or draw another dropout,
 _ROUNDING = {
@@ -101,12 +102,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_options(path: Path) -> dict[str, Any]:
-    yaml = require("yaml", extra="train")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not readable as YAML ({reason})") from None
+    node = parse_yaml(read_text(path), str(path))
+    values = None if node is None else yaml_value(node, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got no options, expected what `segvit train` wrote")
     return values
@@ -137,10 +134,7 @@ def _compare_options(before: dict[str, Any], now: dict[str, Any], folder: Path, 
 def _compare_samples(path: Path, samples: dict[str, Any]) -> None:
     if not path.is_file():
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: not readable as JSON") from None
+    before = read_json(path, dict)
     if before.get("classes") != samples["classes"]:
         raise ValueError("resume: the classes of the data are not those that the run was started with")
     for split in ("training", "validation"):

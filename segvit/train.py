@@ -40,10 +40,12 @@ from segvit.evaluate import batches, check_data, collate, evaluate, launch, make
 from segvit.files import atomic_write
 from segvit.interrupts import Interrupted, Interrupts, obey_parent
 from segvit.linear_head import CrossEntropy, LinearSegmenter
-from segvit.losses import SegViTLoss
+from segvit.losses import SegViTLoss, weights_of_classes
+from segvit.machine import first_process, started_processes
 from segvit.model import WEIGHTS_FILE, SegViT
-from segvit.options import TrainConfig, check_ranges
+from segvit.options import TrainConfig
 from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, prepare, samples_of
+from segvit.text import read_json
 from segvit.transforms import Augment, sample_seed
 from segvit_kernels import FusedATM
 
@@ -158,7 +160,8 @@ def build_model(config: TrainConfig, dataset: Any) -> SegViT:
     if config.backbone_weights:
         model.load_backbone(config.backbone_weights)
     if config.freeze_backbone:
-        model.backbone.requires_grad_(False)
+        model.freeze_backbone()
+    model.set_gradient_checkpointing(config.gradient_checkpointing)
     with torch.no_grad():
         for module in model.decoder.modules():
             if isinstance(module, FusedATM):
@@ -181,6 +184,8 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(
             f"weight_decay: got {config.weight_decay}, which with lr {config.lr} turns weights around"
         )
+    if config.patience is not None and not config.evaluate_every:
+        raise ValueError(f"patience: got {config.patience}, which needs evaluations: evaluate_every is 0")
 
 
 def train(
@@ -202,7 +207,7 @@ def train(
         FloatingPointError: the loss is not finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    check_ranges(config)
+    config = dataclasses.replace(config, devices=started_processes() or config.devices)
     _check(config)
     fabric = make_fabric(config)
 
@@ -223,11 +228,18 @@ def train(
     understood = check_data(training, validation)
     if isinstance(training, SegmentationFolder):  # what the files said, for the run's record
         config = dataclasses.replace(config, reduce_zero_label=training.reduce_zero_label)
-    prepare(config, samples_of(training, validation), _say)
-    if understood:
-        print(*understood, sep="\n", flush=True)
+    weights = config.class_weights
+    if not isinstance(weights, str):
+        weights_of_classes(weights, training.num_classes)
+    if first_process():
+        prepare(config, samples_of(training, validation), _say)
+        if understood:
+            print(*understood, sep="\n", flush=True)
+        if weights == "inverse-sqrt":
+            weights = _inverse_sqrt(config, training)
+        _say_what_is_odd(config, len(training))
     with Interrupts() as interrupts:
-        result = launch(fabric, _train, config, training, validation, interrupts.flag)
+        result = launch(fabric, _train, config, training, validation, weights, interrupts.flag)
     if result["stopped"] == "interrupted":
         name = signal.Signals(interrupts.flag.value).name
         saved = f"saved in {config.out}" if result["step"] else "nothing to save"
@@ -239,15 +251,59 @@ def train(
 
 
 def _train(
-    fabric: Any, config: TrainConfig, training: Any, validation: Any, signalled: Any
+    fabric: Any,
+    config: TrainConfig,
+    training: Any,
+    validation: Any,
+    weights: list[float] | None,
+    signalled: Any,
 ) -> dict[str, Any]:
     obey_parent(signalled)
+    weights = fabric.broadcast(weights)  # torchrun: the first process alone has counted pixels
     with segvit_kernels.backend(config.backend) if config.backend else nullcontext():
-        return _Trainer(fabric, config, training, validation, signalled).fit()
+        return _Trainer(fabric, config, training, validation, weights, signalled).fit()
+
+
+def inverse_sqrt_weights(pixels: Tensor) -> list[float]:
+    """Class weights from the number of pixels of each class (N,): 1 / sqrt(share), their mean 1.
+
+    A class without a pixel has weight 1.
+    """
+    found = pixels > 0
+    weights = torch.ones(len(pixels), dtype=torch.float64)
+    weights[found] = pixels[found].double().rsqrt()
+    weights[found] /= weights[found].mean()
+    return weights.tolist()
+
+
+def _inverse_sqrt(config: TrainConfig, training: Any) -> list[float]:
+    """The weights of a run: from the pixels counted when it began."""
+    path = Path(config.out) / "pixels.json"
+    if config.resume and path.is_file():
+        return inverse_sqrt_weights(torch.tensor(read_json(path, list)))
+    pixels = torch.zeros(training.num_classes, dtype=torch.int64)
+    with progress_bar(config.progress) as bar:
+        for item in bar.track(range(len(training)), description="count pixels"):
+            label = training[item]["label"]
+            counted = label[label != training.ignore_index]
+            pixels += counted.bincount(minlength=training.num_classes)
+    if not pixels.any():
+        raise ValueError("class_weights: no pixel of the training data has a class")
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(pixels.tolist()) + "\n"))
+    return inverse_sqrt_weights(pixels)
+
+
+def _say_what_is_odd(config: TrainConfig, images: int) -> None:
+    if config.warmup_steps >= config.max_steps > 1:
+        steps = f"warmup_steps {config.warmup_steps} are not below max_steps {config.max_steps}"
+        _say(f"{steps}: the learning rate reaches its peak in the last step")
+    step = config.batch_size * config.devices
+    if step > images:
+        _say(f"a step takes {step} images, the training data have {images}: some occur twice in it")
 
 
 def _say(text: str) -> None:
-    print(f"segvit train: note: {text}", file=sys.stderr, flush=True)
+    print(f"note: {text}", flush=True)
 
 
 class _SignalledError(Exception):
@@ -256,7 +312,13 @@ class _SignalledError(Exception):
 
 class _Trainer:
     def __init__(
-        self, fabric: Any, config: TrainConfig, training: Any, validation: Any, signalled: Any
+        self,
+        fabric: Any,
+        config: TrainConfig,
+        training: Any,
+        validation: Any,
+        weights: list[float] | None,
+        signalled: Any,
     ) -> None:
         self.fabric, self.config, self.validation, self.signalled = fabric, config, validation, signalled
         self.checkpoints = Checkpoints(config.out)
@@ -276,7 +338,9 @@ class _Trainer:
         located = config.head == "segvit" and self.model.config.upsample and config.locate_images
         if located and not config.resume:
             self._locate(training, augment)
-        groups = self.model.parameter_groups(config.lr, config.weight_decay, config.decoder_lr_scale)
+        groups = self.model.parameter_groups(
+            config.lr, config.weight_decay, config.decoder_lr_scale, config.layer_decay
+        )
         for group in groups:
             group["peak_lr"] = group["lr"]
         # Fused AdamW unscales by itself and then cannot clip.
@@ -287,9 +351,10 @@ class _Trainer:
         if config.ema is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         if config.head == "linear":
-            self.loss = CrossEntropy(training.ignore_index)
+            self.loss = CrossEntropy(training.ignore_index, weights)
         else:
-            self.loss = SegViTLoss(training.num_classes, training.ignore_index)
+            self.loss = SegViTLoss(training.num_classes, training.ignore_index, class_weights=weights)
+        self.loss.to(fabric.device)
 
         self.step, self.saved, self.elapsed = 0, 0, 0.0
         # Of evaluations: the last one and its step, the best and its step, how many came after the best.
@@ -391,6 +456,8 @@ class _Trainer:
         config = self.config
         if self.step >= config.max_steps:
             return "finished"
+        if config.patience is not None and self.score["since_best"] >= config.patience:
+            return "patience"
         late = False
         if config.max_minutes is not None and self.fabric.is_global_zero:
             late = time.perf_counter() - self.started + self.evaluation_seconds > 60 * config.max_minutes
@@ -445,7 +512,7 @@ class _Trainer:
                 self.step,
                 loss=means.pop("total"),
                 **means,
-                lr=self.optimizer.param_groups[0]["lr"],
+                lr=self.config.lr * learning_rate_factor(self.step - 1, self.config),
                 seconds=time.perf_counter() - self.started,
             )
             loss = float(self.log.rows[-1]["loss"])
@@ -479,7 +546,7 @@ class _Trainer:
             values = {name: result[name] for name in ("miou", "accuracy") if result[name] is not None}
             self.log.add(self.step, **values, seconds=time.perf_counter() - self.started)
             self.checkpoints.evaluated(self.step, self.score)
-            self.checkpoints.prune(1)
+            self.checkpoints.prune(self.config.keep_checkpoints)
             if self.config.progress:
                 self.bar.console.print(f"step {self.step}: {self._miou_text()}")
         self.bar.update(self.task, miou=self._miou_text())
@@ -560,7 +627,7 @@ class _Trainer:
                 self.checkpoints.save(self.step, lambda folder: self._write(folder, states))
             except OSError as error:
                 raise OSError(f"{error}; {kept}, and with more space --resume goes on from there") from None
-            self.checkpoints.prune(1)
+            self.checkpoints.prune(self.config.keep_checkpoints)
         self.saved = self.step
 
     def _write(self, folder: Path, states: list[dict[str, Any]]) -> None:
@@ -629,7 +696,7 @@ class _Trainer:
         self.elapsed = state["elapsed"]
         evaluation = folder / EVALUATION_FILE
         if evaluation.is_file():
-            self.score = json.loads(evaluation.read_text(encoding="utf-8"))
+            self.score = read_json(evaluation, dict)
         elif "score" in state:
             self.score = state["score"]
         else:  # of version 0.1.0, which saved after the evaluation

@@ -1,4 +1,4 @@
-"""The loss against its formula in float64: gradients, normalisers over processes, edge cases."""
+"""The loss against its formula in float64: gradients, class weights, edge cases."""
 
 import pytest
 import torch
@@ -189,48 +189,29 @@ def test_mistakes():
         SegViTLoss(CLASSES, ignore_index=2)
 
 
-def _rank_gradients(rank, world, store, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    results = []
-    for labels in _distributed_labels():
-        output = make_output(auxiliary=1)
-        part = slice(rank, rank + 1)
-        local = SegViTOutput(
-            output.class_logits[part],
-            output.mask_logits[part],
-            [(a[part], b[part]) for a, b in output.auxiliary],
-        )
-        losses = SegViTLoss(CLASSES)(local, labels[part])
-        grads = torch.autograd.grad(losses["total"], [*output[:2], *output.auxiliary[0]])
-        results.append(([value.item() for value in losses.values()], [g.tolist() for g in grads]))
-    queue.put((rank, results))
-    torch.distributed.destroy_process_group()
-
-
-def _distributed_labels():
-    one_pair = torch.full((2, 13, 17), 255)
-    one_pair[0, 0, 0] = 1
-    return [make_labels(), one_pair, torch.full((2, 13, 17), 255)]
-
-
-def test_two_processes_equal_one(tmp_path):
-    """The mean of two processes' losses and gradients is that of one process with both images."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = [(rank, 2, tmp_path / "store", queue) for rank in range(2)]
-    processes = [context.Process(target=_rank_gradients, args=args) for args in arguments]
-    for process in processes:
-        process.start()
-    by_rank = dict(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
-    for case, labels in enumerate(_distributed_labels()):
-        output = make_output(auxiliary=1)
-        losses = SegViTLoss(CLASSES)(output, labels)
-        grads = torch.autograd.grad(losses["total"], [*output[:2], *output.auxiliary[0]])
-        values = torch.tensor([by_rank[rank][case][0] for rank in range(2)], dtype=torch.float64)
-        close(values.mean(0), [value.item() for value in losses.values()], 1e-9)
-        for index, expected in enumerate(grads):
-            parts = [torch.tensor(by_rank[rank][case][1][index], dtype=torch.float64) for rank in range(2)]
-            close(sum(parts) / 2, expected, 1e-9)
+def test_class_weights_are_those_of_the_pairs():
+    """In the definition: w times each pair's focal and dice term over the sum of w, w in the class term."""
+    output, labels = make_output(auxiliary=0), make_labels()
+    weights = [0.5, 2.0, 1.0, 7.0, 3.0]
+    losses = SegViTLoss(CLASSES, class_weights=weights)(output, labels)
+    ce, ce_sum, focal, dice, pair_sum = 0.0, 0.0, 0.0, 0.0, 0.0
+    for b in range(2):
+        for c in range(CLASSES):
+            pair = output.class_logits[b : b + 1], output.mask_logits[b : b + 1]
+            here = bool((labels[b] == c).any())
+            weight = weights[c] if here else 0.1
+            ce -= weight * pair[0][0, c].log_softmax(0)[c if here else CLASSES]
+            ce_sum += weight
+            if here:
+                alone = torch.where(labels[b : b + 1] == c, c, 255)
+                terms = formula(*pair, alone)
+                focal, dice = focal + weight * terms["focal"], dice + weight * terms["dice"]
+                pair_sum += weight
+    close(losses["class"], ce / ce_sum)
+    close(losses["focal"], focal / pair_sum)
+    close(losses["dice"], dice / pair_sum)
+    same = SegViTLoss(CLASSES, class_weights=[2.0] * CLASSES, no_object_weight=0.2)(output, labels)
+    close(same["total"], SegViTLoss(CLASSES)(output, labels)["total"])
+    for wrong in ([1.0] * 4, [1.0] * 4 + [-1.0], [0.0] * 5, [1.0] * 4 + [float("nan")]):
+        with pytest.raises(ValueError, match="class_weights: got"):
+            SegViTLoss(CLASSES, class_weights=wrong)
