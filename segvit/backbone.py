@@ -118,11 +118,11 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens: (B, 3, H, W) -> (B, H/p · W/p, C), row by row."""
+    """Non-overlapping patches to tokens: (B, channels, H, W) -> (B, H/p · W/p, C), row by row."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
         self.packed: Folded | None = None  # after fuse()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class VisionTransformer(nn.Module):
         self.keep_positions = False  # after fuse(), which promises that weights stay as they are
         self._positions: tuple[tuple[int, int], Folded] | None = None
 
-        self.patch_embed = PatchEmbed(config.patch_size, config.width)
+        self.patch_embed = PatchEmbed(config.patch_size, config.width, config.in_channels)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.width))
         if config.class_token:
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
@@ -222,7 +222,7 @@ class VisionTransformer(nn.Module):
         (`BackboneConfig.grid_after`).
 
         Args:
-            images: (B, 3, H, W), H and W multiples of the patch size p.
+            images: (B, in_channels, H, W), H and W multiples of the patch size p.
         """
         grid = patch_grid(images, self.config.patch_size)
         x = self.patch_embed(images) + self._position_embedding(grid)
@@ -267,6 +267,24 @@ def resample_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
     inverse = torch.linalg.pinv(resized.flatten(1))  # [new², old²]
     new = torch.einsum("oi,cdi->cdo", inverse, kernel.double().flatten(2))
     return new.unflatten(2, size).to(kernel.dtype)
+
+
+def _spread_channels(state: dict[str, Tensor], channels: int, changed: list[str]) -> None:
+    """Bring an RGB patch kernel to another number of channels.
+
+    Grey pictures get the tokens of the same pictures in RGB. Of more channels the first three keep their
+    kernels and the others get the mean of them, all weaker by 3 / channels: a picture that is the same in
+    every channel gets the tokens that it has in RGB.
+    """
+    name = "patch_embed.proj.weight"
+    kernel = state.get(name)
+    if kernel is None or kernel.ndim != 4 or kernel.shape[1] != 3 or channels == 3:
+        return
+    mean = kernel.mean(1, keepdim=True)
+    first = kernel if channels > 3 else kernel[:, :0]
+    state[name] = torch.cat([first, mean.expand(-1, channels - first.shape[1], -1, -1)], 1) * (3 / channels)
+    rest = "the others have their mean, " if channels > 3 else "each has their mean, "
+    changed.append(f"patch kernel of 3 channels spread over {channels}: {rest}all times 3/{channels}")
 
 
 class BackboneState(NamedTuple):
@@ -332,6 +350,7 @@ def adapt_backbone_state(
     if kernel is not None and kernel.shape[-1] != config.patch_size:
         changed.append(f"patch kernel {kernel.shape[-1]} resampled to {config.patch_size}")
         state["patch_embed.proj.weight"] = resample_patch_kernel(kernel, config.patch_size)
+    _spread_channels(state, config.in_channels, changed)
     return BackboneState(state, ignored, changed)
 
 
@@ -349,7 +368,7 @@ def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object)
     """
     keys = {key: tuple(value.shape) for key, value in _timm_names(state_dict).items()}
     try:
-        width, _, patch_size, _ = keys["patch_embed.proj.weight"]
+        width, channels, patch_size, _ = keys["patch_embed.proj.weight"]
         depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
         fc1, fc2 = keys["blocks.0.mlp.fc1.weight"], keys["blocks.0.mlp.fc2.weight"]
     except (KeyError, ValueError):
@@ -361,6 +380,7 @@ def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object)
         "depth": depth,
         "heads": max(1, width // 64),
         "patch_size": patch_size,
+        "in_channels": channels,
         "mlp": "gelu" if fc1[0] == fc2[1] else "swiglu",
         "mlp_ratio": fc1[0] / width,
         "class_token": "cls_token" in keys,

@@ -77,7 +77,7 @@ def run(config: BenchConfig) -> int:
             result = measure(
                 config,
                 model,
-                _images(config, size, device),
+                _images(config, model.config.reading, size, device),
                 log=lambda line: print(line, file=sys.stderr, flush=True),
             )
     except RuntimeError as error:
@@ -459,12 +459,16 @@ def _size(config: BenchConfig, model: SegViT) -> tuple[int, int]:
     return config.size[0], config.size[-1]
 
 
-def _images(config: BenchConfig, size: tuple[int, int], device: torch.device) -> Tensor:
+def _images(
+    config: BenchConfig, reading: dict[str, Any], size: tuple[int, int], device: torch.device
+) -> Tensor:
     if config.image is None:
         generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (config.batch, 3, *size), dtype=torch.uint8, generator=generator)
+        images = torch.randint(
+            0, 256, (config.batch, reading["channels"], *size), dtype=torch.uint8, generator=generator
+        )
     else:
-        picture = read_image(Path(config.image))[None].float()
+        picture = read_image(Path(config.image), **reading)[None].float()
         picture = F.interpolate(picture, size=size, mode="bilinear", align_corners=False, antialias=True)
         images = picture.round().clamp(0, 255).to(torch.uint8).repeat(config.batch, 1, 1, 1)
     return images.to(device)

@@ -21,6 +21,7 @@ class BackboneConfig:
             in a checkpoint are dead weights and are not loaded (as in published SegViT models).
         register_tokens: number of register tokens.
         layer_scale: initial value of LayerScale, or None for blocks without it.
+        in_channels: channels of the images: 3 for RGB, 1 for grey, or any number; RGB weights fit all.
         qkv_bias: whether the packed query, key and value projection has a bias.
         final_norm: apply the final LayerNorm to every tapped feature map (published SegViT: no).
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
@@ -38,6 +39,7 @@ class BackboneConfig:
     class_token: bool = False
     register_tokens: int = 0
     layer_scale: float | None = None
+    in_channels: int = 3
     qkv_bias: bool = True
     final_norm: bool = False
     drop_path: float = 0.0
@@ -45,7 +47,7 @@ class BackboneConfig:
     shrink_at: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch_size"):
+        for name in ("width", "depth", "heads", "patch_size", "in_channels"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         _check(self.mlp in ("gelu", "swiglu"), f"mlp must be 'gelu' or 'swiglu', got {self.mlp!r}")
@@ -94,7 +96,9 @@ class SegViTConfig:
         key_positions: add to each key of the up-sampling the query of its own place, see
             `segvit_kernels.QueryUpsample`. Published models do not, and take longer to train.
         image_size: height and width of training crops; the position embedding is stored for this size.
-        mean, std: of the RGB channels on the 0..1 scale.
+        mean, std: of each channel on the 0..1 scale.
+        value_range: stored values of pictures that become black and white, one pair or one for each channel;
+            None: found picture by picture for other than 8-bit pictures, see `segvit.data.read_image`.
         class_names: one name for each class, or None.
         palette: one (red, green, blue) in 0..255 for each class, or None.
     """
@@ -110,8 +114,9 @@ class SegViTConfig:
     resize_queries: bool = True
     key_positions: bool = False
     image_size: tuple[int, int] = (512, 512)
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    value_range: tuple[float, ...] | None = None
     class_names: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
 
@@ -121,7 +126,7 @@ class SegViTConfig:
 
         if isinstance(self.image_size, int):
             fill("image_size", (self.image_size, self.image_size))
-        for name in ("taps", "image_size", "mean", "std", "class_names"):
+        for name in ("taps", "image_size", "mean", "std", "value_range", "class_names"):
             if getattr(self, name) is not None:
                 fill(name, tuple(getattr(self, name)))
         if self.palette is not None:
@@ -153,8 +158,16 @@ class SegViTConfig:
             len(size) == 2 and all(side >= patch and side % patch == 0 for side in size),
             f"image_size must be two multiples of the patch size {patch}, got {size}",
         )
+        channels = self.backbone.in_channels
         for name in ("mean", "std"):
-            _check(len(getattr(self, name)) == 3, f"{name} must have 3 values, got {getattr(self, name)}")
+            if getattr(self, name) == (0.5, 0.5, 0.5):
+                fill(name, (0.5,) * channels)
+            values = getattr(self, name)
+            _check(len(values) == channels, f"{name} must have in_channels = {channels} values, got {values}")
+        _check(
+            self.value_range is None or len(self.value_range) in (2, 2 * channels),
+            f"value_range must be 2 numbers, or 2 for each of {channels} channels, got {self.value_range}",
+        )
         _check(min(self.std) > 0, f"std must be positive, got {self.std}")
         for name in ("class_names", "palette"):
             entries = getattr(self, name)
@@ -199,6 +212,11 @@ class SegViTConfig:
         names = {field.name for field in dataclasses.fields(BackboneConfig)}
         backbone = {key: values.pop(key) for key in list(values) if key in names}
         return cls.from_dict({"backbone": backbone, **values})
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How pictures are read for this model: arguments of `segvit.data.read_image`."""
+        return {"channels": self.backbone.in_channels, "value_range": self.value_range}
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types."""

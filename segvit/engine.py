@@ -63,6 +63,7 @@ class InferenceEngine:
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: got {batch}, expected at least 1")
         self.size, self.batch, self.device = sides, batch, model.mean.device
+        self.channels = model.config.backbone.in_channels
         self.dtype = _dtype(model, dtype)
         self.method = _method(method, self.device, fp8)
         if fp8:
@@ -82,7 +83,7 @@ class InferenceEngine:
             mode = "max-autotune-no-cudagraphs" if cuda else None  # the capture below is the graph
             self._run = torch.compile(_own(self.function), mode=mode, fullgraph=True, dynamic=False)
         if cuda and self.method != "eager":
-            self._run = _Graph(self._run, (self.batch, 3, *self.size), self.device)
+            self._run = _Graph(self._run, (self.batch, self.channels, *self.size), self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: what is compiled or captured is not in it."""
@@ -102,7 +103,7 @@ class InferenceEngine:
         Raises:
             ValueError: images of another shape, dtype or device than the engine was made for.
         """
-        expected = (self.batch, 3, *self.size)
+        expected = (self.batch, self.channels, *self.size)
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             raise ValueError(
                 f"images: got {getattr(images, 'dtype', type(images).__name__)}, expected torch.uint8"
@@ -179,7 +180,7 @@ def _fold_normalisation(network: SegViT) -> tuple[Tensor, Tensor | None]:
     projection, positions = network.backbone.patch_embed.proj, network.backbone.pos_embed
     exact = torch.promote_types(positions.dtype, torch.float32)
     mean, std = (
-        torch.tensor(values, dtype=exact, device=positions.device).view(3, 1, 1)
+        torch.tensor(values, dtype=exact, device=positions.device).view(-1, 1, 1)
         for values in (network.config.mean, network.config.std)
     )
     step = 255 * _PIXEL

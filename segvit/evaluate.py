@@ -367,9 +367,10 @@ def run(config: EvaluateConfig) -> int:
     dataset = open_dataset(
         config.data,
         config.split,
-        **folder_options(config),
+        **{**folder_options(config), "value_range": config.value_range or model_config.value_range or ()},
         num_classes=model_config.num_classes,
         default_names=model_config.class_names,
+        channels=model_config.backbone.in_channels,
         progress=config.progress,
         synthetic_length=config.synthetic_validation,
         synthetic_size=model_config.image_size[0],

@@ -75,14 +75,14 @@ class SegViT(nn.Module):
 
     def _set_statistics(self) -> None:
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(self.config, name)).view(3, 1, 1)
+            values = torch.tensor(getattr(self.config, name)).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: Tensor) -> SegViTOutput:
         """Class and mask logits.
 
         Args:
-            images: normalised, (B, 3, H, W) with H and W multiples of the patch size; see `preprocess`.
+            images: normalised, (B, channels, H, W), H and W multiples of the patch size; see `preprocess`.
 
         Raises:
             ValueError: another shape.
@@ -108,11 +108,15 @@ class SegViT(nn.Module):
         return self.decoder.mask_grid((size[0] // patch, size[1] // patch))
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
-        patch = self.config.backbone.patch_size
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % patch or images.shape[3] % patch:
-            raise ValueError(
-                f"images must be (B, 3, H, W), H and W multiples of {patch}, got {tuple(images.shape)}"
-            )
+        patch, channels = self.config.backbone.patch_size, self.config.backbone.in_channels
+        if (
+            images.ndim != 4
+            or images.shape[1] != channels
+            or images.shape[2] % patch
+            or images.shape[3] % patch
+        ):
+            expected = f"(B, {channels}, H, W), H and W multiples of {patch}"
+            raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point, got {images.dtype}; see preprocess()")
         return patch_grid(images, patch)
@@ -124,12 +128,14 @@ class SegViT(nn.Module):
 
         Raises:
             TypeError: not uint8.
-            ValueError: not RGB.
+            ValueError: another number of channels than the model's (3 above).
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"images must be uint8, got {images.dtype}")
-        if images.ndim not in (3, 4) or images.shape[-3] != 3:
-            raise ValueError(f"images must have shape (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
+        channels = self.config.backbone.in_channels
+        if images.ndim not in (3, 4) or images.shape[-3] != channels:
+            expected = f"(B, {channels}, H, W) or ({channels}, H, W)"
+            raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
         images = images.to(self.mean.device).to(self.mean.dtype)
         return (images / 255 - self.mean) / self.std
 
@@ -211,7 +217,7 @@ class SegViT(nn.Module):
             raise ValueError("region: is of the scores; expected return_scores with it")
         if isinstance(images, (list, tuple)):
             return [self.predict(i, options, return_scores=return_scores, region=region) for i in images]
-        images = image_tensor(images)
+        images = image_tensor(images, **self.config.reading)
         training = self.training
         self.eval()
         try:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from segvit._extras import require
 from segvit._failures import one_line, out_of_memory
 from segvit.data.pictures import PICTURE_SUFFIXES as SUFFIXES
-from segvit.data.pictures import probe, read_image
+from segvit.data.pictures import as_rgb, probe, read_image
 from segvit.machine import pick_backend, pick_device
 from segvit.options import PredictConfig
 
@@ -188,7 +188,7 @@ def similarity_maps(
 
     Args:
         model: in evaluation mode.
-        image: uint8 (3, H, W).
+        image: uint8 (C, H, W).
         classes: indices of the K classes to return.
 
     Returns:
@@ -303,9 +303,9 @@ class _Job:
         """What is to be written for a picture, by kind, each as a function of the path; and a summary."""
         from segvit import visualize
 
-        image = read_image(file)
+        image = read_image(file, **self.model.config.reading)
         labels, writers = self._labels(image, scratch)
-        pixels = image.permute(1, 2, 0).numpy()
+        pixels = as_rgb(image).permute(1, 2, 0).numpy()
         pictures = {
             "labels": label_picture(labels, len(self.names)),
             "overlay": visualize.overlay_with_legend(

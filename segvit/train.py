@@ -152,6 +152,7 @@ def build_model(config: TrainConfig, dataset: Any) -> SegViT:
     overrides = {"image_size": config.image_size, "shrunk": config.shrunk, **config.model}
     overrides.setdefault("class_names", dataset.class_names)
     overrides.setdefault("palette", dataset.palette)
+    overrides.setdefault("value_range", config.value_range or None)
     try:
         model_config = SegViTConfig.preset(config.preset, dataset.num_classes, **overrides)
     except TypeError as error:
@@ -216,6 +217,7 @@ def train(
             config.data,
             split,
             **folder_options(config),
+            channels=config.model.get("in_channels", 3),
             progress=config.progress,
             synthetic_length=synthetic_length,
             synthetic_size=config.image_size,

@@ -22,7 +22,7 @@ from torchvision import tv_tensors  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 from torchvision.transforms.v2 import functional as F  # noqa: E402
 
-__all__ = ["Augment", "ClassBalancedCrop", "RandomScale", "sample_seed"]
+__all__ = ["Augment", "ClassBalancedCrop", "RandomIntensity", "RandomScale", "sample_seed"]
 
 
 def sample_seed(*numbers: int) -> int:
@@ -83,14 +83,36 @@ class ClassBalancedCrop(v2.Transform):
         return F.crop(inpt, **params)
 
 
+class RandomIntensity(v2.Transform):
+    """Brightness and contrast of an image of any channels, all alike, each half of the time.
+
+    The part of `v2.RandomPhotometricDistort` that is not about colour; contrast around each channel's mean.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        bright, contrast = (
+            float(torch.empty(()).uniform_(*limits)) for limits in ((0.875, 1.125), (0.5, 1.5))
+        )
+        use = torch.rand(2) < 0.5
+        return {"brightness": bright if use[0] else 1.0, "contrast": contrast if use[1] else 1.0}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        image = inpt.as_subclass(Tensor).float() * params["brightness"]
+        mean = image.mean((-2, -1), keepdim=True)
+        image = (image - mean) * params["contrast"] + mean
+        return tv_tensors.wrap(image.round().clamp(0, 255).to(inpt.dtype), like=inpt)
+
+
 class Augment:
-    """(image uint8 (3, H, W), label int64 (H, W)) -> the same kinds at (size, size).
+    """(image uint8 (C, H, W), label int64 (H, W)) -> the same kinds at (size, size).
 
     Args:
         size: side of the result.
         scale: range of the random resize relative to short side = size.
         class_share, flip, photometric: see `segvit.options.AugmentationOptions`.
-        mean: colour of the padding on 0..1 (it becomes 0 after normalisation).
+        mean: colour of the padding on 0..1 (it becomes 0 after normalisation), a value for each channel.
         ignore_index: label of the padding.
         seed: first of the three numbers that decide everything random; the others come with the call.
     """
@@ -120,7 +142,8 @@ class Augment:
         if flip:
             steps.append(v2.RandomHorizontalFlip(0.5))
         if photometric:
-            steps.append(v2.RandomPhotometricDistort())
+            colour = len(self.fill) == 3
+            steps.append(v2.RandomPhotometricDistort() if colour else RandomIntensity())
         self.steps = v2.Compose(steps)
 
     def __call__(self, image: Tensor, label: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
