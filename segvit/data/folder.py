@@ -123,7 +123,7 @@ class SegmentationFolder(Dataset):
             self._colours = {_packed(colour): index for index, colour in enumerate(classes.colours)}
             self._colours |= {_packed(colour): None for colour in classes.ignored}
         self._summary: Summary | None = None
-        if mapping is None and reduce_zero_label == "auto":
+        if self._needs_all or (mapping is None and reduce_zero_label == "auto"):
             self._decide()
         else:
             self._set_reading(self._read(None))
@@ -176,44 +176,69 @@ class SegmentationFolder(Dataset):
         self._numbers = _Lookup(reading.table, self.ignore_index)
         self._colour_table = _Lookup(self._colours, self.ignore_index, dense=False)
 
-    def facts(self) -> list[Facts]:
-        """What is known of every pair of `files`; they are looked at where that was not done before."""
-        return inspect(self.files, self.root, channels=self.channels, progress=self.progress)
-
     def _decide(self) -> None:
         """Look at the label maps and find what they mean; a file that cannot be used, `check` reports."""
         if self._summary is not None:
             return
-        pairs = list(self.files)
-        self._looked_at = self.split
-        automatic = self._mapping is None and self._wanted == "auto" and self._zero is None
-        if automatic:
+        groups = {self.split: self.files}
+        if self._needs_all:
             for split in ("training", "validation"):
-                known = {picture for picture, _ in pairs}
-                if other := [] if split == self.split else self._other(split, known):
-                    pairs += other
-                    self._looked_at += f" and {split}"
-        facts = inspect(pairs, self.root, channels=self.channels, progress=self.progress)
-        self._problem = next((one.problem for one in facts[: len(self.files)] if one.problem), None)
-        if all(one.problem for one in facts):
+                known = {picture for pairs in groups.values() for picture, _ in pairs}
+                if split not in groups and (other := self._other(split, known)):
+                    groups[split] = other
+        facts = {split: self._inspect(pairs) for split, pairs in groups.items()}
+        self._problem = next((one.problem for one in facts[self.split] if one.problem), None)
+        if all(one.problem for some in facts.values() for one in some):
             raise ValueError(self._problem)
-        summary = summarize(facts, [label for _, label in pairs], self._colours)
-        unknown = [colour for colour in summary.colours if colour not in self._colours]
-        if unknown:
-            share = sum(summary.colours[colour] for colour in unknown) / summary.colours.total()
-            shown = ", ".join(colour_text(colour) for colour in unknown[:4])
-            more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-            what = "no class's" if self._colours else "no label values"
+        summaries = {
+            split: summarize(facts[split], [label for _, label in pairs], self._colours)
+            for split, pairs in groups.items()
+        }
+        whole = Summary.of(summaries.values())
+        if unknown := [colour for colour in whole.colours if colour not in self._colours]:
+            raise ValueError(self._unknown_colours(unknown, whole))
+        self._set_reading(self._read(whole))
+        self._agree(summaries)
+        self._summaries, self._summary = summaries, whole
+        own = summaries[self.split]
+        if own.maps and not any(self._has_class(*held) for held in own.held):
+            raise ValueError(f"{self.root}: every pixel of the {self.split} label maps is ignored")
+
+    @property
+    def _needs_all(self) -> bool:
+        """Whether what a split's values mean may depend on another's: training and evaluation must agree."""
+        if self._mapping is not None or self._wanted is True:
+            return False
+        return self.num_classes == 2 or (self._wanted == "auto" and self._zero is None)
+
+    def _inspect(self, pairs: Sequence[tuple[Path, Path]]) -> list[Facts]:
+        return inspect(pairs, self.root, channels=self.channels, progress=self.progress)
+
+    def _agree(self, summaries: Mapping[str, Summary]) -> None:
+        """Refuse splits of which each says something else."""
+        if not self._needs_all or len(summaries) < 2 or "training" not in summaries:
+            return
+        try:
+            alone = self._read(summaries["training"])
+        except ValueError:
+            return  # the other splits made it clear
+        if alone != self.reading:
+            values = ", ".join(f"{split} has {spans(sorted(s.values))}" for split, s in summaries.items())
             raise ValueError(
-                f"{summary.where_colour[unknown[0]]}: the colours {shown}{more} ({share:.1%} of the pixels) "
-                f"are {what}; give each class its colour in the names file, 'name red green blue', and what "
-                "is no class as 'ignore red green blue'"
+                f"{self.root}: the splits' label values do not mean the same: {values}; say "
+                "--no-reduce-zero-label, --reduce-zero-label or --label-mapping"
             )
-        reading = self._read(summary)
-        if not summary.values and all(self._colours[colour] is None for colour in summary.colours):
-            raise ValueError(f"{self.root}: every pixel is ignored")
-        self._set_reading(reading)
-        self._summary = summary
+
+    def _unknown_colours(self, unknown: Sequence[int], summary: Summary) -> str:
+        share = sum(summary.colours[colour] for colour in unknown) / summary.colours.total()
+        shown = ", ".join(colour_text(colour) for colour in unknown[:4])
+        more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+        what = "no class's" if self._colours else "no label values"
+        return (
+            f"{summary.where_colour[unknown[0]]}: the colours {shown}{more} ({share:.1%} of the pixels) are "
+            f"{what}; give each class its colour in the names file, 'name red green blue', and what is no "
+            "class as 'ignore red green blue'"
+        )
 
     def _other(self, split: str, known: set[Path]) -> list[tuple[Path, Path]]:
         try:
@@ -239,7 +264,8 @@ class SegmentationFolder(Dataset):
             found.append(f"{len(summary.colours)} colours")
         empty = sum(not self._has_class(*held) for held in summary.held)
         alone = f"; {empty} of them hold no class at all" if empty else ""
-        lines = [f"data: {summary.maps} label maps of {self._looked_at} hold {' and '.join(found)}{alone}"]
+        splits = " and ".join(self._summaries)
+        lines = [f"data: {summary.maps} label maps of {splits} hold {' and '.join(found)}{alone}"]
         if summary.values:
             lines.append(f"data: {self.reading.describe(summary.values, self.class_names, self.num_classes)}")
         if summary.colours:
@@ -247,7 +273,16 @@ class SegmentationFolder(Dataset):
             lines.append(
                 f"data: {codes.describe(summary.colours, self.class_names, self.num_classes, colour_text)}"
             )
+        if self.split == "training" and len(self._summaries) > 1:
+            learnt, all_classes = (self._classes_in(s) for s in (self._summaries["training"], summary))
+            if unseen := sorted(all_classes - learnt):
+                names = ", ".join(self.class_names[i] if self.class_names else str(i) for i in unseen)
+                lines.append(f"data: in validation but never in training: {names}")
         return [*lines, *([f"data: {self.said}"] if self.said else [])]
+
+    def _classes_in(self, summary: Summary) -> set[int]:
+        found = {self.reading.table[value] for value in summary.values}
+        return (found | {self._colours[colour] for colour in summary.colours}) - {None}
 
     def _has_class(self, values: tuple[int, ...], colours: tuple[int, ...]) -> bool:
         return any(self.reading.table[value] is not None for value in values) or any(

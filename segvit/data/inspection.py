@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,19 @@ class Summary:
     where: dict[int, Path] = field(default_factory=dict)
     where_colour: dict[int, Path] = field(default_factory=dict)
     held: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parts: Iterable[Summary]) -> Summary:
+        """The sum of several."""
+        whole = cls()
+        for part in parts:
+            whole.maps += part.maps
+            whole.values.update(part.values)
+            whole.colours.update(part.colours)
+            whole.where = {**part.where, **whole.where}
+            whole.where_colour = {**part.where_colour, **whole.where_colour}
+            whole.held += part.held
+        return whole
 
 
 def inspect(

@@ -1,0 +1,331 @@
+"""What a folder's files are found to be: before training, in `segvit data check`, and kept between runs."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segvit.cli import main
+from segvit.data import SegmentationFolder, inspection
+from segvit.data.names import read_classes
+
+SKY = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+COLOURS = np.array([(10, 20, 30), (200, 0, 0), (0, 0, 200)], np.uint8)
+PALETTE = "sky 10 20 30\nroad 200 0 0\ncar 0 0 200\n"
+
+
+def folder(root, *labels, names="sky\nroad\ncar\n", splits=("training", "validation"), suffix=".png"):
+    """A picture for each label map, in every split; a label map is an array or a PIL image."""
+    for split in splits:
+        for number, label in enumerate(labels):
+            label = label if isinstance(label, Image.Image) else Image.fromarray(label)
+            for kind in ("images", "annotations"):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+            label.save(root / "annotations" / split / f"{number}{suffix}")
+            pixels = np.full((*label.size[::-1], 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(root / "images" / split / f"{number}.png")
+    (root / "names.txt").write_text(names)
+    return root
+
+
+def palette_image(label, colours):
+    image = Image.fromarray(label).convert("P")
+    image.putpalette(np.asarray(colours, np.uint8).tobytes())
+    return image
+
+
+def classes(root, **options):
+    """The label maps of training as training gets them, after the check."""
+    data = SegmentationFolder(root, **options)
+    data.check()
+    return [item["label"].tolist() for item in data]
+
+
+# Readings, from files
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32, "1", "P", "LA", "RGB", "RGBA"])
+def test_binary_masks_of_every_kind(tmp_path, kind):
+    mask = np.array([[0, 255, 255], [0, 0, 255]], np.uint8)
+    stored, suffix = Image.fromarray(mask), ".png"
+    if isinstance(kind, str):
+        stored = (
+            palette_image(mask // 255, [(0, 0, 0), (255, 255, 255)]) if kind == "P" else stored.convert(kind)
+        )
+    else:
+        stored, suffix = Image.fromarray(mask.astype(kind)), ".tif"
+    root = folder(tmp_path, stored, names="background\nobject\n", suffix=suffix)
+    assert classes(root) == [(mask // 255).tolist()]
+    assert classes(root, reduce_zero_label=False) == [(mask // 255).tolist()]
+    with pytest.raises(ValueError, match="a single class leave nothing to tell apart"):
+        SegmentationFolder(root, names=("object",)).check()
+
+
+def test_the_check_says_what_was_understood(tmp_path):
+    root = folder(tmp_path, SKY, np.full((2, 3), 255, np.uint8))
+    assert SegmentationFolder(root).check() == [
+        "data: 4 label maps of training and validation hold the values 0...2, 255; 2 of them hold no class "
+        "at all",
+        "data: 3 of 3 classes occur: 0 is sky, 1 is road, 2 is car; 255 is ignored, 50.0% of the pixels",
+    ]
+    Image.fromarray(SKY % 2).save(root / "annotations/training/0.png")
+    lines = SegmentationFolder(root, reduce_zero_label=False).check()
+    assert lines[0].startswith("data: 2 label maps of training hold the values 0...1, 255")
+    assert lines[1].endswith("never: car")
+    assert SegmentationFolder(root).check()[-1] == "data: in validation but never in training: car"
+
+
+def test_splits_that_mean_different_things(tmp_path):
+    root = folder(tmp_path, SKY)
+    for split, shift in (("training", 0), ("validation", 1)):
+        Image.fromarray(SKY + np.uint8(shift)).save(root / "annotations" / split / "0.png")
+    for split in ("training", "validation"):
+        with pytest.raises(ValueError, match=r"training has 0\.\.\.2") as error:
+            SegmentationFolder(root, split)
+        assert "the splits' label values do not mean the same" in str(error.value)
+    masks = folder(tmp_path / "masks", SKY % 2 * np.uint8(255), names="background\nobject\n")
+    Image.fromarray(SKY % 2).save(masks / "annotations/validation/0.png")
+    for zero in ("auto", False):
+        with pytest.raises(ValueError, match="do not mean the same: training has 0, 255, validation has 0"):
+            SegmentationFolder(masks, reduce_zero_label=zero)
+
+
+def test_a_split_without_any_class(tmp_path):
+    root = folder(tmp_path, SKY)
+    Image.fromarray(np.full((2, 3), 255, np.uint8)).save(root / "annotations/validation/0.png")
+    SegmentationFolder(root)
+    with pytest.raises(ValueError, match="every pixel of the validation label maps is ignored"):
+        SegmentationFolder(root, "validation")
+
+
+# Colours
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "P"])
+def test_colour_coded_labels(tmp_path, kind):
+    label = SKY
+    if kind == "P":  # a palette in an order of its own: 3, 4, 0 are sky, road, car
+        stored = palette_image((SKY + 3) % 5, COLOURS[[2, 0, 0, 0, 1]])
+    else:
+        stored = Image.fromarray(COLOURS[SKY]).convert(kind)
+    root = folder(tmp_path, stored, names=PALETTE)
+    assert classes(root) == [label.tolist()]
+    data = SegmentationFolder(root)
+    assert data.palette == tuple(map(tuple, COLOURS.tolist()))
+    assert data.check()[1] == (
+        "data: 3 of 3 classes occur: 10 20 30 is sky, 200 0 0 is road, 0 0 200 is car; no pixel is ignored"
+    )
+
+
+def test_ignored_and_unknown_colours(tmp_path):
+    root = folder(tmp_path, COLOURS[SKY], names=PALETTE.replace("car", "ignore"))
+    assert classes(root) == [[[0, 1, 255], [255, 1, 0]]]
+    (root / "names.txt").write_text("sky 10 20 30\nroad 200 0 0\n")
+    with pytest.raises(
+        ValueError, match=r"0\.png: the colours 0 0 200 \(33\.3% of the pixels\) are no class's"
+    ):
+        SegmentationFolder(root)
+    (root / "names.txt").write_text("sky\nroad\ncar\n")
+    with pytest.raises(
+        ValueError, match=r"0\.png: the colours .* and 0 more|are no label values; give each class"
+    ):
+        SegmentationFolder(root)
+
+
+def test_palettes_of_their_own_are_noticed(tmp_path):
+    """Every file saved with the colours that it happens to have: the numbers mean nothing."""
+    root = folder(tmp_path, palette_image(SKY, COLOURS), palette_image(SKY, COLOURS[[1, 0, 2]]))
+    with pytest.raises(ValueError, match=r"1\.png: its palette gives the colour .* colour-coded label maps"):
+        SegmentationFolder(root)
+    (root / "names.txt").write_text(PALETTE)
+    assert classes(root) == [SKY.tolist(), np.array([1, 0, 2])[SKY].tolist()]
+
+
+def test_names_with_colours(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("\ufeffname,r,g,b\r\nsky, 128,128,128\r\nroad side\t128 64 128\r\n", encoding="utf-8")
+    found = read_classes(file)
+    assert found.names == ("sky", "road side") and found.colours == ((128, 128, 128), (128, 64, 128))
+    file.write_text("building, edifice\nsky\n")
+    assert read_classes(file) == (("building, edifice", "sky"), None, (), False)
+    for text, message in (
+        ("sky 1 2 3\nroad\n", "'road' has no colour, other classes have"),
+        ("sky 1 2 3\nroad 1 2 3\n", "colours occur twice: 1 2 3"),
+        ("sky 1 2 300\n", "colour out of range: sky"),
+        ("sky 1 2 3\nsky 3 2 1\n", "class names occur twice: sky"),
+        ("ignore 0 0 0\n", "no class name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_classes(file)
+
+
+# Files that cannot be used
+
+
+def test_problems_are_found_before_training(tmp_path):
+    root = folder(tmp_path, SKY, SKY)
+    for place, content, message in (
+        ("annotations/training/1.png", b"rubbish", r"1\.png: not a picture"),
+        ("images/training/1.png", b"", r"1\.png: not a picture"),
+        ("images/training/1.png", "short", r"training/1\.png: cannot be decoded"),
+        (
+            "annotations/training/1.png",
+            SKY.T,
+            r"the label map is 2x3 pixels, its image 3x2; drawn on the picture as",
+        ),
+        ("annotations/training/1.png", SKY / 2, r"1\.png: got label value 0\.5"),
+    ):
+        path = root / place
+        good = path.read_bytes()
+        if isinstance(content, np.ndarray):
+            kind = "TIFF" if content.dtype.kind == "f" else "PNG"
+            Image.fromarray(content.astype(np.float32) if kind == "TIFF" else content).save(path, kind)
+        elif content == "short":
+            noise = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+            path.write_bytes(path.read_bytes()[:-24])
+        else:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            SegmentationFolder(root).check()
+        path.write_bytes(good)
+    SegmentationFolder(root).check()
+
+
+# What is kept
+
+
+def test_facts_are_kept_beside_nothing(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SEGVIT_CACHE", str(cache))
+    monkeypatch.setattr(inspection, "_kept", {})
+    root = folder(tmp_path / "data", SKY, SKY)
+    before = sorted(root.rglob("*"))
+    looked = []
+    look = inspection._look
+    monkeypatch.setattr(inspection, "_look", lambda *args: looked.append(args) or look(*args))
+
+    def found():
+        looked.clear()
+        inspection._kept.clear()
+        lines = SegmentationFolder(root).check()
+        return len(looked), lines
+
+    assert found()[0] == 4 and sorted(root.rglob("*")) == before
+    expected = found()
+    assert expected[0] == 0
+    label = root / "annotations/training/0.png"
+    Image.fromarray(SKY[::-1].copy()).save(label)
+    os.utime(label, (1, 1))
+    assert found() == (1, expected[1])
+    (file,) = (cache / "labels").iterdir()
+    for rubbish in ("", "[]", '{"a": 1}', json.dumps({str(label): ["x", {"values": {"a": 1}}]})):
+        file.write_text(rubbish)
+        assert found() == (4, expected[1])
+    monkeypatch.setenv("SEGVIT_CACHE", str(file))  # a file where a folder should be
+    assert found() == found() == (4, expected[1])
+
+
+# The command
+
+
+def check(capsys, *words):
+    code = main(["data", "check", *map(str, words), "--no-progress"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_data_check(tmp_path, capsys):
+    root = folder(tmp_path / "data", SKY.repeat(20, 0).repeat(20, 1), SKY)
+    (root / "images/training/extra.png").write_bytes((root / "images/training/0.png").read_bytes())
+    (root / "annotations/validation/orphan.png").write_bytes(b"")
+    (root / "annotations/validation/1.png").write_bytes(b"rubbish")
+    sheet = tmp_path / "sheet.png"
+    code, out, err = check(capsys, root, "--sheet", sheet)
+    assert code == 2 and "extra.png: image without label" in err and len(err.splitlines()) == 1
+    rows = [line.split() for line in out.splitlines()]
+    assert [
+        "training",
+        "2",
+        "1",
+        "0",
+        "0",
+        "2",
+        "sizes,",
+        "3x2",
+        "to",
+        "60x40,",
+        "most",
+        "often",
+        "60x40",
+    ] in rows
+    assert ["validation", "2", "0", "1", "1"] in [row[:5] for row in rows]
+    assert "orphan.png" in out and "1.png: not a picture" in out
+    with Image.open(sheet) as picture:
+        assert picture.width > 640
+    for path in (root / "images/training/extra.png", root / "annotations/validation/orphan.png"):
+        path.unlink()
+    Image.fromarray(SKY).save(root / "annotations/validation/1.png")
+    code, out, err = check(capsys, root, "--sheet", sheet)
+    assert (code, err) == (0, "")
+    assert "3 of 3 classes occur: 0 is sky, 1 is road, 2 is car; no pixel is ignored" in out
+    assert ["sky", "0", "33.33%", "4"] in [line.split() for line in out.splitlines()]
+
+
+def test_data_check_where_the_user_must_choose(tmp_path, capsys):
+    root = folder(tmp_path / "data", SKY % 2)
+    sheet = tmp_path / "sheet.png"
+    code, out, err = check(capsys, root, "--sheet", sheet)
+    assert code == 2 and "can be read in two ways with 3 classes" in err
+    assert ["0", "0", "66.67%", "2"] in [line.split() for line in out.splitlines()] and sheet.exists()
+    for words, first in ((["--no-reduce-zero-label"], "sky"), (["--reduce-zero-label", "true"], "(ignored)")):
+        code, out, err = check(capsys, root, *words, "--sheet", "null")
+        assert (code, err) == (0, "") and [first, "0"] in [line.split()[:2] for line in out.splitlines()]
+
+
+def test_data_check_of_other_layouts_and_one_split(tmp_path, capsys):
+    root = folder(tmp_path / "data", SKY, SKY, SKY, splits=("train",))
+    code, out, _ = check(capsys, root, "--sheet", "null")
+    assert code == 0 and "no validation split: 1 of the 3 training pictures" in out
+    (root / "images/train").rename(root / "images/test")
+    (root / "annotations/train").rename(root / "annotations/test")
+    code, out, _ = check(capsys, root, "--sheet", "null")
+    assert code == 0 and "3 label maps of test" in out
+    code, _, err = check(capsys, tmp_path / "nowhere")
+    assert code == 2 and "nowhere: no such folder" in err
+
+
+def test_mistakes_that_training_would_make_are_refused_by_it(tmp_path, capsys):
+    tiny = '{"width": 16, "depth": 1, "heads": 1, "taps": [0], "patch_size": 8, "decoder_depth": 1}'
+    common = [
+        "--preset",
+        "vit_tiny",
+        "--model",
+        tiny,
+        "--image-size",
+        "32",
+        "--max-steps",
+        "1",
+        "--workers",
+        "0",
+    ]
+    common += ["--batch-size", "1", "--no-progress", "--accelerator", "cpu", "--head", "linear"]
+    big = SKY.repeat(16, 0).repeat(16, 1)
+    root = folder(tmp_path / "data", big % 2, names="sky\nroad\ncar\n", splits=("train",))
+    words = ["train", "--data", str(root), "--out", str(tmp_path / "run"), *common]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "--no-reduce-zero-label if 0 is sky" in err and not (tmp_path / "run").exists()
+    assert main([*words, "--no-reduce-zero-label"]) == 2  # a single picture cannot be shared
+    assert "too few to share" in capsys.readouterr().err
+    folder(tmp_path / "data", big % 2, big % 2, splits=("train",))
+    assert main([*words, "--no-reduce-zero-label"]) == 0
+    out = capsys.readouterr().out
+    assert "never: car" in out and "no validation split: 1 of the 2 training pictures" in out
+    saved = (tmp_path / "run/config.yaml").read_text()
+    assert "reduce_zero_label: false" in saved
+    model = next((tmp_path / "run/checkpoints").rglob("config.json"))
+    assert json.loads(model.read_text())["class_names"] == ["sky", "road", "car"]
