@@ -8,9 +8,10 @@ those tokens, so `adapt_backbone_state` adds them once, at load.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from segvit.config import BackboneConfig
+from segvit.foreign import assumptions, timm_names, why_not_plain
 from segvit_kernels import (
     Folded,
     PackedLinear,
@@ -32,7 +34,11 @@ from segvit_kernels import (
     why_not_packed,
 )
 
-LAYER_NORM_EPS = 1e-6
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 class Attention(nn.Module):
@@ -58,7 +64,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, ratio: float, kind: str) -> None:
         super().__init__()
-        self.gated = kind == "swiglu"
+        self.kind, self.gated = kind, kind == "swiglu"
         hidden = int(width * ratio)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden // 2 if self.gated else hidden, width)
@@ -67,9 +73,9 @@ class Mlp(nn.Module):
         if self.gated:
             gate, value = self.fc1(x).chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * value)
-        if isinstance(self.fc1, PackedLinear) and is_plain(self.fc1):
+        if self.kind == "gelu" and isinstance(self.fc1, PackedLinear) and is_plain(self.fc1):
             return self.fc2(self.fc1(x, gelu=True))
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(_ACTIVATIONS[self.kind](self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -103,11 +109,11 @@ class Block(nn.Module):
     def __init__(self, config: BackboneConfig, drop_path: float) -> None:
         super().__init__()
         width, scale = config.width, config.layer_scale
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = Attention(width, config.heads, config.qkv_bias)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.drop_path1 = DropPath(drop_path if config.drop_path_branch == "both" else 0.0)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = Mlp(width, config.mlp_ratio, config.mlp)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.drop_path2 = DropPath(drop_path)
@@ -169,11 +175,13 @@ class VisionTransformer(nn.Module):
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         if config.register_tokens:
             self.reg_token = nn.Parameter(torch.empty(1, config.register_tokens, config.width))
+        if config.pre_norm:
+            self.norm_pre = nn.LayerNorm(config.width, eps=config.norm_eps)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         if config.shrink_at is not None:
             self.blocks[config.shrink_at] = QueryDownsample(self.blocks[config.shrink_at])
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS) if config.final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -230,6 +238,8 @@ class VisionTransformer(nn.Module):
         if prefix:
             x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
         num_prefix = sum(token.shape[1] for token in prefix)
+        if self.config.pre_norm:
+            x = self.norm_pre(x)
 
         features = []
         for index, block in enumerate(self.blocks):
@@ -288,92 +298,105 @@ def _spread_channels(state: dict[str, Tensor], channels: int, changed: list[str]
 
 
 class BackboneState(NamedTuple):
-    """What `adapt_backbone_state` made: the state dict, unused keys, and what was changed in words."""
+    """Of `adapt_backbone_state`: a state dict, unused keys, and what was changed or assumed, in words."""
 
     state_dict: dict[str, Tensor]
     ignored: list[str]
     changed: list[str]
 
 
-# Names of DINOv2's and DeiT-III's own checkpoints, and timm's for the same.
-_OTHER_NAMES = {
-    "register_tokens": "reg_token",
-    "mlp.w12.": "mlp.fc1.",
-    "mlp.w3.": "mlp.fc2.",
-    "gamma_1": "ls1.gamma",
-    "gamma_2": "ls2.gamma",
-}
 # Heads and training leftovers of classification and self-supervised checkpoints.
-_UNUSED = ("head", "fc_norm", "mask_token", "pre_logits", "dist_token", "attn_pool")
+_UNUSED = re.compile(
+    r"(head|fc_norm|mask_token|pre_logits|dist_token|attn_pool|pooler|decoder|classifier|proj$|logit_scale)"
+)
+_ZERO_BIAS = re.compile(r"(patch_embed\.proj|blocks\.\d+\.(attn\.proj|mlp\.fc[12]))\.weight")
 
 
 def adapt_backbone_state(
-    state_dict: Mapping[str, Tensor], config: BackboneConfig, grid: tuple[int, int]
+    state_dict: Mapping[str, Any],
+    config: BackboneConfig,
+    grid: tuple[int, int],
+    known: Mapping[str, Any] | None = None,
 ) -> BackboneState:
     """Bring a plain ViT's weights to the names and shapes of `VisionTransformer`: a pure function.
 
-    Accepts timm's names, DINOv2's and DeiT-III's own, and a full SegViT state dict (prefix `backbone.`).
-    Positions of prefix tokens are added to the tokens, the position grid is resized to
-    `grid`, and the patch kernel is resampled to `config.patch_size`. Keys that do not belong stay, for the
-    loader to report.
+    Accepts the names that `segvit.foreign` lists, behind any prefix (a full SegViT's `backbone.`) and inside
+    training checkpoints. Positions of prefix tokens are added to the tokens, the position grid is resized to
+    `grid`, the patch kernel is resampled to `config.patch_size`, and biases that a linear layer has not are
+    zeros. Keys that do not belong stay, for the loader to report.
+
+    Args:
+        known: what is known of the weights beside names and shapes: "plain": True where the architecture has
+            been looked at, "grid" of the stored positions, "mlp".
 
     Raises:
-        ValueError: the position embedding does not hold a square grid.
+        ValueError: another architecture, quantised or not finite weights, or positions without a grid; one
+            line with the reason.
     """
-    renamed = _timm_names(state_dict)
+    known = known or {}
+    if reason := why_not_plain(state_dict, known):
+        raise ValueError(reason)
+    renamed = timm_names(state_dict)
     state: dict[str, Tensor] = {}
-    ignored, changed = [], []
+    ignored, changed = [], assumptions(state_dict, known)
     for key, value in renamed.items():
         parts = key.split(".")
         beyond = parts[0] == "blocks" and parts[1].isdigit() and int(parts[1]) >= config.depth
-        unused = parts[0].startswith(_UNUSED)
         unused_norm = parts[0] == "norm" and not config.final_norm
         dead_token = key == "cls_token" and not config.class_token
-        if beyond or unused or unused_norm or dead_token:
+        if beyond or _UNUSED.match(key) or unused_norm or dead_token:
             ignored.append(key)
+        elif not value.is_floating_point() or value.itemsize < 2:
+            raise ValueError(f"{key} holds {value.dtype}, quantised weights; expected floating-point ones")
+        elif not value.is_meta and not value.isfinite().all():
+            raise ValueError(
+                f"{key} holds values that are not finite; the file is damaged or training diverged"
+            )
         else:
-            state[key] = value.float() if value.is_floating_point() else value
+            state[key] = value.float()
+    for match in filter(None, map(_ZERO_BIAS.fullmatch, list(state))):
+        weight = state[match[0]]
+        state.setdefault(f"{match[1]}.bias", weight.new_zeros(len(weight)))
 
-    if "pos_embed" in state:
-        positions = state["pos_embed"]
-        num_registers = renamed["reg_token"].shape[1] if "reg_token" in renamed else 0
-        old_grid, num_prefix = _find_grid(positions.shape[1], num_registers, grid)
-        prefix, positions = positions[:, :num_prefix], positions[:, num_prefix:]
-        if num_prefix and "cls_token" in state:
-            state["cls_token"] = state["cls_token"] + prefix[:, :1]
-        if num_prefix > 1 and "reg_token" in state:
-            state["reg_token"] = state["reg_token"] + prefix[:, 1:]
-        if old_grid != grid:
-            changed.append("position grid {}x{} resized to {}x{}".format(*old_grid, *grid))
-        state["pos_embed"] = resize_positions(positions, old_grid, grid)
-    kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.shape[-1] != config.patch_size:
+    stored, num_prefix, assumed = _find_grid(renamed, grid, known.get("grid"))
+    changed += assumed
+    prefix, positions = state["pos_embed"][:, :num_prefix], state["pos_embed"][:, num_prefix:]
+    num_class = min(num_prefix, 1) if "cls_token" in renamed else 0
+    for name, part in (("cls_token", prefix[:, :num_class]), ("reg_token", prefix[:, num_class:])):
+        if part.shape[1] and name in state:
+            state[name] = state[name] + part
+    if stored != grid:
+        changed.append("position grid {}x{} resized to {}x{}".format(*stored, *grid))
+    state["pos_embed"] = resize_positions(positions, stored, grid)
+    kernel = state["patch_embed.proj.weight"]
+    if kernel.shape[-1] != config.patch_size:
         changed.append(f"patch kernel {kernel.shape[-1]} resampled to {config.patch_size}")
         state["patch_embed.proj.weight"] = resample_patch_kernel(kernel, config.patch_size)
     _spread_channels(state, config.in_channels, changed)
     return BackboneState(state, ignored, changed)
 
 
-def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object) -> BackboneConfig:
+def infer_backbone_config(state_dict: Mapping[str, Any], **overrides: object) -> BackboneConfig:
     """The `BackboneConfig` of a plain ViT's weights, read from names and shapes.
 
-    The number of heads leaves no trace in the weights: width / 64, as in every standard ViT, unless given.
+    Heads, activation and the norms' epsilon leave no trace in the weights: width / 64 heads, GELU and 1e-6,
+    as in every standard ViT, unless given.
 
     Args:
-        state_dict: weights with timm's or DINOv2's names.
+        state_dict: weights with the names that `adapt_backbone_state` accepts.
         overrides: fields to set instead.
 
     Raises:
         ValueError: these are not the weights of a plain ViT.
     """
-    keys = {key: tuple(value.shape) for key, value in _timm_names(state_dict).items()}
+    keys = {key: tuple(value.shape) for key, value in timm_names(state_dict).items()}
     try:
         width, channels, patch_size, _ = keys["patch_embed.proj.weight"]
         depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
         fc1, fc2 = keys["blocks.0.mlp.fc1.weight"], keys["blocks.0.mlp.fc2.weight"]
     except (KeyError, ValueError):
         raise ValueError(
-            "not weights of a plain ViT with timm's names (patch_embed.proj, blocks.N...)"
+            why_not_plain(state_dict) or "not a plain ViT's weights: blocks.0.mlp.fc1 and fc2 are missing"
         ) from None
     values = {
         "width": width,
@@ -387,29 +410,48 @@ def infer_backbone_config(state_dict: Mapping[str, Tensor], **overrides: object)
         "register_tokens": keys["reg_token"][1] if "reg_token" in keys else 0,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in keys else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in keys,
+        "pre_norm": "norm_pre.weight" in keys,
     }
     return BackboneConfig(**{**values, **overrides})
 
 
-def _timm_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {key[9:]: value for key, value in state_dict.items() if key.startswith("backbone.")}
-    renamed = {}
-    for key, value in state_dict.items():
-        for theirs, ours in _OTHER_NAMES.items():
-            key = key.replace(theirs, ours)
-        renamed[key] = value
-    return renamed
+def _find_grid(
+    names: Mapping[str, Tensor], grid: tuple[int, int], known: tuple[int, int] | None
+) -> tuple[tuple[int, int], int, list[str]]:
+    """Grid of a stored position table, how many prefix positions precede it, and what was assumed, in words.
 
+    Args:
+        names: weights with timm's names.
+        grid: the model's, which a table of as many positions may have where it is not square.
+        known: the stored grid, where it is known.
 
-def _find_grid(num_positions: int, num_registers: int, grid: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Grid of a stored position embedding, and how many prefix positions precede it."""
-    if num_positions == grid[0] * grid[1]:  # our own layout, perhaps not square
-        return grid, 0
-    for num_prefix in sorted({0, 1, 2, 1 + num_registers}):
-        side = math.isqrt(max(0, num_positions - num_prefix))
-        if side > 0 and side * side == num_positions - num_prefix:
-            return (side, side), num_prefix
+    Raises:
+        ValueError: no grid fits, or several do.
+    """
+    num_positions = names["pos_embed"].shape[1]
+    num_registers = names["reg_token"].shape[1] if "reg_token" in names else 0
+    # Without class token one position may be left of it, as in published SegViT models.
+    num_class = 1 if "cls_token" in names or not num_registers else 0
+    counts = {n: num_positions - n for n in sorted({0, num_class, num_class + num_registers})}
+    squares = {n: math.isqrt(max(0, count)) for n, count in counts.items()}
+    fits = {(side, side): n for n, side in squares.items() if side and side * side == counts[n]}
+    if known:
+        before = num_positions - math.prod(known)
+        fits = {known: before} if before in counts else {}
+    elif num_positions == math.prod(grid):  # our own layout
+        fits = {grid: 0} | {square: n for square, n in fits.items() if n}
+    elif not fits and num_positions - math.prod(grid) in counts:
+        fits = {grid: num_positions - math.prod(grid)}
+    if len(fits) == 1 or (grid in fits and grid[0] == grid[1]):
+        stored = grid if grid in fits else next(iter(fits))
+        assumed = stored[0] != stored[1] and not known
+        words = ["positions taken as the model's grid, {}x{}".format(*stored)] if assumed else []
+        return stored, fits[stored], words
+    tokens = "class and register" if num_registers else "class"
+    if fits:
+        readings = " or ".join("{}x{} after {}".format(*size, prefix) for size, prefix in fits.items())
+        raise ValueError(f"pos_embed has {num_positions} positions: {readings}; which of them is not told")
+    expected = "a {}x{} grid".format(*known) if known else "a square grid"
     raise ValueError(
-        f"pos_embed has {num_positions} positions: neither a square grid nor one after prefix tokens"
+        f"pos_embed has {num_positions} positions: neither {expected} nor one after those of {tokens} tokens"
     )

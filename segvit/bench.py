@@ -443,7 +443,7 @@ def _load(config: BenchConfig) -> SegViT:
     if Path(config.model).exists():
         return load_model(config.model)
     try:
-        return SegViT.from_pretrained(config.model).eval()
+        return load_model(config.model)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; presets: {', '.join(PRESETS)}") from None
 

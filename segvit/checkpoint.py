@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -9,92 +10,244 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from segvit._extras import require
+from segvit.config import SegViTConfig
 from segvit.files import atomic_write as atomic_write
+from segvit.files import follow
+from segvit.foreign import find_state_dict, timm_name, without_wrappers
+from segvit.text import read_json
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 class LoadReport(NamedTuple):
-    """What a load did: number of tensors taken, keys left out on purpose, and what was resized, in words."""
+    """What a load did: number of tensors taken, keys left out, and what was changed or assumed, in words."""
 
     loaded: int
     ignored: tuple[str, ...]
     changed: tuple[str, ...]
 
 
+def hub_name(source: str | os.PathLike) -> str | None:
+    """'owner/name' or 'owner/name@revision' if `source` is such a name of the Hub and no path here."""
+    match = re.fullmatch(r"(?:hf-hub:)?([\w-][\w.-]*/[\w-][\w.-]*(?:@[\w./-]+)?)", str(source))
+    return match[1] if match and not os.path.exists(str(source)) else None
+
+
+def hub_snapshot(name: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The local copy of the files of a Hub repository, 'owner/name' or 'owner/name@revision'.
+
+    Raises:
+        FileNotFoundError: it cannot be had; the message has the Hub's reason.
+        ImportError: huggingface_hub is not installed.
+    """
+    hub = require("huggingface_hub", extra="hub")
+    repository, _, tag = name.partition("@")
+    try:
+        return Path(
+            hub.snapshot_download(repository, revision=revision or tag or None, allow_patterns=patterns)
+        )
+    except Exception as error:
+        raise FileNotFoundError(f"{name}: no such folder, and the Hub says: {first_line(error)}") from None
+
+
+def find_checkpoint(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The folder of a model's config.json and model.safetensors.
+
+    Args:
+        source: that folder, or one of its two files; a run's folder, of which the best or else the last
+            checkpoint is taken; 'owner/name' on the Hub (needs the extra `hub`).
+        revision: branch, tag or commit on the Hub; also 'owner/name@revision'.
+
+    Raises:
+        FileNotFoundError: nothing of these; the message says what it is where that is known.
+    """
+    path = follow(source)
+    if path.is_file() and path.name in (WEIGHTS_FILE, CONFIG_FILE):
+        path = path.parent
+    if path.is_dir():
+        for folder in (path, follow(path / "checkpoints" / "best"), follow(path / "checkpoints" / "last")):
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+        expected = f"expected {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise FileNotFoundError(f"{source}: no checkpoint in this folder ({expected})")
+    if path.is_file():
+        raise FileNotFoundError(
+            f"{source}: a file, expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; a published .pth "
+            "file becomes one by: segvit convert FILE FOLDER"
+        )
+    if name := hub_name(source):
+        return hub_snapshot(name, [WEIGHTS_FILE, CONFIG_FILE], revision)
+    raise FileNotFoundError(f"{source}: no such checkpoint folder, and no owner/name on the Hub")
+
+
+def read_config(folder: Path) -> tuple[SegViTConfig, str | None]:
+    """The configuration in a checkpoint's folder, and the head where it is not the ATM decoder.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: another model's, or not readable; the file is named.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint is {CONFIG_FILE} and {WEIGHTS_FILE}")
+    values = read_json(path, dict)
+    head = values.pop("head", None)
+    if other := values.get("model_type", values.get("architecture")):
+        raise ValueError(f"{path}: of {other}, not of SegViT; a plain ViT's weights go to --backbone-weights")
+    try:
+        return SegViTConfig.from_dict(values), head
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class Checkpoint(NamedTuple):
+    """The weights of a file, and what the file tells about them (see `read_checkpoint`)."""
+
+    state_dict: dict[str, Tensor]
+    about: dict[str, Any]
+
+
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .pth, .pt or .bin file, on the CPU. No code in the file is run.
 
-    A state dict nested under `state_dict`, `model` or `teacher` is found, and `module.` prefixes are dropped.
+    The state dict inside a training checkpoint is found (`segvit.foreign.find_state_dict`), and prefixes
+    of wrappers (`module.`, `_orig_mod.`) are dropped.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read as weights; it is named.
+        ValueError: the file cannot be read as weights; it is named, and what it is instead.
     """
-    return read_checkpoint(path)[0]
+    return read_checkpoint(path).state_dict
 
 
-def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `read_state_dict` gives, and what a .pth file tells about it under `meta`.
+def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """What `read_state_dict` gives, and what the file tells about it.
+
+    Of a .safetensors file these are the entries of its header; of a .pth file what stands under `meta`,
+    "architecture" (`arch`, or `model` of the arguments of the run), and "chosen": which of several state
+    dicts was taken, in words.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read as weights; it is named.
+        ValueError: the file cannot be read as weights; it is named, and what it is instead.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: a folder, expected a file of weights")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
-    meta = {}
-    if path.suffix == ".safetensors":
-        load_file = require("safetensors.torch", extra="train").load_file
-        try:
-            state = load_file(path)
-        except Exception as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from None
+    with path.open("rb") as file:
+        start = file.read(512)
+    if what := _other_kind(start):
+        raise ValueError(f"{path}: {what}")
+    # By content, not by name: files get renamed. A zip archive is torch's.
+    if (path.suffix == ".safetensors" and not start.startswith(b"PK")) or start[8:9] == b"{":
+        content, about = _read_safetensors(path)
     else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: not a readable file of weights ({_why_unreadable(error)})") from None
-        if isinstance(state, Mapping) and isinstance(state.get("meta"), Mapping):
-            meta = dict(state["meta"])
-        for key in ("state_dict", "model", "teacher"):
-            if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-                state = state[key]
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors")
-    tensors = {
-        key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)
-    }
-    return tensors, meta
+        content, about = _read_pickle(path)
+    try:
+        state, chosen = find_state_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    about |= {"chosen": chosen} if chosen else {}
+    return Checkpoint(without_wrappers(state), about)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    safe_open = require("safetensors", extra="train").safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except Exception as error:
+        size = path.stat().st_size
+        words = f"truncated or damaged, {size} bytes: {first_line(error)}"
+        raise ValueError(f"{path}: not a readable safetensors file ({words})") from None
+
+
+def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        with torch.serialization.safe_globals(_harmless(path)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable file of weights ({_why_unreadable(error)})") from None
+    if not isinstance(content, Mapping):
+        return content, {}
+    meta = content.get("meta")
+    about = dict(meta) if isinstance(meta, Mapping) else {}
+    arguments = content.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    for name in (content.get("arch"), arguments.get("model"), arguments.get("arch")):
+        if isinstance(name, str):
+            about.setdefault("architecture", name)
+    return content, about
+
+
+class _Inert(dict):
+    """Stands for an object that a training library left in a checkpoint: takes anything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_LEFT_BY_TRAINING = re.compile(
+    r"(mmengine|mmcv|mmseg|omegaconf|yacs|pathlib|lightning|lightning_fabric|pytorch_lightning)\."
+)
+
+
+def _harmless(path: Path) -> list[Any]:
+    """What may be unpickled beside tensors: numbers of NumPy, arguments of a run, and stand-ins."""
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    allowed = [argparse.Namespace, np.dtype, *numbers]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of another format, or not readable, which torch.load says
+        return allowed
+    return [*allowed, *((_Inert, name) for name in found if _LEFT_BY_TRAINING.match(name))]
+
+
+_TORCHSCRIPT = "a TorchScript program, which would be run to be read; save its state_dict()"
+_OTHER_KINDS = (
+    (rb"^$", "an empty file"),
+    (rb"^version https://git-lfs", "a Git LFS pointer, not the weights: git lfs pull fetches them"),
+    (rb"(?i)^\s*(<!doctype|<html|<\?xml|<head)", "a web page (HTML), not weights: the download went wrong"),
+    (rb"^\s*[{\[]", "a text in JSON, not weights"),
+    (rb"^\x93NUMPY", "a NumPy array, not weights of PyTorch"),
+    (rb"^PK.{28,300}\.npy", "a NumPy archive (JAX weights); timm has many of them: timm:NAME"),
+    (rb"^\x89HDF", "an HDF5 file (Keras), not weights of PyTorch"),
+    (rb"^GGUF", "a GGUF file, quantised weights of a language model"),
+    (rb"^\x1f\x8b|^BZh|^\xfd7zXZ|^7z\xbc\xaf|^Rar!|^.{257}ustar", "a compressed archive: unpack it first"),
+    (rb"^(\xff\xd8\xff|\x89PNG|%PDF)", "a picture or document, not weights"),
+    (rb"^PK.{28,300}/(constants\.pkl|code/)", _TORCHSCRIPT),
+)  # fmt: skip
+
+
+def _other_kind(start: bytes) -> str | None:
+    """What a file is that begins like this, if it clearly holds no weights."""
+    return next((words for pattern, words in _OTHER_KINDS if re.search(pattern, start, re.DOTALL)), None)
 
 
 def _why_unreadable(error: Exception) -> str:
     """The reason why `torch.load` failed, without its advice to run what is in the file."""
     if match := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"refused: it holds pickled objects that could run code, {match[1]}"
+        reason = f"refused: it holds pickled objects that could run code, {match[1]}"
+        return f"{reason}; where it was made, save the model's state_dict() instead"
+    if "TorchScript" in str(error):
+        return _TORCHSCRIPT
     if isinstance(error, pickle.UnpicklingError):
         return "refused: not only tensors and plain values"
-    return f"truncated, or of another kind: {_first_line(error)}"
-
-
-def timm_state_dict(name: str) -> dict[str, Tensor]:
-    """Pretrained weights of a timm model, by timm's name.
-
-    Raises:
-        ImportError: timm is not installed.
-        ValueError: timm does not know the name.
-        OSError: the weights could not be fetched.
-    """
-    timm = require("timm", extra="timm")
-    if name.split(".")[0] not in timm.list_models():
-        raise ValueError(f"timm:{name}: timm {timm.__version__} has no model of this name")
-    try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:
-        raise OSError(f"timm:{name}: pretrained weights not available ({_first_line(error)})") from None
+    return f"truncated, or of another kind: {first_line(error)}"
 
 
 def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -137,10 +290,10 @@ def rename_published_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]
 def published_names(keys: Collection[str]) -> dict[str, str]:
     """Our name -> published key, for every key that is not dead."""
     shrunk = any(key.startswith("decode_head.atm.") for key in keys)
-    table = (*_PUBLISHED_BACKBONE, *(_PUBLISHED_SHRUNK if shrunk else _PUBLISHED_HEAD))
+    table = _PUBLISHED_SHRUNK if shrunk else _PUBLISHED_HEAD
     names = {}
     for key in keys:
-        name = key
+        name = f"backbone.{timm_name(key[9:])}" if key.startswith("backbone.") else key
         for pattern, replacement in table:
             if match := re.search(pattern, key):
                 name = match.expand(replacement) + key[match.end() :]
@@ -152,14 +305,6 @@ def published_names(keys: Collection[str]) -> dict[str, str]:
 
 
 _PUBLISHED_DEAD = r"^backbone\.cls_token$|^decode_head\.(atm\.)?loss_decode\.criterion\.empty_weight$"
-_PUBLISHED_BACKBONE = (
-    (r"^backbone\.patch_embed\.projection\.", "backbone.patch_embed.proj."),
-    (r"^backbone\.layers\.(\d+)\.ln([12])\.", r"backbone.blocks.\1.norm\2."),
-    (r"^backbone\.layers\.(\d+)\.attn\.attn\.in_proj_", r"backbone.blocks.\1.attn.qkv."),
-    (r"^backbone\.layers\.(\d+)\.attn\.attn\.out_proj\.", r"backbone.blocks.\1.attn.proj."),
-    (r"^backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"backbone.blocks.\1.mlp.fc1."),
-    (r"^backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"backbone.blocks.\1.mlp.fc2."),
-)
 _PUBLISHED_HEAD = (
     (r"^decode_head\.q\.weight$", "decoder.class_tokens"),
     (r"^decode_head\.class_embed\.", "decoder.class_head."),
@@ -181,5 +326,6 @@ _PUBLISHED_SHRUNK = (
 )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

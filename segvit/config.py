@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MLPS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A plain Vision Transformer, in the variants that AugReg, DeiT-III and DINOv2 weights need.
+    """A plain Vision Transformer, in the variants that AugReg, DeiT-III, DINOv2 and CLIP weights need.
 
     Attributes:
         width, depth, heads: token width, number of blocks, attention heads.
         patch_size: side of a square patch in pixels.
-        mlp: "gelu" or "swiglu".
+        mlp: "gelu", its approximations "gelu_tanh" (SigLIP 2) and "quick_gelu" (OpenAI's CLIP), or "swiglu".
         mlp_ratio: rows of mlp.fc1 / width; a SwiGLU packs gate and value into fc1, as timm counts it.
         class_token: whether a class token runs through the blocks. Without one, `cls_token` and its position
             in a checkpoint are dead weights and are not loaded (as in published SegViT models).
@@ -23,6 +25,8 @@ class BackboneConfig:
         layer_scale: initial value of LayerScale, or None for blocks without it.
         in_channels: channels of the images: 3 for RGB, 1 for grey, or any number; RGB weights fit all.
         qkv_bias: whether the packed query, key and value projection has a bias.
+        norm_eps: what every LayerNorm adds to the variance.
+        pre_norm: a LayerNorm between the embeddings and the first block (CLIP).
         final_norm: apply the final LayerNorm to every tapped feature map (published SegViT: no).
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
         drop_path_branch: "mlp" (published SegViT) or "both" residual branches.
@@ -41,6 +45,8 @@ class BackboneConfig:
     layer_scale: float | None = None
     in_channels: int = 3
     qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    pre_norm: bool = False
     final_norm: bool = False
     drop_path: float = 0.0
     drop_path_branch: str = "mlp"
@@ -50,7 +56,8 @@ class BackboneConfig:
         for name in ("width", "depth", "heads", "patch_size", "in_channels"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         _check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
-        _check(self.mlp in ("gelu", "swiglu"), f"mlp must be 'gelu' or 'swiglu', got {self.mlp!r}")
+        _check(self.mlp in MLPS, f"mlp must be {', '.join(map(repr, MLPS))}, got {self.mlp!r}")
+        _check(0 < self.norm_eps < 1, f"norm_eps must be between 0 and 1, got {self.norm_eps}")
         _check(
             self.drop_path_branch in ("mlp", "both"),
             f"drop_path_branch must be 'mlp' or 'both', got {self.drop_path_branch!r}",
@@ -169,6 +176,14 @@ class SegViTConfig:
             f"value_range must be 2 numbers, or 2 for each of {channels} channels, got {self.value_range}",
         )
         _check(min(self.std) > 0, f"std must be positive, got {self.std}")
+        # No data has such values on the 0..1 scale; what was meant is 123.675, 58.395 and their like.
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            _check(
+                max(map(abs, values)) <= 4,
+                f"{name} must be on the 0..1 scale, got {values}; on 0..255 divide by 255: "
+                f"{[round(value / 255, 4) for value in values]}",
+            )
         for name in ("class_names", "palette"):
             entries = getattr(self, name)
             _check(

@@ -14,8 +14,10 @@ from torch import Tensor
 from segvit.backbone import infer_backbone_config
 from segvit.checkpoint import published_names, read_checkpoint, rename_published_keys
 from segvit.config import PRESETS, SegViTConfig
+from segvit.foreign import what_it_is, why_not_plain
 from segvit.model import SegViT
 from segvit.options import ConvertConfig
+from segvit.pretrained import statistics_told
 
 __all__ = ["Conversion", "ConvertConfig", "convert", "infer_config", "run"]
 
@@ -43,14 +45,14 @@ def convert(path: str | os.PathLike, fields: Mapping[str, Any] | None = None) ->
     if not all(
         any(key.startswith(part) for key in published) for part in ("backbone.layers.", "decode_head.")
     ):
-        expected = "weights named backbone.layers... and decode_head..."
-        raise ValueError(f"{path}: not a published SegViT checkpoint, which has {expected}")
+        raise ValueError(f"{path}: not a published SegViT checkpoint; {_instead(published)}")
     renamed = rename_published_keys(published)
     try:
         config = infer_config(renamed, fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    config = dataclasses.replace(config, **_classes(meta, config))
+    told = {key: value for key, value in _told(meta, config).items() if key not in (fields or {})}
+    config = dataclasses.replace(config, **told)
     with torch.device("meta"):
         known = SegViT(config).state_dict()
     weights = {key: value for key, value in renamed.items() if key in known}
@@ -116,16 +118,31 @@ def _count(keys: Sequence[str] | Mapping[str, Any], prefix: str) -> int:
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
 
 
-def _classes(meta: Mapping[str, Any], config: SegViTConfig) -> dict[str, Any]:
-    """Class names and colours that a checkpoint brings along, where the configuration has none."""
-    found = {"class_names": meta.get("CLASSES"), "palette": meta.get("PALETTE")}
-    return {
+def _instead(state_dict: Mapping[str, Tensor]) -> str:
+    """What a file that is not published holds, and what to do with it."""
+    if any(key.startswith("decoder.class_tokens") for key in state_dict):
+        return "it is one of this package: use its folder as it is, with --checkpoint or --init-from"
+    if why_not_plain(state_dict, {"plain": True}) is None:
+        return "it looks like a plain ViT without a decoder: use it with segvit train --backbone-weights"
+    return what_it_is(state_dict)
+
+
+def _told(meta: Mapping[str, Any], config: SegViTConfig) -> dict[str, Any]:
+    """Class names, colours, mean and std that a checkpoint brings along."""
+    newer = meta.get("dataset_meta")
+    newer = newer if isinstance(newer, Mapping) else {}
+    found = {
+        "class_names": meta.get("CLASSES", newer.get("classes")),
+        "palette": meta.get("PALETTE", newer.get("palette")),
+    }
+    classes = {
         name: entries
         for name, entries in found.items()
         if isinstance(entries, (list, tuple))
         and len(entries) == config.num_classes
         and getattr(config, name) is None
     }
+    return {**classes, **statistics_told(meta)[0]}
 
 
 def run(config: ConvertConfig) -> int:
@@ -137,7 +154,9 @@ def run(config: ConvertConfig) -> int:
     print(
         f"{config.checkpoint}: ViT of width {backbone.width} with {backbone.depth} blocks{shrunk}, "
         f"taps {', '.join(map(str, found.taps))}; {found.num_classes} classes; "
-        "{}x{} pixels".format(*found.image_size)
+        "{}x{} pixels; mean {:.4g} {:.4g} {:.4g}, std {:.4g} {:.4g} {:.4g}".format(
+            *found.image_size, *found.mean, *found.std
+        )
     )
     print(
         f"{len(model.state_dict())} tensors in {config.out}, none missing; {len(unused)} unused in the file"

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from segvit._extras import require
 from segvit._progress import progress_bar
+from segvit.checkpoint import find_checkpoint, read_config
 from segvit.data import folder_options, open_dataset
-from segvit.files import atomic_write, follow
+from segvit.files import atomic_write
 from segvit.inference import check_options
 from segvit.interrupts import ignore_signals
 from segvit.machine import pick_backend, started_processes
@@ -170,27 +171,14 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The folder with a model's config.json: `path` itself, or the best or last checkpoint of a run's folder.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    path = Path(path)
-    for folder in map(follow, (path, path / "checkpoints" / "best", path / "checkpoints" / "last")):
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(f"{path}: no checkpoint here (expected config.json and model.safetensors)")
-
-
 def load_model(path: str | Path) -> torch.nn.Module:
-    """The SegViT (or linear baseline) of a checkpoint or run folder, in evaluation mode."""
+    """The SegViT (or linear baseline) of a checkpoint or run folder or on the Hub, in evaluation mode."""
     from segvit.linear_head import LinearSegmenter
     from segvit.model import SegViT
 
     folder = find_checkpoint(path)
-    linear = json.loads((folder / "config.json").read_text()).get("head") == "linear"
-    return (LinearSegmenter if linear else SegViT).from_pretrained(str(folder)).eval()
+    linear = read_config(folder)[1] == "linear"
+    return (LinearSegmenter if linear else SegViT).from_pretrained(folder)
 
 
 def make_fabric(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -14,28 +15,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit._extras import require
-from segvit.backbone import LayerScale, VisionTransformer, adapt_backbone_state, patch_grid
+from segvit.backbone import (
+    LayerScale,
+    VisionTransformer,
+    adapt_backbone_state,
+    patch_grid,
+)
 from segvit.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     LoadReport,
     atomic_write,
+    find_checkpoint,
     load_state_dict,
+    read_config,
     read_state_dict,
-    rename_published_keys,
-    timm_state_dict,
 )
-from segvit.config import SegViTConfig
+from segvit.config import BackboneConfig, SegViTConfig
 from segvit.data.pictures import image_tensor
 from segvit.decoder import ATMDecoder
-from segvit.files import follow
 from segvit.inference import InferenceOptions, check_region, label_maps, label_maps_with_scores
+from segvit.pretrained import Pretrained, open_pretrained
 from segvit.shrunk import ShrunkDecoder
 from segvit_kernels import Views, exportable, pack_linears, semantic_argmax, unpack_linears
 
 if TYPE_CHECKING:
     from segvit.engine import InferenceEngine
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 
 
 @exportable
@@ -73,10 +78,10 @@ class SegViT(nn.Module):
         self.fused = False
         self.register_load_state_dict_pre_hook(_unfuse)
 
-    def _set_statistics(self) -> None:
+    def _set_statistics(self, like: Tensor | None = None) -> None:
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self.config, name)).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+            self.register_buffer(name, values if like is None else values.to(like), persistent=False)
 
     def forward(self, images: Tensor) -> SegViTOutput:
         """Class and mask logits.
@@ -391,30 +396,79 @@ class SegViT(nn.Module):
 
     # Weights
 
-    def load_backbone(self, source: str | os.PathLike | Mapping[str, Tensor]) -> LoadReport:
+    def load_backbone(
+        self,
+        source: str | os.PathLike | Mapping[str, Any] | Pretrained,
+        *,
+        statistics: bool = True,
+        known: Mapping[str, Any] | None = None,
+    ) -> LoadReport:
         """Load pretrained weights of a plain ViT by name; position grid and patch size are adapted.
 
+        Mean and std of the weights' images, and the norms' epsilon, become the model's where they are known.
+
         Args:
-            source: a .safetensors or .pth file, 'timm:NAME' for timm's pretrained weights, or a state dict.
+            source: a .safetensors or .pth file, a folder or Hub repository with one, 'timm:NAME' for timm's
+                pretrained weights, or a state dict; with the names of timm, mmsegmentation, Hugging Face,
+                OpenCLIP and others (see `segvit.foreign`).
+            known: what you know of the weights and the file does not tell: "heads", "mlp", "norm_eps",
+                "mean", "std", or "plain": True for a doubtful architecture.
+            statistics: False keeps the model's mean and std.
 
         Raises:
             FileNotFoundError, ValueError: no such file, unreadable, or weights of another architecture.
-            ImportError: timm or safetensors is needed and not installed.
+            ImportError: timm, safetensors or huggingface_hub is needed and not installed.
         """
-        if isinstance(source, Mapping):
-            state, name = dict(source), "state dict"
-        elif str(source).startswith("timm:"):
-            state, name = timm_state_dict(str(source).removeprefix("timm:")), str(source)
-        else:
-            state, name = read_state_dict(source), str(source)
-        if any(key.startswith("backbone.layers.") for key in state):
-            state = rename_published_keys(state)
+        weights = source if isinstance(source, Pretrained) else open_pretrained(source)
+        weights = weights._replace(known={**weights.known, **(known or {})})
+        own, known, name = self.config.backbone, weights.known, weights.name
+        theirs = weights.backbone_config()
         try:
-            adapted = adapt_backbone_state(state, self.config.backbone, self.backbone.grid)
+            adapted = adapt_backbone_state(weights.state_dict, own, self.backbone.grid, known)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        load_state_dict(self.backbone, adapted.state_dict, name)
-        return LoadReport(len(adapted.state_dict), tuple(adapted.ignored), tuple(adapted.changed))
+        needed = {
+            key: known[key]
+            for key in ("heads", "mlp")
+            if known.get(key, getattr(own, key)) != getattr(own, key)
+        }
+        if needed:
+            found = ", ".join(f"{key} {value}" for key, value in needed.items())
+            raise ValueError(f"{name}: weights of a ViT with {found}; use --model '{_options(needed)}'")
+        try:
+            load_state_dict(self.backbone, adapted.state_dict, name)
+        except ValueError as error:
+            raise ValueError(f"{error}{_hint(theirs, own)}") from None
+        changed = [*weights.notes, *adapted.changed, *self._take_over(known, statistics)]
+        untold = [words for key, words in _untold(own).items() if key not in known]
+        if untold and not isinstance(source, Mapping):
+            changed.append(f"not told by the weights, taken: {', '.join(untold)}")
+        return LoadReport(len(adapted.state_dict), tuple(adapted.ignored), tuple(changed))
+
+    def _take_over(self, known: Mapping[str, Any], statistics: bool) -> list[str]:
+        """Mean, std and the norms' epsilon of weights; what changed, in words."""
+        changed = []
+        new = {key: tuple(known[key]) for key in ("mean", "std") if key in known}
+        if any(getattr(self.config, key) != value for key, value in new.items()):
+            words = " and ".join(f"{key} {' '.join(f'{v:.4g}' for v in value)}" for key, value in new.items())
+            if not statistics or any(
+                len(getattr(self.config, key)) != len(value) for key, value in new.items()
+            ):
+                changed.append(f"the weights' {words} not taken")
+            else:
+                self.config = dataclasses.replace(self.config, **new)
+                self._set_statistics(self.mean)
+                changed.append(f"{words} of the weights")
+        eps = known.get("norm_eps", self.config.backbone.norm_eps)
+        if eps != self.config.backbone.norm_eps:
+            backbone = dataclasses.replace(self.config.backbone, norm_eps=eps)
+            self.config = dataclasses.replace(self.config, backbone=backbone)
+            self.backbone.config = backbone
+            for module in self.backbone.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = eps
+            changed.append(f"norm_eps {eps:g} of the weights")
+        return changed
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model.safetensors and config.json into `folder`, each in one step."""
@@ -427,36 +481,24 @@ class SegViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> SegViT:
-        """The model in a folder of `save_pretrained`, or in a Hugging Face Hub repository; in eval mode.
+        """The model in a folder of `save_pretrained`, a run's folder or a Hub repository; in eval mode.
 
         Args:
-            source: a folder, or 'owner/name' on the Hub (needs the extra `hub`).
+            source: a checkpoint's folder; a run's, for its best checkpoint; 'owner/name' on the Hub (needs
+                the extra `hub`).
             revision: branch, tag or commit on the Hub.
 
         Raises:
             FileNotFoundError: neither folder nor Hub repository, or a file is missing in it.
             ValueError: configuration or weights that do not go together.
         """
-        folder = follow(source)
-        if not folder.is_dir():
-            owner, _, name = str(source).partition("/")
-            if not owner or not name or "/" in name or owner.startswith((".", "~")) or folder.exists():
-                raise FileNotFoundError(f"{source}: no such checkpoint folder")
-            folder = _download(str(source), revision)
-        return cls._from_folder(folder)
+        return cls._from_folder(find_checkpoint(source, revision))
 
     @classmethod
     def _from_folder(cls, folder: Path) -> SegViT:
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a checkpoint is {CONFIG_FILE} and {WEIGHTS_FILE}")
-        try:
-            values = json.loads(path.read_text())
-            if values.get("head") == cls.head:
-                values.pop("head", None)
-            config = SegViTConfig.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        config, head = read_config(folder)
+        if head != cls.head:
+            raise ValueError(f"{folder / CONFIG_FILE}: of a model with head {head or 'segvit'}")
         weights = folder / WEIGHTS_FILE
         return cls.from_state_dict(config, read_state_dict(weights), str(weights))
 
@@ -493,14 +535,28 @@ def _unfuse(model: SegViT, *_: Any) -> None:
     model.unfuse()
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    hub = require("huggingface_hub", extra="hub")
-    files = [WEIGHTS_FILE, CONFIG_FILE]
-    try:
-        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"{repo_id}: no such folder, and the Hub says: {reason}") from None
+def _options(fields: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {'null' if v is None else v}" for key, v in fields.items()) + "}"
+
+
+def _hint(theirs: BackboneConfig, own: BackboneConfig) -> str:
+    """The options that make a backbone fit weights, after a message that it does not."""
+    if (theirs.width, theirs.depth) != (own.width, own.depth):
+        return f"; they are a ViT of width {theirs.width} with {theirs.depth} blocks: choose that preset"
+    fields = ("mlp", "mlp_ratio", "class_token", "register_tokens", "layer_scale", "qkv_bias", "pre_norm")
+    differ = {key: getattr(theirs, key) for key in fields if getattr(theirs, key) != getattr(own, key)}
+    if theirs.layer_scale is not None and own.layer_scale is not None:
+        differ.pop("layer_scale", None)
+    return f"; they fit with --model '{_options(differ)}'" if differ else ""
+
+
+def _untold(own: BackboneConfig) -> dict[str, str]:
+    return {
+        "heads": f"{own.heads} heads",
+        "mlp": own.mlp,
+        "norm_eps": f"norm_eps {own.norm_eps:g}",
+        "mean": "mean and std of the model",
+    }
 
 
 def _float32(x: Tensor) -> Tensor:

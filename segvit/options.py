@@ -222,7 +222,15 @@ class ModelOptions(_Checked):
     head: Literal["segvit", "linear"] = option(
         "segvit", "the SegViT decoder, or a linear layer as a baseline"
     )
-    backbone_weights: str | None = option(None, "backbone weights: .safetensors, .pth or timm:NAME")
+    backbone_weights: str | None = option(
+        None,
+        "backbone weights: a .safetensors or .pth file, timm:NAME, or a folder or owner/name on the Hub",
+    )
+    init_from: str | None = option(
+        None,
+        "start from this checkpoint (a run, a checkpoint's folder or owner/name on the Hub) in place of "
+        "--preset and --backbone-weights, also with other classes or another image size",
+    )
     freeze_backbone: bool = option(False, "train the head alone")
 
 
@@ -319,7 +327,7 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
 class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
     """Evaluation"""
 
-    checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
+    checkpoint: str = option(..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub")
     split: str = option("validation", "which split of the data")
     json: str | None = option(None, "also write the result, confusion matrix included, to this JSON file")
     csv: str | None = option(None, "also write a table of the classes to this CSV file")
@@ -335,7 +343,7 @@ class PredictConfig(InferenceOptions):
     """Prediction"""
 
     images: list[str] = option(..., "image files, and folders of them", positional=True)
-    checkpoint: str = option(..., "folder of a checkpoint, e.g. RUN/checkpoints/best, or of a run (its best)")
+    checkpoint: str = option(..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub")
     out: str = option("predictions", "folder for overlays and label maps")
     maps: list[str] = option([], "classes, by name or index, whose similarity maps are drawn stage by stage")
     scores: bool = option(

@@ -33,17 +33,19 @@ from torch.utils.data import Dataset
 
 import segvit_kernels
 from segvit._extras import require
-from segvit.checkpoint import load_state_dict, read_state_dict
+from segvit.checkpoint import load_state_dict, read_config, read_state_dict
 from segvit.config import SegViTConfig
 from segvit.data import SegmentationFolder, folder_options, open_dataset
 from segvit.evaluate import batches, check_data, collate, evaluate, launch, make_fabric, progress_bar
 from segvit.files import atomic_write
+from segvit.init_from import init_from
 from segvit.interrupts import Interrupted, Interrupts, obey_parent
 from segvit.linear_head import CrossEntropy, LinearSegmenter
 from segvit.losses import SegViTLoss, weights_of_classes
 from segvit.machine import first_process, started_processes
 from segvit.model import WEIGHTS_FILE, SegViT
 from segvit.options import TrainConfig
+from segvit.pretrained import open_pretrained
 from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, prepare, samples_of
 from segvit.text import read_json
 from segvit.transforms import Augment, sample_seed
@@ -143,26 +145,69 @@ class StepSampler:
             yield keys
 
 
-def build_model(config: TrainConfig, dataset: Any) -> SegViT:
-    """The model of a training configuration, its backbone loaded, for the classes of a dataset.
+def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = lambda text: None) -> SegViT:
+    """The model that a training starts from, for the classes of a dataset; resumed, without its weights.
+
+    Args:
+        say: told what pretrained weights brought along and what was changed in them.
 
     Raises:
         ValueError, FileNotFoundError: unknown preset or field; weights that do not fit.
     """
-    overrides = {"image_size": config.image_size, "shrunk": config.shrunk, **config.model}
+    kind = LinearSegmenter if config.head == "linear" else SegViT
+    overrides = {"image_size": config.image_size, **config.model}
     overrides.setdefault("class_names", dataset.class_names)
     overrides.setdefault("palette", dataset.palette)
     overrides.setdefault("value_range", config.value_range or None)
-    try:
-        model_config = SegViTConfig.preset(config.preset, dataset.num_classes, **overrides)
-    except TypeError as error:
-        raise ValueError(f"model: {error}") from None
-    model = (LinearSegmenter if config.head == "linear" else SegViT)(model_config)
-    if config.backbone_weights:
-        model.load_backbone(config.backbone_weights)
+    kept = Checkpoints(config.out).newest() if config.resume else None
+    if kept:  # what it started from may be gone
+        model = kind(read_config(kept)[0])
+    elif config.init_from:
+        model, notes = init_from(config.init_from, dataset.num_classes, overrides, config.head)
+        say(f"{config.init_from}: {'; '.join(notes)}")
+        if config.shrunk and model.config.backbone.shrink_at is None:
+            raise ValueError(f"shrunk: {config.init_from} is not")
+    else:
+        model = _start(config, kind, dataset.num_classes, {"shrunk": config.shrunk, **overrides}, say)
     if config.freeze_backbone:
         model.freeze_backbone()
     model.set_gradient_checkpointing(config.gradient_checkpointing)
+    return model
+
+
+# Of a backbone, what its weights decide where --model does not.
+_OF_WEIGHTS = ("mlp", "mlp_ratio", "register_tokens", "qkv_bias", "pre_norm")
+
+
+def _start(
+    config: TrainConfig,
+    kind: type[SegViT],
+    num_classes: int,
+    fields: dict[str, Any],
+    say: Callable[[str], None],
+) -> SegViT:
+    """A model of the preset, its backbone's weights loaded."""
+    try:
+        model_config = SegViTConfig.preset(config.preset, num_classes, **fields)
+    except TypeError as error:
+        raise ValueError(f"model: {error}") from None
+    weights = open_pretrained(config.backbone_weights) if config.backbone_weights else None
+    if weights:
+        told = {key: config.model[key] for key in ("heads", "mlp", "norm_eps") if key in config.model}
+        weights = weights._replace(known={**told, **weights.known})
+        own, theirs = model_config.backbone, weights.backbone_config()
+        if (theirs.width, theirs.depth) == (own.width, own.depth):
+            taken = {key: getattr(theirs, key) for key in _OF_WEIGHTS}
+            taken |= {key: weights.known[key] for key in ("heads", "norm_eps") if key in weights.known}
+            if (own.layer_scale is None) != (theirs.layer_scale is None):
+                taken["layer_scale"] = theirs.layer_scale
+            taken = {key: value for key, value in taken.items() if key not in config.model}
+            backbone = dataclasses.replace(own, **taken)
+            model_config = dataclasses.replace(model_config, backbone=backbone)
+    model = kind(model_config)
+    if weights:
+        report = model.load_backbone(weights, statistics=not {"mean", "std"} & set(config.model))
+        say(f"{weights.name}: {'; '.join([f'{report.loaded} tensors loaded', *report.changed])}")
     with torch.no_grad():
         for module in model.decoder.modules():
             if isinstance(module, FusedATM):
@@ -180,6 +225,9 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(
             f"accumulate: got {config.accumulate}, expected a divisor of batch_size {config.batch_size}"
         )
+    for name in ("backbone_weights", "similarity_gain"):
+        if config.init_from and getattr(config, name) != getattr(TrainConfig, name):
+            raise ValueError(f"{name}: not with init_from, which is a whole model")
     decay = config.lr * max(1.0, config.decoder_lr_scale) * config.weight_decay
     if decay >= 1:
         raise ValueError(
@@ -326,7 +374,8 @@ class _Trainer:
         self.checkpoints = Checkpoints(config.out)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(config, training).to(fabric.device).train()
+        say = _say if fabric.is_global_zero else lambda text: None
+        self.model = build_model(config, training, say).to(fabric.device).train()
         augment = Augment(
             config.image_size,
             scale=config.scale,
@@ -338,7 +387,7 @@ class _Trainer:
             seed=config.seed,
         )
         located = config.head == "segvit" and self.model.config.upsample and config.locate_images
-        if located and not config.resume:
+        if located and not config.resume and not config.init_from:
             self._locate(training, augment)
         groups = self.model.parameter_groups(
             config.lr, config.weight_decay, config.decoder_lr_scale, config.layer_decay

@@ -230,7 +230,11 @@ def test_bad_states():
     with pytest.raises(ValueError, match="plain ViT"):
         infer_backbone_config({"conv1.weight": torch.zeros(1)})
     oblong = VisionTransformer(config, (32, 128), TAPS).state_dict()
-    assert adapt_backbone_state(oblong, config, (2, 8)).changed == []
+    adapted = adapt_backbone_state(oblong, config, (2, 8))
+    assert adapted.changed == ["positions taken as the model's grid, 2x8"]
+    assert adapt_backbone_state(oblong, config, (2, 8), {"grid": (2, 8)}).changed == []
+    stored = adapt_backbone_state(oblong, config, (2, 8), {"grid": (4, 4)}).changed
+    assert stored == ["position grid 4x4 resized to 2x8"]
     shallow = BackboneConfig(width=32, depth=2, heads=2)
     adapted = adapt_backbone_state(state, shallow, (4, 4))
     assert all(key.startswith("blocks.2.") for key in adapted.ignored) and adapted.ignored

@@ -320,9 +320,11 @@ def test_files_that_are_no_checkpoint(shrunk, tmp_path, capsys):
     torch.save({"state_dict": {k: v for k, v in state.items() if k.startswith("backbone")}}, path)
     assert "not a published SegViT checkpoint" in refused(path)
     content = good.read_bytes()
-    for part in (content[: len(content) // 2], content[:-100], b"", b"hello\n"):
+    for part in (content[: len(content) // 2], content[:-100], b"hello\n"):
         path.write_bytes(part)
         assert "truncated, or of another kind" in refused(path)
+    path.write_bytes(b"")
+    assert "an empty file" in refused(path)
 
     class Attack:
         def __reduce__(self):
@@ -342,4 +344,8 @@ def test_files_that_are_no_checkpoint(shrunk, tmp_path, capsys):
     SegViT(SegViTConfig.preset("vit_tiny", 2, depth=1, taps=(0,), image_size=32)).save_pretrained(
         tmp_path / "own"
     )
-    assert "not a published" in refused(tmp_path / "own/model.safetensors")
+    message = refused(tmp_path / "own/model.safetensors")
+    assert "not a published" in message and "it is one of this package" in message
+    backbone = {key[9:]: value for key, value in state.items() if key.startswith("backbone.")}
+    torch.save(backbone, path)
+    assert "use it with segvit train --backbone-weights" in refused(path)

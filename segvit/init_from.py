@@ -1,0 +1,119 @@
+"""Start a training from a whole checkpoint: other classes, another image size, the same network."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segvit.backbone import adapt_backbone_state
+from segvit.checkpoint import WEIGHTS_FILE, find_checkpoint, load_state_dict, read_config, read_state_dict
+from segvit.config import BackboneConfig, SegViTConfig
+from segvit.linear_head import LinearSegmenter
+from segvit.model import SegViT
+from segvit_kernels import resize_positions
+
+# One row for each class; those of the class head are followed by "no object".
+_CLASS_ROWS = {
+    "segvit": ("class_tokens", "class_head.weight", "class_head.bias"),
+    "linear": ("1.weight", "1.bias"),
+}
+_QUERIES = "upsample.queries"
+
+
+def init_from(
+    source: str | os.PathLike, num_classes: int, fields: Mapping[str, Any], head: str = "segvit"
+) -> tuple[SegViT, list[str]]:
+    """A model for a data set that starts as another one's checkpoint ends, and in words what was changed.
+
+    What belongs to classes is matched by name; with names on one side only, by index where the numbers are
+    equal. Classes without a match start afresh, as do all of them where nothing can be matched. Position
+    tables and up-sampling queries are resized to the new image size.
+
+    Args:
+        source: see `find_checkpoint`.
+        num_classes: of the data set.
+        fields: fields of `SegViTConfig` and `BackboneConfig` in place of the checkpoint's.
+        head: "segvit" or "linear"; with another one than the checkpoint's, only the backbone is taken.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, or weights that do not fit `fields`.
+    """
+    folder = find_checkpoint(source)
+    old, old_head = read_config(folder)
+    old_head = old_head or "segvit"
+    # Names that the data set has not are the checkpoint's, where the numbers agree.
+    of_classes = ("class_names", "palette") if old.num_classes != num_classes else ()
+    fields = {key: value for key, value in fields.items() if value is not None or key in of_classes}
+    backbone_names = {field.name for field in dataclasses.fields(BackboneConfig)}
+    backbone = {**old.backbone.to_dict(), **{k: v for k, v in fields.items() if k in backbone_names}}
+    rest = {k: v for k, v in old.to_dict().items() if k != "backbone"}
+    rest |= {k: v for k, v in fields.items() if k not in backbone_names}
+    new = SegViTConfig.from_fields({**backbone, **rest, "num_classes": num_classes})
+
+    model = (LinearSegmenter if head == "linear" else SegViT)(new)
+    weights = folder / WEIGHTS_FILE
+    state, notes = read_state_dict(weights), []
+    grid = tuple(side // old.backbone.patch_size for side in old.image_size)
+    try:
+        adapted = adapt_backbone_state(
+            state, new.backbone, model.backbone.grid, {"grid": grid, "mlp": old.backbone.mlp, "plain": True}
+        )
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error}") from None
+    notes += adapted.changed
+    load_state_dict(model.backbone, adapted.state_dict, str(weights))
+    if old_head != head:
+        notes.append(f"backbone taken, not the {old_head} head")
+        return model, notes
+    prefix = "decoder."
+    decoder = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    fresh = model.decoder.state_dict()
+    rows, words = match_classes(old, new)
+    for name in _CLASS_ROWS[head]:
+        if name in decoder and name in fresh:
+            decoder[name] = _take_rows(decoder[name], fresh[name], rows)
+    if _QUERIES in decoder and decoder[_QUERIES].shape != fresh.get(_QUERIES, decoder[_QUERIES]).shape:
+        resized = resize_positions(decoder[_QUERIES][None], grid, model.backbone.grid)[0]
+        decoder[_QUERIES] = resized
+        notes.append("up-sampling queries resized with them")
+    load_state_dict(model.decoder, decoder, str(weights))
+    return model, [*notes, words]
+
+
+def match_classes(old: SegViTConfig, new: SegViTConfig) -> tuple[list[int | None], str]:
+    """For every class of `new` its index in `old`, or None; and the same in words."""
+    if old.class_names and new.class_names:
+        place = {_plain(name): index for index, name in enumerate(old.class_names)}
+        rows = [place.get(_plain(name)) for name in new.class_names]
+        lost = [name for name, row in zip(new.class_names, rows, strict=True) if row is None]
+        how = "by name"
+    else:
+        same = old.num_classes == new.num_classes
+        rows = list(range(new.num_classes)) if same else [None] * new.num_classes
+        lost = [] if same else [str(index) for index in range(new.num_classes)]
+        how = "by index, as one side has no names" if same else "as one side has no names"
+    taken = len(rows) - len(lost)
+    words = f"{taken} of {len(rows)} classes taken over {how}"
+    if lost:
+        words += f"; fresh: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
+    return rows, words
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+
+
+def _take_rows(old: Tensor, fresh: Tensor, rows: Sequence[int | None]) -> Tensor:
+    """Rows of `old` where there is one, those of `fresh` else; a last row beyond the classes is kept."""
+    result = fresh.clone().to(old.dtype)
+    for index, row in enumerate(rows):
+        if row is not None:
+            result[index] = old[row]
+    if len(result) == len(rows) + 1:
+        result[-1] = old[-1]
+    return torch.as_tensor(result)

@@ -1,0 +1,333 @@
+"""Weights of other projects' ViTs from files, folders, timm and the Hub, with what is known about them.
+
+Names and shapes do not tell heads, activation, the norms' epsilon, rotary positions or the mean and std of
+the images. timm's models tell all of it, configurations beside a file most, a bare file little.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from segvit._extras import require
+from segvit.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
+from segvit.checkpoint import find_checkpoint, first_line, hub_name, hub_snapshot, read_checkpoint
+from segvit.config import BackboneConfig
+
+
+class Pretrained(NamedTuple):
+    """A ViT's weights and what is known about them.
+
+    Attributes:
+        name: where they come from, for messages.
+        state_dict: as in the file.
+        known: of "heads", "mlp", "norm_eps" (as in `BackboneConfig`), "mean", "std", "grid" (of the stored
+            positions) and "plain" (True where the architecture has been looked at) that are known.
+        notes: what was chosen or converted, in words.
+    """
+
+    name: str
+    state_dict: Mapping[str, Any]
+    known: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def backbone_config(self) -> BackboneConfig:
+        """The backbone with these weights, as far as they and what is known tell.
+
+        Raises:
+            ValueError: they are not those of a plain ViT.
+        """
+        fields = {key: self.known[key] for key in ("heads", "mlp", "norm_eps") if key in self.known}
+        try:
+            return infer_backbone_config(self.state_dict, **fields)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
+
+def open_pretrained(source: str | os.PathLike | Mapping[str, Any]) -> Pretrained:
+    """Weights of a ViT.
+
+    Args:
+        source: a file; a folder with one; 'owner/name' on the Hub; 'timm:NAME'; or a state dict.
+
+    Raises:
+        FileNotFoundError, OSError: there is nothing, or it could not be fetched.
+        ValueError: not weights, or of a model that is known to be no plain ViT; one line with the reason.
+        ImportError: timm, safetensors or huggingface_hub is needed and not installed.
+    """
+    if isinstance(source, Mapping):
+        return Pretrained("state dict", source, {}, ())
+    name = str(source)
+    if name.startswith("timm:"):
+        return _from_timm(name)
+    path = Path(source)
+    if not path.exists() and hub_name(name):
+        path = _from_hub(name)
+    try:
+        file = _weights_file(path) if path.is_dir() else path
+        weights = read_checkpoint(file)
+        known, notes = _told(file, weights.about)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{name}: {text}") from None
+    return Pretrained(name, weights.state_dict, known, (*weights.about.get("chosen", ()), *notes))
+
+
+_FILES = (
+    "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a repository's configurations and weights, as safetensors if it has them."""
+    folder = hub_snapshot(name, ["*.json", "*.safetensors"])
+    if not list(folder.glob("*.safetensors")):
+        folder = hub_snapshot(name, ["*.json", "*.bin"])
+    return folder
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of weights in a folder: of a usual name, the only one, or a checkpoint's of this package."""
+    for file in (folder / name for name in _FILES):
+        if file.is_file():
+            return file
+    if any(folder.glob("*.index.json")):
+        raise ValueError(f"{folder}: weights in several files; expected one")
+    files = [file for suffix in ("safetensors", "pth", "pt", "bin") for file in folder.glob(f"*.{suffix}")]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ValueError(
+            f"{folder}: several files of weights ({', '.join(f.name for f in files[:3])}); name one"
+        )
+    return find_checkpoint(folder) / "model.safetensors"
+
+
+def _from_timm(source: str) -> Pretrained:
+    timm = require("timm", extra="timm")
+    name = source.removeprefix("timm:")
+    if not name.startswith(("hf-hub:", "hf_hub:")) and name.split(".")[0] not in timm.list_models():
+        raise ValueError(f"{source}: timm {timm.__version__} has no model of this name")
+    try:
+        with torch.random.fork_rng(devices=[]):  # training draws the same numbers with and without
+            model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    except Exception as error:
+        raise OSError(f"{source}: pretrained weights not available ({first_line(error)})") from None
+    try:
+        known, notes = known_from_timm(model)
+        state = model.state_dict()
+        if not same_features(model, state, known):
+            raise ValueError("not a plain ViT: the first blocks give other features than timm's")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return Pretrained(source, state, known, notes)
+
+
+_TIMM_BLOCKS = {
+    "ResPostBlock": "residual post-norm blocks",
+    "EvaBlockPostNorm": "residual post-norm blocks",
+    "ParallelScalingBlock": "parallel attention and feed-forward blocks (ViT-22B)",
+    "ParallelThingsBlock": "parallel attention and feed-forward blocks",
+    "DiffParallelScalingBlock": "parallel blocks with differential attention",
+}
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh", "GELU": "gelu"}
+
+
+def known_from_timm(model: nn.Module) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a timm model tells about its weights (see `Pretrained`), and notes.
+
+    Raises:
+        ValueError: it is no plain ViT, with the reason.
+    """
+    kind, blocks = type(model).__name__, list(getattr(model, "blocks", ()))
+    if getattr(model, "rope", None) is not None:
+        raise ValueError("not a plain ViT: it has rotary positions (EVA-02, DINOv3, RoPE-ViT)")
+    if kind not in ("VisionTransformer", "VisionTransformerDistilled", "Eva") or not blocks:
+        raise ValueError(f"not a plain ViT: timm's {kind}")
+    for block in blocks:
+        block_kind = type(block).__name__
+        if block_kind not in ("Block", "EvaBlock"):
+            words = _TIMM_BLOCKS.get(block_kind, f"blocks of another kind ({block_kind})")
+            raise ValueError(f"not a plain ViT: it has {words}")
+        attention, mlp = type(block.attn).__name__, type(block.mlp).__name__
+        if attention not in ("Attention", "EvaAttention", "AttentionRope"):
+            raise ValueError(f"not a plain ViT: it has another attention ({attention})")
+        if not isinstance(block.norm1, nn.LayerNorm):
+            raise ValueError(
+                f"not a plain ViT: its norms are {type(block.norm1).__name__}, expected LayerNorm"
+            )
+    act = block.mlp.act
+    activation = _ACTIVATIONS.get(type(act).__name__)
+    if isinstance(act, nn.GELU) and act.approximate == "tanh":
+        activation = "gelu_tanh"
+    if mlp == "GluMlp" and isinstance(act, nn.SiLU) and not block.mlp.gate_last:
+        activation = "swiglu"
+    elif mlp != "Mlp" or activation is None:
+        raise ValueError(f"not a plain ViT: its feed-forward part is {mlp} with {type(act).__name__}")
+    known = {"heads": block.attn.num_heads, "mlp": activation, "norm_eps": block.norm1.eps, "plain": True}
+    if grid := getattr(model.patch_embed, "grid_size", None):
+        known["grid"] = tuple(grid)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    statistics, notes = _statistics(cfg.get("mean"), cfg.get("std"))
+    return {**known, **statistics}, notes
+
+
+@torch.no_grad()
+def same_features(model: nn.Module, state: Mapping[str, Tensor], known: Mapping[str, Any]) -> bool:
+    """Whether a timm model's first two blocks give the features that a `VisionTransformer` gives."""
+    fields = {name: known[name] for name in ("heads", "mlp", "norm_eps")}
+    config = infer_backbone_config(state, **fields)
+    last = min(2, config.depth) - 1
+    config = infer_backbone_config(state, **fields, depth=last + 1)
+    size = tuple(model.patch_embed.img_size)
+    with torch.random.fork_rng(devices=[]):
+        ours = VisionTransformer(config, size, (last,)).eval()
+        adapted = adapt_backbone_state(state, config, ours.grid, known).state_dict
+        if adapted.keys() != ours.state_dict().keys():
+            return True  # the loader says what does not fit
+        ours.load_state_dict(adapted)
+        images = torch.randn(1, model.patch_embed.proj.in_channels, *size)
+    theirs = model.forward_intermediates(
+        images, indices=[last], norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+    )[0]
+    return bool((ours(images)[0] - theirs).norm() <= 1e-4 * theirs.norm())
+
+
+def _told(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a file of weights and the configurations beside it tell (see `Pretrained`), and notes.
+
+    Raises:
+        ValueError: they tell of another architecture.
+    """
+    folder = file.parent
+    # Configurations belong to files of the usual names: elsewhere many files may share a folder.
+    beside = file.name in _FILES or len([f for f in folder.iterdir() if f.suffix == file.suffix]) == 1
+    config = _json(folder / "config.json") if beside else {}
+    clip = _json(folder / "open_clip_config.json") if beside else {}
+    images = _json(folder / "preprocessor_config.json") if beside else {}
+    if "taps" in config and isinstance(config.get("backbone"), dict):
+        known = _from_own(config)
+    elif "model_type" in config:
+        known = _from_transformers(config)
+    else:
+        known = _from_architecture(about.get("architecture") or config.get("architecture"), config)
+    if clip:
+        known.setdefault("mlp", "quick_gelu" if clip.get("model_cfg", {}).get("quick_gelu") else "gelu")
+        known.setdefault("norm_eps", 1e-5)
+    statistics, notes = statistics_told(about)
+    for source in (config, config.get("pretrained_cfg"), clip.get("preprocess_cfg"), images):
+        if not statistics and isinstance(source, dict):
+            mean, std = (source.get(key, source.get(f"image_{key}")) for key in ("mean", "std"))
+            statistics, notes = _statistics(mean, std)
+    return {**known, **statistics}, notes
+
+
+def statistics_told(about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """{"mean", "std"} on the 0..1 scale that a file of weights tells of itself, or {}; and notes.
+
+    Args:
+        about: see `segvit.checkpoint.read_checkpoint`. mmsegmentation's files hold a configuration as text.
+    """
+    text = str(about.get("config") or about.get("cfg") or "")
+    found = re.findall(r"\b(mean|std)\s*=\s*[\[(]([^\])]*)[\])]", text)
+    values = {**dict(reversed(found)), **{key: about[key] for key in ("mean", "std") if key in about}}
+    return _statistics(values.get("mean"), values.get("std"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _from_own(config: Mapping[str, Any]) -> dict[str, Any]:
+    backbone, size = config["backbone"], config.get("image_size", (512, 512))
+    patch = backbone.get("patch_size", 16)
+    known = {name: backbone[name] for name in ("heads", "mlp", "norm_eps") if name in backbone}
+    return {**known, "grid": (size[0] // patch, size[1] // patch), "plain": True}
+
+
+_PLAIN_TRANSFORMERS = {
+    "vit", "deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "clip",
+    "clip_vision_model", "siglip", "siglip_vision_model",
+}  # fmt: skip
+
+
+def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json of Hugging Face's transformers tells."""
+    kind = config["model_type"]
+    if kind not in _PLAIN_TRANSFORMERS:
+        raise ValueError(f"not a plain ViT: its config.json says model_type {kind!r}")
+    vision = config.get("vision_config") or config
+    clip = kind.startswith("clip")
+    act = vision.get(
+        "hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh" if "siglip" in kind else "gelu"
+    )
+    activations = {
+        "gelu": "gelu",
+        "quick_gelu": "quick_gelu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+    }
+    if act not in activations:
+        raise ValueError(f"its activation is {act!r}, expected {' or '.join(activations)}")
+    eps = vision.get(
+        "layer_norm_eps", 1e-5 if clip else 1e-6 if kind.startswith(("dinov2", "siglip")) else 1e-12
+    )
+    known = {"mlp": activations[act], "norm_eps": eps, "plain": True}
+    if vision.get("use_swiglu_ffn"):
+        known["mlp"] = "swiglu"
+    if heads := vision.get("num_attention_heads"):
+        known["heads"] = heads
+    size, patch = vision.get("image_size"), vision.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int):
+        known["grid"] = (size // patch, size // patch)
+    return known
+
+
+def _from_architecture(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's name of an architecture tells, where timm is installed; else what the name gives away."""
+    if not isinstance(name, str):
+        return {}
+    try:
+        timm = require("timm", extra="timm")
+    except ImportError:
+        timm = None
+    if timm is None or not timm.is_model(name):
+        if re.search(r"_rope_|_rpn_|eva02|dinov3|_pe_(core|lang|spatial)|beit|swin|samvit|naflex", name):
+            raise ValueError(f"not a plain ViT: {name}")
+        return {}
+    arguments = config.get("model_args") if isinstance(config.get("model_args"), dict) else {}
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": 0})
+    return known_from_timm(model)[0]
+
+
+def _statistics(mean: Any, std: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """{"mean", "std"} on the 0..1 scale, if both are known, and notes."""
+    try:
+        mean, std = (_numbers(value) for value in (mean, std))
+    except (TypeError, ValueError):
+        return {}, ()
+    if not mean or len(mean) != len(std) or min(std) <= 0:
+        return {}, ()
+    notes = ()
+    if max(*mean, *std) > 4:
+        mean, std = (tuple(round(value / 255, 6) for value in values) for values in (mean, std))
+        notes = ("its mean and std are on the 0..255 scale: divided by 255",)
+    return {"mean": mean, "std": std}, notes
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str):
+        value = json.loads(f"[{value.strip().strip('[]()').rstrip(',')}]")
+    return tuple(float(entry) for entry in value)
