@@ -7,6 +7,7 @@ again when it, a header or its flags have changed.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import os
 import platform
@@ -36,6 +37,23 @@ CUDA_ARCHS = "75;80;90a"
 
 def library_name(emulate: bool = False) -> str:
     return f"libsegvit_{'emulated' if emulate else 'native'}{SUFFIX}"
+
+
+def sources_hash() -> str:
+    """What the library is made of: names and contents of everything under csrc that a compiler reads."""
+    files = (p for p in HERE.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
+    named = ((p.relative_to(HERE).as_posix().encode(), p.read_bytes()) for p in files)
+    return hashlib.sha256(b"".join(name + content for name, content in sorted(named))).hexdigest()[:16]
+
+
+def schemas_hash() -> str:
+    """The operators' schemas, read from segvit_kernels/ops; as segvit_kernels._native computes it."""
+    found = []
+    for path in (ROOT / "segvit_kernels" / "ops").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_library.define":
+                found.append(ast.literal_eval(node.args[0]))
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def find_nvcc() -> str | None:
@@ -94,15 +112,22 @@ def _plan(
         found = sorted((HERE / folder).glob(pattern))
         return [p for p in found if p.stem.removesuffix("_kernels") not in left_out]
 
+    stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
     if args.emulate:
         flags = [*cxx, *include, "-DSEGVIT_EMULATE", "-x", "c++"]
-        sources = [HERE / "library.cpp", HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
-        return [(source, f"emulated_{source.stem}.o", [*flags, "-c", str(source)]) for source in sources]
+        plan = [
+            (HERE / "library.cpp", "emulated_library.o", [*flags, *stamp, "-c", str(HERE / "library.cpp")])
+        ]
+        sources = [HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
+        return plan + [
+            (source, f"emulated_{source.stem}.o", [*flags, "-c", str(source)]) for source in sources
+        ]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     fp16 = {"avx512_fp16": FP16} if x86 and _compiles(cxx[0], FP16) else {}
     cxx += ["-DSEGVIT_AVX512_FP16"] if fp16 else []
-    plan = [(HERE / "library.cpp", "library.o", [*cxx, *include, *define, "-c", str(HERE / "library.cpp")])]
+    library = HERE / "library.cpp"
+    plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
     for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):
             every = X86 if x86 else {"portable": []}

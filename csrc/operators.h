@@ -16,19 +16,20 @@
                                                                                                                   \
   std::tuple<Tensor, Tensor, Tensor> atm_fwd(                                                                     \
       Tensor query, Tensor key, Tensor value, Optional previous_masks, Optional seed, double scale,               \
-      double dropout_p, bool need_masks);                                                                         \
+      double dropout_p, bool need_masks, Optional key_padding_mask);                                              \
   std::tuple<Tensor, Tensor, Tensor> atm_bwd(                                                                     \
       Optional grad_output, Optional grad_masks, Tensor query, Tensor key, Tensor value, Tensor output,           \
-      Tensor lse, Optional seed, double scale, double dropout_p, bool deterministic);                             \
+      Tensor lse, Optional seed, double scale, double dropout_p, bool deterministic, Optional key_padding_mask);  \
                                                                                                                   \
   Tensor linear(                                                                                                  \
       Tensor input, Tensor weight, Optional bias, Optional panels, Optional exponents, bool gelu);                \
                                                                                                                   \
   std::tuple<Tensor, Tensor> query_attention_fwd(                                                                 \
-      Tensor query, Tensor key, Tensor value, Optional seed, double scale, double dropout_p);                     \
+      Tensor query, Tensor key, Tensor value, Optional seed, double scale, double dropout_p,                      \
+      Optional key_padding_mask);                                                                                 \
   std::tuple<Tensor, Tensor, Tensor> query_attention_bwd(                                                         \
       Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, Optional seed,       \
-      double scale, double dropout_p, bool deterministic);                                                        \
+      double scale, double dropout_p, bool deterministic, Optional key_padding_mask);                             \
                                                                                                                   \
   std::tuple<Tensor, Tensor> mask_loss_fwd(                                                                       \
       std::vector<Tensor> mask_logits, Tensor targets, Optional matches, int64_t num_classes,                     \

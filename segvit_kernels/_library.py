@@ -244,16 +244,19 @@ def define(
     name, _, rest = schema.partition("(")
     arguments, _, results = rest.partition(") -> ")
     qualname = f"segvit::{name}"
+    _native.SCHEMAS[name] = schema
     operator = _operators[name] = Operator(name, eager, macs, refuse, ("eager", *backends), isa)
 
     def implementation(*args: Any, backend: str | None = None) -> Any:
-        return operator(*args) if len(args) == count else operator(*args, backend)
+        # The dispatcher leaves out what stands at the end with its default.
+        return operator(*args) if len(args) == count else operator(*args, *defaults[len(args) :], backend)
 
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
     for namespace in ("segvit_native", "segvit_emulated"):  # csrc/library.cpp implements these
         torch.library.define(f"{namespace}::{name}", f"({arguments}) -> {results}".replace("SymInt", "int"))
     op = getattr(torch.ops.segvit, name).default
     count = len(op._schema.arguments)
+    defaults = [argument.default_value for argument in op._schema.arguments[:-1]]
     operator.arity = count - 1
     torch.library.impl(qualname, "default", implementation)
     torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))

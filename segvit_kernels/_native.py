@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import importlib.util
 import os
 import platform
 from collections.abc import Callable
@@ -24,7 +26,35 @@ BUILD = (
     "build it with `make native` in a source tree, or `SEGVIT_KERNELS_NATIVE=1 pip install "
     "--no-build-isolation segvit-kernels`"
 )
+SCHEMAS: dict[str, str] = {}
+"""The operators' schemas by name, as `segvit_kernels._library` registers them."""
+
 _SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
+
+
+def _text(library: ctypes.CDLL, what: str) -> str:
+    """What a library tells of itself; empty if it is older than the question."""
+    function = getattr(library, f"segvit_native_{what}", None)
+    if function is None:
+        return ""
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _stale(path: Path, library: ctypes.CDLL) -> str | None:
+    """Why a library does not belong to this package: other arguments of an operator, or, in a source tree,
+    other sources; ``None`` if it does. Its code would run and compute something else."""
+    schemas = hashlib.sha256("\n".join(sorted(SCHEMAS.values())).encode()).hexdigest()[:16]
+    if _text(library, "schemas") != schemas:
+        return f"{path} was built for another version of this package: {BUILD}"
+    build = Path(__file__).resolve().parents[1] / "csrc" / "build.py"
+    if build.is_file():
+        spec = importlib.util.spec_from_file_location("segvit_native_build", build)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if _text(library, "sources") != module.sources_hash():
+            return f"{path} was built from other sources than those in {build.parent}: {BUILD}"
+    return None
 
 
 class _Library:
@@ -43,9 +73,9 @@ class _Library:
             self.reason = f"{path} does not load into torch {torch.__version__}: {error}"
             return
         inside = ctypes.CDLL(str(path))
-        inside.segvit_native_isa.restype = inside.segvit_native_cuda_archs.restype = ctypes.c_char_p
-        self.isa = inside.segvit_native_isa().decode()
-        self.cuda_archs = inside.segvit_native_cuda_archs().decode()
+        self.reason = _stale(path, inside)
+        self.isa = _text(inside, "isa")
+        self.cuda_archs = _text(inside, "cuda_archs")
 
 
 @functools.cache

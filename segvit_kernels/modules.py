@@ -72,6 +72,7 @@ class FusedATM(nn.Module):
         value: Tensor | None = None,
         previous_masks: Tensor | None = None,
         need_masks: bool = True,
+        key_padding_mask: Tensor | None = None,
     ) -> ATMOutput:
         """Update tokens from features and give the masks.
 
@@ -81,12 +82,14 @@ class FusedATM(nn.Module):
             value: values before projection, (B, Nk, C).
             previous_masks: masks of earlier stages, (B, Nq, Nk), added to the new ones.
             need_masks: whether ``mask_logits`` is wanted.
+            key_padding_mask: (B, Nk), bool, True for tokens that no query may see.
 
         Returns:
             ``output`` (B, Nq, C) and ``mask_logits`` (B, Nq, Nk), or ``None`` without ``need_masks``.
         """
         value = features if value is None else value
-        return self.attend(self.q(query), self.k(features), self.v(value), previous_masks, need_masks)
+        projected = self.q(query), self.k(features), self.v(value)
+        return self.attend(*projected, previous_masks, need_masks, key_padding_mask)
 
     def attend(
         self,
@@ -95,6 +98,7 @@ class FusedATM(nn.Module):
         value: Tensor,
         previous_masks: Tensor | None = None,
         need_masks: bool = True,
+        key_padding_mask: Tensor | None = None,
     ) -> ATMOutput:
         """:meth:`forward` after the projections q, k and v, for callers that stack or fold these.
 
@@ -106,6 +110,7 @@ class FusedATM(nn.Module):
             dropout_p=self.attn_drop if self.training else 0.0,
             previous_masks=previous_masks,
             need_masks=need_masks,
+            key_padding_mask=key_padding_mask,
         )
         return ATMOutput(self.proj_drop(self.proj(output.flatten(-2))), masks)
 

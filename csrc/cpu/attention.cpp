@@ -38,9 +38,9 @@ MasksView masks_of(const Optional& t) {
 }
 
 AttentionShape shape_of(const Tensor& query, const Tensor& key, const Optional& seed, double scale,
-                        double dropout_p) {
+                        double dropout_p, const Optional& padding) {
   AttentionShape shape{
-      query.size(1), key.size(1), query.size(2), query.size(3), static_cast<float>(scale), {}};
+      query.size(1), key.size(1), query.size(2), query.size(3), static_cast<float>(scale), {}, data<bool>(padding)};
   if (dropout_p > 0 && seed) {
     auto bits = static_cast<uint64_t>(*data<int64_t>(seed));
     auto threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 65536), 65535.0));
@@ -62,12 +62,12 @@ int64_t keys_per_split(int64_t keys, int64_t tasks, int64_t enough) {
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, const Tensor& key_in,
                                                      const Tensor& value_in, const Optional& previous_in,
                                                      const Optional& seed, double scale, double dropout_p,
-                                                     bool need_masks) {
+                                                     bool need_masks, const Optional& padding_in) {
   Tensor query = unit_stride(query_in), key = unit_stride(key_in), value = unit_stride(value_in);
-  Optional previous = unit_stride(previous_in);
+  Optional previous = unit_stride(previous_in), padding = in_one_piece(padding_in);
   STD_TORCH_CHECK(!previous || previous->scalar_type() == query.scalar_type(),
                   "segvit: expected previous_masks in the dtype of query");
-  AttentionShape shape = shape_of(query, key, seed, scale, dropout_p);
+  AttentionShape shape = shape_of(query, key, seed, scale, dropout_p, padding);
   int64_t batch = key.size(0), queries = shape.queries, keys = shape.keys;
   int64_t heads = shape.heads, dim = shape.dim;
   Tensor output = empty(query, {batch, queries, heads, dim});
@@ -132,11 +132,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Optional& grad_outpu
                                                       const Optional& grad_masks_in, const Tensor& query_in,
                                                       const Tensor& key_in, const Tensor& value_in,
                                                       const Tensor& output_in, const Tensor& lse_in,
-                                                      const Optional& seed, double scale, double dropout_p) {
+                                                      const Optional& seed, double scale, double dropout_p,
+                                                      const Optional& padding_in) {
   Tensor query = unit_stride(query_in), key = unit_stride(key_in), value = unit_stride(value_in);
   Tensor output = unit_stride(output_in), lse = torch::stable::contiguous(lse_in);
   Optional grad_output = unit_stride(grad_output_in), grad_masks = unit_stride(grad_masks_in);
-  AttentionShape shape = shape_of(query, key, seed, scale, dropout_p);
+  Optional padding = in_one_piece(padding_in);
+  AttentionShape shape = shape_of(query, key, seed, scale, dropout_p, padding);
   int64_t batch = key.size(0), queries = shape.queries, keys = shape.keys;
   int64_t heads = shape.heads, dim = shape.dim;
   Tensor grad_query = empty(query, {query.size(0), queries, heads, dim});

@@ -31,6 +31,7 @@ struct AttentionShape {
   int64_t queries, keys, heads, dim;
   float scale;
   Dropout dropout;
+  const bool* padding;  // (batch, keys): tokens that no query sees; null: there are none
 };
 
 struct AttentionFwd {

@@ -24,13 +24,14 @@ constexpr int kRows = 8;
 constexpr int kRows = 4;
 #endif
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kUnseen = -1e38f;  // the largest score of a query that has seen none
 
 // 2^v to one unit in the last place, and exactly 1 at 0; 0 or nearly so below -126.
 SEGVIT_INLINE Vec vexp2(Vec v) {
 #if defined(__AVX512F__)
   Vec r = (Vec)_mm512_reduce_ps((__m512)v, 9);  // v - floor(v)
 #else
-  v = vmin(vmax(v, splat(-126)), splat(127));
+  v = vmin(splat(127), vmax(splat(-126), v));  // in this order NaN stays NaN
   Vec n = vround(v - 0.499f);
   Vec r = v - n;
 #endif
@@ -216,11 +217,30 @@ char* address(const MasksView& view, int64_t batch, int64_t query, int64_t key) 
   return view.data + (batch * view.batch_stride + query * view.query_stride + key) * size_of(view.type);
 }
 
-// Keys or values of one head to rows of padded_dim floats.
-void copy_tile(const HeadsView& view, int64_t batch, int64_t token, int64_t tokens, int64_t head, int64_t dim,
-               float* to) {
-  copy_rows(view.type, address(view, batch, token, head), view.token_stride, tokens, dim, to,
-            padded_dim(dim));
+// f(i) for every token i of a tile that is padding.
+template <class F>
+SEGVIT_INLINE void for_padding(const AttentionShape& shape, int64_t batch, int64_t token, int64_t tokens,
+                               const F& f) {
+  if (!shape.padding) return;
+  const bool* padding = shape.padding + batch * shape.keys + token;
+  for (int64_t i = 0; i < tokens; ++i)
+    if (padding[i]) f(i);
+}
+
+// Rows of a tile that belong to padding become `value`, `columns` of them.
+void fill_padding(const AttentionShape& shape, int64_t batch, int64_t token, int64_t tokens, float* tile,
+                  int64_t columns, float value) {
+  for_padding(shape, batch, token, tokens, [&](int64_t i) {
+    for (int64_t j = 0; j < columns; ++j) tile[i * columns + j] = value;
+  });
+}
+
+// Keys or values of one head to rows of padded_dim floats; zero where they are padding.
+void copy_tile(const AttentionShape& shape, const HeadsView& view, int64_t batch, int64_t token,
+               int64_t tokens, int64_t head, float* to) {
+  copy_rows(view.type, address(view, batch, token, head), view.token_stride, tokens, shape.dim, to,
+            padded_dim(shape.dim));
+  fill_padding(shape, batch, token, tokens, to, padded_dim(shape.dim), 0);
 }
 
 // Asks for rows that will be written. A share at a time between other work: more would wait for each other.
@@ -331,21 +351,24 @@ void attention_fwd(const AttentionFwd& args, const AttentionBlock& block, float*
                       n, dim, shape.scale * kLog2e, queries + (h * columns + before) * rows, width);
       float* output = state + (h * columns + before) * (rows + 2);
       __builtin_memset(output, 0, (rows + 2) * width * sizeof(float));
-      for (int64_t j = 0; j < width; ++j) output[(rows + 1) * width + j] = -1e38f;
+      for (int64_t j = 0; j < width; ++j) output[(rows + 1) * width + j] = kUnseen;
     });
   for (int64_t key = block.key; key < block.key_end; key += kTileKeys) {
-    int64_t keys = min_of(kTileKeys, block.key_end - key);
+    int64_t keys = min_of(kTileKeys, block.key_end - key), hidden = 0;
+    for_padding(shape, batch, key, keys, [&](int64_t) { ++hidden; });
     if (args.masks.data) __builtin_memset(masks, 0, kTileKeys * columns * sizeof(float));
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < heads && hidden < keys; ++h) {
       int64_t head = block.head + h;
-      copy_tile(args.key, batch, key, keys, head, dim, key_tile);
-      copy_tile(args.value, batch, key, keys, head, dim, value_tile);
+      copy_tile(shape, args.key, batch, key, keys, head, key_tile);
+      copy_tile(shape, args.value, batch, key, keys, head, value_tile);
       for_panels(block.query, block.query_end, [&](int64_t q, int64_t n, int64_t width, int64_t before) {
         float* output = state + (h * columns + before) * (rows + 2);
         float *sums = output + rows * width, *largest = sums + width, *mask_tile = masks + before * kTileKeys;
         float rescale[kTileQueries];
         product<false, Start::zero>(keys, n, key_tile, rows, queries + (h * columns + before) * rows, scores,
                                     width, dim);
+        // Far below what no score has reached: weight 0, and the largest score stays as it was.
+        if (hidden) fill_padding(shape, batch, key, keys, scores, width, kUnseen * 3);
         if (dropout) dropout_tile(shape, batch, head, key, keys, q, width, factors);
         auto* softmax = args.masks.data
                             ? (dropout ? &softmax_tile<true, true> : &softmax_tile<true, false>)
@@ -356,6 +379,7 @@ void attention_fwd(const AttentionFwd& args, const AttentionBlock& block, float*
     }
     if (args.masks.data)
       for_panels(block.query, block.query_end, [&](int64_t q, int64_t n, int64_t width, int64_t before) {
+        fill_padding(shape, batch, key, keys, masks + before * kTileKeys, width, 0);
         write_masks(args, batch, q, n, key, keys, masks + before * kTileKeys, width);
       });
   }
@@ -383,7 +407,11 @@ void attention_finish(const AttentionFwd& args, const AttentionBlock& block, flo
         store(largest + j, most);
       }
       float* lse = args.lse + (block.batch * args.shape.heads + head) * args.shape.queries + q;
-      for (int64_t i = 0; i < n; ++i) lse[i] = largest[i] * kLn2 + __builtin_logf(sums[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        bool unseen = args.shape.padding && largest[i] == kUnseen;
+        lse[i] = unseen ? -__builtin_inff() : largest[i] * kLn2 + __builtin_logf(sums[i]);
+        if (unseen) sums[i] = 1;  // nothing was added to the output
+      }
       with_type(args.output.type, [&](auto element) {
         using T = decltype(element);
         for_columns(output, width, dim, n, [&](int64_t i, int64_t d, int64_t count, Vec v) {
@@ -481,11 +509,12 @@ void attention_bwd(const AttentionBwd& args, const AttentionBlock& block, float*
           copy_transposed(args.grad_masks.type, address(args.grad_masks, batch, q, key),
                           args.grad_masks.query_stride, n, keys, 1.0f / shape.heads, masks + q * kTileKeys,
                           width);
+          fill_padding(shape, batch, key, keys, masks + q * kTileKeys, width, 0);
         });
       for (int64_t h = 0; h < heads; ++h) {
         int64_t head = block.head + h;
-        copy_tile(args.key, batch, key, keys, head, dim, key_tile);
-        copy_tile(args.value, batch, key, keys, head, dim, value_tile);
+        copy_tile(shape, args.key, batch, key, keys, head, key_tile);
+        copy_tile(shape, args.value, batch, key, keys, head, value_tile);
         for_panels(0, shape.queries, [&](int64_t q, int64_t n, int64_t width, int64_t) {
           int64_t panel = h * columns + q;
           auto* sum_of = q ? &product<false, Start::sum> : &product<false, Start::zero>;
@@ -503,6 +532,8 @@ void attention_bwd(const AttentionBwd& args, const AttentionBlock& block, float*
                                         : (dropout ? &grad_tile<false, true> : &grad_tile<false, false>);
             gradient(scores, grads, keys, width, lse + panel, lse_rest + panel, delta + panel, grad_scores,
                      factors);
+            fill_padding(shape, batch, key, keys, scores, width, 0);
+            fill_padding(shape, batch, key, keys, grads, width, 0);
             grad_scores = grads;
             sum_of(keys, dim, scores, width, grad_rows + panel * row, grad_value, row, n, nullptr);
           }

@@ -49,6 +49,10 @@ inline std::optional<Tensor> unit_stride(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(unit_stride(*tensor)) : std::nullopt;
 }
 
+inline std::optional<Tensor> in_one_piece(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
 // Parameters in float32 and one piece.
 inline std::optional<Tensor> as_float(const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;

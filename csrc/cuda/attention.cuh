@@ -29,6 +29,7 @@ struct Attention {
   const uint64_t* seed;  // null: no dropout
   uint32_t threshold;
   float keep_scale;
+  const bool* padding;  // (batch, keys): tokens that no query sees; null: there are none
 };
 
 struct AttentionGradients {
@@ -41,12 +42,13 @@ struct AttentionGradients {
 // Output, masks and log-sum-exp; in attention_fwd.cu.
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
                                                  Optional previous_masks, Optional seed, double scale,
-                                                 double dropout_p, bool need_masks);
+                                                 double dropout_p, bool need_masks, Optional padding);
 
 // Gradients of query, key and value; in attention_bwd.cu.
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Optional grad_output, Optional grad_masks, Tensor query,
                                                  Tensor key, Tensor value, Tensor output, Tensor lse,
-                                                 Optional seed, double scale, double dropout_p);
+                                                 Optional seed, double scale, double dropout_p,
+                                                 Optional padding);
 
 inline Rows rows_of(const Optional& tensor) {
   if (!tensor) return {nullptr, 0, 0, 0, false};
@@ -61,7 +63,7 @@ inline Rows rows_of(const Optional& tensor) {
 
 // The tensors have unit last stride and outlive the launches.
 inline Attention attention(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& seed,
-                           double scale, double dropout_p) {
+                           double scale, double dropout_p, const Optional& padding) {
   Attention a{rows_of(query), rows_of(key), rows_of(value), type_of(query)};
   STD_TORCH_CHECK(query.size(3) <= 128, "segvit: head dims up to 128");
   a.batch = static_cast<int>(key.size(0));
@@ -73,6 +75,7 @@ inline Attention attention(const Tensor& query, const Tensor& key, const Tensor&
   a.seed = data<const uint64_t>(seed);
   a.threshold = seed ? std::min(static_cast<uint32_t>(std::nearbyint(dropout_p * 65536)), 65535u) : 0u;
   a.keep_scale = 65536.0f / static_cast<float>(65536 - a.threshold);
+  a.padding = data<const bool>(padding);
   return a;
 }
 
@@ -314,11 +317,17 @@ void with_engine(const Device& device, const Attention& a, const F& f) {
 // -----------------------------------------------------------------------------------------------------------
 // Tiles
 
+// The padding of an image's tokens, or null.
+SEGVIT_DEVICE const bool* padding_of(const Attention& a, int image) {
+  return a.padding ? a.padding + static_cast<int64_t>(image) * a.keys : nullptr;
+}
+
 // `count` rows of `columns` into a tile, from row `start` on and element `offset` of it; zeros where there
-// are fewer than `total` rows or `left` columns. A row of the tile has kPadding more.
+// are fewer than `total` rows or `left` columns, or where a row is padding. A row of the tile has kPadding
+// more.
 template <class E, int columns, int count>
 SEGVIT_DEVICE void load_tile(typename E::Element* tile, const Rows& from, int64_t offset, int start,
-                             int total, int left, Type type) {
+                             int total, int left, Type type, const bool* padding = nullptr) {
   using Element = typename E::Element;
   constexpr int kStride = columns + E::kPadding;
   if (from.aligned && (E::kTensorCores || type == Type::f32)) {
@@ -330,14 +339,14 @@ SEGVIT_DEVICE void load_tile(typename E::Element* tile, const Rows& from, int64_
     Element* target = tile + row * kStride + column;
     SEGVIT_UNROLL
     for (int i = 0; i < count; i += kRows) {
-      copy_async16(target + i * kStride, source, i < rows_left);
+      copy_async16(target + i * kStride, source, i < rows_left && !(padding && padding[start + row + i]));
       source += kRows * from.row;
     }
   } else {
     for (int i = threadIdx.x; i < count * columns; i += E::kThreads) {
       int row = i / columns, column = i % columns;
       float x = 0;
-      if (start + row < total && column < left)
+      if (start + row < total && column < left && !(padding && padding[start + row]))
         x = E::read_global(from.data, offset + (start + row) * from.row + column, type);
       tile[row * kStride + column] = from_float<Element>(x);
     }

@@ -68,14 +68,21 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
   const float* delta = g.delta + static_cast<int64_t>(image_head) * a.queries;
   const bool has_output = g.output.data != nullptr;
 
+  const bool* padding = padding_of(a, image);
   load_tile<E, D, E::kRows>(shared.first, a.key, image * a.key.batch + head * a.key.head, n_start, a.keys,
-                            a.dim, a.type);
+                            a.dim, a.type, padding);
   if (has_output)
     load_tile<E, D, E::kRows>(shared.second, a.value, image * a.value.batch + head * a.value.head, n_start,
-                              a.keys, a.dim, a.type);
+                              a.keys, a.dim, a.type, padding);
   const auto* keys = shared.first + warp_index() * 16 * E::kStride;
   const auto* values = shared.second + warp_index() * 16 * E::kStride;
   const float mask_factor = 1.0f / a.heads;
+  bool hidden[2];
+  SEGVIT_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    int key = n_start + warp_index() * 16 + fragment_row(2 * r);
+    hidden[r] = padding && key < a.keys && padding[key];
+  }
 
   auto load = [&](auto& stage, int tile) {
     int m_start = tile * kTile;
@@ -109,8 +116,9 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
         SEGVIT_UNROLL
         for (int i = 0; i < 4; ++i) {
           int query = fragment_column(j, i);
-          float weight = fast_exp(fmaf(weights.at[j][i], a.scale, -stage.lse[query])), kept = weight;
-          float grad = grad_scores.at[j][i];
+          float weight = fast_exp(fmaf(weights.at[j][i], a.scale, -stage.lse[query]));
+          if (hidden[i / 2]) weight = 0;
+          float grad = grad_scores.at[j][i], kept = weight;
           if (a.seed) {
             int key = warp_index() * 16 + fragment_row(i);
             bool keep = stage.keep[query * (E::kRows / 8) + key / 8] >> (key % 8) & 1;
@@ -124,6 +132,14 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
       E::product_nn(grad_value, weights, stage.second);
     }
     if (g.masks.data) E::add_transposed(grad_scores, stage.masks + warp_index() * 16, mask_factor);
+    if (padding) {
+      SEGVIT_UNROLL
+      for (int j = 0; j < kTile / 8; ++j) {
+        SEGVIT_UNROLL
+        for (int i = 0; i < 4; ++i)
+          if (hidden[i / 2]) grad_scores.at[j][i] = 0;
+      }
+    }
     E::product_nn(grad_key, grad_scores, stage.first);
   });
 
@@ -149,6 +165,7 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
   int64_t key_offset = image * a.key.batch + head * a.key.head;
   int64_t value_offset = image * a.value.batch + head * a.value.head;
   const bool has_output = g.output.data != nullptr;
+  const bool* padding = padding_of(a, image);
 
   if (has_output) {
     load_tile<E, D, E::kRows>(shared.first, a.query, image * a.query.batch + head * a.query.head, m_start,
@@ -171,14 +188,14 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
   }
 
   auto load = [&](auto& stage, int tile) {
-    load_tile<E, D, kTile>(stage.first, a.key, key_offset, tile * kTile, a.keys, a.dim, a.type);
+    load_tile<E, D, kTile>(stage.first, a.key, key_offset, tile * kTile, a.keys, a.dim, a.type, padding);
     if (g.masks.data) {
       int64_t offset = image * g.masks.batch + tile * kTile;
       load_tile<E, kTile, E::kRows>(stage.masks, g.masks, offset, m_start, a.queries, a.keys - tile * kTile,
                                     a.type);
     }
     if (!has_output) return;
-    load_tile<E, D, kTile>(stage.second, a.value, value_offset, tile * kTile, a.keys, a.dim, a.type);
+    load_tile<E, D, kTile>(stage.second, a.value, value_offset, tile * kTile, a.keys, a.dim, a.type, padding);
     if (a.seed) load_keep<E, E::kRows, kTile>(stage.keep, a, image_head, m_start, tile * kTile);
   };
 
@@ -216,6 +233,16 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
     }
     if (g.masks.data)
       E::add(grad_scores, stage.masks + warp_index() * 16 * (kTile + E::kPadding), mask_factor);
+    if (padding) {
+      SEGVIT_UNROLL
+      for (int j = 0; j < kTile / 8; ++j) {
+        SEGVIT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          int key = fragment_column(j, i);
+          if (key < left && padding[tile * kTile + key]) grad_scores.at[j][i] = 0;
+        }
+      }
+    }
     E::product_nn(grad_query, grad_scores, stage.first);
   });
 
@@ -275,13 +302,15 @@ __global__ void __launch_bounds__(kThreads)
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Optional grad_output, Optional grad_masks, Tensor query,
                                                  Tensor key, Tensor value, Tensor output, Tensor lse,
-                                                 Optional seed, double scale, double dropout_p) {
+                                                 Optional seed, double scale, double dropout_p,
+                                                 Optional padding) {
   Device device(query);
   query = unit_stride(query), key = unit_stride(key), value = unit_stride(value),
   output = unit_stride(output);
   grad_output = unit_stride(grad_output), grad_masks = unit_stride(grad_masks);
+  padding = in_one_piece(padding);
   lse = torch::stable::contiguous(lse);
-  Attention a = attention(query, key, value, seed, scale, dropout_p);
+  Attention a = attention(query, key, value, seed, scale, dropout_p, padding);
   bool shared = query.size(0) != a.batch;
   Tensor grad_query = empty(query, {query.size(0), a.queries, a.heads, a.dim});
   Tensor grad_key = empty(key, {a.batch, a.keys, a.heads, a.dim});

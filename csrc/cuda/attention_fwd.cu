@@ -45,11 +45,12 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
   int m_start = blockIdx.x % blocks * E::kRows, row = m_start + warp_index() * 16;
   int64_t key_offset = image * a.key.batch + head * a.key.head;
   int64_t value_offset = image * a.value.batch + head * a.value.head;
+  const bool* padding = padding_of(a, image);
 
   auto load = [&](int tile) {
     auto& stage = shared.stages[tile % E::kStages];
-    load_tile<E, D, kTile>(stage.key, a.key, key_offset, tile * kTile, a.keys, a.dim, a.type);
-    load_tile<E, D, kTile>(stage.value, a.value, value_offset, tile * kTile, a.keys, a.dim, a.type);
+    load_tile<E, D, kTile>(stage.key, a.key, key_offset, tile * kTile, a.keys, a.dim, a.type, padding);
+    load_tile<E, D, kTile>(stage.value, a.value, value_offset, tile * kTile, a.keys, a.dim, a.type, padding);
     if (a.seed) load_keep<E, E::kRows, kTile>(stage.keep, a, image_head, m_start, tile * kTile);
     copy_commit();
   };
@@ -85,12 +86,14 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
         for (int i = 0; i < 4; ++i) s.at[j][i] = -s.at[j][i];
       }
     }
-    if (int left = a.keys - tile * kTile; left < kTile) {
+    if (int left = a.keys - tile * kTile; left < kTile || padding) {
       SEGVIT_UNROLL
       for (int j = 0; j < kTile / 8; ++j) {
         SEGVIT_UNROLL
-        for (int i = 0; i < 4; ++i)
-          if (fragment_column(j, i) >= left) s.at[j][i] = -INFINITY;
+        for (int i = 0; i < 4; ++i) {
+          int key = fragment_column(j, i);
+          if (key >= left || (padding && padding[tile * kTile + key])) s.at[j][i] = -INFINITY;
+        }
       }
     }
     SEGVIT_UNROLL
@@ -99,6 +102,7 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
       SEGVIT_UNROLL
       for (int j = 0; j < kTile / 8; ++j) now = fmaxf(now, fmaxf(s.at[j][2 * r], s.at[j][2 * r + 1]));
       now = fmaxf(largest[r], warp_max<4>(now) * scale);
+      if (padding) now = fmaxf(now, -1e38f);  // minus infinity less itself is NaN
       float shrink = fast_exp2((largest[r] - now) * kToLog2);
       largest[r] = now;
       total[r] *= shrink;
@@ -138,7 +142,8 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
     if (lane_index() % 4 == 0)
       lse[static_cast<int64_t>(image_head) * a.queries + query] = fmaf(largest[r], kUnit, fast_log(total[r]));
     int64_t offset = ((static_cast<int64_t>(image) * a.queries + query) * a.heads + head) * a.dim;
-    store_row<E>(output, offset, a.dim, a.type, o, r, a.keep_scale * fast_rcp(total[r]));
+    float factor = padding && total[r] == 0 ? 0 : a.keep_scale * fast_rcp(total[r]);
+    store_row<E>(output, offset, a.dim, a.type, o, r, factor);
   }
 }
 
@@ -158,7 +163,7 @@ SEGVIT_DEVICE void head_mean(const Attention& a, const Rows& previous, char* mas
     int64_t query = image * a.query.batch + head * a.query.head,
             key = image * a.key.batch + head * a.key.head;
     load_tile<E, D, E::kRows>(stage.query, a.query, query, m_start, a.queries, a.dim, a.type);
-    load_tile<E, D, kTile>(stage.key, a.key, key, n_start, a.keys, a.dim, a.type);
+    load_tile<E, D, kTile>(stage.key, a.key, key, n_start, a.keys, a.dim, a.type, padding_of(a, image));
     copy_commit();
   };
 
@@ -215,11 +220,11 @@ __global__ void __launch_bounds__(Engine<T, D>::kThreads, 4)
 
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
                                                  Optional previous_masks, Optional seed, double scale,
-                                                 double dropout_p, bool need_masks) {
+                                                 double dropout_p, bool need_masks, Optional padding) {
   Device device(query);
   query = unit_stride(query), key = unit_stride(key), value = unit_stride(value);
-  previous_masks = unit_stride(previous_masks);
-  Attention a = attention(query, key, value, seed, scale, dropout_p);
+  previous_masks = unit_stride(previous_masks), padding = in_one_piece(padding);
+  Attention a = attention(query, key, value, seed, scale, dropout_p, padding);
   Tensor output = empty(query, {a.batch, a.queries, a.heads, a.dim});
   Tensor lse = empty(query, {a.batch, a.heads, a.queries}, ScalarType::Float);
   Tensor masks = need_masks ? empty(query, {a.batch, a.queries, a.keys}) : empty(query, {0});

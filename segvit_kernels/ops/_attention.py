@@ -46,7 +46,24 @@ def distinct(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     return query, key.view_as(key) if key is query else key, value
 
 
-def validate(tensors: dict[str, Tensor], dropout_p: float, need_masks: bool) -> None:
+def hide(key_padding_mask: Tensor | None, batch: range, *tensors: Tensor) -> list[Tensor]:
+    """Blocks (batch, heads, Nk, D) with zeros for padded tokens, whatever stood there."""
+    if key_padding_mask is None:
+        return list(tensors)
+    hidden = key_padding_mask[batch.start : batch.stop, None, :, None]
+    return [t.masked_fill(hidden, 0) for t in tensors]
+
+
+def hide_weights(key_padding_mask: Tensor | None, batch: range, scores: Tensor, value: float) -> Tensor:
+    """A block (batch, heads, Nq, Nk) with ``value`` in the columns of padded tokens, in place."""
+    if key_padding_mask is None:
+        return scores
+    return scores.masked_fill_(key_padding_mask[batch.start : batch.stop, None, None], value)
+
+
+def validate(
+    tensors: dict[str, Tensor], dropout_p: float, need_masks: bool, key_padding_mask: Tensor | None = None
+) -> None:
     """Raises TypeError or ValueError that names the argument, what it is and what is expected."""
     query, key = tensors["query"], tensors["key"]
     for name, tensor in tensors.items():
@@ -80,6 +97,21 @@ def validate(tensors: dict[str, Tensor], dropout_p: float, need_masks: bool) -> 
             f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected at least one token, "
             "head and channel"
         )
+    if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            kind = getattr(key_padding_mask, "dtype", type(key_padding_mask).__name__)
+            raise TypeError(
+                f"key_padding_mask is {kind}; expected a bool tensor, True where a token is padding"
+            )
+        if tuple(key_padding_mask.shape) != (batch, keys):
+            raise ValueError(
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; expected {(batch, keys)}, "
+                "the batch and tokens of key"
+            )
+        if key_padding_mask.device != query.device:
+            raise ValueError(
+                f"key_padding_mask is on {key_padding_mask.device}; expected {query.device}, the device of query"
+            )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
     if previous and not need_masks:

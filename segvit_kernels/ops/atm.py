@@ -9,6 +9,10 @@ With queries Q (class tokens), keys K and values V (projected features), per hea
 
 (SegViT, NeurIPS 2022, section 3.2; M before the sigmoid.) Layout is (batch, tokens, heads, head_dim).
 
+Tokens may be padding, which no query sees: their keys and values count as zero, whatever stands there, and
+their weights are zero. So S is 0 there and M is M_previous. A row without a token to see has output 0 and a
+log-sum-exp of minus infinity.
+
 Kept for the backward: Q, K, V, O and the log-sum-exp of every row of S in float32 (float64 for float64
 inputs); S itself is recomputed, never stored. With δ = rowsum(dO ∘ O) and the scaled dropout mask D:
 
@@ -30,6 +34,8 @@ from segvit_kernels import _library
 from segvit_kernels.ops._attention import (
     distinct,
     draw_seed,
+    hide,
+    hide_weights,
     kernels_refuse,
     product_macs,
     unit_stride,
@@ -55,6 +61,7 @@ def atm_reference(
     scale: float | None = None,
     dropout_p: float = 0.0,
     previous_masks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> ATMOutput:
     """The meaning of :func:`fused_atm` in ordinary PyTorch, with the similarity map S in memory.
@@ -62,8 +69,14 @@ def atm_reference(
     ``seed`` (int64, one element) chooses the dropout mask; everything else as in :func:`fused_atm`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if key_padding_mask is not None:
+        key, value = (t.masked_fill(key_padding_mask[:, :, None, None], 0) for t in (key, value))
     scores = (query.transpose(1, 2) * scale) @ key.permute(0, 2, 3, 1)  # (B, H, Nq, Nk)
-    weights = scores.softmax(dim=-1)
+    if key_padding_mask is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        hidden = key_padding_mask[:, None, None]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).masked_fill(hidden, 0)
     if dropout_p > 0:
         batch, heads, queries, keys = scores.shape
         keep = keep_mask(seed, dropout_p, range(batch), range(heads), heads, queries, keys)
@@ -99,6 +112,7 @@ def fwd_eager(
     scale: float,
     dropout_p: float,
     need_masks: bool,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output, masks, lse = _fwd_fake(query, key, value, previous_masks, seed, scale, dropout_p, need_masks)
     heads, queries, keys = query.shape[2], query.shape[1], key.shape[1]
@@ -106,7 +120,8 @@ def fwd_eager(
     dtype = lse.dtype
     total = None
     for b, h in _blocks(key, queries):
-        scores = (_block(query, b, h, dtype) * scale) @ _block(key, b, h, dtype).transpose(-1, -2)
+        k, v = hide(key_padding_mask, b, _block(key, b, h, dtype), _block(value, b, h, dtype))
+        scores = (_block(query, b, h, dtype) * scale) @ k.transpose(-1, -2)
         if need_masks:
             mean = scores.sum(dim=1).div_(heads)
             if h.start == 0:
@@ -117,14 +132,19 @@ def fwd_eager(
                 total += mean
             if h.stop == heads:
                 masks[b.start : b.stop] = total
+        hide_weights(key_padding_mask, b, scores, float("-inf"))
         largest = scores.amax(dim=-1, keepdim=True)
+        if key_padding_mask is not None:
+            largest.clamp_(min=torch.finfo(dtype).min)  # where there is no token to see
         weights = scores.sub_(largest).exp_()
         normaliser = weights.sum(dim=-1, keepdim=True)
         lse[b.start : b.stop, h.start : h.stop] = (largest + normaliser.log()).squeeze(-1)
+        if key_padding_mask is not None:
+            normaliser.masked_fill_(normaliser == 0, 1)
         if dropout_p > 0:
             weights *= keep_mask(seed, dropout_p, b, h, heads, queries, keys)
             normaliser = normaliser / dropout_scale(dropout_p)
-        block = (weights @ _block(value, b, h, dtype)).div_(normaliser)
+        block = (weights @ v).div_(normaliser)
         output[b.start : b.stop, :, h.start : h.stop] = block.transpose(1, 2)
     return output, masks, lse
 
@@ -141,6 +161,7 @@ def bwd_eager(
     scale: float,
     dropout_p: float,
     deterministic: bool,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, queries, keys = query.shape[2], query.shape[1], key.shape[1]
     batched = query.expand(key.shape[0], -1, -1, -1)
@@ -151,15 +172,20 @@ def bwd_eager(
         grad_value.zero_()
     dtype = lse.dtype
     for b, h in _blocks(key, queries):
-        q, k = _block(batched, b, h, dtype), _block(key, b, h, dtype)
-        mask_part = None if grad_masks is None else (grad_masks[b.start : b.stop, None].to(dtype) / heads)
+        q = _block(batched, b, h, dtype)
+        k, v = hide(key_padding_mask, b, _block(key, b, h, dtype), _block(value, b, h, dtype))
+        mask_part = None
+        if grad_masks is not None:
+            mask_part = grad_masks[b.start : b.stop, None].to(dtype) / heads
+            hide_weights(key_padding_mask, b, mask_part, 0.0)
         if grad_output is None:
             grad_scores = mask_part.expand(-1, len(h), -1, -1)
         else:
             do, o = _block(grad_output, b, h, dtype), _block(output, b, h, dtype)
             weights = (q * scale) @ k.transpose(-1, -2)
             weights.sub_(lse[b.start : b.stop, h.start : h.stop, :, None]).exp_()
-            grad_scores = do @ _block(value, b, h, dtype).transpose(-1, -2)
+            hide_weights(key_padding_mask, b, weights, 0.0)
+            grad_scores = do @ v.transpose(-1, -2)
             kept = weights
             if dropout_p > 0:
                 keep = keep_mask(seed, dropout_p, b, h, heads, queries, keys).to(dtype)
@@ -190,6 +216,7 @@ def _fwd_fake(
     scale: float,
     dropout_p: float,
     need_masks: bool,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, keys), (_, queries, heads, dim) = key.shape[:2], query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -218,7 +245,8 @@ def _bwd_macs(
 
 _atm_fwd = _library.define(
     "atm_fwd(Tensor query, Tensor key, Tensor value, Tensor? previous_masks, Tensor? seed, float scale, "
-    "float dropout_p, bool need_masks) -> (Tensor output, Tensor mask_logits, Tensor lse)",
+    "float dropout_p, bool need_masks, Tensor? key_padding_mask=None) "
+    "-> (Tensor output, Tensor mask_logits, Tensor lse)",
     eager=fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
@@ -227,7 +255,8 @@ _atm_fwd = _library.define(
 
 _atm_bwd = _library.define(
     "atm_bwd(Tensor? grad_output, Tensor? grad_masks, Tensor query, Tensor key, Tensor value, Tensor output, "
-    "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic) "
+    "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic, "
+    "Tensor? key_padding_mask=None) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     eager=bwd_eager,
     fake=_bwd_fake,
@@ -246,6 +275,7 @@ class ATMFunction(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         previous_masks: Tensor | None,
+        key_padding_mask: Tensor | None,
         seed: Tensor | None,
         scale: float,
         dropout_p: float,
@@ -254,10 +284,11 @@ class ATMFunction(torch.autograd.Function):
         backend: str | None,
     ) -> tuple[Tensor, Tensor]:
         output, masks, lse = _atm_fwd(
-            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, backend
+            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, key_padding_mask, backend
         )
-        ctx.save_for_backward(query, key, value, output, lse, seed)
-        ctx.options = (scale, dropout_p, deterministic, backend)
+        ctx.save_for_backward(query, key, value, output, lse, seed, key_padding_mask)
+        ctx.options = (scale, dropout_p, deterministic)
+        ctx.backend = backend
         ctx.need_masks = need_masks
         ctx.set_materialize_grads(False)
         return output, masks
@@ -268,11 +299,12 @@ class ATMFunction(torch.autograd.Function):
         if not ctx.need_masks:
             grad_masks = None
         if grad_output is None and grad_masks is None:
-            return (None,) * 10
+            return (None,) * 11
         gradients = (None,) * 3
         if any(ctx.needs_input_grad[:3]):
-            gradients = _atm_bwd(grad_output, grad_masks, *ctx.saved_tensors, *ctx.options)
-        return (*gradients, grad_masks if ctx.needs_input_grad[3] else None, *(None,) * 6)
+            *tensors, padding = ctx.saved_tensors
+            gradients = _atm_bwd(grad_output, grad_masks, *tensors, *ctx.options, padding, ctx.backend)
+        return (*gradients, grad_masks if ctx.needs_input_grad[3] else None, *(None,) * 7)
 
 
 def fused_atm(
@@ -283,6 +315,7 @@ def fused_atm(
     scale: float | None = None,
     dropout_p: float = 0.0,
     previous_masks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     need_masks: bool = True,
     deterministic: bool | None = None,
     backend: str | None = None,
@@ -300,6 +333,9 @@ def fused_atm(
         dropout_p: probability of dropping an attention weight, in [0, 1), rounded to 1/65536. Call with 0
             for inference. The masks see no dropout.
         previous_masks: (B, Nq, Nk), dtype of ``query``; added to the masks (cascaded stages).
+        key_padding_mask: (B, Nk), bool, True where a token is padding that no query may see. Its key and
+            value may hold anything and get no gradient; its mask logits are ``previous_masks``, or 0. An
+            image of nothing but padding gets output 0.
         need_masks: without it ``mask_logits`` is ``None`` and costs nothing.
         deterministic: bitwise repeatable gradients; follows ``torch.use_deterministic_algorithms`` unless
             given.
@@ -325,7 +361,7 @@ def fused_atm(
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
-    validate(tensors, dropout_p, need_masks)
+    validate(tensors, dropout_p, need_masks, key_padding_mask)
     query, key, value = (unit_stride(tensors[name]) for name in ("query", "key", "value"))
     previous_masks = tensors.get("previous_masks")
     if previous_masks is not None:
@@ -343,10 +379,11 @@ def fused_atm(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         query, key, value = distinct(query, key, value)
         output, masks = ATMFunction.apply(
-            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, deterministic, backend
-        )
+            query, key, value, previous_masks, key_padding_mask,
+            seed, scale, dropout_p, need_masks, deterministic, backend,
+        )  # fmt: skip
     else:
         output, masks, _ = _atm_fwd(
-            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, backend
+            query, key, value, previous_masks, seed, scale, dropout_p, need_masks, key_padding_mask, backend
         )
     return ATMOutput(output, masks if need_masks else None)

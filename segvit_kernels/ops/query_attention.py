@@ -7,7 +7,8 @@ token of the full grid), SegViT (NeurIPS 2022), section 3.3. Per head h:
     S_h = \text{scale} \cdot Q_h K_h^\top, \qquad
     O_h = \text{dropout}(\text{softmax}(S_h)) V_h
 
-Layout is (batch, tokens, heads, head_dim). Queries may be shared by the batch.
+Layout is (batch, tokens, heads, head_dim). Queries may be shared by the batch; tokens may be padding, as in
+:mod:`segvit_kernels.ops.atm`.
 
 Kept for the backward: Q, K, V, O and the log-sum-exp of every row of S in float32 (float64 for float64
 inputs); S itself is recomputed, never stored. With δ = rowsum(dO ∘ O) and the scaled dropout mask D:
@@ -46,18 +47,20 @@ def query_attention_reference(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
     """The meaning of :func:`query_attention` in ordinary PyTorch, with the similarity map S in memory.
 
     ``seed`` (int64, one element) chooses the dropout mask; everything else as in :func:`query_attention`.
     """
-    return atm.atm_reference(query, key, value, scale=scale, dropout_p=dropout_p, seed=seed).output
+    options = {"scale": scale, "dropout_p": dropout_p, "key_padding_mask": key_padding_mask, "seed": seed}
+    return atm.atm_reference(query, key, value, **options).output
 
 
-def _torch_has_it(query: Tensor, dropout_p: float) -> bool:
+def _torch_has_it(query: Tensor, dropout_p: float, key_padding_mask: Tensor | None) -> bool:
     """Whether torch's own CPU kernel, which also gives the log-sum-exp, computes the same."""
-    return query.device.type == "cpu" and dropout_p == 0
+    return query.device.type == "cpu" and dropout_p == 0 and key_padding_mask is None
 
 
 def _heads_first(batch: int, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -66,11 +69,18 @@ def _heads_first(batch: int, dtype: torch.dtype, *tensors: Tensor) -> list[Tenso
 
 
 def _fwd_eager(
-    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, scale: float, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch = key.shape[0]
-    if batch == 0 or not _torch_has_it(query, dropout_p):
-        output, _, lse = atm.fwd_eager(query, key, value, None, seed, scale, dropout_p, False)
+    if batch == 0 or not _torch_has_it(query, dropout_p, key_padding_mask):
+        options = (None, seed, scale, dropout_p, False, key_padding_mask)
+        output, _, lse = atm.fwd_eager(query, key, value, *options)
         return output, lse
     # Half precisions run in float32: on the CPU that is no slower, and sums stay exact.
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -91,12 +101,12 @@ def _bwd_eager(
     scale: float,
     dropout_p: float,
     deterministic: bool,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = key.shape[0]
-    if batch == 0 or not _torch_has_it(query, dropout_p):
-        return atm.bwd_eager(
-            grad_output, None, query, key, value, output, lse, seed, scale, dropout_p, deterministic
-        )
+    if batch == 0 or not _torch_has_it(query, dropout_p, key_padding_mask):
+        options = (seed, scale, dropout_p, deterministic, key_padding_mask)
+        return atm.bwd_eager(grad_output, None, query, key, value, output, lse, *options)
     tensors = _heads_first(batch, lse.dtype, grad_output, query, key, value, output)
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, lse, 0.0, False, scale=scale
@@ -134,8 +144,8 @@ def _bwd_macs(grad_output: Any, query: tuple[int, ...], key: tuple[int, ...], *_
 
 
 _query_attention_fwd = _library.define(
-    "query_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? seed, float scale, float dropout_p) "
-    "-> (Tensor output, Tensor lse)",
+    "query_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? seed, float scale, float dropout_p, "
+    "Tensor? key_padding_mask=None) -> (Tensor output, Tensor lse)",
     eager=_fwd_eager,
     fake=_fwd_fake,
     macs=_fwd_macs,
@@ -144,7 +154,8 @@ _query_attention_fwd = _library.define(
 
 _query_attention_bwd = _library.define(
     "query_attention_bwd(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, "
-    "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic) "
+    "Tensor lse, Tensor? seed, float scale, float dropout_p, bool deterministic, "
+    "Tensor? key_padding_mask=None) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
     eager=_bwd_eager,
     fake=_bwd_fake,
@@ -162,21 +173,26 @@ class QueryAttentionFunction(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        key_padding_mask: Tensor | None,
         seed: Tensor | None,
         scale: float,
         dropout_p: float,
         deterministic: bool,
         backend: str | None,
     ) -> Tensor:
-        output, lse = _query_attention_fwd(query, key, value, seed, scale, dropout_p, backend)
-        ctx.save_for_backward(query, key, value, output, lse, seed)
-        ctx.options = (scale, dropout_p, deterministic, backend)
+        options = (seed, scale, dropout_p, key_padding_mask, backend)
+        output, lse = _query_attention_fwd(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, output, lse, seed, key_padding_mask)
+        ctx.options = (scale, dropout_p, deterministic)
+        ctx.backend = backend
         return output
 
     @staticmethod
     @first_derivative_only("query_attention", "query_attention_reference")
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        return (*_query_attention_bwd(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
+        *tensors, padding = ctx.saved_tensors
+        gradients = _query_attention_bwd(grad_output, *tensors, *ctx.options, padding, ctx.backend)
+        return (*gradients, *(None,) * 6)
 
 
 def query_attention(
@@ -186,6 +202,7 @@ def query_attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -202,6 +219,8 @@ def query_attention(
         scale: factor of QKᵀ; D^-0.5 unless given.
         dropout_p: probability of dropping an attention weight, in [0, 1), rounded to 1/65536. Call with 0
             for inference.
+        key_padding_mask: (B, Nk), bool, True where a token is padding that no query may see. Its key and
+            value may hold anything and get no gradient. An image of nothing but padding gets output 0.
         deterministic: bitwise repeatable gradients; follows ``torch.use_deterministic_algorithms`` unless
             given.
         backend: one of ``segvit_kernels.BACKENDS``; chosen by device unless given.
@@ -223,7 +242,7 @@ def query_attention(
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
-    validate(tensors, dropout_p, True)
+    validate(tensors, dropout_p, True, key_padding_mask)
     query, key, value = (unit_stride(t) for t in tensors.values())
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if deterministic is None:
@@ -234,5 +253,6 @@ def query_attention(
         return query_attention_reference(*full_precision(query, key, value), **options).to(query.dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         inputs = distinct(query, key, value)
-        return QueryAttentionFunction.apply(*inputs, seed, scale, dropout_p, deterministic, backend)
-    return _query_attention_fwd(query, key, value, seed, scale, dropout_p, backend)[0]
+        options = (key_padding_mask, seed, scale, dropout_p, deterministic, backend)
+        return QueryAttentionFunction.apply(*inputs, *options)
+    return _query_attention_fwd(query, key, value, seed, scale, dropout_p, key_padding_mask, backend)[0]

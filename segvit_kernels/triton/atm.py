@@ -62,7 +62,7 @@ def _fwd_config(
         shape: batch, queries, keys, heads, head dim.
         dtype: of the inputs.
         arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
-        dropout: whether attention weights are dropped, which costs registers.
+        dropout: whether attention weights are dropped or tokens hidden, which costs registers.
 
     Returns:
         ``plan``; ``tiles`` of ``block_m`` queries in one program; ``block_n`` keys; ``block_c``, inner step
@@ -129,8 +129,28 @@ def _load(ptr, rows, last, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _load_tokens(ptr, pad_ptr, rows, last, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """:func:`_load` of keys or values, with zeros for tokens that are padding (``pad_ptr``, if not None)."""
+    if pad_ptr is None:
+        return _load(ptr, rows, last, stride, D, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    rows = tl.minimum(rows, last)
+    seen = tl.load(pad_ptr + rows) == 0
+    return tl.load(
+        ptr + rows[:, None] * stride + d[None, :], mask=seen[:, None] & (d[None, :] < D), other=0.0
+    )
+
+
+@triton.jit
+def _hidden(pad_ptr, n_start, Nk, BLOCK_N: tl.constexpr):
+    """Which keys of a tile no query sees: [BLOCK_N]."""
+    n = n_start + tl.arange(0, BLOCK_N)
+    return tl.load(pad_ptr + n, mask=n < Nk, other=1) != 0
+
+
+@triton.jit
 def _softmax_step(
-    q, k, v, acc, largest, total, m_start, n, Nk, scale_log2, seed, image_head, threshold,
+    q, k, v, acc, largest, total, pad_ptr, m_start, n, Nk, scale_log2, seed, image_head, threshold,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +158,11 @@ def _softmax_step(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if not EVEN_N:
         s = tl.where(n + tl.arange(0, BLOCK_N)[None, :] < Nk, s, float("-inf"))
+    if pad_ptr is not None:
+        s = tl.where(_hidden(pad_ptr, n, Nk, BLOCK_N)[None, :], float("-inf"), s)
     new = tl.maximum(largest, tl.max(s, 1) * scale_log2)
+    if pad_ptr is not None:
+        new = tl.maximum(new, -1e38)  # minus infinity less itself is not a number
     p = tl.exp2(s * scale_log2 - new[:, None])
     shrink = tl.exp2(largest - new)
     total = total * shrink + tl.sum(p, 1)
@@ -149,8 +173,16 @@ def _softmax_step(
 
 
 @triton.jit
+def _divisor(total, PADDED: tl.constexpr):
+    """The sum of the weights; 1 for a query that sees no token, whose output is zero as it is."""
+    if PADDED:
+        return tl.where(total == 0.0, 1.0, total)
+    return total
+
+
+@triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn,
+    q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn,
     m_start, n_begin, n_end, Nq, Nk, scale_log2, seed, image_head, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -169,12 +201,15 @@ def _attend(
     v_ptr += tl.cast(n_begin, tl.int64) * stride_vn
     for n in tl.range(n_begin, n_end, BLOCK_N, num_stages=STAGES):
         last = BLOCK_N - 1 if EVEN_N else Nk - n - 1
-        k = _load(k_ptr, cols, last, stride_kn, D, BLOCK_D)
-        v = _load(v_ptr, cols, last, stride_vn, D, BLOCK_D)
+        pads = pad_ptr
+        if pad_ptr is not None:
+            pads += n
+        k = _load_tokens(k_ptr, pads, cols, last, stride_kn, D, BLOCK_D)
+        v = _load_tokens(v_ptr, pads, cols, last, stride_vn, D, BLOCK_D)
         new_acc, new_largest, new_total = (), (), ()
         for t in tl.static_range(TILES):
             a, x, z = _softmax_step(
-                q[t], k, v, acc[t], largest[t], total[t], m_start + t * BLOCK_M, n, Nk, scale_log2,
+                q[t], k, v, acc[t], largest[t], total[t], pad_ptr, m_start + t * BLOCK_M, n, Nk, scale_log2,
                 seed, image_head, threshold, BLOCK_M, BLOCK_N, EVEN_N, DROPOUT, PRECISION,
             )  # fmt: skip
             new_acc += (a,)
@@ -187,7 +222,7 @@ def _attend(
     for t in tl.static_range(TILES):
         m = t * BLOCK_M + rows
         valid = (m[:, None] < Nq - m_start) & (d[None, :] < D)
-        o = acc[t] * (keep_scale / total[t])[:, None]
+        o = acc[t] * (keep_scale / _divisor(total[t], pad_ptr is not None))[:, None]
         tl.store(o_ptr + m[:, None] * (H * D) + d[None, :], o.to(o_ptr.dtype.element_ty), mask=valid)
         lse = (largest[t] + tl.log2(total[t])) * 0.6931471805599453
         tl.store(lse_ptr + m_start + m, lse, mask=m < Nq - m_start)
@@ -214,7 +249,7 @@ def _store_masks(
 
 @triton.jit
 def _mask_tile(
-    q_ptr, k_ptr, previous_ptr, masks_ptr, stride_qn, stride_qh, stride_kn, stride_kh, stride_pn,
+    q_ptr, k_ptr, pad_ptr, previous_ptr, masks_ptr, stride_qn, stride_qh, stride_kn, stride_kh, stride_pn,
     m_start, n_start, Nq, Nk, channels, factor,
     H: tl.constexpr, D: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -232,7 +267,11 @@ def _mask_tile(
     for start in tl.range(0, channels, BLOCK_C, num_stages=STAGES):
         c = (start + inner)[None, :]
         k_ptrs = k_ptr + n * stride_kn + c // D * stride_kh + c % D
-        k = tl.load(k_ptrs) if EVEN_C else tl.load(k_ptrs, mask=c < H * D, other=0.0)
+        if pad_ptr is not None:
+            seen = tl.load(pad_ptr + n_start + n) == 0  # [BLOCK_N, 1]
+            k = tl.load(k_ptrs, mask=seen & (c < H * D), other=0.0)
+        else:
+            k = tl.load(k_ptrs) if EVEN_C else tl.load(k_ptrs, mask=c < H * D, other=0.0)
         new_acc = ()
         for t in tl.static_range(TILES):
             m = tl.minimum(t * BLOCK_M + rows, Nq - m_start - 1)[:, None]
@@ -249,7 +288,7 @@ def _mask_tile(
 
 @triton.jit
 def _atm_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, previous_ptr, seed_ptr, o_ptr, masks_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, previous_ptr, seed_ptr, o_ptr, masks_ptr, lse_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_pb, stride_pn,
     B, Nq, Nk, channels, split_keys, splits, scale_log2, mask_factor, threshold, keep_scale,
@@ -273,6 +312,8 @@ def _atm_fwd_kernel(
     q_ptr += image * stride_qb
     k_ptr += image * stride_kb
     m_start = index % blocks * (TILES * BLOCK_M)
+    if pad_ptr is not None:
+        pad_ptr += image * Nk
 
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = 0
@@ -290,7 +331,7 @@ def _atm_fwd_kernel(
         o_ptr += (split.to(tl.int64) * B + image) * Nq * (H * D) + h * D
         lse_ptr += ((split.to(tl.int64) * B + image) * H + h) * Nq
         _attend(
-            q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn,
+            q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, stride_qn, stride_kn, stride_vn,
             m_start, n_begin, n_end, Nq, Nk, scale_log2, seed, b * H + h, threshold, keep_scale,
             H, D, BLOCK_D, TILES, BLOCK_M, BLOCK_N, EVEN_N, DROPOUT, PRECISION, STAGES,
         )  # fmt: skip
@@ -300,15 +341,15 @@ def _atm_fwd_kernel(
         if previous_ptr is not None:
             previous_ptr += image * (stride_pb // ALIGN * ALIGN)
         _mask_tile(
-            q_ptr, k_ptr, previous_ptr, masks_ptr, stride_qn, stride_qh, stride_kn, stride_kh, stride_pn,
-            m_start, n_start, Nq, Nk, channels, mask_factor,
+            q_ptr, k_ptr, pad_ptr, previous_ptr, masks_ptr, stride_qn, stride_qh, stride_kn, stride_kh,
+            stride_pn, m_start, n_start, Nq, Nk, channels, mask_factor,
             H, D, TILES, BLOCK_M, BLOCK_N, BLOCK_C, ALIGN, PRECISION, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _atm_fwd_heads_kernel(
-    q_ptr, k_ptr, v_ptr, previous_ptr, seed_ptr, o_ptr, masks_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, previous_ptr, seed_ptr, o_ptr, masks_ptr, lse_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_pb, stride_pn,
     B, Nq, Nk, scale_log2, mask_factor, threshold, keep_scale,
@@ -332,25 +373,32 @@ def _atm_fwd_heads_kernel(
     lse_ptr += (tile.to(tl.int64) * B + image) * H * Nq + m_start
     o_ptrs = o_ptr + rows[:, None] * (H * D) + d[None, :]
     valid = (rows[:, None] < m_left) & (d[None, :] < D)
+    if pad_ptr is not None:
+        pad_ptr += image * Nk + n_start
 
     DROPOUT: tl.constexpr = seed_ptr is not None
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for h in tl.range(0, H, num_stages=STAGES):
         q = _load(q_ptr, rows, m_left - 1, stride_qn, D, BLOCK_D)
-        k = _load(k_ptr, cols, n_left - 1, stride_kn, D, BLOCK_D)
+        k = _load_tokens(k_ptr, pad_ptr, cols, n_left - 1, stride_kn, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         acc += s
         if not EVEN_N:
             s = tl.where(cols[None, :] < n_left, s, float("-inf"))
+        if pad_ptr is not None:
+            s = tl.where(_hidden(pad_ptr, 0, n_left, BLOCK_N)[None, :], float("-inf"), s)
         largest = tl.max(s, 1) * scale_log2
+        if pad_ptr is not None:
+            largest = tl.maximum(largest, -1e38)
         p = tl.exp2(s * scale_log2 - largest[:, None])
         total = tl.sum(p, 1)
         if DROPOUT:
             seed = tl.load(seed_ptr)
             keep = _keep(seed, b * H + h, tl.cdiv(Nk, 8), threshold, m_start, n_start, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, 0.0)
-        v = _load(v_ptr, cols, n_left - 1, stride_vn, D, BLOCK_D)
-        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
+        v = _load_tokens(v_ptr, pad_ptr, cols, n_left - 1, stride_vn, D, BLOCK_D)
+        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        o *= (keep_scale / _divisor(total, pad_ptr is not None))[:, None]
         tl.store(o_ptrs + h * D, o.to(o_ptr.dtype.element_ty), mask=valid)
         tl.store(lse_ptr + h * Nq + rows, (largest + tl.log2(total)) * 0.6931471805599453, mask=rows < m_left)
         q_ptr += tl.cast(stride_qh, tl.int64)
@@ -381,6 +429,7 @@ def _atm_combine_kernel(
     for split in range(splits):
         lse = tl.load(part_lse_ptr + split * tl.cast(rows_total, tl.int64) + lse_row, mask=valid, other=0.0)
         largest = tl.maximum(largest, lse)
+    largest = tl.maximum(largest, -1e38)  # where no part has seen a token
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     inside = valid[:, None] & (d[None, :] < D)
@@ -391,14 +440,14 @@ def _atm_combine_kernel(
         total += weight
         part = tl.load(part_ptr + (first + row)[:, None] * D + d[None, :], mask=inside, other=0.0)
         acc += weight[:, None] * part
-    acc /= total[:, None]
+    acc /= _divisor(total, True)[:, None]
     tl.store(o_ptr + row[:, None] * D + d[None, :], acc.to(o_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + lse_row, largest + tl.log2(total) * 0.6931471805599453, mask=valid)
 
 
 @triton.jit
 def _bwd_block(
-    k, v, dk, dv, q_ptr, do_ptr, o_ptr, dm_ptr, lse_ptr, dq_ptr, stride_qn, stride_gn, stride_mn,
+    k, v, dk, dv, pad_ptr, q_ptr, do_ptr, o_ptr, dm_ptr, lse_ptr, dq_ptr, stride_qn, stride_gn, stride_mn,
     m_start, n_start, Nq, Nk, scale_log2, heads_inverse, seed, image_head, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN_N: tl.constexpr, ALIGN: tl.constexpr, ATOMICS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -427,6 +476,8 @@ def _bwd_block(
         p = tl.exp2(s * scale_log2 - (lse * 1.4426950408889634)[None, :])
         if not EVEN_N:
             p = tl.where(cols[:, None] < n_left, p, 0.0)
+        if pad_ptr is not None:
+            p = tl.where(_hidden(pad_ptr, n_start, Nk, BLOCK_N)[:, None], 0.0, p)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         kept = p
         if DROPOUT:
@@ -439,6 +490,8 @@ def _bwd_block(
         ds = p * (dp - delta[None, :])
     if dm_ptr is not None:
         ds += tl.trans(dm).to(tl.float32) * heads_inverse
+        if pad_ptr is not None:
+            ds = tl.where(_hidden(pad_ptr, n_start, Nk, BLOCK_N)[:, None], 0.0, ds)
     ds = ds.to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
@@ -453,7 +506,7 @@ def _bwd_block(
 
 @triton.jit
 def _atm_bwd_kernel(
-    do_ptr, dm_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
+    do_ptr, dm_ptr, q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
     stride_gb, stride_gn, stride_gh, stride_mb, stride_mn,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     Nq, Nk, scale, scale_log2, heads_inverse, threshold, keep_scale,
@@ -489,14 +542,18 @@ def _atm_bwd_kernel(
         seed = tl.load(seed_ptr)
 
     cols, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _load(k_ptr, cols, Nk - n_start - 1, stride_kn, D, BLOCK_D)
-    v = _load(v_ptr, cols, Nk - n_start - 1, stride_vn, D, BLOCK_D)
+    pads = pad_ptr
+    if pad_ptr is not None:
+        pad_ptr += image * Nk
+        pads = pad_ptr + n_start
+    k = _load_tokens(k_ptr, pads, cols, Nk - n_start - 1, stride_kn, D, BLOCK_D)
+    v = _load_tokens(v_ptr, pads, cols, Nk - n_start - 1, stride_vn, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for m_start in tl.range(0, Nq, BLOCK_M, num_stages=STAGES):
         dk, dv = _bwd_block(
-            k, v, dk, dv, q_ptr, do_ptr, o_ptr, dm_ptr, lse_ptr, dq_ptr, stride_qn, stride_gn, stride_mn,
-            m_start, n_start, Nq, Nk, scale_log2, heads_inverse, seed, b * H + h, threshold, keep_scale,
+            k, v, dk, dv, pad_ptr, q_ptr, do_ptr, o_ptr, dm_ptr, lse_ptr, dq_ptr, stride_qn, stride_gn,
+            stride_mn, m_start, n_start, Nq, Nk, scale_log2, heads_inverse, seed, b * H + h, threshold, keep_scale,
             H, D, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_N, ALIGN, ATOMICS, DROPOUT, PRECISION,
         )  # fmt: skip
     offset = (image * Nk + n_start) * (H * D) + h * D
@@ -539,6 +596,11 @@ def _strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     return {f"stride_{name}{axis}": s for axis, s in zip(axes, strides, strict=True)}
 
 
+def _pads(key_padding_mask: Tensor | None) -> Tensor | None:
+    """The mask in one piece, as bytes."""
+    return None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8)
+
+
 def _dropout(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
     threshold = min(round(dropout_p * 65536), 65535) if seed is not None else 0
     return {"seed_ptr": seed, "threshold": threshold, "keep_scale": 65536 / (65536 - threshold)}
@@ -553,6 +615,7 @@ def _fwd_launches(
     scale: float,
     dropout_p: float,
     need_masks: bool,
+    key_padding_mask: Tensor | None,
     config: dict[str, Any],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """The outputs, still empty, and the launches that fill them."""
@@ -585,6 +648,7 @@ def _fwd_launches(
         "q_ptr": query,
         "k_ptr": key,
         "v_ptr": value,
+        "pad_ptr": _pads(key_padding_mask),
         "previous_ptr": previous_masks,
         "o_ptr": partial,
         "masks_ptr": masks if need_masks else None,
@@ -650,6 +714,7 @@ def _bwd_launches(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    key_padding_mask: Tensor | None,
     config: dict[str, Any],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """The gradients, still empty, and the launches that fill them."""
@@ -678,6 +743,7 @@ def _bwd_launches(
         "q_ptr": query,
         "k_ptr": key,
         "v_ptr": value,
+        "pad_ptr": _pads(key_padding_mask),
         "o_ptr": output.contiguous(),
         "lse_ptr": lse.contiguous(),
         "dq_ptr": partial,
@@ -732,12 +798,14 @@ def atm_fwd(
     scale: float,
     dropout_p: float,
     need_masks: bool,
+    key_padding_mask: Tensor | None = None,
     *,
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::atm_fwd``; ``config`` replaces entries of :func:`_fwd_config`."""
-    found = _fwd_config(_shape(query, key), query.dtype, target(query.device), seed is not None)
-    arguments = (query, key, value, previous_masks, seed, scale, dropout_p, need_masks)
+    costly = seed is not None or key_padding_mask is not None
+    found = _fwd_config(_shape(query, key), query.dtype, target(query.device), costly)
+    arguments = (query, key, value, previous_masks, seed, scale, dropout_p, need_masks, key_padding_mask)
     return _fwd_launches(*arguments, {**found, **(config or {})})
 
 
@@ -754,11 +822,14 @@ def atm_bwd(
     scale: float,
     dropout_p: float,
     deterministic: bool,
+    key_padding_mask: Tensor | None = None,
     *,
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::atm_bwd``; ``config`` replaces entries of :func:`_bwd_config`."""
     arch = target(query.device)
-    found = _bwd_config(_shape(query, key), query.dtype, arch, seed is not None, deterministic)
-    arguments = (grad_output, grad_masks, query, key, value, output, lse, seed, scale, dropout_p)
+    costly = seed is not None or key_padding_mask is not None
+    found = _bwd_config(_shape(query, key), query.dtype, arch, costly, deterministic)
+    tensors = (grad_output, grad_masks, query, key, value, output, lse)
+    arguments = (*tensors, seed, scale, dropout_p, key_padding_mask)
     return _bwd_launches(*arguments, {**found, **(config or {})})

@@ -33,10 +33,14 @@ from segvit_kernels.triton.atm import (
     _addressable,
     _atm_bwd_query_kernel,
     _atm_combine_kernel,
+    _divisor,
     _dropout,
+    _hidden,
     _keep,
     _load,
+    _load_tokens,
     _padded,
+    _pads,
     _softmax_step,
     _strides,
 )
@@ -72,7 +76,7 @@ def _fwd_config(
         shape: batch, queries, keys, heads, head dim.
         dtype: of the inputs.
         arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
-        dropout: whether attention weights are dropped.
+        dropout: whether attention weights are dropped or tokens hidden, which costs registers.
 
     Returns:
         ``block_m`` queries, ``block_n`` keys, ``splits`` of the keys, ``num_warps``, ``num_stages``.
@@ -111,7 +115,7 @@ def _bwd_config(
 
 @triton.jit
 def _query_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, seed_ptr, o_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, pad_ptr, seed_ptr, o_ptr, lse_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     B, Nq, Nk, split_keys, splits, scale_log2, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -129,6 +133,8 @@ def _query_attention_fwd_kernel(
     q_ptr += image * stride_qb + head * stride_qh + tl.cast(m_start, tl.int64) * stride_qn
     k_ptr += image * stride_kb + head * stride_kh + tl.cast(n_begin, tl.int64) * stride_kn
     v_ptr += image * stride_vb + head * stride_vh + tl.cast(n_begin, tl.int64) * stride_vn
+    if pad_ptr is not None:
+        pad_ptr += image * Nk
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = 0
     if DROPOUT:
@@ -142,34 +148,40 @@ def _query_attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     whole = Nk // BLOCK_N * BLOCK_N
     for n in tl.range(n_begin, tl.minimum(n_begin + split_keys, whole), BLOCK_N, num_stages=STAGES):
-        k = _load(k_ptr, cols, BLOCK_N - 1, stride_kn, D, BLOCK_D)
-        v = _load(v_ptr, cols, BLOCK_N - 1, stride_vn, D, BLOCK_D)
+        pads = pad_ptr
+        if pad_ptr is not None:
+            pads += n
+        k = _load_tokens(k_ptr, pads, cols, BLOCK_N - 1, stride_kn, D, BLOCK_D)
+        v = _load_tokens(v_ptr, pads, cols, BLOCK_N - 1, stride_vn, D, BLOCK_D)
         acc, largest, total = _softmax_step(
-            q, k, v, acc, largest, total, m_start, n, Nk, scale_log2, seed, b * H + h, threshold,
+            q, k, v, acc, largest, total, pad_ptr, m_start, n, Nk, scale_log2, seed, b * H + h, threshold,
             BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION,
         )  # fmt: skip
         k_ptr += tl.cast(BLOCK_N, tl.int64) * stride_kn
         v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vn
     if TAIL > 0:  # noqa: SIM102 (decided by the compiler, the inner one by the program)
         if split == splits - 1:
-            k = _load(k_ptr, tl.arange(0, TAIL), Nk - whole - 1, stride_kn, D, BLOCK_D)
-            v = _load(v_ptr, tl.arange(0, TAIL), Nk - whole - 1, stride_vn, D, BLOCK_D)
+            pads = pad_ptr
+            if pad_ptr is not None:
+                pads += whole
+            k = _load_tokens(k_ptr, pads, tl.arange(0, TAIL), Nk - whole - 1, stride_kn, D, BLOCK_D)
+            v = _load_tokens(v_ptr, pads, tl.arange(0, TAIL), Nk - whole - 1, stride_vn, D, BLOCK_D)
             acc, largest, total = _softmax_step(
-                q, k, v, acc, largest, total, m_start, whole, Nk, scale_log2, seed, b * H + h, threshold,
-                BLOCK_M, TAIL, EVEN, DROPOUT, PRECISION,
+                q, k, v, acc, largest, total, pad_ptr, m_start, whole, Nk, scale_log2, seed, b * H + h,
+                threshold, BLOCK_M, TAIL, EVEN, DROPOUT, PRECISION,
             )  # fmt: skip
     part = split.to(tl.int64) * B + image
     o_ptr += (part * Nq + m_start) * (H * D) + h * D
     lse_ptr += (part * H + h) * Nq + m_start
     valid = (rows[:, None] < m_left) & (d[None, :] < D)
-    o = acc * (keep_scale / total)[:, None]
+    o = acc * (keep_scale / _divisor(total, pad_ptr is not None))[:, None]
     tl.store(o_ptr + rows[:, None] * (H * D) + d[None, :], o.to(o_ptr.dtype.element_ty), mask=valid)
     tl.store(lse_ptr + rows, (largest + tl.log2(total)) * 0.6931471805599453, mask=rows < m_left)
 
 
 @triton.jit
 def _query_step(
-    q, do, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn,
+    q, do, lse, delta, dq, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn,
     m_start, n, Nk, scale_log2, seed, image_head, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -177,12 +189,17 @@ def _query_step(
     """Add one tile of keys to dQ of one block of queries; ``lse`` in units of log 2."""
     cols = tl.arange(0, BLOCK_N)
     last = BLOCK_N - 1 if EVEN else Nk - n - 1
-    k = _load(k_ptr, cols, last, stride_kn, D, BLOCK_D)
-    v = _load(v_ptr, cols, last, stride_vn, D, BLOCK_D)
+    pads = pad_ptr
+    if pad_ptr is not None:
+        pads += n
+    k = _load_tokens(k_ptr, pads, cols, last, stride_kn, D, BLOCK_D)
+    v = _load_tokens(v_ptr, pads, cols, last, stride_vn, D, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     p = tl.exp2(s * scale_log2 - lse[:, None])
     if not EVEN:
         p = tl.where(n + cols[None, :] < Nk, p, 0.0)
+    if pad_ptr is not None:
+        p = tl.where(_hidden(pad_ptr, n, Nk, BLOCK_N)[None, :], 0.0, p)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         keep = _keep(seed, image_head, tl.cdiv(Nk, 8), threshold, m_start, n, BLOCK_M, BLOCK_N)
@@ -193,7 +210,7 @@ def _query_step(
 
 @triton.jit
 def _query_attention_bwd_query_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, seed_ptr, delta_ptr, dq_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, pad_ptr, o_ptr, lse_ptr, seed_ptr, delta_ptr, dq_ptr,
     stride_gb, stride_gn, stride_gh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     Nq, Nk, factor, scale_log2, threshold, keep_scale,
@@ -211,6 +228,8 @@ def _query_attention_bwd_query_kernel(
     do_ptr += image * stride_gb + head * stride_gh + m_long * stride_gn
     k_ptr += image * stride_kb + head * stride_kh
     v_ptr += image * stride_vb + head * stride_vh
+    if pad_ptr is not None:
+        pad_ptr += image * Nk
     offset, statistics = (image * Nq + m_start) * (H * D) + h * D, (image * H + h) * Nq + m_start
     DROPOUT: tl.constexpr = seed_ptr is not None
     seed = 0
@@ -228,7 +247,7 @@ def _query_attention_bwd_query_kernel(
     whole = Nk // BLOCK_N * BLOCK_N
     for n in tl.range(0, whole, BLOCK_N, num_stages=STAGES):
         dq = _query_step(
-            q, do, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn,
+            q, do, lse, delta, dq, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn,
             m_start, n, Nk, scale_log2, seed, b * H + h, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, True, DROPOUT, PRECISION,
         )  # fmt: skip
@@ -236,7 +255,7 @@ def _query_attention_bwd_query_kernel(
         v_ptr += tl.cast(BLOCK_N, tl.int64) * stride_vn
     if TAIL > 0:
         dq = _query_step(
-            q, do, lse, delta, dq, k_ptr, v_ptr, stride_kn, stride_vn,
+            q, do, lse, delta, dq, k_ptr, v_ptr, pad_ptr, stride_kn, stride_vn,
             m_start, whole, Nk, scale_log2, seed, b * H + h, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, TAIL, EVEN, DROPOUT, PRECISION,
         )  # fmt: skip
@@ -248,7 +267,7 @@ def _query_attention_bwd_query_kernel(
 
 @triton.jit
 def _key_step(
-    k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qn, stride_gn,
+    k, v, dk, dv, pad_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qn, stride_gn,
     m_start, n_start, Nq, Nk, scale_log2, seed, image_head, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, EVEN_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -270,6 +289,8 @@ def _key_step(
     p = tl.exp2(s * scale_log2 - (lse * 1.4426950408889634)[None, :])
     if dq_ptr is not None and not EVEN_N:
         p = tl.where(tl.arange(0, BLOCK_N)[:, None] < Nk - n_start, p, 0.0)
+    if pad_ptr is not None:
+        p = tl.where(_hidden(pad_ptr, n_start, Nk, BLOCK_N)[:, None], 0.0, p)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     kept = p
     if DROPOUT:
@@ -290,7 +311,7 @@ def _key_step(
 
 @triton.jit
 def _query_attention_bwd_key_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, pad_ptr, lse_ptr, delta_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr,
     stride_gb, stride_gn, stride_gh, stride_qb, stride_qn, stride_qh,
     stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     Nq, Nk, scale, scale_log2, threshold, keep_scale,
@@ -319,14 +340,18 @@ def _query_attention_bwd_key_kernel(
         seed = tl.load(seed_ptr)
 
     cols, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k = _load(k_ptr, cols, Nk - n_start - 1, stride_kn, D, BLOCK_D)
-    v = _load(v_ptr, cols, Nk - n_start - 1, stride_vn, D, BLOCK_D)
+    pads = pad_ptr
+    if pad_ptr is not None:
+        pad_ptr += image * Nk
+        pads = pad_ptr + n_start
+    k = _load_tokens(k_ptr, pads, cols, Nk - n_start - 1, stride_kn, D, BLOCK_D)
+    v = _load_tokens(v_ptr, pads, cols, Nk - n_start - 1, stride_vn, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     whole = Nq // BLOCK_M * BLOCK_M
     for m_start in tl.range(0, whole, BLOCK_M, num_stages=STAGES):
         dk, dv = _key_step(
-            k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qn, stride_gn,
+            k, v, dk, dv, pad_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qn, stride_gn,
             m_start, n_start, Nq, Nk, scale_log2, seed, b * H + h, threshold, keep_scale,
             H, D, BLOCK_D, BLOCK_M, BLOCK_N, True, EVEN_N, DROPOUT, PRECISION,
         )  # fmt: skip
@@ -334,7 +359,7 @@ def _query_attention_bwd_key_kernel(
         do_ptr += tl.cast(BLOCK_M, tl.int64) * stride_gn
     if TAIL > 0:
         dk, dv = _key_step(
-            k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qn, stride_gn,
+            k, v, dk, dv, pad_ptr, q_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, stride_qn, stride_gn,
             whole, n_start, Nq, Nk, scale_log2, seed, b * H + h, threshold, keep_scale,
             H, D, BLOCK_D, TAIL, BLOCK_N, EVEN, EVEN_N, DROPOUT, PRECISION,
         )  # fmt: skip
@@ -391,6 +416,7 @@ def _fwd_launches(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    key_padding_mask: Tensor | None,
     config: dict[str, int],
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """The outputs, still empty, and the launches that fill them."""
@@ -416,6 +442,7 @@ def _fwd_launches(
         "q_ptr": query,
         "k_ptr": key,
         "v_ptr": value,
+        "pad_ptr": _pads(key_padding_mask),
         "o_ptr": partial,
         "lse_ptr": partial_lse,
         **_strides("q", query, "bnh"),
@@ -460,6 +487,7 @@ def _bwd_launches(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    key_padding_mask: Tensor | None,
     config: dict[str, Any],
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """The gradients, still empty, and the launches that fill them."""
@@ -484,6 +512,7 @@ def _bwd_launches(
         "q_ptr": query,
         "k_ptr": key,
         "v_ptr": value,
+        "pad_ptr": _pads(key_padding_mask),
         "lse_ptr": lse,
         "delta_ptr": delta,
         **upstream,
@@ -549,12 +578,14 @@ def query_attention_fwd(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    key_padding_mask: Tensor | None = None,
     *,
     config: dict[str, int] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::query_attention_fwd``; ``config`` replaces entries of :func:`_fwd_config`."""
-    found = _fwd_config(_shape(query, key), query.dtype, target(query.device), seed is not None)
-    arguments = (query, key, value, seed, scale, dropout_p)
+    costly = seed is not None or key_padding_mask is not None
+    found = _fwd_config(_shape(query, key), query.dtype, target(query.device), costly)
+    arguments = (query, key, value, seed, scale, dropout_p, key_padding_mask)
     return _fwd_launches(*arguments, {**found, **(config or {})})
 
 
@@ -570,11 +601,13 @@ def query_attention_bwd(
     scale: float,
     dropout_p: float,
     deterministic: bool,
+    key_padding_mask: Tensor | None = None,
     *,
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::query_attention_bwd``; ``config`` replaces entries of :func:`_bwd_config`."""
     arch = target(query.device)
-    found = _bwd_config(_shape(query, key), query.dtype, arch, seed is not None, deterministic)
-    arguments = (grad_output, query, key, value, output, lse, seed, scale, dropout_p)
+    costly = seed is not None or key_padding_mask is not None
+    found = _bwd_config(_shape(query, key), query.dtype, arch, costly, deterministic)
+    arguments = (grad_output, query, key, value, output, lse, seed, scale, dropout_p, key_padding_mask)
     return _bwd_launches(*arguments, {**found, **(config or {})})

@@ -13,6 +13,7 @@ EVERYWHERE = {
     "dim 64": ((16, 150, 1600, 8, 64), "bfloat16", {}),
     "dim 128": ((16, 150, 1600, 8, 128), "bfloat16", {}),
     "dropout": ((16, 150, 1600, 16, 32), "bfloat16", {"dropout": True}),
+    "padding": ((16, 150, 1600, 16, 32), "bfloat16", {"padded": True}),
     "fp32": ((16, 150, 1600, 16, 32), "float32", {}),
     "fp32 dim 128": ((16, 150, 1600, 8, 128), "float32", {}),
 }
@@ -42,6 +43,7 @@ def launches(case, arch):
     options, dtype = dict(options), getattr(torch, dtype)
     batch, queries, keys, heads, dim = shape
     dropout, masks = options.pop("dropout", False), options.pop("masks", True)
+    padded = options.pop("padded", False)
     with_output, deterministic = options.pop("grad_output", True), options.pop("deterministic", False)
     with torch.device("meta"):
         query = torch.empty(batch, queries, heads, dim, dtype=dtype)
@@ -49,11 +51,14 @@ def launches(case, arch):
         previous = torch.empty(batch, queries, keys, dtype=dtype) if masks else None
         lse = torch.empty(batch, heads, queries)
         seed = torch.empty(1, dtype=torch.int64) if dropout else None
+        pads = torch.empty(batch, keys, dtype=torch.bool) if padded else None
     common = (seed, dim**-0.5, 0.1 if dropout else 0.0)
-    fwd = {**atm._fwd_config(shape, dtype, arch, dropout), **options}
-    _, all_launches = atm._fwd_launches(query, key, key, previous, *common, masks, fwd)
+    fwd = {**atm._fwd_config(shape, dtype, arch, dropout or padded), **options}
+    _, all_launches = atm._fwd_launches(query, key, key, previous, *common, masks, pads, fwd)
     if "plan" not in options:
-        bwd = atm._bwd_config(shape, dtype, arch, dropout, deterministic)
+        bwd = atm._bwd_config(shape, dtype, arch, dropout or padded, deterministic)
         grad_output = query if with_output else None
-        all_launches += atm._bwd_launches(grad_output, previous, query, key, key, query, lse, *common, bwd)[1]
+        all_launches += atm._bwd_launches(
+            grad_output, previous, query, key, key, query, lse, *common, pads, bwd
+        )[1]
     return all_launches

@@ -21,6 +21,7 @@ EVERYWHERE = {
     "dim 16": ((16, 1600, 1600, 8, 16), "bfloat16", {"plans": ("atomics",)}),
     "dim 128": ((16, 400, 1600, 8, 128), "bfloat16", {}),
     "dropout": ((16, 1600, 1600, 16, 32), "bfloat16", {"dropout": True}),
+    "padding": ((16, 1600, 1600, 16, 32), "bfloat16", {"padded": True}),
     "fp32": ((16, 1600, 1600, 16, 32), "float32", {}),
     "fp32 dim 128": ((16, 400, 1600, 8, 128), "float32", {}),
 }
@@ -46,16 +47,18 @@ def launches(case, arch):
     shape, dtype, options = case
     dtype, (batch, queries, keys, heads, dim) = getattr(torch, dtype), shape
     dropout, shared = options.get("dropout", False), options.get("shared", False)
+    padded = options.get("padded", False)
     with torch.device("meta"):
         query = torch.empty(1 if shared else batch, queries, heads, dim, dtype=dtype)
         output = torch.empty(batch, queries, heads, dim, dtype=dtype)
         key = torch.empty(batch, keys, heads, dim, dtype=dtype)
         lse = torch.empty(batch, heads, queries)
         seed = torch.empty(1, dtype=torch.int64) if dropout else None
+        pads = torch.empty(batch, keys, dtype=torch.bool) if padded else None
     common = (seed, dim**-0.5, 0.1 if dropout else 0.0)
-    fwd = query_attention._fwd_config(shape, dtype, arch, dropout)
-    _, found = query_attention._fwd_launches(query, key, key, *common, fwd)
+    fwd = query_attention._fwd_config(shape, dtype, arch, dropout or padded)
+    _, found = query_attention._fwd_launches(query, key, key, *common, pads, fwd)
     for plan in options.get("plans", ("atomics", "repeatable")):
-        bwd = query_attention._bwd_config(shape, dtype, arch, dropout, plan == "repeatable")
-        found += query_attention._bwd_launches(output, query, key, key, output, lse, *common, bwd)[1]
+        bwd = query_attention._bwd_config(shape, dtype, arch, dropout or padded, plan == "repeatable")
+        found += query_attention._bwd_launches(output, query, key, key, output, lse, *common, pads, bwd)[1]
     return found
