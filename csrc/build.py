@@ -113,20 +113,18 @@ def _plan(
         return [p for p in found if p.stem.removesuffix("_kernels") not in left_out]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
+    library = HERE / "library.cpp"
     if args.emulate:
         flags = [*cxx, *include, "-DSEGVIT_EMULATE", "-x", "c++"]
-        plan = [
-            (HERE / "library.cpp", "emulated_library.o", [*flags, *stamp, "-c", str(HERE / "library.cpp")])
-        ]
-        sources = [HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
-        return plan + [
-            (source, f"emulated_{source.stem}.o", [*flags, "-c", str(source)]) for source in sources
+        sources = [library, HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
+        return [
+            (source, f"emulated_{source.stem}.o", [*flags, *stamp * (source == library), "-c", str(source)])
+            for source in sources
         ]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     fp16 = {"avx512_fp16": FP16} if x86 and _compiles(cxx[0], FP16) else {}
     cxx += ["-DSEGVIT_AVX512_FP16"] if fp16 else []
-    library = HERE / "library.cpp"
     plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
     for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):

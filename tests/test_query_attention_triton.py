@@ -190,7 +190,7 @@ def test_repeatable_when_deterministic(broadcast):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     # Nothing but atomics could add in another order, and the deterministic plan has none.
-    _, launches = query_attention._bwd_launches(*arguments[:-1], config)
+    _, launches = query_attention._bwd_launches(*arguments[:-1], None, config)
     assert all(
         launch.arguments.get("dq_ptr") is None for launch in launches if "key" in launch.kernel.__name__
     )

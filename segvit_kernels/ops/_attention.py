@@ -110,7 +110,8 @@ def validate(
             )
         if key_padding_mask.device != query.device:
             raise ValueError(
-                f"key_padding_mask is on {key_padding_mask.device}; expected {query.device}, the device of query"
+                f"key_padding_mask is on {key_padding_mask.device}; expected {query.device}, the device of "
+                "query"
             )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")

@@ -553,8 +553,8 @@ def _atm_bwd_kernel(
     for m_start in tl.range(0, Nq, BLOCK_M, num_stages=STAGES):
         dk, dv = _bwd_block(
             k, v, dk, dv, pad_ptr, q_ptr, do_ptr, o_ptr, dm_ptr, lse_ptr, dq_ptr, stride_qn, stride_gn,
-            stride_mn, m_start, n_start, Nq, Nk, scale_log2, heads_inverse, seed, b * H + h, threshold, keep_scale,
-            H, D, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_N, ALIGN, ATOMICS, DROPOUT, PRECISION,
+            stride_mn, m_start, n_start, Nq, Nk, scale_log2, heads_inverse, seed, b * H + h, threshold,
+            keep_scale, H, D, BLOCK_D, BLOCK_M, BLOCK_N, EVEN_N, ALIGN, ATOMICS, DROPOUT, PRECISION,
         )  # fmt: skip
     offset = (image * Nk + n_start) * (H * D) + h * D
     ptrs = cols[:, None] * (H * D) + d[None, :]
