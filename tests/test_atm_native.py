@@ -191,6 +191,15 @@ def test_what_is_not_finite_stays_with_its_query(native_backend, poisoned):
     _same(found, {name: expected[name] for name in ("output", "mask_logits")})
 
 
+def test_what_is_not_a_number_in_a_key_shows_everywhere(native_backend):
+    """Training must see that it diverged: the smallest of two numbers is not what is no number."""
+    inputs, gradients = SMALL.inputs(torch.float32), SMALL.gradients(torch.float32)
+    inputs["key"][1, 7, 1, 3] = math.nan
+    found = _everything(SMALL, inputs, gradients, native_backend)
+    assert found["output"][1, :, 1].isnan().all() and found["grad_value"][1, :, 1].isnan().all()
+    assert found["output"][0].isfinite().all() and found["output"][1, :, 0].isfinite().all()
+
+
 @DTYPES
 def test_strides(dtype, native_backend, poisoned):
     """Heads before tokens, gradients of a broadcast sum, an expanded query, rows with a gap."""

@@ -1,6 +1,7 @@
 """The native library itself: found, refused with a reason, on every instruction set, on random inputs."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_without_the_library(tmp_path):
 
 def _start(reason, path):
     return f"SEGVIT_KERNELS_LIBRARY is {path}" if "file" in reason else str(path)
+
+
+@built
+def test_a_library_built_for_something_else_is_refused(monkeypatch, tmp_path):
+    """After `git pull` it would run, and compute something else: other arguments, or other sources."""
+    path = _native.library().path
+    assert _native._Library(path, "").reason is None
+    with monkeypatch.context() as patch:
+        patch.setitem(_native.SCHEMAS, "atm_fwd", _native.SCHEMAS["atm_fwd"].replace("scale", "factor"))
+        assert f"{path} was built for another version" in _native._Library(path, "").reason
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "segvit_kernels" / "_native.py"))
+    assert _native._Library(path, "").reason is None
+    with (tmp_path / "csrc" / "cpu" / "attention.h").open("a") as file:
+        file.write("\n")
+    reason = _native._Library(path, "").reason
+    assert "was built from other sources" in reason and "make native" in reason
 
 
 @built

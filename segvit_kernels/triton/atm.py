@@ -133,12 +133,11 @@ def _load_tokens(ptr, pad_ptr, rows, last, stride, D: tl.constexpr, BLOCK_D: tl.
     """:func:`_load` of keys or values, with zeros for tokens that are padding (``pad_ptr``, if not None)."""
     if pad_ptr is None:
         return _load(ptr, rows, last, stride, D, BLOCK_D)
-    d = tl.arange(0, BLOCK_D)
-    rows = tl.minimum(rows, last)
-    seen = tl.load(pad_ptr + rows) == 0
-    return tl.load(
-        ptr + rows[:, None] * stride + d[None, :], mask=seen[:, None] & (d[None, :] < D), other=0.0
-    )
+    else:
+        d = tl.arange(0, BLOCK_D)
+        rows = tl.minimum(rows, last)
+        seen = (tl.load(pad_ptr + rows) == 0)[:, None]
+        return tl.load(ptr + rows[:, None] * stride + d[None, :], mask=seen & (d[None, :] < D), other=0.0)
 
 
 @triton.jit
