@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test native emulator sanitize lint bench report tune gpu gpu-kernels gpu-models gpu-native clean
+.PHONY: demo test native emulator sanitize lint bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,18 +49,17 @@ tune:  ## launch parameters of the Triton kernels, timed on this machine's GPU a
 		PYTHONPATH=. $(PYTHON) -m bench tune $$operator || exit; done
 
 # Needs torch and Triton with a GPU, nothing installed: runs from the source tree with the machine's own Python.
-gpu: gpu-kernels gpu-models gpu-native  ## all that a GPU can show, in three parts of ten minutes at most
+GPU_OUT ?= build/gpu
+gpu:  ## all that one GPU can show, in nine minutes, into the folder GPU_OUT (CACHE=: an archive of precompile)
+	PYTHONPATH=. $(PYTHON) -m bench gpu --out $(GPU_OUT) $(if $(CACHE),--cache $(CACHE))
 
-gpu-kernels:  ## correctness, then timings of the operators
-	PYTHONPATH=. $(PYTHON) -m bench kernels --device cuda --budget 450
-	PYTHONPATH=. $(PYTHON) -m bench scaling --device cuda --budget 120
-
-gpu-models:  ## whole models, decoders on one backbone, models of other libraries
-	PYTHONPATH=. $(PYTHON) -m bench model --budget 560 --batch 1 8 --dtype bfloat16 --compile \
-		--models vit_l_ade20k_640 vit_l_ade20k_640_shrunk
-
-gpu-native:  ## the CUDA C++ kernels: built, tested, and under compute-sanitizer; needs nvcc and pytest
-	PYTHONPATH=. $(PYTHON) csrc/check.py --out bench/results/native-gpu.json
+# Triton's wheel and Python's minor version are parts of the keys: PRECOMPILE_PYTHON is one with those of the GPU
+# machine, such as that of the environment of `make gate-3.6`.
+PRECOMPILE_PYTHON ?= $(PYTHON)
+CACHE_OUT ?= build/sm_90.tar.gz
+precompile:  ## the Triton kernels of `make gpu`, compiled for sm_90 without a GPU, into the archive CACHE_OUT
+	mkdir -p $(dir $(CACHE_OUT))
+	PYTHONPATH=. $(PRECOMPILE_PYTHON) -m bench precompile --out $(CACHE_OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info segvit_kernels/libsegvit_*

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
-import math
 import os
-import re
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -87,6 +88,26 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=_positive, default=9, help="samples of a peer on a CPU (%(default)s)")
     p.add_argument("--in-process", action="store_true", help="GPU: no child processes (for debugging)")
 
+    p = commands.add_parser("gpu", help="all that one GPU can show, within a budget, into one folder")
+    p.set_defaults(run=_gpu)
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new or empty folder for the files"
+    )
+    p.add_argument("--cache", type=Path, metavar="ARCHIVE", help="kernels compiled ahead by 'precompile'")
+    _budget(p, 480.0), _smoke(p)
+    p.add_argument(
+        "--candidates", type=Path, help="JSON file of launch parameters to compare (bench/candidates.json)"
+    )
+    p.add_argument("--stages", nargs="+", metavar="STAGE", help="only these (default: all)")
+    p.add_argument("--in-process", action="store_true", help="no child processes (for debugging)")
+    p.add_argument(
+        "--assemble", action="store_true", help="run nothing: the result files of an interrupted run's rows"
+    )
+
+    p = commands.add_parser("precompile", help="compile for sm_90, without a GPU, all kernels of 'gpu'")
+    p.set_defaults(run=_precompile)
+    p.add_argument("--out", type=Path, required=True, metavar="ARCHIVE", help="file to write (.tar.gz)")
+
     p = commands.add_parser(
         "scaling", help="time of the operators as classes, tokens, batch, images, views grow"
     )
@@ -157,11 +178,11 @@ def _device(options: argparse.Namespace) -> str:
 def _default_out(prefix: str, device: str) -> Path:
     import torch
 
-    from bench import environment
+    from bench import environment, report
 
-    gpu = device == "cuda" and torch.cuda.is_available()
-    name = f"{prefix} " + (torch.cuda.get_device_name() if gpu else f"cpu {environment.cpu_model()}")
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-") + ".json")
+    on_gpu = device == "cuda" and torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if on_gpu else f"cpu {environment.cpu_model()}"
+    return RESULTS / f"{report.stem(f'{prefix} {machine}')}.json"
 
 
 def _check_out(path: Path | None, smoke: bool = False) -> None:
@@ -185,15 +206,6 @@ def _check_names(option: str, names: list[str] | None, known: list[str], what: s
             raise OptionError(f"{option} {name}: no such {what}; expected some of {', '.join(known)}")
 
 
-def _finite(value: object) -> object:
-    """``value`` with ``None`` for what JSON cannot say: infinities and NaN, as a failed check may have."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _finish(result: dict, options: argparse.Namespace, default: Path, partial: object = None) -> int:
     """Print a result and write it to ``--out``, or to its ``default`` place if it is not ``partial``; 1 if
     anything of it is wrong."""
@@ -204,7 +216,7 @@ def _finish(result: dict, options: argparse.Namespace, default: Path, partial: o
     if path is None:
         print("a part of the benchmark only, and no --out: not written")
     else:
-        report.write(path, json.dumps(_finite(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        report.dump(path, result)
         print(f"written to {path}")
     print(report.verdict(result))
     return 0 if report.sound(result) else 1
@@ -216,14 +228,13 @@ def _kernels(options: argparse.Namespace) -> int:
         # Triton reads this when it is imported, in the children too.
         os.environ["TRITON_INTERPRET"] = "1"
     if _device(options) == "cuda":
-        from bench import gpu
+        from bench import gpu, operators
 
-        result = gpu.run(
-            budget_s=options.budget,
-            smoke=options.smoke,
-            in_process=options.in_process,
-            peers=options.peers,
-        )
+        operators.check_peers("triton", options.peers)
+        plan = gpu.Plan(options.smoke, _checked_dtypes(), options.peers)
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = {"stages": gpu.OPERATORS, "in_process": options.in_process}
+            (result,) = gpu.run(Path(folder), plan, budget_s=options.budget, **chosen)
     else:
         from bench import cpu
 
@@ -235,6 +246,80 @@ def _kernels(options: argparse.Namespace) -> int:
             names=options.peers,
         )
     return _finish(result, options, _default_out("", _device(options)), options.peers)
+
+
+def _checked_dtypes() -> tuple[str, ...]:
+    """Triton's interpreter computes bfloat16 wrongly, so a smoke run on a CPU leaves it out."""
+    import torch
+
+    from bench import gpu
+
+    return gpu.DTYPES if torch.cuda.is_available() else gpu.DTYPES[1:]
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from bench import cache, gpu, report, tune
+
+    folder = options.out
+    _check_names("--stages", options.stages, list(gpu.STAGES), "stage")
+    if options.assemble:
+        if not (folder / gpu.ROWS).is_file():
+            raise OptionError(f"--assemble: {folder / gpu.ROWS} does not exist; expected the folder of a run")
+        return _written(gpu.write(folder))
+    if not options.smoke:
+        options.device = "cuda"
+        _device(options)
+    if options.smoke and RESULTS in (folder.resolve(), *folder.resolve().parents):
+        raise OptionError(
+            f"--out {folder}: a smoke run is not a measurement; expected a path outside {RESULTS}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OptionError(f"--out {folder}: is not empty; expected a new or empty folder")
+    try:
+        candidates = tune.load(options.candidates or gpu.CANDIDATES)
+    except ValueError as error:
+        raise OptionError(f"--candidates {error}") from None
+    plan = gpu.Plan(options.smoke, _checked_dtypes(), candidates=candidates)
+    with contextlib.ExitStack() as stack:
+        if options.cache:
+            try:
+                print(stack.enter_context(cache.unpacked(options.cache)))
+            except ValueError as error:
+                raise OptionError(f"--cache {error}") from None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"--out {folder}: cannot be made: {error.strerror}") from None
+        stages = [stage for stage in gpu.STAGES if stage in (options.stages or gpu.STAGES)]
+        progress = functools.partial(print, flush=True)
+        chosen = {"stages": stages, "in_process": options.in_process, "progress": progress}
+        found = gpu.run(folder, plan, budget_s=options.budget, **chosen)
+    _written(folder / f"{gpu.stem(result)}.json" for result in found)
+    return 0 if found and all(map(report.sound, found)) else 1
+
+
+def _written(paths: Iterable[Path]) -> int:
+    """Say what stands in result files; 1 if there is none."""
+    from bench import report
+
+    found = list(paths)
+    for path in found:
+        print(f"{path}: {report.verdict(report.load(path))}")
+    if not found:
+        print("no result: the rows do not say which machine it was", file=sys.stderr)
+    return 0 if found else 1
+
+
+def _precompile(options: argparse.Namespace) -> int:
+    if not options.out.resolve().parent.is_dir():
+        raise OptionError(f"--out {options.out}: folder {options.out.resolve().parent} does not exist")
+    from bench import cache
+
+    try:
+        print(cache.precompile(options.out))
+    except RuntimeError as error:
+        raise OptionError(f"precompile: {error}") from None
+    return 0
 
 
 def _scaling(options: argparse.Namespace) -> int:
@@ -331,8 +416,19 @@ def _worker(arguments: list[str]) -> int | None:
     if arguments[:1] == ["_worker"]:
         from bench import gpu
 
-        _, section, rows, options = arguments
-        return gpu.work(section, Path(rows), **json.loads(options))
+        _, section, folder, text = arguments
+        options = json.loads(text)
+        plan, printed = gpu.Plan(**options.pop("plan")), Path(options.pop("printed"))
+        return gpu.work(section, Path(folder), plan, printed=printed, **options)
+    if arguments[:1] == ["_odd"]:
+        from bench import gpu
+
+        _, dtypes, backend, smoke = arguments
+        return gpu.odd(json.loads(dtypes), backend, json.loads(smoke))
+    if arguments[:1] == ["_fill"]:
+        from bench import cache
+
+        return cache.fill(json.loads(arguments[1]))
     if arguments[:1] == ["_call"]:  # see environment.isolated
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))

@@ -51,7 +51,7 @@ def commit() -> dict:
     return found
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -88,7 +88,7 @@ def describe(device: torch.device) -> dict:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
@@ -140,13 +140,18 @@ def _exp2(device: torch.device, tiny: bool) -> dict:
         x = torch.rand(2**12 if tiny else 2**17)
         target = torch.empty_like(x)
         return _rate(x.numel(), lambda: torch.exp2(x, out=target), device)
-    from bench._exp2 import launch
-
     programs, iterations = 1, 2
     if device.type == "cuda":
         programs, iterations = torch.cuda.get_device_properties(device).multi_processor_count * 32, 4096
     x = torch.rand(programs * 1024, device=device)
-    return _rate(x.numel() * iterations, lambda: launch(x, programs, iterations), device)
+    return _rate(x.numel() * iterations, lambda: exponentials(x, programs, iterations), device)
+
+
+def exponentials(x: torch.Tensor, programs: int, iterations: int) -> None:
+    """``iterations`` dependent exponentials of each element of ``x`` by a kernel, 1024 elements a program."""
+    from bench._exp2 import launch
+
+    launch(x, programs, iterations)
 
 
 def ceilings(device: torch.device, tiny: bool = False) -> Iterator[tuple[str, Callable[[], dict]]]:

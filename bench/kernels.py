@@ -10,6 +10,8 @@ from bench.report import markdown, seconds, size
 
 _METHODS = ("graph", "stream", "wall")
 _TABLES = ("ceilings", "checks", "costs", "timings", "memory")
+# What `bench gpu` measures beside the operators' times.
+_BESIDE = ("candidates", "sanitizer", "native")
 
 
 # -------------------------------------------------------------------------------------------- results
@@ -17,14 +19,14 @@ _TABLES = ("ceilings", "checks", "costs", "timings", "memory")
 
 def assemble(result: dict, rows: list[dict]) -> dict:
     """Sort rows into tables, add floors, refuse the speeds of what is not proved right, judge targets."""
-    tables: dict[str, list[dict]] = {t: [] for t in ("environment", *_TABLES)}
+    tables: dict[str, list[dict]] = {t: [] for t in ("environment", *_TABLES, *_BESIDE)}
     for row in rows:
         row = dict(row)
         tables[row.pop("table")].append(row)
     found = next((r for r in tables.pop("environment") if "torch" in r), {})
     found.pop("name", None)
     ceilings = {r["name"]: r["per_s"] for r in tables["ceilings"] if "per_s" in r}
-    result |= {"environment": found, **tables}
+    result |= {"environment": found, **{t: v for t, v in tables.items() if v or t in _TABLES}}
 
     def key(row: dict) -> tuple:
         return tuple(row.get(k) for k in ("operator", "shape", "batch", "dtype", "mode"))
@@ -73,7 +75,8 @@ def _verdict(checks: list[dict], operator: str) -> Callable[[dict], str | None]:
 def sound(result: dict) -> bool:
     """Whether checks ran and passed and no run of ours failed. A peer may fail."""
     broken = [r for r in result["timings"] if r["status"] == "failed" and r.get("peer", "fused") == "fused"]
-    return result["correct"] and not broken
+    proofs = (*result.get("sanitizer", ()), *result.get("native", ()))
+    return result["correct"] and not broken and not any(r["status"] == "failed" for r in proofs)
 
 
 def schema_problem(result: dict) -> str | None:
@@ -294,4 +297,22 @@ def tables(result: dict) -> dict[str, str]:
         found[f"{operator}-checks"] = _checks(result, operator)
         found[f"{operator}-memory"] = _memory(result, operator)
         found[f"{operator}-speed"] = _speed(result, operator)
+    if rows := result.get("candidates"):
+        found["candidates"] = _candidates(rows)
+    for name in ("sanitizer", "native"):
+        if rows := result.get(name):
+            lines = [[r["name"], r["status"], r.get("summary", r.get("reason") or "–")] for r in rows]
+            found[name] = markdown(["what", "status", "summary"], lines)
     return found
+
+
+def _candidates(rows: list[dict]) -> str:
+    """One line a candidate: its time beside that of what is pinned."""
+    lines = []
+    for row in rows:
+        where = f"{row['operator']}, {row['shape']}, {row['batch']}, {row['dtype']}, {row['mode']}"
+        ok = row["status"] == "ok"
+        times = [seconds(row[k]) if ok else "–" for k in ("pinned_s", "median_s")]
+        verdict = row["verdict"] if ok else f"{row['status']}: {row['reason']}"
+        lines.append([row["name"], where, *times, f"{row['gain']:.3f}×" if ok else "–", verdict])
+    return markdown(["candidate", "of", "pinned", "candidate", "gain", "verdict"], lines)

@@ -113,7 +113,7 @@ def _sampler(run: Callable[[], Any], device: torch.device) -> Callable[[], float
     return sample
 
 
-def _measured(
+def measured(
     table: str,
     found: Sequence[Subject],
     spec: flops.Model,
@@ -124,10 +124,15 @@ def _measured(
     *,
     rounds: int,
     deadline: float,
-    left_out: Sequence[str],
-    counts: dict[str, tuple[float, int]],
+    left_out: Sequence[str] = (),
+    counts: dict[str, tuple[float, int]] | None = None,
+    early: bool = False,
 ) -> Iterator[dict]:
-    """A row for each subject: checked, timed in turn, then its peak memory."""
+    """A row for each subject: checked, timed in turn, then its peak memory.
+
+    With ``counts``, which is filled, operations and parameters too. With ``early`` a row of one sample comes
+    as soon as its subject is ready, and the final one later.
+    """
     torch._dynamo.reset()
     images, targets = subjects.inputs(spec, batch, device)
     checks, kind = Checks(spec, device), getattr(torch, dtype)
@@ -141,9 +146,10 @@ def _measured(
             row |= {"status": "skipped", "reason": reason or "time budget"}
             continue
         try:
-            if subject.name not in counts:
-                counts[subject.name] = subjects.macs(subject, spec, device)
-            row["macs"], row["parameters"] = counts[subject.name]
+            if counts is not None:
+                if subject.name not in counts:
+                    counts[subject.name] = subjects.macs(subject, spec, device)
+                row["macs"], row["parameters"] = counts[subject.name]
             model = subjects.build(subject, spec, device)
             if mode == "inference":
                 run = subjects.inference(subject, model, images, kind)
@@ -154,6 +160,8 @@ def _measured(
             if row["status"] == "ok":
                 for _ in range(3 if device.type == "cuda" else 0):  # a CUDA graph is captured at the second
                     run()
+                if early:
+                    yield row | timing.summary([_sampler(run, device)()])
                 calls[subject.name] = run
         except Exception as error:  # torch.compile needs a compiler, memory may end; the others still count
             row |= {"status": "failed", "reason": timing.one_line(error)}
@@ -171,6 +179,18 @@ def _measured(
             if peak["status"] == "ok":
                 rows[peak["name"]]["extra_bytes"] = peak["extra_bytes"]
     yield from rows.values()
+
+
+def once(
+    subject: Subject, spec: flops.Model, mode: str, batch: int, dtype: str, device: torch.device
+) -> None:
+    """One call of what :func:`measured` times, unchecked."""
+    images, targets = subjects.inputs(spec, batch, device)
+    built, kind = subjects.build(subject, spec, device), getattr(torch, dtype)
+    if mode == "inference":
+        subjects.inference(subject, built, images, kind)()
+    else:
+        subjects.training(subject, built, images, targets, kind)()
 
 
 def run(
@@ -208,7 +228,7 @@ def run(
         # A step takes several times as long as an inference.
         limits["rounds"] = rounds if where["mode"] == "inference" else max(1, rounds // 2)
         limits["left_out"] = NOT_QUICK.get((section, where["mode"]), ()) if quick else ()
-        for row in _measured(section, found, spec, device=device, **where, **limits):
+        for row in measured(section, found, spec, device=device, **where, **limits):
             rows.append(row)
             shown = f"{1e3 * row['median_s']:.1f} ms" if row["status"] == "ok" else row["status"]
             shown += f" ({row['reason']})" if "reason" in row else ""

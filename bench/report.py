@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -34,6 +35,25 @@ def write(path: Path, text: str) -> None:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def stem(name: str) -> str:
+    """The name of a result's file: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
+
+
+def finite(value: object) -> object:
+    """``value`` with ``None`` for what JSON cannot say: infinities and NaN, as a failed check may have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dump(path: Path, result: dict) -> None:
+    """Write a result file, whole or not at all."""
+    write(path, json.dumps(finite(result), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def load(path: Path) -> dict:
@@ -185,6 +205,8 @@ def _body(name: str, results: Path, figures_folder: str) -> str:
 
         return targets.table(results) + "\n"
     path = results / f"{stem}.json"
+    if "*" in stem and (fitting := list(results.glob(path.name))):
+        path = max(fitting, key=lambda p: load(p)["environment"].get("date", ""))
     if not path.exists():
         for beginning, text in _ABSENT.items():
             if stem.startswith(beginning):

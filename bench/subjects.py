@@ -83,9 +83,10 @@ def inputs(spec: flops.Model, batch: int, device: torch.device) -> tuple[Tensor,
 
 
 def build(subject: Subject, spec: flops.Model, device: torch.device | str) -> nn.Module:
-    """The subject's model on a device, in float32, the same at every call."""
+    """The subject's model on a device, in float32, the same at every call; its weights are drawn there."""
     torch.manual_seed(0)
-    return subject.build(spec).requires_grad_(False).to(device)
+    with torch.device(device):
+        return subject.build(spec).requires_grad_(False).to(device)
 
 
 def inference(subject: Subject, model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

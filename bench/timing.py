@@ -6,7 +6,10 @@ import contextlib
 import gc
 import itertools
 import math
+import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -57,6 +60,29 @@ def one_line(error: BaseException) -> str:
     """What went wrong, for the ``reason`` of a row."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:400]
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[Callable[[], str]]:
+    """What anything in this process, its libraries and its children print inside the ``with`` block; yields a
+    function that gives it."""
+    with tempfile.TemporaryFile() as file, open(file.fileno(), "w", buffering=1, closefd=False) as text:
+
+        def printed() -> str:
+            text.flush()
+            size = os.fstat(file.fileno()).st_size
+            return os.pread(file.fileno(), size, 0).decode(errors="replace")
+
+        sys.stdout.flush(), sys.stderr.flush()
+        kept = os.dup(1), os.dup(2)
+        try:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                yield printed
+        finally:
+            for number, original in enumerate(kept, 1):
+                os.dup2(original, number)
+                os.close(original)
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -161,19 +161,27 @@ def choose(
     *,
     rounds: int = 15,
     seconds_per_candidate: float = 0.3,
+    tell: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> Outcome:
     """Time ``candidates``, the pinned one first.
 
     ``prepare(candidate)`` gives a sampler of seconds, or raises where the candidate does not compile or is
-    wrong; such a one is out. A candidate must beat the pinned one by more than both their spreads.
+    wrong; such a one is out, and what its compiler printed, all of its assembly perhaps, is kept off the
+    screen. ``tell(row)`` hears at once of a failure, and of a candidate that is ready by its first sample. A
+    candidate must beat the pinned one by more than both their spreads.
     """
     rows, samplers = [], {}
     for index, candidate in enumerate(candidates):
         rows.append({"candidate": candidate, "status": "ok", "reason": None})
         try:
-            samplers[str(index)] = prepare(candidate)
+            with timing.captured():
+                samplers[str(index)] = prepare(candidate)
+                first = samplers[str(index)]()
+            tell(rows[-1] | timing.summary([first]))
         except Exception as error:
+            samplers.pop(str(index), None)
             rows[-1] |= {"status": "failed", "reason": timing.one_line(error)}
+            tell(rows[-1])
     found = timing.interleave(samplers, rounds=rounds, seconds_per_peer=seconds_per_candidate)
     for index, samples in found.items():
         rows[int(index)] |= timing.summary(samples)
@@ -214,18 +222,152 @@ def pin(path: Path, where: Sequence[str], best: dict[str, Any], described: dict[
     write(path, dumps(configs) + "\n")
 
 
-def _sampler(op: operators.Operator, space: Space, device: torch.device) -> Callable[[], float]:
+def _sampler(
+    op: operators.Operator,
+    case: Any,
+    mode: str,
+    dtype: str,
+    device: torch.device,
+    backend: str = "triton",
+    arguments: dict[str, Any] | None = None,
+) -> Callable[[], float]:
     """Checks the operator under the parameters of the moment, then captures it."""
-    case = op.shape(space.shape, BATCH)
-    name = str(DTYPE).removeprefix("torch.")
-    rows = operators.checked(op, operators.Check("values", case, name), device, "triton")
+    rows = operators.checked(op, operators.Check("values", case, dtype), device, backend)
     wrong = [row for row in rows if row["status"] != "ok"]
     if wrong:
         raise ValueError(f"wrong: {wrong[0]['quantity']}: {wrong[0]['reason']}")
-    peer = next(p for p in op.peers("triton") if p.name == "fused")
-    run = operators.runner(peer, space.mode)
-    sets = timing.rotation(lambda: op.inputs(case, DTYPE, device), environment.cache_bytes(device), 8)
+    peer = next(p for p in op.peers(backend) if p.name == "fused")
+    run = operators.runner(peer, mode)
+    cache = environment.cache_bytes(device)
+    sets = timing.rotation(lambda: op.inputs(case, getattr(torch, dtype), device), cache, 8)
+    sets = [({**leaves, **(arguments or {})}, gradients) for leaves, gradients in sets]
+    if device.type != "cuda":
+        return timing.stream_sampler(lambda inputs: run(*inputs), sets, device)
     return timing.graph_sampler(lambda inputs: run(*inputs), sets, device)
+
+
+# ------------------------------------------------------------------------------------------ named candidates
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """Candidates of a file, checked: a JSON list of objects with ``name``; ``operator``, ``shape``, ``mode``,
+    which are timed, perhaps at another ``batch`` or ``dtype``, or with other ``sizes`` (fields of the shape);
+    perhaps ``arguments`` of the operator's function; ``changes``: of entries of the pinned parameters (path,
+    joined by spaces) the values to replace, ``null`` to take one away; and perhaps ``why``.
+
+    Raises:
+        ValueError: names the file, what it was and what was expected.
+    """
+
+    def fail(what: str) -> NoReturn:
+        raise ValueError(f"{path}: {what}")
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"cannot be read: {error.strerror}")
+    except ValueError as error:
+        fail(f"not JSON: {error}")
+    if not isinstance(found, list) or not all(isinstance(c, dict) for c in found):
+        fail("not a list of candidates")
+    known, keys = operators.by_name(), {"name", "operator", "shape", "mode", "changes"}
+    defaults = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))
+    candidates = []
+    for index, given in enumerate(found):
+        where = f"candidate {given.get('name', index)!r}"
+        candidate = {"batch": BATCH, "dtype": str(DTYPE).removeprefix("torch."), "arguments": {}, "sizes": {}}
+        candidate |= given
+        if missing := keys - candidate.keys():
+            fail(f"{where} lacks {', '.join(sorted(missing))}")
+        if unknown := candidate.keys() - keys - {"batch", "dtype", "arguments", "sizes", "why"}:
+            fail(f"{where} has {', '.join(sorted(unknown))}; expected {', '.join(sorted(keys))}")
+        if candidate["name"] in (c["name"] for c in candidates):
+            fail(f"{where} is there twice")
+        op = known.get(candidate["operator"])
+        if op is None:
+            fail(f"{where}: operator {candidate['operator']!r}; expected one of {', '.join(known)}")
+        shapes = [case.name for case in (*op.shapes, op.tiny)]
+        for what, value, expected in (
+            ("shape", candidate["shape"], shapes),
+            ("mode", candidate["mode"], op.modes),
+            ("dtype", candidate["dtype"], ("bfloat16", "float16", "float32")),
+        ):
+            if value not in expected:
+                fail(f"{where}: {what} {value!r}; expected one of {', '.join(expected)}")
+        fields = {field.name for field in dataclasses.fields(op.tiny)}
+        if wrong := candidate["sizes"].keys() - fields:
+            fail(f"{where}: sizes {', '.join(sorted(wrong))}; expected some of {', '.join(sorted(fields))}")
+        for place in candidate["changes"]:
+            try:
+                entry(defaults, place.split())
+            except (KeyError, TypeError):
+                fail(f"{where}: changes of {place!r}; expected an entry of {CONFIGS.name}/default.json")
+        candidates.append(candidate)
+    return candidates
+
+
+def changed(pinned: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """An entry with some values replaced, and without those that are ``None``."""
+    return {k: v for k, v in {**pinned, **changes}.items() if v is not None}
+
+
+def _case(op: operators.Operator, candidate: dict[str, Any], tiny: bool) -> Any:
+    if tiny:
+        return op.tiny
+    return dataclasses.replace(op.shape(candidate["shape"], candidate["batch"]), **candidate["sizes"])
+
+
+@contextlib.contextmanager
+def applied(candidate: dict[str, Any], configs: dict[str, Any]) -> Iterator[None]:
+    """``configs`` with the changes of a candidate, for a while."""
+    with contextlib.ExitStack() as stack:
+        for place, changes in candidate["changes"].items():
+            path = place.split()
+            stack.enter_context(replaced(configs, path, changed(entry(configs, path), changes)))
+        yield
+
+
+def launch(candidate: dict[str, Any], device: torch.device, *, tiny: bool = False) -> None:
+    """What :func:`compare` launches, once."""
+    from segvit_kernels.triton._launch import architecture, pinned
+
+    op, dtype = operators.by_name()[candidate["operator"]], candidate["dtype"]
+    case = _case(op, candidate, tiny)
+    check = operators.Check("values", case, dtype)
+    run = operators.runner(next(p for p in op.peers("triton") if p.name == "fused"), candidate["mode"])
+    leaves, gradients = op.inputs(case, getattr(torch, dtype), device)
+    for changes, arguments in (({}, {}), (candidate["changes"], candidate["arguments"])):
+        with applied({"changes": changes}, pinned(architecture(device))):
+            op.launch(check, op.draw(check, device), "triton")
+            run({**leaves, **arguments}, gradients)
+
+
+def compare(candidate: dict[str, Any], device: torch.device, backend: str, *, tiny: bool = False) -> dict:
+    """A row: a candidate of :func:`load` against what is pinned, in turns."""
+    from segvit_kernels.triton._launch import architecture, pinned
+
+    op, configs = operators.by_name()[candidate["operator"]], pinned(architecture(device))
+    case, mode, dtype = _case(op, candidate, tiny), candidate["mode"], candidate["dtype"]
+
+    def prepare(chosen: dict[str, Any]) -> Callable[[], float]:
+        with applied(chosen, configs):
+            return _sampler(op, case, mode, dtype, device, backend, chosen["arguments"])
+
+    limits = {"rounds": 3, "seconds_per_candidate": 0.05} if tiny else {}
+    outcome = choose([{"changes": {}, "arguments": {}}, candidate], prepare, **limits)
+    pin, new = outcome.rows
+    row = {"changes": candidate["changes"], "arguments": candidate["arguments"], **new}
+    row.pop("candidate")
+    if "ok" == pin["status"] == new["status"]:
+        gain = pin["median_s"] / new["median_s"]
+        verdict = "faster" if outcome.gain > 1 else "slower" if new["p25_s"] > pin["p75_s"] else "the same"
+        return row | {"pinned_s": pin["median_s"], "gain": gain, "verdict": verdict}
+    if pin["status"] != "ok":
+        row |= {"status": "failed", "reason": f"what is pinned: {pin['reason']}"}
+    return row
+
+
+# ---------------------------------------------------------------------------------------------- command line
 
 
 def main(operator: str, *, dry_run: bool = False) -> int:
@@ -251,14 +393,20 @@ def main(operator: str, *, dry_run: bool = False) -> int:
     for space in SPACES[operator]:
 
         def prepare(candidate: dict[str, Any], space: Space = space) -> Callable[[], float]:
+            case, dtype = op.shape(space.shape, BATCH), str(DTYPE).removeprefix("torch.")
             with replaced(configs, space.path, candidate):
-                return _sampler(op, space, device)  # the graph keeps the launches of this candidate
+                # The graph keeps the launches of this candidate.
+                return _sampler(op, case, space.mode, dtype, device)
+
+        def tell(row: dict[str, Any], space: Space = space) -> None:
+            shown = seconds(row["median_s"]) if row["status"] == "ok" else row["reason"]
+            print(f"{' '.join(space.path)} {row['candidate']}: {shown}", flush=True)
 
         candidates = space.candidates(dict(entry(configs, space.path)))
-        outcome = choose(candidates, prepare)
-        for row in sorted(outcome.rows, key=lambda row: row.get("median_s", float("inf"))):
-            shown = seconds(row["median_s"]) if row["status"] == "ok" else row["reason"]
-            print(f"{' '.join(space.path)} {row['candidate']}: {shown}")
+        outcome = choose(candidates, prepare, tell=tell)
+        timed = [row for row in outcome.rows if row["status"] == "ok"]
+        for row in sorted(timed, key=lambda row: row["median_s"]):
+            tell(row)
         print(f"{' '.join(space.path)}: {outcome.best}, {outcome.gain:.3f}× what was pinned")
         if not dry_run and outcome.gain > 1:
             pin(path, space.path, outcome.best, environment.describe(device))

@@ -9,29 +9,22 @@ memory. Exit code 1 if anything failed; what was skipped is said with its reason
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import build
 
-TOOLS = ("memcheck", "racecheck")
+sys.path.insert(0, str(build.ROOT))
+
+from bench import sanitizer
+
 TESTS = sorted(str(path.relative_to(build.ROOT)) for path in build.ROOT.glob("tests/test_*_native.py"))
-
-
-def _run(command: list[str], timeout: float) -> tuple[int | None, str]:
-    """Exit code, ``None`` if the time was up, and what was printed."""
-    variables = {**os.environ, "PYTHONPATH": str(build.ROOT), "TRITON_INTERPRET": "0"}
-    done = {"cwd": build.ROOT, "env": variables, "text": True, "stderr": subprocess.STDOUT}
-    try:
-        result = subprocess.run(command, stdout=subprocess.PIPE, timeout=timeout, **done)
-    except subprocess.TimeoutExpired as error:
-        return None, (error.stdout or b"").decode(errors="replace")
-    return result.returncode, result.stdout
+VARIABLES = {"PYTHONPATH": str(build.ROOT), "TRITON_INTERPRET": "0"}
 
 
 def _pytest(selection: str) -> list[str]:
@@ -42,67 +35,66 @@ def _pytest(selection: str) -> list[str]:
 def _summary(output: str) -> str:
     """pytest's last line: how many passed, failed, were skipped."""
     lines = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|skipped|error)", line)]
-    return lines[-1].strip("= ") if lines else (output.strip().splitlines() or ["printed nothing"])[-1]
+    return lines[-1].strip("= ") if lines else sanitizer.last_line(output)
+
+
+def built(timeout: float) -> dict:
+    """The kernels, compiled for this GPU."""
+    for module, what in (("pytest", "pytest is not installed"), ("torch", "torch is not installed")):
+        if importlib.util.find_spec(module) is None:
+            return {"name": "build", "status": "skipped", "summary": what, "reason": what}
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        reason = "nvcc is not installed"
+        return {"name": "build", "status": "skipped", "summary": reason, "reason": reason}
+    try:
+        return {
+            "name": "build",
+            "status": "ok",
+            "summary": str(build.build(build.parse(["--archs", "native"]))),
+        }
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        return {"name": "build", "status": "failed", "summary": reason[:400], "reason": reason[:400]}
 
 
 def tests(timeout: float) -> dict:
     """The device tests, at all sizes."""
-    code, output = _run(_pytest("on_the_device"), timeout)
+    code, output = sanitizer.run(_pytest("on_the_device"), timeout, VARIABLES, build.ROOT)
     summary = _summary(output)
+    row = {"name": "tests", "summary": summary, "output": output[-8000:]}
     # Tests that were all skipped prove nothing.
-    status = "ok" if code == 0 and " passed" in f" {summary}" else "failed"
-    return {"name": "tests", "status": status, "summary": summary, "output": output[-8000:]}
+    if code == 0 and " passed" in f" {summary}":
+        return row | {"status": "ok"}
+    return row | {
+        "status": "failed",
+        "reason": summary if code is not None else f"longer than {timeout:.0f} s",
+    }
 
 
 def sanitize(tool: str, timeout: float) -> dict:
     """The small cases under one tool of compute-sanitizer."""
-    row = {"name": tool, "status": "skipped"}
-    program = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
-    if program is None:
-        return row | {"summary": "compute-sanitizer is not installed"}
-    command = [program, "--tool", tool, "--error-exitcode", "86", "--target-processes", "all"]
-    probe = "import torch; torch.zeros(8, device='cuda').add_(1).cpu()"
-    code, output = _run([*command, sys.executable, "-c", probe], 120)
-    if code != 0:
-        last = (output.strip().splitlines() or ["no message"])[-1]
-        return row | {"summary": f"compute-sanitizer does not work on this machine: {last}"}
-    code, output = _run([*command, *_pytest("test_on_the_device and (fp32 or bf16)")], timeout)
-    counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-    summary = f"{_summary(output)}; {'; '.join(counts) or 'no summary of the tool'}"
-    if code is None:
-        return row | {"summary": f"not at its end after {timeout:.0f} s; {summary}"}
-    status = "ok" if code == 0 and counts else "failed"
-    return row | {"status": status, "summary": summary, "output": output[-8000:]}
+    command = _pytest("test_on_the_device and (fp32 or bf16)")
+    return sanitizer.check(tool, command, timeout, variables=VARIABLES, summary=_summary, cwd=build.ROOT)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="csrc/check.py", description=__doc__.splitlines()[0])
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds for each part (default 180)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--json", action="store_true", help="print rows as lines of JSON")
     options = parser.parse_args()
-    try:
-        print(build.build(build.parse(["--archs", "native"])), flush=True)
-    except RuntimeError as error:
-        print(f"csrc/check.py: error: {error}", file=sys.stderr)
-        return 1
-    rows = []
-    for part in (tests, *TOOLS):
-        row = part(options.timeout) if callable(part) else sanitize(part, options.timeout)
-        rows.append(row)
-        print(f"{row['name']}: {row['status']}: {row['summary']}", flush=True)
-        if row["status"] == "failed":
-            print(row["output"], flush=True)
-    if options.out:
-        sys.path.insert(0, str(build.ROOT))
-        import torch
-
-        from bench.environment import describe
-
-        result = {"environment": describe(torch.device("cuda")), "rows": rows}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(any(row["status"] == "failed" for row in rows))
+    failed = False
+    for part in (built, tests, *(functools.partial(sanitize, tool) for tool in sanitizer.TOOLS)):
+        row = part(options.timeout)
+        failed |= row["status"] == "failed"
+        print(
+            json.dumps(row) if options.json else f"{row['name']}: {row['status']}: {row['summary']}",
+            flush=True,
+        )
+        if row["status"] == "failed" and not options.json:
+            print(row.get("output", ""), flush=True)
+        if row["name"] == "build" and row["status"] != "ok":
+            break
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def check_tiny(kind: str = "values", **changes) -> list[dict]:
     case = replace(atm.TINY, **changes)
     torch.manual_seed(0)
-    return atm.run_check(operators.Check(kind, case, "float32"), torch.device("cpu"), "eager")
+    check = operators.Check(kind, case, "float32")
+    return operators.checked(atm.OPERATOR, check, torch.device("cpu"), "eager")
 
 
 @pytest.mark.parametrize("kind", ["values", "output_only", "masks_only", "no_masks", "repeat"])
@@ -71,17 +72,61 @@ def test_a_dropped_term_of_the_gradient_fails(monkeypatch):
 def test_only_a_marginal_maximum_is_drawn_again(draws, status):
     left = iter(draws)
 
-    def run_check(*_) -> list[dict]:
+    def judge(*_) -> list[dict]:
         error, passed = next(left)
         row = {"quantity": "output", "relative_error": error, "relative_budget": 1e-5, "passed": passed}
         return [row | {"reason": None if passed else "maximum error"}]
 
-    op = replace(atm.OPERATOR, run_check=run_check)
+    op = replace(atm.OPERATOR, judge=judge)
     (row,) = operators.checked(
         op, operators.Check("values", atm.TINY, "float32"), torch.device("cpu"), "eager"
     )
     assert row["status"] == status
     assert ("note" in row) == (status == "ok" and len(draws) == 3)
+
+
+@pytest.mark.parametrize("name", list(operators.by_name()))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_operator_passes_its_tiny_checks_on_the_eager_backend(name, dtype):
+    op = operators.by_name()[name]
+    torch.manual_seed(0)
+    for kind, case in op.check_cases(True):
+        check = operators.Check(kind, case, dtype)
+        rows = operators.checked(op, check, torch.device("cpu"), "eager")
+        assert all(row["status"] in ("ok", "skipped") for row in rows), rows
+
+
+def test_oracles_cut_a_batch_into_images():
+    """Image by image the formula means the same as at once, shared queries and weights included."""
+    torch.manual_seed(0)
+    case = replace(atm.TINY, batch=3, broadcast=True, previous_masks=True)
+    drawn = atm.draw(operators.Check("values", case, "float32"), torch.device("cpu"))
+    result, gradients = atm.oracle(case, drawn.leaves, drawn.gradients)
+    whole = {**result._asdict(), **{f"grad_{n}": g for n, g in gradients.items()}}
+    found = atm._expected(case, drawn, drawn.gradients, torch.float64)
+    assert found.keys() == whole.keys()
+    for name, expected in whole.items():
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_an_error_in_a_later_image_of_a_batch_is_found(monkeypatch):
+    def first_image_again(query, key, value, **_):
+        output, masks = atm.atm_reference(query, key, value)
+        return torch.cat([output[:1]] * len(output)), masks
+
+    monkeypatch.setattr(atm, "fused_atm", first_image_again)
+    failed = {r["quantity"] for r in check_tiny(batch=2) if not r["passed"]}
+    assert {"output", "grad_value"} <= failed
+
+
+def test_what_float16_cannot_sum_is_judged_in_float32():
+    """The sums of a mask over 640² pixels exceed float16: ordinary PyTorch gives NaN there."""
+    op = operators.by_name()["mask_loss"]
+    case = replace(op.shapes[0], grids=((10, 10),))
+    torch.manual_seed(0)
+    check = operators.Check("values", case, "float16")
+    rows = operators.checked(op, check, torch.device("cpu"), "eager")
+    assert all(row["status"] == "ok" for row in rows), rows
 
 
 # ------------------------------------------------------------------------------ what is refused

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,10 @@ class Operator:
         name: its stem.
         shapes: the cases that are timed; each has ``name``, ``batch`` and is a dataclass.
         check_cases: ``check_cases(tiny)`` -> ``(kind, case)``, most important first.
-        run_check: ``run_check(check, device, backend)`` -> rows: ``quantity``, errors, ``passed``.
+        draw: ``draw(check, device)`` -> fresh random arguments of a check.
+        launch: ``launch(check, drawn, backend)`` -> results by name: all launches of our kernels that the
+            check is about, and nothing else.
+        judge: ``judge(check, drawn, results)`` -> rows: ``quantity``, errors, ``passed``.
         inputs: ``inputs(case, dtype, device)`` -> fresh random arguments by name, of which those that require
             gradients are differentiated, and ``gradients`` of the results (tuple).
         peers: ``peers(backend)`` -> peers, ours first.
@@ -112,7 +115,9 @@ class Operator:
     shapes: tuple[Any, ...]
     tiny: Any
     check_cases: Callable[[bool], list[tuple[str, Any]]]
-    run_check: Callable[[Check, torch.device, str], list[dict]]
+    draw: Callable[[Check, torch.device], Any]
+    launch: Callable[[Check, Any, str], dict[str, torch.Tensor]]
+    judge: Callable[[Check, Any, dict[str, torch.Tensor]], list[dict]]
     inputs: Callable[[Any, torch.dtype, torch.device], tuple[dict, tuple]]
     peers: Callable[[str], list[Peer]]
     costs: Callable[[Any, int, str], list[Cost]]
@@ -128,10 +133,28 @@ class Operator:
 
 def by_name() -> dict[str, Operator]:
     """Every benchmarked operator by name."""
-    from bench.operators import atm, mask_loss, query_attention, semantic_argmax, subsample_norm
+    from bench.operators import (
+        atm,
+        mask_loss,
+        mask_matching,
+        query_attention,
+        semantic_argmax,
+        subsample_norm,
+    )
 
-    modules = (atm, query_attention, mask_loss, semantic_argmax, subsample_norm)
+    modules = (atm, query_attention, mask_loss, mask_matching, semantic_argmax, subsample_norm)
     return {m.OPERATOR.name: m.OPERATOR for m in modules}
+
+
+def truth_and_ordinary(
+    expected: Callable[[torch.dtype], dict[str, torch.Tensor]], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """``expected`` in float64, and what ordinary PyTorch makes of it in ``dtype``: where that is not finite,
+    as sums over an image in float16 are not, in float32 from the same inputs."""
+    truth, ordinary = expected(torch.float64), expected(dtype)
+    if not all(bool(t.isfinite().all()) for t in ordinary.values()):
+        ordinary = {name: t.to(ordinary[name].dtype) for name, t in expected(torch.float32).items()}
+    return truth, ordinary
 
 
 def budget_row(
@@ -163,17 +186,56 @@ def checked(op: Operator, check: Check, device: torch.device, backend: str) -> l
     misses it. A row that misses only that, within its relative budget, is drawn twice more and passes if
     both draws do; ``note`` keeps the first reason. Anything else fails at once.
     """
-    rows = op.run_check(check, device, backend)
+    if reason := _cannot(check, device, backend):
+        return [{"quantity": "all", "status": "skipped", "reason": reason, "backend": backend}]
+    rows = _drawn(op, check, device, backend)
     marginal = [r for r in rows if r.get("passed") is False and _within_norm(r)]
     if marginal:
-        again = [r for _ in range(2) for r in op.run_check(check, device, backend)]
+        again = [r for _ in range(2) for r in _drawn(op, check, device, backend)]
         for row in marginal:
             if all(r["passed"] for r in again if r["quantity"] == row["quantity"]):
                 row.update(passed=True, reason=None, note=f"first of three draws: {row['reason']}")
-    for row in rows:
-        row["backend"] = backend
-        row.setdefault("status", "ok" if row.get("passed") else "failed")
+    return [row | {"backend": backend, "status": "ok" if row["passed"] else "failed"} for row in rows]
+
+
+def _cannot(check: Check, device: torch.device, backend: str) -> str | None:
+    if check.kind.startswith("graph") and device.type != "cuda":
+        return "no CUDA graphs on the CPU"
+    if check.kind == "plans" and backend != "triton":
+        return f"backend {backend} has no plans"
+    return None
+
+
+def _drawn(op: Operator, check: Check, device: torch.device, backend: str) -> list[dict]:
+    drawn = op.draw(check, device)
+    results = op.launch(check, drawn, backend)
+    rows = op.judge(check, drawn, results)
+    if check.kind == "repeat":
+        again = op.launch(check, drawn, backend)
+        for name, first in results.items():
+            same = torch.equal(first, again[name])
+            reason = None if same else "two runs differ"
+            rows.append({"quantity": f"{name} bitwise", "passed": same, "reason": reason})
     return rows
+
+
+def by_image(
+    batch: int, one: Callable[[Callable], dict[str, torch.Tensor]], summed: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Results of a formula that holds everything in memory, computed one image at a time: ``one(cut)``, where
+    ``cut(tensor)`` is the image's part, or the whole where all images share it; joined along the batch, or
+    added up for the names in ``summed``."""
+
+    def cut(index: int) -> Callable:
+        return lambda t: t if t is None or len(t) == 1 else t[index : index + 1]
+
+    found = [one(cut(index)) for index in range(batch)]
+    return {
+        name: torch.stack([f[name] for f in found]).sum(0)
+        if name in summed
+        else torch.cat([f[name] for f in found])
+        for name in found[0]
+    }
 
 
 def _within_norm(row: dict) -> bool:

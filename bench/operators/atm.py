@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import timing
-from bench.operators import Check, Cost, Operator, Peer, Target, attention, budget_row, compilations
+from bench.operators import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    attention,
+    budget_row,
+    by_image,
+    compilations,
+    truth_and_ordinary,
+)
 from segvit_kernels import ATMFunction, atm_reference, fused_atm
 from segvit_kernels.testing.atm import SHAPES, ATMCase, oracle
 
@@ -116,7 +129,8 @@ def check_cases(tiny: bool) -> list[tuple[str, ATMCase]]:
     """(kind, case), most important first; the timed shapes at every batch are ``values`` checks."""
     if tiny:
         special = replace(TINY, name="tiny_all", dropout_p=0.1, previous_masks=True, broadcast=True, batch=2)
-        return [("values", TINY), ("values", special), ("plans", TINY), ("graph", TINY)]
+        graph = [("graph", TINY), ("graph_dropout", replace(TINY, name="tiny_dropout", dropout_p=0.1))]
+        return [("values", TINY), ("values", special), ("plans", TINY), *graph]
     main, wide = SHAPES[0], SHAPES[-1]
     checks = [("values", replace(main, batch=b)) for b in BATCHES]
     for name, changes in {
@@ -149,11 +163,6 @@ def check_cases(tiny: bool) -> list[tuple[str, ATMCase]]:
     return checks + [("values", case) for case in odd]
 
 
-def _bitwise(quantity: str, first: Tensor, second: Tensor) -> dict:
-    same = torch.equal(first, second)
-    return {"quantity": quantity, "passed": same, "reason": None if same else "two runs differ"}
-
-
 def _run(case: ATMCase, leaves: dict, gradients: tuple, backend: str, **options: object) -> dict[str, Tensor]:
     """Results and gradients by name, with poisoned allocations. ``None`` gradients leave an output unused."""
     leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
@@ -179,80 +188,67 @@ def _run(case: ATMCase, leaves: dict, gradients: tuple, backend: str, **options:
     return named
 
 
-def _expected(case: ATMCase, leaves: dict, gradients: tuple, seed: Tensor | None, dtype: torch.dtype) -> dict:
-    result, grads = oracle(case, leaves, gradients, dtype=dtype, seed=seed)
-    return {**result._asdict(), **{f"grad_{name}": g for name, g in grads.items()}}
+def _expected(case: ATMCase, drawn: Drawn, gradients: tuple, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients of the plain formula. Dropout depends on the place in the batch, so that a case
+    with it cannot be cut into images."""
 
+    def one(cut: Callable) -> dict[str, Tensor]:
+        leaves = {name: cut(t) for name, t in drawn.leaves.items()}
+        result, grads = oracle(case, leaves, tuple(map(cut, gradients)), dtype=dtype, seed=drawn.seed)
+        return {**result._asdict(), **{f"grad_{name}": g for name, g in grads.items()}}
 
-def run_check(check: Check, device: torch.device, backend: str) -> list[dict]:
-    kind, case, dtype = check.kind, check.case, getattr(torch, check.dtype)
-    draw = torch.randint(2**31, (1,)).item()
-    leaves, gradients = case.inputs(dtype, device, seed=draw), case.gradients(dtype, device, seed=draw + 1)
-    seed = torch.tensor([draw * 2**31 + 12345], device=device) if case.dropout_p else None
-    if kind == "plans":
-        return _plan_rows(case, leaves, gradients, backend, dtype)
-    if kind.startswith("graph"):
-        return _graph_rows(case, leaves, gradients, backend, dtype)
-    options: dict = {"deterministic": kind == "repeat"}
-    if seed is not None:
-        options["seed"] = seed
-    if kind == "output_only":
-        gradients = (gradients[0], None)
-    elif kind == "masks_only":
-        gradients = (None, gradients[1])
-    elif kind == "no_masks":
-        gradients = (gradients[0], None)
-        options["need_masks"] = False
-    got = _run(case, leaves, gradients, backend, **options)
-    truth = _expected(case, leaves, gradients, seed, torch.float64)
-    ordinary = _expected(case, leaves, gradients, seed, dtype)
-    rows = [budget_row(name, got[name], truth[name], ordinary[name]) for name in got]
-    if kind == "repeat":
-        again = _run(case, leaves, gradients, backend, **options)
-        rows += [_bitwise(f"{name} bitwise", got[name], again[name]) for name in got]
-    return rows
-
-
-def _plan_rows(case: ATMCase, leaves: dict, gradients: tuple, backend: str, dtype: torch.dtype) -> list[dict]:
-    """Each forward plan by itself, whichever of them the operator takes."""
-    if backend != "triton":
-        return [{"quantity": "plans", "status": "skipped", "reason": f"backend {backend} has no plans"}]
-    truth = _expected(case, leaves, gradients, None, torch.float64)
-    ordinary = _expected(case, leaves, gradients, None, dtype)
-    rows = []
-    for plan in PLANS:
-        with timing.poisoned():
-            got = dict(zip(("output", "mask_logits"), _forward_plan(plan, **leaves), strict=True))
-        rows += [
-            {**budget_row(name, got[name], truth[name], ordinary[name]), "quantity": f"{name}, plan {plan}"}
-            for name in got
-        ]
-    return rows
-
-
-def _graph_rows(
-    case: ATMCase, leaves: dict, gradients: tuple, backend: str, dtype: torch.dtype
-) -> list[dict]:
-    """Forward and backward captured once, replayed on inputs that the capture has not seen."""
-    device = leaves["query"].device
-    if device.type != "cuda":
-        return [{"quantity": "replay", "status": "skipped", "reason": "no CUDA graphs on the CPU"}]
-    static = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
-    kept: dict[str, tuple] = {}
-
-    def work() -> None:
-        result = fused_atm(**static, dropout_p=case.dropout_p, backend=backend)
-        kept["all"] = (*result, *torch.autograd.grad(tuple(result), list(static.values()), gradients))
-
-    graph = timing.capture(work)
-    names = ["output", "mask_logits", *(f"grad_{n}" for n in static)]
     if case.dropout_p:
-        replays = []
-        for _ in range(2):
-            graph.replay()
-            replays.append([t.clone() for t in kept["all"]])
-        differ = not torch.equal(replays[0][0], replays[1][0])
-        finite = all(bool(t.isfinite().all()) for t in replays[1])
+        return one(lambda t: t)
+    shared = [f"grad_{n}" for n, t in drawn.leaves.items() if len(t) == 1 < case.batch]
+    return by_image(case.batch, one, shared)
+
+
+class Drawn(NamedTuple):
+    """Inputs by name, gradients of both outputs, and the seed of dropout where there is one."""
+
+    leaves: dict[str, Tensor]
+    gradients: tuple[Tensor, Tensor]
+    seed: Tensor | None
+
+
+def draw(check: Check, device: torch.device) -> Drawn:
+    case, dtype, number = check.case, getattr(torch, check.dtype), torch.randint(2**31, (1,)).item()
+    leaves = case.inputs(dtype, device, seed=number)
+    seed = torch.tensor([number * 2**31 + 12345], device=device) if case.dropout_p else None
+    return Drawn(leaves, case.gradients(dtype, device, seed=number + 1), seed)
+
+
+def _used(check: Check, gradients: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that a check gives; ``None`` leaves an output unused."""
+    output, masks = gradients
+    if check.kind in ("output_only", "no_masks"):
+        return output, None
+    return (None, masks) if check.kind == "masks_only" else gradients
+
+
+def launch(check: Check, drawn: Drawn, backend: str) -> dict[str, Tensor]:
+    if check.kind == "plans":
+        # Each forward plan by itself, whichever of them the operator takes.
+        found = {}
+        for plan in PLANS:
+            with timing.poisoned():
+                output, masks = _forward_plan(plan, **drawn.leaves)
+            found |= {f"output, plan {plan}": output, f"mask_logits, plan {plan}": masks}
+        return found
+    if check.kind.startswith("graph"):
+        return _replayed(check.case, drawn, backend)
+    options: dict = {"deterministic": check.kind == "repeat"}
+    if drawn.seed is not None:
+        options["seed"] = drawn.seed
+    if check.kind == "no_masks":
+        options["need_masks"] = False
+    return _run(check.case, drawn.leaves, _used(check, drawn.gradients), backend, **options)
+
+
+def judge(check: Check, drawn: Drawn, results: dict[str, Tensor]) -> list[dict]:
+    if check.kind == "graph_dropout":
+        differ = not torch.equal(results["output"], results["output again"])
+        finite = all(bool(t.isfinite().all()) for t in results.values())
         return [
             {
                 "quantity": "new dropout mask",
@@ -261,16 +257,39 @@ def _graph_rows(
             },
             {"quantity": "finite", "passed": finite, "reason": None if finite else "not finite"},
         ]
-    fresh = case.inputs(dtype, device, seed=torch.randint(2**31, (1,)).item())
+    gradients = _used(check, drawn.gradients)
+    truth, ordinary = truth_and_ordinary(
+        lambda dtype: _expected(check.case, drawn, gradients, dtype), getattr(torch, check.dtype)
+    )
+    rows = []
+    for name, value in results.items():
+        plain_name = name.partition(",")[0]
+        rows.append(budget_row(name, value, truth[plain_name], ordinary[plain_name]))
+    return rows
+
+
+def _replayed(case: ATMCase, drawn: Drawn, backend: str) -> dict[str, Tensor]:
+    """Forward and backward captured on other inputs, replayed on these; with dropout replayed twice."""
+    static = {name: torch.randn_like(t).requires_grad_() for name, t in drawn.leaves.items()}
+    kept: dict[str, tuple] = {}
+
+    def work() -> None:
+        result = fused_atm(**static, dropout_p=case.dropout_p, backend=backend)
+        kept["all"] = (*result, *torch.autograd.grad(tuple(result), list(static.values()), drawn.gradients))
+
+    graph = timing.capture(work)
     with torch.no_grad():
         for name, tensor in static.items():
-            tensor.copy_(fresh[name])
+            tensor.copy_(drawn.leaves[name])
         for tensor in kept["all"]:
             tensor.fill_(float("nan"))
     graph.replay()
-    truth = _expected(case, fresh, gradients, None, torch.float64)
-    ordinary = _expected(case, fresh, gradients, None, dtype)
-    return [budget_row(n, t.detach(), truth[n], ordinary[n]) for n, t in zip(names, kept["all"], strict=True)]
+    names = ["output", "mask_logits", *(f"grad_{n}" for n in static)]
+    found = {name: t.detach().clone() for name, t in zip(names, kept["all"], strict=True)}
+    if case.dropout_p:
+        graph.replay()
+        found["output again"] = kept["all"][0].detach().clone()
+    return found
 
 
 def _targets() -> tuple[Target, ...]:
@@ -311,7 +330,9 @@ OPERATOR = Operator(
     shapes=SHAPES,
     tiny=TINY,
     check_cases=check_cases,
-    run_check=run_check,
+    draw=draw,
+    launch=launch,
+    judge=judge,
     inputs=inputs,
     peers=peers,
     costs=costs,

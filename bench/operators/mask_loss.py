@@ -3,14 +3,26 @@ over the outputs of deep supervision, from their logits to the gradients of thes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import timing
-from bench.operators import Check, Cost, Operator, Peer, Target, budget_row, compilations
+from bench.operators import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    budget_row,
+    by_image,
+    compilations,
+    truth_and_ordinary,
+)
 from segvit_kernels import mask_loss
 from segvit_kernels.testing.mask_loss import SHAPES, MaskLossCase, as_list, oracle, stacked
 
@@ -121,7 +133,7 @@ def costs(case: MaskLossCase, itemsize: int, mode: str) -> list[Cost]:
 
 def check_cases(tiny: bool) -> list[tuple[str, MaskLossCase]]:
     if tiny:
-        masks = replace(TINY, name="tiny_masks", targets="bool", num_targets=3, matched=True)
+        masks = replace(TINY, name="tiny_masks", targets="bool", num_targets=3, matched=True, weighted=True)
         return [("values", TINY), ("values", masks), ("repeat", TINY), ("graph", TINY)]
     main, *others = SHAPES
     checks = [("values", replace(main, batch=batch)) for batch in BATCHES]
@@ -159,32 +171,8 @@ def _reduced(drawn: dict) -> tuple[dict, Tensor, Tensor, Tensor]:
     return small, images, queries, place
 
 
-def run_check(check: Check, device: torch.device, backend: str) -> list[dict]:
-    kind, case, dtype = check.kind, check.case, getattr(torch, check.dtype)
-    drawn = case.inputs(dtype, device, seed=torch.randint(2**31, (1,)).item())
-    if kind == "graph" and device.type != "cuda":
-        return [{"quantity": "replay", "status": "skipped", "reason": "no CUDA graphs on the CPU"}]
-    values, gradients = (_replayed if kind == "graph" else _run)(drawn, backend)
-    small, images, queries, place = _reduced(drawn)
-    weight = torch.ones_like(values)
-    (truth, true_grads), (ordinary, ordinary_grads) = (
-        oracle(small, dtype=precision, gradients=weight) for precision in (torch.float64, dtype)
-    )
-    rows = [budget_row("losses", values, stacked(truth), stacked(ordinary).to(values.dtype))]
-    for index, gradient in enumerate(gradients):
-        active = gradient[images, queries]
-        expected, plainly = (g[index][images, place] for g in (true_grads, ordinary_grads))
-        rows.append(budget_row(f"gradient {index}", active, expected, plainly))
-        rest = gradient.clone()
-        rest[images, queries] = 0
-        empty = not bool(rest.count_nonzero()) and bool(rest.isfinite().all())
-        reason = None if empty else "not 0"
-        rows.append({"quantity": f"gradient {index} elsewhere", "passed": empty, "reason": reason})
-    if kind == "repeat":
-        again = _run(drawn, backend)[1]
-        same = all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
-        rows.append({"quantity": "bitwise", "passed": same, "reason": None if same else "two runs differ"})
-    return rows
+def draw(check: Check, device: torch.device) -> dict[str, Any]:
+    return check.case.inputs(getattr(torch, check.dtype), device, seed=torch.randint(2**31, (1,)).item())
 
 
 def _step(arguments: dict, leaves: list[Tensor], backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -193,10 +181,51 @@ def _step(arguments: dict, leaves: list[Tensor], backend: str) -> tuple[Tensor, 
     return values.detach(), torch.autograd.grad(values.sum(), leaves)
 
 
-def _run(drawn: dict, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    leaves = [t.detach().requires_grad_() for t in as_list(drawn["mask_logits"])]
-    with timing.poisoned():
-        return _step(drawn, leaves, backend)
+def launch(check: Check, drawn: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    if check.kind == "graph":
+        values, gradients = _replayed(drawn, backend)
+    else:
+        leaves = [t.detach().requires_grad_() for t in as_list(drawn["mask_logits"])]
+        with timing.poisoned():
+            values, gradients = _step(drawn, leaves, backend)
+    return {"losses": values, **{f"gradient {i}": g for i, g in enumerate(gradients)}}
+
+
+def _expected(small: dict[str, Any], pairs: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Losses (3, entries) and gradients of the plain formula, one image and one entry at a time."""
+    batch, losses, gradients = len(small["targets"]), [], {}
+    for index, entry in enumerate(as_list(small["mask_logits"])):
+
+        def one(cut: Callable, entry: Tensor = entry) -> dict[str, Tensor]:
+            arguments = {n: cut(v) if isinstance(v, Tensor) else v for n, v in small.items()}
+            arguments |= {"mask_logits": cut(entry), "num_masks": max(1, pairs)}
+            result, (gradient, *_) = oracle(arguments, dtype=dtype, gradients=torch.ones(3, 1))
+            return {"losses": stacked(result), "gradient": gradient}
+
+        found = by_image(batch, one, ("losses",))
+        losses.append(found["losses"])
+        gradients[f"gradient {index}"] = found["gradient"]
+    return {"losses": torch.cat(losses, 1), **gradients}
+
+
+def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
+    small, images, queries, place = _reduced(drawn)
+    truth, ordinary = truth_and_ordinary(
+        lambda dtype: _expected(small, len(images), dtype), getattr(torch, check.dtype)
+    )
+    rows = []
+    for name, value in results.items():
+        if name == "losses":
+            rows.append(budget_row(name, value, truth[name], ordinary[name].to(value.dtype)))
+            continue
+        expected, plainly = (found[name][images, place] for found in (truth, ordinary))
+        rows.append(budget_row(name, value[images, queries], expected, plainly))
+        rest = value.clone()
+        rest[images, queries] = 0
+        empty = not bool(rest.count_nonzero()) and bool(rest.isfinite().all())
+        reason = None if empty else "not 0"
+        rows.append({"quantity": f"{name} elsewhere", "passed": empty, "reason": reason})
+    return rows
 
 
 def _replayed(drawn: dict, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -235,7 +264,9 @@ OPERATOR = Operator(
     shapes=SHAPES,
     tiny=TINY,
     check_cases=check_cases,
-    run_check=run_check,
+    draw=draw,
+    launch=launch,
+    judge=judge,
     inputs=inputs,
     peers=peers,
     costs=costs,

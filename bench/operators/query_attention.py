@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import timing
-from bench.operators import Check, Cost, Operator, Peer, Target, attention, budget_row, compilations
-from segvit_kernels import query_attention, query_attention_reference
+from bench.operators import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    attention,
+    budget_row,
+    by_image,
+    compilations,
+    truth_and_ordinary,
+)
+from segvit_kernels import QueryAttentionFunction, query_attention, query_attention_reference
 from segvit_kernels.testing.query_attention import SHAPES, QueryAttentionCase, oracle, with_gradients
 
 TINY = QueryAttentionCase("tiny", 1, 33, 17, 2, 16)
@@ -54,7 +67,9 @@ def costs(case: QueryAttentionCase, itemsize: int, mode: str) -> list[Cost]:
 
 def check_cases(tiny: bool) -> list[tuple[str, QueryAttentionCase]]:
     if tiny:
-        return [("values", TINY), ("values", replace(TINY, name="tiny_shared", broadcast=True, batch=2))]
+        shared = replace(TINY, name="tiny_shared", broadcast=True, batch=2)
+        dropped = replace(TINY, name="tiny_dropout", dropout_p=0.1)
+        return [("values", TINY), ("values", shared), ("values", dropped), ("graph", TINY)]
     main, *others = SHAPES
     checks = [("values", replace(case, batch=batch)) for batch in BATCHES for case in (main, *others)]
     for name, changes in {"dropout": {"dropout_p": 0.1}, "shared": {"broadcast": True}}.items():
@@ -63,68 +78,71 @@ def check_cases(tiny: bool) -> list[tuple[str, QueryAttentionCase]]:
     return [*checks, ("values", QueryAttentionCase("odd", 2, 201, 333, 3, 24))]
 
 
-def run_check(check: Check, device: torch.device, backend: str) -> list[dict]:
-    kind, case, dtype = check.kind, check.case, getattr(torch, check.dtype)
-    if kind == "graph" and device.type != "cuda":
-        return [{"quantity": "replay", "status": "skipped", "reason": "no CUDA graphs on the CPU"}]
-    draw = torch.randint(2**31, (1,)).item()
-    drawn, gradient = case.inputs(dtype, device, draw), case.gradient(dtype, device, draw + 1)
-    options = {"deterministic": kind == "repeat", "backend": backend}
-    if case.dropout_p:
-        return _dropout_rows(case, drawn, gradient, options)
-    call = _replayed if kind == "graph" else _run
-    got = call(drawn, gradient, options)
-    truth, ordinary = (oracle(case, drawn, gradient, dtype=d) for d in (torch.float64, dtype))
-    rows = []
-    for name, value in got.items():
-        expected, plainly = (o[0] if name == "output" else o[1][name] for o in (truth, ordinary))
-        rows.append(budget_row(name, value, expected, plainly))
-    if kind == "repeat":
-        again = _run(drawn, gradient, options)
-        same = all(torch.equal(got[name], again[name]) for name in got)
-        rows.append({"quantity": "bitwise", "passed": same, "reason": None if same else "two runs differ"})
-    return rows
+class Drawn(NamedTuple):
+    """Inputs by name, gradient of the output, and the seed of dropout where there is one."""
+
+    leaves: dict[str, Tensor]
+    gradient: Tensor
+    seed: Tensor | None
 
 
-def _run(drawn: dict, gradient: Tensor, options: dict) -> dict[str, Tensor]:
+def draw(check: Check, device: torch.device) -> Drawn:
+    case, dtype, number = check.case, getattr(torch, check.dtype), torch.randint(2**31, (1,)).item()
+    seed = torch.tensor([number], device=device) if case.dropout_p else None
+    return Drawn(case.inputs(dtype, device, number), case.gradient(dtype, device, number + 1), seed)
+
+
+def launch(check: Check, drawn: Drawn, backend: str) -> dict[str, Tensor]:
+    case, deterministic = check.case, check.kind == "repeat"
+    if check.kind == "graph":
+        return _replayed(drawn, backend)
+    if drawn.seed is None:
+        with timing.poisoned():
+            options = {"deterministic": deterministic, "backend": backend}
+            output, gradients = with_gradients(query_attention, drawn.leaves, drawn.gradient, **options)
+        return {"output": output, **gradients}
+    # Forward and backward draw one mask: on the same seed as the formula's.
+    leaves = {name: t.detach().requires_grad_() for name, t in drawn.leaves.items()}
     with timing.poisoned():
-        output, gradients = with_gradients(query_attention, drawn, gradient, **options)
-    return {"output": output, **gradients}
-
-
-def _dropout_rows(case: QueryAttentionCase, drawn: dict, gradient: Tensor, options: dict) -> list[dict]:
-    """Forward and backward draw one mask: on the same seed as the formula's."""
-    from segvit_kernels import QueryAttentionFunction
-
-    seed = torch.tensor([12345], device=gradient.device)
-    arguments = (seed, case.head_dim**-0.5, case.dropout_p, options["deterministic"], options["backend"])
-    leaves = {name: t.detach().requires_grad_() for name, t in drawn.items()}
-    with timing.poisoned():
+        arguments = (drawn.seed, case.head_dim**-0.5, case.dropout_p, deterministic, backend)
         output = QueryAttentionFunction.apply(*leaves.values(), *arguments)
-        gradients = torch.autograd.grad(output, list(leaves.values()), gradient)
-    got = {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
-    truth, ordinary = (
-        oracle(case, drawn, gradient, dtype=d, seed=seed) for d in (torch.float64, gradient.dtype)
+        gradients = torch.autograd.grad(output, list(leaves.values()), drawn.gradient)
+    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def _expected(case: QueryAttentionCase, drawn: Drawn, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients of the plain formula; dropout depends on the place in the batch."""
+
+    def one(cut: Callable) -> dict[str, Tensor]:
+        leaves = {name: cut(t) for name, t in drawn.leaves.items()}
+        output, gradients = oracle(case, leaves, cut(drawn.gradient), dtype=dtype, seed=drawn.seed)
+        return {"output": output, **gradients}
+
+    if case.dropout_p:
+        return one(lambda t: t)
+    return by_image(case.batch, one, [n for n, t in drawn.leaves.items() if len(t) == 1 < case.batch])
+
+
+def judge(check: Check, drawn: Drawn, results: dict[str, Tensor]) -> list[dict]:
+    truth, ordinary = truth_and_ordinary(
+        lambda dtype: _expected(check.case, drawn, dtype), getattr(torch, check.dtype)
     )
-    return [
-        budget_row(name, value, *(o[0] if name == "output" else o[1][name] for o in (truth, ordinary)))
-        for name, value in got.items()
-    ]
+    return [budget_row(name, value, truth[name], ordinary[name]) for name, value in results.items()]
 
 
-def _replayed(drawn: dict, gradient: Tensor, options: dict) -> dict[str, Tensor]:
+def _replayed(drawn: Drawn, backend: str) -> dict[str, Tensor]:
     """Captured on other inputs, replayed on these."""
-    static = {name: torch.randn_like(t).requires_grad_() for name, t in drawn.items()}
+    static = {name: torch.randn_like(t).requires_grad_() for name, t in drawn.leaves.items()}
     kept: dict[str, tuple] = {}
 
     def work() -> None:
-        output = query_attention(**static, backend=options["backend"])
-        kept["all"] = (output, *torch.autograd.grad(output, list(static.values()), gradient))
+        output = query_attention(**static, backend=backend)
+        kept["all"] = (output, *torch.autograd.grad(output, list(static.values()), drawn.gradient))
 
     graph = timing.capture(work)
     with torch.no_grad():
         for name, tensor in static.items():
-            tensor.copy_(drawn[name])
+            tensor.copy_(drawn.leaves[name])
     graph.replay()
     return dict(zip(("output", *static), (t.detach() for t in kept["all"]), strict=True))
 
@@ -146,7 +164,9 @@ OPERATOR = Operator(
     shapes=SHAPES,
     tiny=TINY,
     check_cases=check_cases,
-    run_check=run_check,
+    draw=draw,
+    launch=launch,
+    judge=judge,
     inputs=inputs,
     peers=peers,
     costs=costs,

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import timing
-from bench.operators import Check, Cost, Operator, Peer, budget_row, compilations
+from bench.operators import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    budget_row,
+    by_image,
+    compilations,
+    truth_and_ordinary,
+)
 from segvit_kernels import subsample_layer_norm, subsample_layer_norm_reference
 from segvit_kernels.testing.subsample_norm import SHAPES, SubsampleNormCase, oracle, with_gradients
 
@@ -66,26 +77,37 @@ def check_cases(tiny: bool) -> list[tuple[str, SubsampleNormCase]]:
     return [*checks, ("repeat", replace(SHAPES[0], batch=2)), ("values", odd)]
 
 
-def run_check(check: Check, device: torch.device, backend: str) -> list[dict]:
-    case, dtype = check.case, getattr(torch, check.dtype)
-    draw = torch.randint(2**31, (1,)).item()
-    drawn, gradients = case.inputs(dtype, device, draw), case.gradients(dtype, device, draw + 1)
+class Drawn(NamedTuple):
+    """Inputs by name, and gradients of the three results."""
 
-    def named(found: tuple) -> dict[str, Tensor]:
-        return {**found[0]._asdict(), **{f"gradient of {n}": g for n, g in found[1].items()}}
+    leaves: dict[str, Tensor | None]
+    gradients: tuple[Tensor, Tensor, Tensor]
 
-    def call() -> dict[str, Tensor]:
-        with timing.poisoned():
-            return named(with_gradients(subsample_layer_norm, case, drawn, gradients, backend=backend))
 
-    got = call()
-    truth, ordinary = (named(oracle(case, drawn, gradients, dtype=d)) for d in (torch.float64, dtype))
-    rows = [budget_row(name, value, truth[name], ordinary[name]) for name, value in got.items()]
-    if check.kind == "repeat":
-        again = call()
-        same = all(torch.equal(got[name], again[name]) for name in got)
-        rows.append({"quantity": "bitwise", "passed": same, "reason": None if same else "two runs differ"})
-    return rows
+def draw(check: Check, device: torch.device) -> Drawn:
+    case, dtype, number = check.case, getattr(torch, check.dtype), torch.randint(2**31, (1,)).item()
+    return Drawn(case.inputs(dtype, device, number), case.gradients(dtype, device, number + 1))
+
+
+def _named(found: tuple) -> dict[str, Tensor]:
+    return {**found[0]._asdict(), **{f"gradient of {n}": g for n, g in found[1].items()}}
+
+
+def launch(check: Check, drawn: Drawn, backend: str) -> dict[str, Tensor]:
+    with timing.poisoned():
+        return _named(with_gradients(subsample_layer_norm, check.case, *drawn, backend=backend))
+
+
+def judge(check: Check, drawn: Drawn, results: dict[str, Tensor]) -> list[dict]:
+    def expected(dtype: torch.dtype) -> dict[str, Tensor]:
+        def one(cut: Callable) -> dict[str, Tensor]:
+            leaves = {**drawn.leaves, "x": cut(drawn.leaves["x"])}
+            return _named(oracle(check.case, leaves, tuple(map(cut, drawn.gradients)), dtype=dtype))
+
+        return by_image(check.case.batch, one, ("gradient of weight", "gradient of bias"))
+
+    truth, ordinary = truth_and_ordinary(expected, getattr(torch, check.dtype))
+    return [budget_row(name, value, truth[name], ordinary[name]) for name, value in results.items()]
 
 
 OPERATOR = Operator(
@@ -93,7 +115,9 @@ OPERATOR = Operator(
     shapes=SHAPES,
     tiny=TINY,
     check_cases=check_cases,
-    run_check=run_check,
+    draw=draw,
+    launch=launch,
+    judge=judge,
     inputs=inputs,
     peers=peers,
     costs=costs,

@@ -24,12 +24,22 @@ def _on_cpu(value: Any) -> Any:
     return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
 
 
+_DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__
+
+
 class _CPUTensors(TorchFunctionMode):
-    """Tensors that are asked for on a CUDA device are made on the CPU."""
+    """Tensors that are asked for on a CUDA device are made on the CPU, and say that they are on the other."""
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if function is torch.device:
+            return function(*args, **(kwargs or {}))
+        if function == _DEVICE:
+            found = function(*args)
+            return torch.device("cuda", 0) if found.type == "cpu" else found
+        if function == _IS_CUDA:
+            return True
         kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         if function is torch.Tensor.cuda:
             return args[0]
@@ -122,5 +132,11 @@ def pretended(gpu: Stub) -> Iterator[None]:
         "Stream": _Stream,
         "CUDAGraph": _Graph,
     }
-    with mock.patch.multiple(torch.cuda, **replaced), _CPUTensors():
+    autocast = torch.autocast
+
+    def autocast_on_cpu(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+        return autocast(_on_cpu(device_type), *args, **kwargs)
+
+    patched = mock.patch.multiple(torch.cuda, **replaced)
+    with patched, mock.patch.object(torch, "autocast", autocast_on_cpu), _CPUTensors():
         yield

@@ -1,0 +1,492 @@
+"""`bench gpu`: rehearsed whole on the stub of libcuda, killed, and its parts where something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, operators, report, sanitizer, targets, timing, tune
+from bench.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
+KILLS = int(os.environ.get("SEGVIT_KILLS", "2"))
+needs_stub = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="Linux without a GPU"
+)
+
+
+def rehearsal(*arguments: str, **variables: str) -> subprocess.Popen:
+    """The command on the stub, in a process group of its own."""
+    pytest.importorskip("triton")
+    unset = ("TRITON_INTERPRET", "SEGVIT_KERNELS_BACKEND", "SEGVIT_BENCH_SMOKE")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "rehearsal.py"), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+# ------------------------------------------------------------------------------ the whole command
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """Folder of files, what was printed, and the lines that ran by file."""
+    folder = tmp_path_factory.mktemp("gpu")
+    lines = folder / "lines"
+    with rehearsal(
+        *("gpu", "--smoke", "--in-process", "--budget", "3000", "--out", str(folder / "out")),
+        REHEARSAL_LINES=str(lines),
+    ) as process:
+        printed = process.communicate()[0]
+    ran = defaultdict(set)
+    for line in lines.read_text().splitlines():
+        name, _, number = line.rpartition(":")
+        ran[name].add(int(number))
+    return folder / "out", printed, ran
+
+
+@needs_stub
+def test_the_rehearsal_leaves_the_files_of_a_run(rehearsed):
+    folder, printed, _ = rehearsed
+    names = {path.name for path in folder.iterdir()}
+    results = {"nvidia-h100-80gb-hbm3.json", "model-nvidia-h100-80gb-hbm3.json"}
+    assert results <= names <= results | {gpu.ROWS, gpu.LOG}, printed
+    result = report.load(folder / "nvidia-h100-80gb-hbm3.json")
+    assert result["kind"] == "gpu" and result["measurement"] is False and result["correct"] is True
+    assert {e["name"] for e in result["sections"]} == set(gpu.SECTIONS)
+    assert {e["ended"] for e in result["sections"]} == {"ok"}
+    assert all(
+        result[t] for t in ("checks", "ceilings", "costs", "timings", "memory", "candidates", "native")
+    )
+    checked = {(r["operator"], r["dtype"]) for r in result["checks"] if r["status"] == "ok"}
+    assert checked == {(op, dtype) for op in operators.by_name() for dtype in gpu.DTYPES}
+    assert {r["quantity"] for r in result["checks"] if r["case"] == "tiny_dropout"} == {
+        "new dropout mask",
+        "finite",
+    }
+    ours = [r for r in result["timings"] if r["peer"] == "fused"]
+    assert {(r["operator"], r["method"]) for r in ours} == {
+        (op, method) for op in operators.by_name() for method in ("graph", "stream")
+    }
+    assert all(r["status"] == "ok" and r["samples"] >= 3 for r in ours), "rows of one sample are superseded"
+    peers = {r["peer"] for r in result["timings"]}
+    assert {"plain", "sdpa flash", "sdpa cudnn", "compiled", "plan fused"} <= peers
+    assert [(r["name"], r["status"]) for r in result["sanitizer"]] == [(t, "ok") for t in sanitizer.TOOLS]
+    assert [c["name"] for c in tune.load(gpu.CANDIDATES)] == [r["name"] for r in result["candidates"]]
+    assert all(r["status"] == "ok" and r["gain"] > 0 for r in result["candidates"])
+    model = report.load(folder / "model-nvidia-h100-80gb-hbm3.json")
+    assert {r["way"] for r in model["rows"]} >= {"published", "fused", "engine, graph", "SegViT"}
+    assert all(r["status"] == "ok" and "extra_bytes" in r for r in model["rows"])
+    for found in (result, model):
+        assert "**Not a measurement**" in report.document(found, "x")
+    tables = report.tables(result)
+    assert "| tiny, 1, float32, forward + backward |" in tables["atm-speed"]
+    assert "| memcheck | ok |" in tables["sanitizer"] and "atm forward, 168 registers" in tables["candidates"]
+
+
+# Functions of which the rehearsal leaves lines out, and why.
+ELSEWHERE = "runs in other tests"
+NO_GPU = "a machine without a GPU"
+FULL_SIZE = "the smoke run has one size; runs in other tests"
+LEFT_OUT = {
+    "bench/gpu.py": {
+        "_context": NO_GPU,
+        "_timing_groups": FULL_SIZE,
+        "odd": FULL_SIZE,
+        "launches": "bench precompile",
+        **dict.fromkeys(("Compiled._count", "_lost", "work", "_log", "_Section"), ELSEWHERE),
+    },
+    "bench/tune.py": {
+        **dict.fromkeys(("Space.candidates", "dumps", "pin", "_begin", "main"), "bench tune"),
+        **dict.fromkeys(("load", "load.fail", "choose", "_case"), ELSEWHERE),
+        "_sampler": "a machine without a GPU, and wrong results",
+        "launch": "bench precompile",
+        "compare": "what is pinned does not run",
+    },
+    "bench/sanitizer.py": {"run": ELSEWHERE, "check": ELSEWHERE},
+    "bench/operators/__init__.py": {
+        **dict.fromkeys(("truth_and_ordinary", "checked", "_cannot", "floor"), ELSEWHERE),
+        "kernels_backend": "bench scaling",
+        "check_peers": "bench kernels",
+    },
+    "bench/operators/atm.py": {"check_cases": FULL_SIZE, "_used": ELSEWHERE, "launch": ELSEWHERE},
+    "bench/operators/attention.py": {"_xformers": "not installed", "peers": NO_GPU},
+    "bench/operators/mask_loss.py": {"check_cases": FULL_SIZE, "pair_losses": "masks are timed at full size"},
+    "bench/operators/mask_matching.py": {
+        "check_cases": FULL_SIZE,
+        "products": "labels are timed at full size",
+    },
+    "bench/operators/query_attention.py": {"check_cases": FULL_SIZE},
+    "bench/operators/semantic_argmax.py": {
+        "check_cases": FULL_SIZE,
+        **dict.fromkeys(("Case.pixels", "plain"), "views are timed at full size"),
+    },
+    "bench/operators/subsample_norm.py": {"check_cases": FULL_SIZE},
+}
+LINES_LEFT_OUT = {
+    "return",  # a mode that no peer of the kind has
+    "continue",
+    "raise",
+    "time.sleep(0.1)",
+    'yield base | {"method": "all", "status": "skipped", "reason": "time budget"}',
+    'yield {"status": "skipped", "reason": "time budget"}',
+    'reason = "no CUDA graphs on the CPU"',
+    'yield base | {"method": method, "status": "skipped", "reason": reason}',
+}
+
+
+def code_lines(code, name: str = ""):
+    """(function, line) of all lines of a code object and those inside."""
+    for _, _, line in code.co_lines():
+        if line:
+            yield name, line
+    for inner in code.co_consts:
+        if hasattr(inner, "co_lines"):
+            own = inner.co_name
+            yield from code_lines(inner, name if own.startswith("<") else f"{name}.{own}".strip("."))
+
+
+@needs_stub
+@pytest.mark.parametrize("file", LEFT_OUT)
+def test_every_line_of_the_command_runs_in_the_rehearsal(rehearsed, file):
+    """But for what is listed with its reason; a reason without a line left out is stale."""
+    text = (ROOT / file).read_text()
+    source, missing, used = text.splitlines(), set(), set()
+    for function, line in code_lines(compile(text, file, "exec")):
+        code = source[line - 1].strip()
+        if line in rehearsed[2][file] or code in LINES_LEFT_OUT:
+            continue
+        names = [n for n in LEFT_OUT[file] if f"{function}.".startswith(f"{n}.")]
+        used.update(names)
+        if not names:
+            missing.add((function, line, code))
+    assert not missing
+    assert used == set(LEFT_OUT[file])
+
+
+@needs_stub
+def test_a_kill_leaves_readable_files(tmp_path):
+    """SIGKILL of the whole process group at random moments; every file is readable each time."""
+    moments = random.Random(int(os.environ.get("SEGVIT_KILL_SEED", "0")))
+    found = set()
+    for attempt in range(KILLS):
+        folder = tmp_path / str(attempt)
+        process = rehearsal("gpu", "--smoke", "--budget", "3000", "--out", str(folder))
+        begun = time.time()
+        while not gpu.read(folder) and time.time() < begun + 120 and process.poll() is None:
+            time.sleep(0.02)
+        deadline = time.time() + moments.uniform(0, 20 if KILLS > 2 else 5)
+        lines = 0
+        while time.time() < deadline and process.poll() is None:
+            lines = len(gpu.read(folder))
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kept = gpu.read(folder)
+        assert len(kept) >= lines > 0
+        whole = (folder / gpu.ROWS).read_text().splitlines()
+        unreadable = [line for line in whole if line.strip()]
+        assert len(unreadable) - len(kept) <= 3, "at most the line in flight of each worker"
+        for path in folder.glob("*.json"):
+            report.load(path)
+        assert len(list(folder.iterdir())) <= 8
+        if any("torch" in line for line in kept):
+            assert main(["gpu", "--assemble", "--out", str(folder)]) == 0
+            report.load(folder / "nvidia-h100-80gb-hbm3.json")
+            found.add(len(kept))
+    print(sorted(found))
+
+
+@pytest.mark.parametrize("name", gpu.SECTIONS)
+def test_sections_of_a_full_run_have_tasks(name):
+    tasks = gpu.SECTIONS[name](gpu.Plan(candidates=tune.load(gpu.CANDIDATES)))
+    keys = [json.dumps([task.table, task.key], sort_keys=True) for task in tasks]
+    assert tasks and all(keys)
+    if name.startswith("checks") or name in ("machine", "candidates"):
+        assert len(set(keys)) == len(keys), "rows about the same thing supersede each other"
+    if name.startswith("checks:"):
+        (first,) = {t.key["operator"] for t in tasks[: len(operators.by_name())]} ^ set(
+            operators.by_name()
+        ) or {0}
+        assert first == 0, "the first check of every operator comes first"
+
+
+def test_candidates_are_of_cases_and_entries_that_are():
+    for candidate in tune.load(gpu.CANDIDATES):
+        op = operators.by_name()[candidate["operator"]]
+        case = tune._case(op, candidate, False)
+        assert case.batch == 16 and all(getattr(case, k) == v for k, v in candidate["sizes"].items())
+        with pytest.importorskip("triton") and tune.applied(candidate, json.loads(CONFIG.read_text())):
+            pass
+
+
+def test_whole_models_are_held_against_their_targets():
+    row = {"status": "ok", "model": "vit_l_ade20k_640", "mode": "training", "dtype": "bfloat16"}
+    ours, theirs = {"median_s": 2.0, "extra_bytes": 5}, {"median_s": 3.0, "extra_bytes": 10}
+    rows = [row | {"way": "SegViT"} | ours, row | {"way": "SegViT, published formula"} | theirs]
+    assert targets._step({"rows": rows}) == 1.5 and targets._step_memory({"rows": rows}) == 0.5
+    slower = [rows[0] | {"median_s": 6.0}, rows[1]]
+    assert targets._step({"rows": slower}) == 0.5, "not the published formula's own time"
+
+
+# ------------------------------------------------------------------------------ workers
+
+
+def section(monkeypatch, tmp_path, tasks, deadline: float = 60.0) -> gpu._Section:
+    monkeypatch.setitem(gpu.SECTIONS, "machine", lambda plan: tasks)
+    return gpu._Section("machine", tmp_path, tmp_path, gpu.Plan(smoke=True), time.time() + deadline)
+
+
+def test_a_dead_worker_costs_one_task(tmp_path, monkeypatch):
+    """The task in flight fails, the section goes on after it, and a restart that dies too gives up."""
+    tasks = [gpu.Task("checks", {"name": str(n)}, None) for n in range(3)]
+    own = section(monkeypatch, tmp_path, tasks)
+    script = (
+        "import json, sys; path, start = sys.argv[1], int(sys.argv[2]); f = open(path, 'a')\n"
+        "def w(**r): f.write(json.dumps({'section': 'machine', **r}) + chr(10)); f.flush()\n"
+        "w(begin=start)\n"
+        "if start == 1: sys.stderr.write('boom' + chr(10)); sys.exit(139)\n"
+        "w(table='checks', name=str(start), status='ok'); w(end=start)\n"
+        "sys.exit(3 if start == 0 else 0)\n"
+    )
+
+    def start(index: int = 0) -> None:
+        with own.printed.open("ab") as printed:
+            command = [sys.executable, "-c", script, str(tmp_path / gpu.ROWS), str(index)]
+            own.process = subprocess.Popen(command, stderr=printed)
+
+    monkeypatch.setattr(own, "start", start)
+    start()
+    while not own.poll():
+        time.sleep(0.01)
+    rows = {r["name"]: (r["status"], r.get("reason")) for r in gpu.latest(gpu.read(tmp_path))}
+    assert rows["0"] == ("ok", None) and rows["2"] == ("ok", None)
+    assert rows["1"] == ("failed", "worker ended with code 139: boom")
+    assert own.restarts == 2 and "boom" in (tmp_path / gpu.LOG).read_text()
+
+
+def test_a_hanging_worker_is_killed_and_the_rest_skipped(tmp_path, monkeypatch):
+    tasks = [gpu.Task("checks", {"name": str(n)}, None) for n in range(2)]
+    own = section(monkeypatch, tmp_path, tasks, deadline=-1)
+    monkeypatch.setattr(gpu, "GRACE_S", 0.0)
+    own.rows.write(begin=0)
+    own.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert own.poll() and own.process.returncode != 0
+    assert [r["status"] for r in gpu.latest(gpu.read(tmp_path))] == ["failed", "skipped"]
+
+
+def test_workers_of_a_section_append_to_one_file(tmp_path):
+    """A worker process as the command starts it: rows, beginnings and ends, and what it printed."""
+    plan = gpu.Plan(smoke=True, dtypes=("float32",))
+    own = gpu._Section("timings", tmp_path, tmp_path, plan, time.time() - 1)
+    own.start()
+    while not own.poll():
+        time.sleep(0.05)
+    lines = gpu.read(tmp_path)
+    assert own.ended == "ok" and lines[-1]["ended"] == "ok"
+    rows = gpu.latest(lines)
+    modes = sum(len(op.modes) for op in operators.by_name().values())
+    assert len(rows) == modes and {r["reason"] for r in rows} == {"time budget"}
+    assert len([line for line in lines if "begin" in line]) >= len(rows)
+
+
+def test_what_a_failing_task_printed_stands_in_the_log(tmp_path, monkeypatch):
+    def run(context):
+        print("nothing of this", flush=True)
+        yield {"status": "ok"}
+
+    def fail(context):
+        yield {"status": "ok"}
+        raise ValueError("no such luck")
+
+    def exhausted(context):
+        raise torch.OutOfMemoryError("tried to allocate 80 GB")
+
+    tasks = [gpu.Task("checks", {"name": n}, f) for n, f in (("a", run), ("b", fail), ("c", exhausted))]
+    monkeypatch.setitem(gpu.SECTIONS, "machine", lambda plan: tasks)
+    printed = tmp_path / "printed"
+    printed.write_text("left over")
+    assert (
+        gpu.work("machine", tmp_path, gpu.Plan(True), start=0, deadline=time.time() + 60, printed=printed)
+        == 0
+    )
+    rows = {r["name"]: r for r in gpu.latest(gpu.read(tmp_path))}
+    assert rows["a"]["status"] == "ok" and rows["b"]["status"] == "failed"
+    assert rows["b"]["reason"] == "ValueError: no such luck"
+    assert rows["c"]["status"] == "skipped" and "80 GB" in rows["c"]["reason"]
+    log = (tmp_path / gpu.LOG).read_text()
+    assert '"name": "b"' in log and "no such luck" in log and "left over" not in log
+
+
+def test_a_lost_context_ends_the_worker(tmp_path, monkeypatch):
+    def broken(context):
+        raise RuntimeError("an illegal memory access was encountered")
+        yield
+
+    tasks = [gpu.Task("checks", {"name": str(n)}, broken) for n in range(2)]
+    monkeypatch.setitem(gpu.SECTIONS, "machine", lambda plan: tasks)
+    monkeypatch.setattr(gpu, "_lost", lambda device: True)
+    assert gpu.work("machine", tmp_path, gpu.Plan(True), start=0, deadline=time.time() + 60) == 3
+    assert [r["name"] for r in gpu.latest(gpu.read(tmp_path))] == ["0"]
+    monkeypatch.undo()
+    assert gpu._lost(torch.device("cuda", 0)) is not torch.cuda.is_available()
+    assert not gpu._lost(torch.device("cpu")) and not gpu._lost(None)
+
+
+def test_rows_are_read_to_the_last_whole_line(tmp_path):
+    rows = gpu.Rows(tmp_path, "machine")
+    rows.write(table="checks", name="a", max_error=float("inf"))
+    with (tmp_path / gpu.ROWS).open("a") as file:
+        file.write('{"section": "machine", "table": "che')
+    assert [r["name"] for r in gpu.latest(gpu.read(tmp_path))] == ["a"]
+    again = gpu.Rows(tmp_path, "timings")
+    again.write(table="timings", name="b", samples=1)
+    again.write(table="timings", name="b", samples=9)
+    found = gpu.latest(gpu.read(tmp_path))
+    assert [(r["name"], r.get("samples")) for r in found] == [("a", None), ("b", 9)]
+    assert found[0]["max_error"] is None
+
+
+def test_kernels_that_were_compiled_are_counted():
+    knobs = pytest.importorskip("triton").knobs
+    kept = knobs.compilation.listener
+    try:
+        counted = gpu.Compiled()
+        for hit in (True, False, True):
+            knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
+        assert counted.take() == {"compiled": 1, "from_cache": 2} and counted.take() == {}
+    finally:
+        knobs.compilation.listener = kept
+
+
+# ------------------------------------------------------------------------------ options, candidates
+
+
+def test_bad_options_of_the_command_are_one_line(tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").write_text("")
+    broken = tmp_path / "x.tar.gz"
+    broken.write_text("no archive")
+    here = {"out": str(tmp_path / "new")}
+    asked = (
+        (["gpu", "--smoke", "--out", str(full)], "is not empty"),
+        (["gpu", "--smoke", "--out", str(ROOT / "bench/results/x")], "not a measurement|no measurement"),
+        (
+            ["gpu", "--smoke", "--out", here["out"], "--stages", "all"],
+            "no such stage; expected some of machine",
+        ),
+        (["gpu", "--smoke", "--out", here["out"], "--candidates", str(broken)], "x.tar.gz: not JSON"),
+        (["gpu", "--smoke", "--out", here["out"], "--cache", str(broken)], "expected an archive of"),
+        (["gpu", "--assemble", "--out", str(full)], "rows.jsonl does not exist"),
+        (["precompile", "--out", str(tmp_path / "no/x.tar.gz")], "does not exist"),
+    )
+    for arguments, expected in asked:
+        assert main(arguments) == 2, arguments
+        line = capsys.readouterr().err.strip()
+        assert (
+            "\n" not in line
+            and line.startswith("python -m bench: error: ")
+            and any(e in line for e in expected.split("|"))
+        ), line
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"operator": "atn"}, "operator 'atn'; expected one of atm"),
+        ({"shape": "ade"}, "shape 'ade'; expected one of ade_vit_l"),
+        ({"mode": "backward"}, "mode 'backward'; expected one of forward"),
+        ({"changes": {"atm_fwd half 33": {}}}, "changes of 'atm_fwd half 33'"),
+        ({"sizes": {"tokens": 3}}, "sizes tokens; expected some of"),
+        ({"speed": 3}, "has speed; expected"),
+        ({"name": None}, None),
+    ],
+)
+def test_candidates_are_checked(tmp_path, change, expected):
+    good = {"name": "a", "operator": "atm", "shape": "ade_vit_l", "mode": "forward", "changes": {}}
+    path = tmp_path / "candidates.json"
+    path.write_text(json.dumps([good | change]))
+    if expected is None:
+        assert tune.load(path)[0]["batch"] == 16
+        return
+    with pytest.raises(ValueError, match=f"candidates.json: candidate 'a'.*{expected}"):
+        tune.load(path)
+
+
+def test_a_candidate_replaces_and_takes_away():
+    pytest.importorskip("triton")
+    from segvit_kernels.triton._launch import pinned
+
+    configs = pinned("sm_90")
+    before = json.dumps(configs)
+    changes = {"mask_loss_fwd": {"maxnreg": None, "programs": 3}, "atm_fwd half 32": {"block_n": 32}}
+    with tune.applied({"changes": changes}, configs):
+        assert "maxnreg" not in configs["mask_loss_fwd"] and configs["mask_loss_fwd"]["programs"] == 3
+        assert configs["atm_fwd"]["half"]["32"]["block_n"] == 32
+    assert json.dumps(configs) == before
+
+
+def test_what_a_failing_candidate_prints_is_kept_off_the_screen(capfd):
+    """Triton prints all of a kernel's assembly where the assembler fails, from C++ and by children too."""
+
+    def prepare(candidate):
+        os.write(1, b"// Generated by LLVM NVPTX Back-End\n" * 1000)
+        subprocess.run([sys.executable, "-c", "print('child')"])
+        print("python", file=sys.stderr)
+        if candidate["num_warps"] == 2:
+            raise RuntimeError("ptxas fatal : C7602")
+        return lambda: 1e-3
+
+    told = []
+    outcome = tune.choose([{"num_warps": n} for n in (4, 2)], prepare, rounds=2, tell=told.append)
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+    assert outcome.rows[1]["status"] == "failed" and "C7602" in outcome.rows[1]["reason"]
+    assert [row["status"] for row in told] == ["ok", "failed"], "rows come as they are found"
+    with timing.captured() as said:
+        os.write(2, b"heard")
+        assert said() == "heard"
+    print("heard again")
+    assert capfd.readouterr().out == "heard again\n"
+
+
+# ------------------------------------------------------------------------------ the sanitizer
+
+
+def test_the_sanitizer_says_why_it_did_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = sanitizer.check("memcheck", [sys.executable, "-c", ""], 60)
+    if row["reason"] != "compute-sanitizer is not installed":
+        pytest.skip("compute-sanitizer is installed where CUDA is")
+    assert row["status"] == "skipped"
+    program = tmp_path / "compute-sanitizer"
+    for script, status, reason in (
+        ("echo no device; exit 1", "skipped", "does not work on this machine: no device"),
+        (
+            "echo '== ERROR SUMMARY: 2 errors'; case $* in *probe*) exit 0;; *) exit 86;; esac",
+            "failed",
+            "2 err",
+        ),
+        ("case $* in *probe*) exit 0;; *) exec sleep 5;; esac", "skipped", "not at its end"),
+        ("echo '== ERROR SUMMARY: 0 errors'", "ok", None),
+        ("echo nothing", "failed", "no summary of the tool"),
+    ):
+        program.write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(sanitizer, "_PROBE", "probe")
+        row = sanitizer.check("memcheck", ["true"], 2)
+        assert row["status"] == status, row
+        assert reason is None or reason in row["reason"], row
