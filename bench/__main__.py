@@ -234,7 +234,10 @@ def _kernels(options: argparse.Namespace) -> int:
         plan = gpu.Plan(options.smoke, _checked_dtypes(), options.peers)
         with tempfile.TemporaryDirectory() as folder:
             chosen = {"stages": gpu.OPERATORS, "in_process": options.in_process}
-            (result,) = gpu.run(Path(folder), plan, budget_s=options.budget, **chosen)
+            found = gpu.run(Path(folder), plan, budget_s=options.budget, **chosen)
+        if not found:
+            raise OptionError("kernels: nothing ran: no worker could describe this machine")
+        (result,) = found
     else:
         from bench import cpu
 

@@ -175,7 +175,7 @@ def _run(case: ATMCase, leaves: dict, gradients: tuple, backend: str, **options:
             deterministic = bool(options.get("deterministic"))
             scale = case.head_dim**-0.5
             result = ATMFunction.apply(
-                q, k, v, previous, seed, scale, case.dropout_p, True, deterministic, backend
+                q, k, v, previous, None, seed, scale, case.dropout_p, True, deterministic, backend
             )
         used = [(r, g) for r, g in zip(result, gradients, strict=True) if r is not None and g is not None]
         grads = torch.autograd.grad(

@@ -104,7 +104,7 @@ def launch(check: Check, drawn: Drawn, backend: str) -> dict[str, Tensor]:
     # Forward and backward draw one mask: on the same seed as the formula's.
     leaves = {name: t.detach().requires_grad_() for name, t in drawn.leaves.items()}
     with timing.poisoned():
-        arguments = (drawn.seed, case.head_dim**-0.5, case.dropout_p, deterministic, backend)
+        arguments = (None, drawn.seed, case.head_dim**-0.5, case.dropout_p, deterministic, backend)
         output = QueryAttentionFunction.apply(*leaves.values(), *arguments)
         gradients = torch.autograd.grad(output, list(leaves.values()), drawn.gradient)
     return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
