@@ -100,6 +100,13 @@ def test_a_split_without_any_class(tmp_path):
         SegmentationFolder(root, "validation")
 
 
+def test_one_class_alone_cannot_be_learnt(tmp_path):
+    root = folder(tmp_path, SKY * 0, names="background\ncat\n")
+    SegmentationFolder(root, "validation").check()  # evaluation may look at it
+    with pytest.raises(ValueError, match="everything that is not ignored is background: nothing to learn"):
+        SegmentationFolder(root).check()
+
+
 # Colours
 
 
@@ -281,9 +288,11 @@ def test_data_check_where_the_user_must_choose(tmp_path, capsys):
     code, out, err = check(capsys, root, "--sheet", sheet)
     assert code == 2 and "can be read in two ways with 3 classes" in err
     assert ["0", "0", "66.67%", "2"] in [line.split() for line in out.splitlines()] and sheet.exists()
-    for words, first in ((["--no-reduce-zero-label"], "sky"), (["--reduce-zero-label", "true"], "(ignored)")):
-        code, out, err = check(capsys, root, *words, "--sheet", "null")
-        assert (code, err) == (0, "") and [first, "0"] in [line.split()[:2] for line in out.splitlines()]
+    code, out, err = check(capsys, root, "--no-reduce-zero-label", "--sheet", "null")
+    assert (code, err) == (0, "") and ["sky", "0"] in [line.split()[:2] for line in out.splitlines()]
+    code, out, err = check(capsys, root, "--reduce-zero-label", "true", "--sheet", "null")
+    assert code == 2 and "everything that is not ignored is sky: nothing to learn" in err
+    assert ["(ignored)", "0"] in [line.split()[:2] for line in out.splitlines()]
 
 
 def test_data_check_of_other_layouts_and_one_split(tmp_path, capsys):

@@ -76,10 +76,13 @@ def test_what_the_values_say(values, names, expected):
         ({0, 1, 2, 3, 4}, THINGS, "label value 4 (20.00% of all pixels) is out of range, expected 0...3, 2"),
         ({0, 1, -1}, BINARY, "label value -1 (33.33% of all pixels) is out of range, expected 0...1, 255 f"),
         ({0, 1, -1}, BINARY, "--ignore-index -1 if it means ignore"),
-        ({0, 85, 170, 255}, ("a", "b", "c", "d"), 'for the eye? --label-mapping \'{"0": 0, "85": 1, "170":'),
+        ({0, 85, 170, 255}, ("a", "b", "c", "d"), '--label-mapping \'{"0": 0, "85": 1, "170":'),
         ({0, 127, 255}, THINGS, '--label-mapping \'{"0": 0, "127": 1, "255": 2}\''),
         (set(range(0, 256, 2)), THINGS, "128 values: compressed with loss, resized with smoothing, or no l"),
-        ({0, 26001, 33002}, THINGS, "label value 26001"),
+        ({0, 26001, 33002}, THINGS, "if these 3 values are the classes in order"),
+        ({0, 26001, 33002, 3}, THINGS, "label value 26001"),
+        ({0, 100}, BINARY, '--label-mapping \'{"0": 0, "100": 1}\' if these 2 values'),
+        (set(range(0, 46, 2)), THINGS, "23 values: compressed with loss, resized with smoothing"),
         # nothing left
         ({255}, THINGS, "every pixel is ignored: the only values are 255"),
         ({0, 255}, ("object",), "a single class leave nothing to tell apart; name the background as a clas"),
@@ -154,6 +157,8 @@ def test_what_is_said():
     assert said == (
         "150 of 150 classes occur: 1 is class 0 ... 150 is class 149; 0 is ignored, 25.0% of the pixels"
     )
+    more = decide({0: 50, 1: 25, 2: 25}, 2).describe({0: 50, 1: 25, 2: 25}, ("cat", "dog"), 2)
+    assert more.endswith("0 is ignored, 50.0% of the pixels (to learn 0 too, name it before the others)")
     rare = decide({0: 5, 2: 5}, 3, names=ANIMALS).describe({0: 5, 2: 5}, ANIMALS, 3)
     assert rare.endswith("0 is background, 2 is dog; no pixel is ignored; never: cat")
 

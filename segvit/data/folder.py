@@ -186,6 +186,7 @@ class SegmentationFolder(Dataset):
                 known = {picture for pairs in groups.values() for picture, _ in pairs}
                 if split not in groups and (other := self._other(split, known)):
                     groups[split] = other
+            groups = {split: groups[split] for split in sorted(groups, key=_reading_order)}
         facts = {split: self._inspect(pairs) for split, pairs in groups.items()}
         self._problem = next((one.problem for one in facts[self.split] if one.problem), None)
         if all(one.problem for some in facts.values() for one in some):
@@ -256,7 +257,13 @@ class SegmentationFolder(Dataset):
         self._decide()
         if self._problem:
             raise ValueError(self._problem)
-        summary = self._summary
+        summary, own = self._summary, self._classes_in(self._summaries[self.split])
+        if self.split == "training" and len(own) == 1:
+            (only,) = own
+            raise ValueError(
+                f"{self.root}: in the training label maps everything that is not ignored is "
+                f"{self.class_names[only] if self.class_names else f'class {only}'}: nothing to learn"
+            )
         found = []
         if summary.values:
             found.append(f"the values {spans(sorted(summary.values))}")
@@ -347,6 +354,10 @@ class SegmentationFolder(Dataset):
                 f"{spans(sorted(self.reading.table))} for {self.num_classes} classes"
             )
         return label
+
+
+def _reading_order(split: str) -> tuple[bool, bool]:
+    return split != "training", split != "validation"
 
 
 class _Lookup:

@@ -33,7 +33,7 @@ _NOTHING = {
     "nothing",
     "none",
 }
-_MANY = 256  # more different values are no classes
+_SMOOTH = 12  # more values, and thrice as many as classes, come from smoothing
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Reading:
         if ignored:
             listed = spans(ignored) if text is str else ", ".join(map(text, ignored))
             says.append(f"{listed} {'is' if len(ignored) == 1 else 'are'} ignored, {share:.1%} of the pixels")
+            if self.reduce_zero_label and 0 in ignored and share > 1 / 4:
+                says[-1] += " (to learn 0 too, name it before the others)"
         else:
             says.append("no pixel is ignored")
         if missing := [name(index) for index in range(num_classes) if index not in used]:
@@ -236,15 +238,16 @@ def _out_of_range(
     )
     if mapping is not None:
         return f"{text}; add it to the label mapping (null: ignored)"
-    if len(seen) > max(_MANY // 4, 2 * num_classes) and seen[-1] <= 255:
+    if len(seen) > max(_SMOOTH, 3 * num_classes) and seen[-1] <= 255:
         return (
             f"{text}; {len(seen)} values: compressed with loss, resized with smoothing, or no labels at all"
         )
     if unknown == [num_classes] and not reading.reduce_zero_label:
         return f"{text}; --reduce-zero-label if 0 means ignore, or name one class more"
-    if num_classes <= len(seen) <= num_classes + 1 and seen[0] == 0 and seen[-1] in (254, 255):
-        spread = json.dumps({str(v): index for index, v in enumerate(seen[:num_classes])})
-        return f"{text}; classes spread over 0...255 for the eye? --label-mapping '{spread}'"
+    if len(seen) == num_classes and value >= 0:
+        spread = json.dumps({str(v): index for index, v in enumerate(seen)})
+        shown = spread if num_classes <= 12 else "FILE"
+        return f"{text}; --label-mapping '{shown}' if these {num_classes} values are the classes in order"
     if value < 0:
         return f"{text}; --ignore-index {value} if it means ignore, else --label-mapping"
     return f"{text}; name every class, or say what is what with --label-mapping"
