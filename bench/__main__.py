@@ -107,6 +107,7 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p = commands.add_parser("precompile", help="compile for sm_90, without a GPU, all kernels of 'gpu'")
     p.set_defaults(run=_precompile)
     p.add_argument("--out", type=Path, required=True, metavar="ARCHIVE", help="file to write (.tar.gz)")
+    _names(p, "--operators", "operators"), _smoke(p)
 
     p = commands.add_parser(
         "scaling", help="time of the operators as classes, tokens, batch, images, views grow"
@@ -316,10 +317,11 @@ def _written(paths: Iterable[Path]) -> int:
 def _precompile(options: argparse.Namespace) -> int:
     if not options.out.resolve().parent.is_dir():
         raise OptionError(f"--out {options.out}: folder {options.out.resolve().parent} does not exist")
-    from bench import cache
+    from bench import cache, operators
 
+    _check_names("--operators", options.operators, list(operators.by_name()), "operator")
     try:
-        print(cache.precompile(options.out))
+        print(cache.precompile(options.out, options.operators, options.smoke))
     except RuntimeError as error:
         raise OptionError(f"precompile: {error}") from None
     return 0
@@ -431,7 +433,7 @@ def _worker(arguments: list[str]) -> int | None:
     if arguments[:1] == ["_fill"]:
         from bench import cache
 
-        return cache.fill(json.loads(arguments[1]))
+        return cache.fill(*json.loads(arguments[1]))
     if arguments[:1] == ["_call"]:  # see environment.isolated
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))

@@ -9,6 +9,7 @@ differ the GPU machine compiles as it would without an archive.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,6 +70,10 @@ class Idle(TorchDispatchMode):
             found = function(*meta_args, **meta_kwargs)
         except (NotImplementedError, RuntimeError, TypeError):
             return function(*args, **kwargs)
+        if not tensors and all(
+            t.numel() <= _SMALL for t in tree_leaves(found) if isinstance(t, torch.Tensor)
+        ):
+            return function(*args, **kwargs)
         return tree_map_only(torch.Tensor, _zeros_like_meta, found)
 
 
@@ -77,33 +82,36 @@ def _zeros_like_meta(t: torch.Tensor) -> torch.Tensor:
     return torch.zeros(elements, dtype=t.dtype).as_strided(t.size(), t.stride())
 
 
-def launch(plan: gpu.Plan, tell: Callable[[str], object]) -> None:
+def launch(plan: gpu.Plan, only: Sequence[str] | None, tell: Callable[[str], object]) -> None:
     """Every launch of ours that ``bench gpu`` makes under ``plan``, on the GPU of this process."""
     device = torch.device("cuda", 0)
     with mock.patch.object(timing, "poisoned", contextlib.nullcontext), Idle():
-        for what, work in gpu.launches(plan, device):
+        for what, work in gpu.launches(plan, device, only):
             try:
                 work()
             except Exception as error:  # the machine with the GPU will compile it, or fail likewise
                 tell(f"{what}: {timing.one_line(error)}")
 
 
-def fill(smoke: bool) -> int:
+def fill(smoke: bool, only: Sequence[str] | None) -> int:
     """What the process of :func:`precompile` does; prints what could not be launched, then how much was."""
+    importlib.import_module("torch._dynamo")  # before torch.cuda is not what it was
     from bench import tune
     from segvit_kernels.testing import stub
     from segvit_kernels.testing.stub.torch_cuda import pretended
 
     there, counted = stub.install(ARCH), gpu.Compiled()
-    plan = gpu.Plan(smoke, candidates=tune.load(gpu.CANDIDATES))
+    dtypes = ("float32",) if smoke else gpu.DTYPES
+    plan = gpu.Plan(smoke, dtypes, candidates=() if smoke else tune.load(gpu.CANDIDATES))
     with pretended(there):
-        launch(plan, lambda line: print(line, file=sys.stderr, flush=True))
+        launch(plan, only, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps({"launches": there.launches, **counted.take()}))
     return 0
 
 
-def precompile(archive: Path, smoke: bool = False) -> str:
-    """Compile all kernels of ``bench gpu`` for sm_90 into an archive; what was done, in one line.
+def precompile(archive: Path, only: Sequence[str] | None = None, smoke: bool = False) -> str:
+    """Compile all kernels of ``bench gpu`` for sm_90, or those of some operators, into an archive; what was
+    done, in one line.
 
     Raises:
         RuntimeError: there is no Triton, or no C compiler for the stub.
@@ -114,7 +122,7 @@ def precompile(archive: Path, smoke: bool = False) -> str:
         }
         path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
         variables |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": scratch}
-        command = [sys.executable, "-m", "bench", "_fill", json.dumps(smoke)]
+        command = [sys.executable, "-m", "bench", "_fill", json.dumps([smoke, only])]
         done = subprocess.run(command, env=variables, cwd=environment.ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise RuntimeError(f"the process that compiles ended with exit code {done.returncode}")

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -341,13 +341,15 @@ def odd(dtypes: Sequence[str], backend: str, smoke: bool) -> int:
     return 0
 
 
-def launches(plan: Plan, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+def launches(
+    plan: Plan, device: torch.device, only: Collection[str] | None = None
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Everything of ours that the sections launch, without peers and oracles: what it is, and a function that
-    does it. For compiling ahead."""
-    dtypes = [(name, getattr(torch, name)) for name in plan.dtypes]
-    for op in operators.by_name().values():
+    does it; of some operators only, or of all and of whole models. For compiling ahead."""
+    known = {name: op for name, op in operators.by_name().items() if not only or name in only}
+    for op in known.values():
         cases = op.check_cases(True) + ([] if plan.smoke else op.check_cases(False))
-        for (kind, case), (name, _) in itertools.product(cases, dtypes):
+        for (kind, case), name in itertools.product(cases, plan.dtypes):
             check = operators.Check(kind, case, name)
             what = f"{op.name} {kind} {case.name}, batch {case.batch}, {name}"
             yield what, lambda op=op, check=check: op.launch(check, op.draw(check, device), "triton")
@@ -363,8 +365,10 @@ def launches(plan: Plan, device: torch.device) -> Iterator[tuple[str, Callable[[
                         *op.inputs(case, getattr(torch, name), device)
                     ),
                 )
-    for candidate in plan.candidates:
+    for candidate in (c for c in plan.candidates if c["operator"] in known):
         yield candidate["name"], lambda candidate=candidate: tune.launch(candidate, device, tiny=plan.smoke)
+    if only:
+        return
     yield "exponentials", lambda: environment.exponentials(torch.ones(1024, device=device), 1, 2)
     for table, spec, mode, batch, dtype, names, _ in _model_groups(plan):
         for subject in subjects.table(table, device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, operators, report, sanitizer, targets, timing, tune
+from bench import cache, gpu, operators, report, sanitizer, targets, timing, tune
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -490,3 +491,66 @@ def test_the_sanitizer_says_why_it_did_not_run(tmp_path, monkeypatch):
         row = sanitizer.check("memcheck", ["true"], 2)
         assert row["status"] == status, row
         assert reason is None or reason in row["reason"], row
+
+
+# ------------------------------------------------------------------------------ kernels compiled ahead
+
+
+@needs_stub
+def test_a_cache_made_here_is_hit_from_another_checkout(tmp_path):
+    """No kernel is compiled twice, whatever the paths of the checkout and of the cache."""
+    pytest.importorskip("triton")
+    archive = tmp_path / "sm_90.tar.gz"
+    said = cache.precompile(archive, ["subsample_norm"], smoke=True)
+    assert "3 kernels for sm_90, " in said and archive.stat().st_size < 2**20
+    other = tmp_path / "elsewhere"
+    for package in ("bench", "segvit", "segvit_kernels"):
+        shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    with cache.unpacked(archive) as line:
+        assert line.endswith("3 kernels for sm_90")
+        variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+            "PYTHONPATH": str(other)
+        }
+        command = [sys.executable, "-W", "ignore", "-m", "bench", "_fill", '[true, ["subsample_norm"]]']
+        done = subprocess.run(command, cwd=other, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("launches") > 3 and found == {"from_cache": 3}, "as many hits, nothing compiled"
+
+
+def test_an_archive_of_another_triton_says_so(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    (tmp_path / "cache" / "a" / "__grp__k.json").write_text(
+        json.dumps({"child_paths": {n: f"/elsewhere/a/{n}" for n in ("k.json", "k.cubin", "k.ptx")}})
+    )
+    for kept in ("k.json", "k.cubin", "k.ptx"):
+        (tmp_path / "cache" / "a" / kept).write_text("{}")
+    archive = tmp_path / "x.tar.gz"
+    cache.pack(tmp_path / "cache", archive, {"triton": "1.0", "python": "2.7", "compiled": 1})
+    with cache.unpacked(archive) as line:
+        assert "triton 1.0, here" in line and "compiled again" in line
+        (group,) = Path(os.environ["TRITON_CACHE_DIR"]).glob("a/__grp__k.json")
+        paths = json.loads(group.read_text())["child_paths"]
+        assert set(paths) == {"k.json", "k.cubin"} and all(
+            Path(p).parent == group.parent for p in paths.values()
+        )
+    assert "TRITON_CACHE_DIR" not in os.environ or not Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(
+        group
+    )
+
+
+def test_what_computes_nothing_keeps_shapes_views_and_small_values():
+    with cache.Idle():
+        x = torch.randn(300, 40)
+        y = x.mT @ x
+        z = y.softmax(-1).to(torch.bfloat16)
+        view = x[3:, ::2]
+        x.add_(1)
+        small = torch.arange(5).float() * 2
+        kept = torch.empty(10, 1000).fill_(7.0)
+        parts = x.split(100)
+    assert y.shape == (40, 40) and z.dtype == torch.bfloat16 and not x.any() and not y.any()
+    assert view.data_ptr() == x.data_ptr() + 3 * 40 * 4 and view.stride() == (40, 2)
+    assert small.tolist() == [0, 2, 4, 6, 8] and not (kept == 7).all()
+    assert [p.shape[0] for p in parts] == [100, 100, 100]
