@@ -36,6 +36,7 @@ from segvit_kernels import _native
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 _PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # by type of device
 ENVIRONMENT_VARIABLE = "SEGVIT_KERNELS_BACKEND"
+_ENVIRONMENT_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 _chosen: str | None = None
 _operators: dict[str, Operator] = {}
@@ -92,6 +93,9 @@ def requested_backend(argument: str | None = None) -> str | None:
         return _checked(argument, "argument 'backend'")
     if _chosen is not None:
         return _chosen
+    # What os.environ.get does, without encoding the name at every call: a microsecond.
+    if _ENVIRONMENT_KEY not in os.environ._data:
+        return None
     return _checked(
         os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
     )
@@ -201,20 +205,46 @@ class Operator:
                 self.kernels[name] = _native.implementation(name, self.name, device)
         return self.kernels[name]
 
-    def __call__(self, *args: Any) -> Any:
-        *args, argument = args
+    def __call__(self, args: Sequence[Any], argument: str | None) -> Any:
         device = _device(args)
         name = self.select(device, args, argument)
         if _recorded is not None:
             _recorded.setdefault(self.name, set()).add(name)
         if name != "eager":
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                return self.kernel(name, device)(*args)
+            kernel = self.kernels.get(name) or self.kernel(name, device)
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return kernel(*args)
+            with torch.cuda.device(device):
+                return kernel(*args)
         # Autocast is still active in here and would round the float32 statistics.
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
                 return self.eager(*args)
         return self.eager(*args)
+
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_EAGER = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_EAGER_MODES = {_EAGER.raw_repr(), _EAGER.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()}
+
+
+def _dispatcher_is_idle(args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would find nothing to do for these arguments but to call the operator in Python.
+
+    It has something to do inside modes (transforms, tracers, FLOP counters, profilers) and for tensors that are
+    subclasses, negatives to be or without memory.
+    """
+    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _EAGER_MODES:
+        return False
+    if torch._C._len_torch_function_stack() or torch.autograd._profiler_enabled():
+        return False
+    for value in args:
+        for item in value if type(value) is list else (value,):
+            if isinstance(item, torch.Tensor) and (
+                type(item) not in _TENSORS or item.is_neg() or item._is_zerotensor() or item.is_meta
+            ):
+                return False
+    return True
 
 
 def define(
@@ -226,8 +256,11 @@ def define(
     refuse: Callable | None = None,
     backends: tuple[str, ...] = BACKENDS,
     isa: str | None = None,
-) -> torch._ops.OpOverload:
-    """Register the operator ``segvit::<schema>`` and return it.
+) -> Callable:
+    """Register the operator ``segvit::<schema>`` and return a function that calls it.
+
+    The function leaves out torch's dispatcher where that would do nothing but come back to Python. Autograd is
+    the caller's: an ``autograd.Function`` that calls it.
 
     Args:
         schema: name, arguments and results in torch's schema language, without namespace; the
@@ -249,7 +282,9 @@ def define(
 
     def implementation(*args: Any, backend: str | None = None) -> Any:
         # The dispatcher leaves out what stands at the end with its default.
-        return operator(*args) if len(args) == count else operator(*args, *defaults[len(args) :], backend)
+        if len(args) == count:
+            return operator(args[:-1], args[-1])
+        return operator((*args, *defaults[len(args) :]), backend)
 
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
     for namespace in ("segvit_native", "segvit_emulated"):  # csrc/library.cpp implements these
@@ -258,12 +293,17 @@ def define(
     count = len(op._schema.arguments)
     defaults = [argument.default_value for argument in op._schema.arguments[:-1]]
     operator.arity = count - 1
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _dispatcher_is_idle(args):
+            return op(*args)
+        return implementation(*args)
     torch.library.impl(qualname, "default", implementation)
     torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))
     register_flop_formula(getattr(torch.ops.segvit, name))(
         lambda *shapes, out_shape=None, **kwargs: 2 * macs(*shapes[: count - 1])
     )
-    return op
+    return call
 
 
 def exportable(kind: type) -> type:
