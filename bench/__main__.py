@@ -132,6 +132,15 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p.add_argument("--kernels", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
     _names(p, "--operators", "operators")
 
+    p = commands.add_parser(
+        "host", help="what calls cost before a GPU runs: launches on a stub of its driver"
+    )
+    p.set_defaults(run=_host)
+    _out(p, "results/host- and the machine")
+    p.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, measured too")
+    p.add_argument("--rounds", type=_positive, default=3, help="processes for each (default %(default)s)")
+    p.add_argument("--seconds", type=float, default=0.2, help="for each call (default %(default)s)")
+
     p = commands.add_parser("inference", help="label maps of real images by windows, scales and flips")
     p.set_defaults(run=_inference)
     p.add_argument("checkpoint", type=Path, help="folder of a checkpoint or run")
@@ -372,6 +381,19 @@ def _static(options: argparse.Namespace) -> int:
     _check_names("--operators", options.operators, list(operators.by_name()), "operator")
     result = static.run(kernels=options.kernels, names=options.operators)
     return _finish(result, options, RESULTS / "static.json", options.operators or len(options.kernels) < 2)
+
+
+def _host(options: argparse.Namespace) -> int:
+    _check_out(options.out)
+    if options.before and not (options.before / "segvit_kernels" / "triton").is_dir():
+        raise OptionError(f"--before {options.before}: expected a checkout of this project")
+    from bench import host
+
+    try:
+        result = host.run(before=options.before, rounds=options.rounds, seconds=options.seconds)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return _finish(result, options, _default_out("host", "cpu"))
 
 
 def _inference(options: argparse.Namespace) -> int:

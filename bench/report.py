@@ -16,7 +16,7 @@ _MARKED = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /bench
 _MARKER = re.compile(r"<!-- /?bench:\S+ -->")
 # Which module made a result of this kind: it has ``tables(result)`` and perhaps ``schema_problem(result)``.
 _MODULES = {"cpu": "kernels", "gpu": "kernels"} | {
-    name: name for name in ("flops", "inference", "memory", "model", "scaling", "static")
+    name: name for name in ("flops", "host", "inference", "memory", "model", "scaling", "static")
 }
 
 
@@ -194,7 +194,7 @@ def _rate(row: dict) -> str:
 # What documents say of results that a machine could not give yet, by the beginning of the file's name.
 _ABSENT = {
     "nvidia-": "Not measured: no GPU was available.",
-    **dict.fromkeys(("scaling-", "memory-", "model-quick-", "static"), "Not measured yet."),
+    **dict.fromkeys(("scaling-", "memory-", "model-quick-", "host-", "static"), "Not measured yet."),
 }
 
 

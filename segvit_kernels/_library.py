@@ -93,9 +93,12 @@ def requested_backend(argument: str | None = None) -> str | None:
         return _checked(argument, "argument 'backend'")
     if _chosen is not None:
         return _chosen
-    # What os.environ.get does, without encoding the name at every call: a microsecond.
-    if _ENVIRONMENT_KEY not in os.environ._data:
-        return None
+    try:
+        # What os.environ.get does, without encoding the name at every call: a microsecond.
+        if _ENVIRONMENT_KEY not in os.environ._data:
+            return None
+    except AttributeError:  # an ordinary dict in place of it
+        pass
     return _checked(
         os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
     )
@@ -223,28 +226,33 @@ class Operator:
         return self.eager(*args)
 
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
-_EAGER = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_EAGER_MODES = {_EAGER.raw_repr(), _EAGER.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()}
+def _nothing_but_memory(args: Sequence[Any]) -> bool:
+    """Whether all tensors among the arguments are: no subclasses, no negatives to be, no zeros to be."""
+    for value in args:
+        kind = type(value)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if value.is_neg() or value._is_zerotensor():
+                return False
+        elif kind is list or kind is tuple:
+            if not _nothing_but_memory(value):
+                return False
+        elif isinstance(value, torch.Tensor):
+            return False
+    return True
 
 
 def _dispatcher_is_idle(args: Sequence[Any]) -> bool:
-    """Whether the dispatcher would find nothing to do for these arguments but to call the operator in Python.
+    """Whether the dispatcher would find nothing to do for a call but to come back to Python.
 
-    It has something to do inside modes (transforms, tracers, FLOP counters, profilers) and for tensors that are
-    subclasses, negatives to be or without memory.
+    It has something to do inside modes (transforms, tracers, FLOP counters, profilers) and for tensors that
+    are not what they look like.
     """
-    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _EAGER_MODES:
+    c = torch._C
+    if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._are_functorch_transforms_active():
         return False
-    if torch._C._len_torch_function_stack() or torch.autograd._profiler_enabled():
+    if c._get_tracing_state() is not None or c._autograd._profiler_enabled():
         return False
-    for value in args:
-        for item in value if type(value) is list else (value,):
-            if isinstance(item, torch.Tensor) and (
-                type(item) not in _TENSORS or item.is_neg() or item._is_zerotensor() or item.is_meta
-            ):
-                return False
-    return True
+    return _device(args).type in _PREFERRED and _nothing_but_memory(args)
 
 
 def define(
@@ -259,8 +267,8 @@ def define(
 ) -> Callable:
     """Register the operator ``segvit::<schema>`` and return a function that calls it.
 
-    The function leaves out torch's dispatcher where that would do nothing but come back to Python. Autograd is
-    the caller's: an ``autograd.Function`` that calls it.
+    The function leaves out torch's dispatcher where that would do nothing but come back to Python. Autograd
+    is the caller's: an ``autograd.Function`` that calls it.
 
     Args:
         schema: name, arguments and results in torch's schema language, without namespace; the
@@ -297,7 +305,8 @@ def define(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _dispatcher_is_idle(args):
             return op(*args)
-        return implementation(*args)
+        return operator(args[:-1], args[-1]) if len(args) == count else operator(args, None)
+
     torch.library.impl(qualname, "default", implementation)
     torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))
     register_flop_formula(getattr(torch.ops.segvit, name))(

@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.compiler import CompiledKernel
 
@@ -93,7 +94,7 @@ def log(monkeypatch, poisoned):
 
 
 def flat(args):
-    return [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
 def labelled(rows, inputs, results, pointers):
@@ -190,6 +191,7 @@ def attention(draw, masks):
 def losses(draw):
     batch, queries, count = draw.choice([1, 2]), 5, draw.choice([1, 3, 5])
     logits = [tensor(draw, batch, queries, 6, 8) for _ in range(count)]
+    logits = draw.choice([list, tuple])(logits)
     labels = draw.choice([True, False])
     targets = torch.ones(batch, 24, 32, dtype=draw.choice([torch.uint8, torch.int64]))
     if not labels:
@@ -228,8 +230,8 @@ def again(args):
     """Other tensors of the same key, elsewhere."""
 
     def other(value):
-        if isinstance(value, list):
-            return [other(v) for v in value]
+        if isinstance(value, (list, tuple)):
+            return type(value)(other(v) for v in value)
         if not isinstance(value, torch.Tensor):
             return value
         shift = value.data_ptr() % 16 // value.element_size()
@@ -257,7 +259,7 @@ def test_a_replay_is_what_a_fresh_call_does(operator, log):
     for _ in range(40):
         for launcher, args in DRAWN[operator](draw):
             launcher(*args)
-            key = (0, *_plan._key(args)[0])
+            key = (0, True, *_plan._key(args)[0])
             plans = next(p for p in _plan._all_plans if key in p)
             if plans[key] is not None:
                 planned += 1
@@ -364,6 +366,16 @@ def test_the_oldest_plan_goes(log, monkeypatch):
     assert log.jit == 4
 
 
+def test_without_deterministic_algorithms(log):
+    """Memory comes another way, and a plan made with them is another one."""
+    q, k, v = qkv()
+    call(q, k, v)
+    torch.use_deterministic_algorithms(False)
+    call(q, k, v)
+    assert log.jit == 2
+    check(log, q, k, v)
+
+
 def test_what_cannot_be_repeated_is_not(log):
     @_plan.planned
     def writes(x):
@@ -382,6 +394,15 @@ def test_the_interpreter_remembers_nothing(monkeypatch):
     monkeypatch.setattr(_launch.Launch, "__call__", lambda launch: None)
     call(*qkv())
     assert not any(_plan._all_plans)
+
+
+def test_a_call_writes_nothing_into_its_plan(log):
+    q, k, v = qkv()
+    call(q, k, v)
+    (plan,) = next(filter(None, _plan._all_plans)).values()
+    before = [list(arguments) for _, arguments, _ in plan.launches]
+    call(*qkv())
+    assert [arguments for _, arguments, _ in plan.launches] == before
 
 
 def test_threads(log):

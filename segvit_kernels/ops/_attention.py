@@ -66,29 +66,30 @@ def validate(
 ) -> None:
     """Raises TypeError or ValueError that names the argument, what it is and what is expected."""
     query, key = tensors["query"], tensors["key"]
+    dtype, device = query.dtype, query.device
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; expected float32, float16, bfloat16 or float64"
             )
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {query.dtype}, the dtype of query")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {query.device}, the device of query")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}, the dtype of query")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of query")
     for name in ("query", "key", "value"):
         if tensors[name].ndim != 4:
             raise ValueError(
                 f"{name} has shape {tuple(tensors[name].shape)}; expected (batch, tokens, heads, head_dim)"
             )
-    _, queries, heads, dim = query.shape
+    query_batch, queries, heads, dim = query.shape
     batch, keys = key.shape[:2]
-    expected = {"key": (batch, keys, heads, dim), "value": tuple(key.shape)}
+    expected = {"key": (batch, keys, heads, dim), "value": (batch, keys, heads, dim)}
     if previous := "previous_masks" in tensors:
         expected["previous_masks"] = (batch, queries, keys)
     for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
+        if tensors[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {shape}")
-    if query.shape[0] != batch and query.shape[0] != 1:
+    if query_batch != batch and query_batch != 1:
         raise ValueError(
             f"query has shape {tuple(query.shape)}; expected batch {batch}, the batch of key, or 1"
         )

@@ -362,10 +362,8 @@ def fused_atm(
         dtype = torch.get_autocast_dtype(device_type)
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
     validate(tensors, dropout_p, need_masks, key_padding_mask)
-    query, key, value = (unit_stride(tensors[name]) for name in ("query", "key", "value"))
-    previous_masks = tensors.get("previous_masks")
-    if previous_masks is not None:
-        previous_masks = unit_stride(previous_masks)
+    query, key, value, *previous = map(unit_stride, tensors.values())
+    previous_masks = previous[0] if previous else None
 
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if deterministic is None:

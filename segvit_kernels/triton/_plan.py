@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton import knobs
@@ -45,6 +46,12 @@ _EMPTY = {
     torch.ops.aten.new_empty_strided.default,
 }
 _ZEROS = {torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}
+# On the current device, in a third of the time of torch.empty_strided; no deterministic fill.
+_EMPTY_STRIDED = {
+    name: getattr(guards, f"_empty_strided_{name}")
+    for name in ("cpu", "cuda")
+    if hasattr(guards, f"_empty_strided_{name}")
+}
 _all_plans: list[dict[tuple, _Plan | None]] = []
 _INTERPRETED = knobs.runtime.interpret  # as the kernels are, from their decoration on
 _lock = threading.Lock()
@@ -108,8 +115,11 @@ def _like(a: Tensor, b: Tensor) -> bool:
 def _allocation(
     size: Sequence[int], stride: Sequence[int], like: Tensor, zeroed: bool, dtype: torch.dtype | None = None
 ) -> Callable[[], Tensor]:
-    options = {"dtype": dtype or like.dtype, "device": like.device}
-    empty = functools.partial(torch.empty_strided, tuple(size), tuple(stride), **options)
+    size, stride, dtype = tuple(size), tuple(stride), dtype or like.dtype
+    if like.device.type in _EMPTY_STRIDED and not torch.are_deterministic_algorithms_enabled():
+        empty = functools.partial(_EMPTY_STRIDED[like.device.type], size, stride, dtype)
+    else:
+        empty = functools.partial(torch.empty_strided, size, stride, dtype=dtype, device=like.device)
     return (lambda: empty().zero_()) if zeroed else empty
 
 
@@ -246,18 +256,20 @@ def _key(args: Sequence[Any]) -> tuple[list, list[Tensor], list[int]]:
     tensors: list[Tensor] = []
     addresses: list[int] = []
     for value in args:
-        if isinstance(value, list):
-            key.append(len(value))
-        for item in value if isinstance(value, list) else (value,):
-            if isinstance(item, Tensor):
-                address = item.data_ptr()
-                tensors.append(item)
-                addresses.append(address)
-                key += (item.shape, item.stride(), item.dtype, item.device, address % _ALIGNMENT)
-                if _POINTER_RANGE:
-                    key.append(item.untyped_storage().nbytes() < 2**31)
-            else:
-                key.append(item)
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            tensors.append(value)
+            addresses.append(address)
+            key += (value.shape, value.stride(), value.dtype, value.device, address % _ALIGNMENT)
+            if _POINTER_RANGE:
+                key.append(value.untyped_storage().nbytes() < 2**31)
+        elif isinstance(value, (list, tuple)):
+            more = _key(value)
+            key += (len(value), *more[0])
+            tensors += more[1]
+            addresses += more[2]
+        else:
+            key.append(value)
     return key, tensors, addresses
 
 
@@ -305,7 +317,7 @@ def planned(build: Builder) -> Callable[..., Any]:
         if not options and not _watched():
             device = driver.active.get_current_device()
             key, tensors, addresses = _key(args)
-            key = (device, *key)
+            key = (device, torch.are_deterministic_algorithms_enabled(), *key)
             plan = plans.get(key, plans)
             if plan is plans:
                 results, plan = _first(build, args)

@@ -31,6 +31,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,10 +192,12 @@ def install(arch: str = "sm_90", *, multiprocessors: int = 132, name: str = "stu
     global _installed
     if _installed is not None:
         raise RuntimeError(f"a stub of {_installed.arch} is installed in this process")
-    if torch.cuda.is_available():
-        raise RuntimeError("this machine has a GPU: the stub of libcuda is for machines without one")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available():
+        raise RuntimeError("this machine has a GPU: hide it from the stub of libcuda, CUDA_VISIBLE_DEVICES=")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET is 1: the stub of libcuda needs Triton's compiler")
+    # torch's CUDA runtime asks the stub too, gets no answer, and says so once.
+    warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)
     folder = _compile()
     # By its soname the launcher finds this one, which is loaded already.
     library = ctypes.CDLL(str(folder / "libcuda.so.1"))

@@ -1,0 +1,95 @@
+"""``python -m bench host``: what a call costs on the host before anything runs on a GPU.
+
+Triton's real launcher on a stub of libcuda (``segvit_kernels.testing.stub``), CPU tensors, tiny shapes: the
+work of Python, torch and Triton is all there is; what the CUDA driver takes for a launch, and torch's CUDA
+allocator, are not in it. The checkouts are measured in turns, in processes of their own; a figure is the
+least of all rounds, because nothing but the machine's other work makes a call longer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import environment
+from bench.report import markdown
+
+CHILD = Path(__file__).with_name("_host.py")
+STUB = environment.ROOT / "segvit_kernels" / "testing" / "stub" / "__init__.py"
+
+
+def measure(checkout: Path, seconds: float) -> dict:
+    """Least seconds of every call, with the ``segvit_kernels`` of ``checkout``, in a process of its own.
+
+    Raises:
+        ValueError: it cannot be measured; the last line that the process said.
+    """
+    unset = ("TRITON_INTERPRET", "SEGVIT_KERNELS_BACKEND")
+    variables = {k: v for k, v in os.environ.items() if k not in unset}
+    inherited = [p for p in variables.get("PYTHONPATH", "").split(os.pathsep) if p]
+    path = os.pathsep.join(str(checkout) if Path(p) == environment.ROOT else p for p in inherited)
+    path = path if str(checkout) in path else os.pathsep.join([*inherited, str(checkout)])
+    variables |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", str(CHILD), str(STUB), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=checkout)
+    if done.returncode:
+        raise ValueError(f"{checkout}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(*, before: Path | None = None, rounds: int = 3, seconds: float = 0.2) -> dict:
+    """The result of this tree, beside that of another checkout if ``before`` is one."""
+    described = environment.describe(torch.device("cpu"))
+    checkouts = {"now_s": environment.ROOT} | ({"before_s": before} if before else {})
+    rows: dict[tuple[str, ...], dict] = {}
+    for _ in range(rounds):
+        for column, checkout in checkouts.items():
+            found = measure(checkout, seconds)
+            for row in found["rows"]:
+                key = (row["group"], row["name"], row["what"])
+                there = rows.setdefault(key, dict(zip(("group", "name", "what"), key, strict=True)))
+                there |= {"status": "ok", column: min(row["seconds"], there.get(column, float("inf")))}
+    described |= {"threads": 1, "triton": found["triton"]}
+    if before:
+        described["before"] = _commit(before)
+    return {
+        "schema": 1,
+        "kind": "host",
+        "measurement": True,
+        "environment": described,
+        "rounds": rounds,
+        "rows": list(rows.values()),
+    }
+
+
+def _commit(checkout: Path) -> str | None:
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def tables(result: dict) -> dict[str, str]:
+    """``launchers``, and ``calls``: public functions, with and without autograd, beside torch's own."""
+    before = result["environment"].get("before")
+    header = [f"before ({before[:7]})"] * bool(before) + ["now" if before else "time"]
+
+    def table(title: str, groups: tuple[str, ...]) -> str:
+        rows = [
+            [f"`{row['name']}` {row['what']}", *(_microseconds(row.get(c)) for c in columns)]
+            for group in groups
+            for row in result["rows"]
+            if row["group"] == group
+        ]
+        return markdown([title, *header], rows)
+
+    columns = ["before_s"] * bool(before) + ["now_s"]
+    return {"launchers": table("launcher", ("launcher",)), "calls": table("call", ("torch", "function"))}
+
+
+def _microseconds(value: float | None) -> str:
+    return "–" if value is None else f"{1e6 * value:.1f} µs"
