@@ -117,7 +117,7 @@ def labelled(rows, inputs, results, pointers):
     return named, scratch
 
 
-def assert_replays(launcher, args, log):
+def assert_replays(launcher, args, log, poisoned=True):
     """The launcher, which has a plan, against its builder on the same arguments."""
     results, launches = launcher.__wrapped__(*args)
     expected = [row(launch) for launch in launches]
@@ -134,11 +134,11 @@ def assert_replays(launcher, args, log):
     assert type(found) is type(results) and len(found) == len(results)
     for a, b in zip(found, results, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-        assert bool((a == 0).all()) == bool((b == 0).all())
+        assert not poisoned or bool((a == 0).all()) == bool((b == 0).all())
     replayed, scratch = labelled(log, flat(args), found, pointers)
     assert replayed == fresh
     zeros = [[_zero(v, 4) for v in r[4:] if isinstance(v, int) and v > 2**32] for r in expected]
-    assert log.zero == zeros
+    assert not poisoned or log.zero == zeros
     spans = sorted(
         (a, a + tensors[b].numel() * tensors[b].element_size())
         for a, b in zip(scratch, fresh_scratch, strict=True)
@@ -373,7 +373,7 @@ def test_without_deterministic_algorithms(log):
     torch.use_deterministic_algorithms(False)
     call(q, k, v)
     assert log.jit == 2
-    check(log, q, k, v)
+    assert_replays(atm.atm_fwd, (q, k, v, None, None, 0.25, 0.0, True), log, poisoned=False)
 
 
 def test_what_cannot_be_repeated_is_not(log):
@@ -394,15 +394,6 @@ def test_the_interpreter_remembers_nothing(monkeypatch):
     monkeypatch.setattr(_launch.Launch, "__call__", lambda launch: None)
     call(*qkv())
     assert not any(_plan._all_plans)
-
-
-def test_a_call_writes_nothing_into_its_plan(log):
-    q, k, v = qkv()
-    call(q, k, v)
-    (plan,) = next(filter(None, _plan._all_plans)).values()
-    before = [list(arguments) for _, arguments, _ in plan.launches]
-    call(*qkv())
-    assert [arguments for _, arguments, _ in plan.launches] == before
 
 
 def test_threads(log):

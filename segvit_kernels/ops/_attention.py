@@ -68,12 +68,11 @@ def validate(
     query, key = tensors["query"], tensors["key"]
     dtype, device = query.dtype, query.device
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}; expected float32, float16, bfloat16 or float64"
-            )
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {dtype}, the dtype of query")
+        own = tensor.dtype
+        if own not in _DTYPES:
+            raise TypeError(f"{name} has dtype {own}; expected float32, float16, bfloat16 or float64")
+        if own != dtype:
+            raise TypeError(f"{name} has dtype {own}; expected {dtype}, the dtype of query")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of query")
     for name in ("query", "key", "value"):

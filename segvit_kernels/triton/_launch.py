@@ -15,21 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 FALLBACK = "default"
 CDNA = "gfx942"
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float64: "*fp64",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int16: "*i16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +47,19 @@ class Launch:
         return {**self.options, "enable_fp_fusion": True}
 
     def compile(self, target: Any) -> Any:
-        """Compile for ``target`` (``triton.backends.compiler.GPUTarget``), specialised as a call would be."""
-        from triton.compiler import ASTSource
+        """Compile for ``target`` (``triton.backends.compiler.GPUTarget``) just what a call would.
 
-        signature, constants, attributes = {}, {}, {}
-        for index, name in enumerate(self.kernel.arg_names):
-            value = self.constants[name] if name in self.constants else self.arguments[name]
-            if name in self.constants or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[(index,)] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[name] = _POINTERS[value.dtype]
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                # The JIT notes integers that 16 does not divide too; its cache key has them.
-                attributes[(index,)] = [] if value % 16 else [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=self._options())
+        Triton's JIT would look for the result under the same key, so that it finds it in the cache.
+        """
+        from triton.compiler import ASTSource, make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        kernel, backend = self.kernel, make_backend(target)
+        given = {**self.arguments, **self.constants, **self._options()}
+        bound = create_function_from_signature(kernel.signature, kernel.params, backend)(**given)
+        options, signature, constants, attributes = kernel._pack_args(backend, given, *bound)
+        source = ASTSource(kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=options.__dict__)
 
 
 class _GPU(NamedTuple):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ MOST = 1024
 _ALIGNMENT = 16  # bytes: what the JIT specialises pointers on
 _SCRATCH_ALIGNMENT = 256
 _POINTER_RANGE = torch.version.hip is not None  # AMD's compiler also asks whether a tensor has 2 GiB
-_STREAM = 3  # its place among the arguments of CompiledKernel.run
+_STREAM = object()  # in its place among the arguments of CompiledKernel.run
 _EMPTY = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -181,25 +182,28 @@ class _Plan(NamedTuple):
 
     Args:
         makes: functions that make tensors, and the slots of the tensors that they take.
-        launches: ``run`` of a compiled kernel, its arguments, and which address goes where among them.
+        shifted: addresses inside tensors: slot and offset.
+        constants: of all launches.
+        launches: ``run`` of a compiled kernel, and what takes its arguments from the list of the stream, the
+            addresses of tensors, those inside tensors, and the constants.
         results: the type that holds the results, and their slots.
     """
 
-    makes: list[tuple[Callable[..., Tensor], tuple[int, ...]]]
-    launches: list[tuple[Callable, list, list[tuple[int, int, int]]]]
-    results: tuple[type, list[int]]
+    makes: tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]
+    shifted: tuple[tuple[int, int], ...]
+    constants: tuple[Any, ...]
+    launches: tuple[tuple[Callable, Callable], ...]
+    results: tuple[type, tuple[int, ...]]
 
     def __call__(self, tensors: list[Tensor], addresses: list[int], stream: int) -> Any:
         for make, given in self.makes:
             tensor = make(*[tensors[slot] for slot in given]) if given else make()
             tensors.append(tensor)
             addresses.append(tensor.data_ptr())
-        for run, arguments, places in self.launches:
-            arguments = arguments.copy()
-            arguments[_STREAM] = stream
-            for index, slot, offset in places:
-                arguments[index] = addresses[slot] + offset
-            run(*arguments)
+        shifted = [addresses[slot] + offset for slot, offset in self.shifted]
+        values = [stream, *addresses, *shifted, *self.constants]
+        for run, arguments in self.launches:
+            run(*arguments(values))
         kind, slots = self.results
         return kind([tensors[slot] for slot in slots])
 
@@ -234,20 +238,34 @@ def _plan(
         if size:
             like = made[0].tensor
             makes.append((_allocation((size,), (1,), like, zeroed, torch.uint8), ()))
-    rows = []
+
+    def place(tensor: Tensor) -> tuple[int, int]:
+        there = trace.place(tensor)
+        return moved[there.slot].slot, moved[there.slot].offset + there.offset
+
+    tensors = [v for launch in launches for v in launch.arguments.values() if isinstance(v, Tensor)]
+    shifted = sorted({p for p in map(place, tensors) if p[1]})
+    addresses = 1 + first + len(makes)
+    constants: list[Any] = []
+
+    def index(value: Any) -> int:
+        """Where the value is found among those of a call."""
+        if value is _STREAM:
+            return 0
+        if isinstance(value, Tensor):
+            slot, offset = place(value)
+            return addresses + shifted.index((slot, offset)) if offset else 1 + slot
+        constants.append(value)
+        return addresses + len(shifted) + len(constants) - 1
+
+    runs = []
     for launch, kernel in zip(launches, compiled, strict=True):
-        arguments = [launch.programs, 1, 1, 0, kernel.function, kernel.packed_metadata, None, None, None]
-        places, values = [], launch.arguments | launch.constants
-        for name in launch.kernel.arg_names:
-            value = values[name]
-            if isinstance(value, Tensor):
-                there = trace.place(value)
-                slot = moved[there.slot]
-                places.append((len(arguments), slot.slot, slot.offset + there.offset))
-                value = 0
-            arguments.append(value)
-        rows.append((kernel.run, arguments, places))
-    return _Plan(makes, rows, (type(results), [moved[trace.place(r).slot].slot for r in results]))
+        values = launch.arguments | launch.constants
+        head = (launch.programs, 1, 1, _STREAM, kernel.function, kernel.packed_metadata, None, None, None)
+        row = (*head, *(values[name] for name in launch.kernel.arg_names))
+        runs.append((kernel.run, operator.itemgetter(*map(index, row))))
+    slots = tuple(place(result)[0] for result in results)
+    return _Plan(tuple(makes), tuple(shifted), tuple(constants), tuple(runs), (type(results), slots))
 
 
 def _key(args: Sequence[Any]) -> tuple[list, list[Tensor], list[int]]:
