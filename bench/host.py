@@ -75,8 +75,10 @@ def _commit(checkout: Path) -> str | None:
 
 def tables(result: dict) -> dict[str, str]:
     """``launchers``, and ``calls``: public functions, with and without autograd, beside torch's own."""
-    before = result["environment"].get("before")
-    header = [f"before ({before[:7]})"] * bool(before) + ["now" if before else "time"]
+    commit = (result["environment"].get("before") or "")[:12]
+    columns = {"before_s": f"before ({commit or 'no commit'})", "now_s": "now"}
+    if not any("before_s" in row for row in result["rows"]):
+        columns = {"now_s": "time"}
 
     def table(title: str, groups: tuple[str, ...]) -> str:
         rows = [
@@ -85,9 +87,8 @@ def tables(result: dict) -> dict[str, str]:
             for row in result["rows"]
             if row["group"] == group
         ]
-        return markdown([title, *header], rows)
+        return markdown([title, *columns.values()], rows)
 
-    columns = ["before_s"] * bool(before) + ["now_s"]
     return {"launchers": table("launcher", ("launcher",)), "calls": table("call", ("torch", "function"))}
 
 

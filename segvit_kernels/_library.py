@@ -305,7 +305,7 @@ def define(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _dispatcher_is_idle(args):
             return op(*args)
-        return operator(args[:-1], args[-1]) if len(args) == count else operator(args, None)
+        return implementation(*args)
 
     torch.library.impl(qualname, "default", implementation)
     torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))

@@ -173,17 +173,21 @@ def attention(draw, masks):
     grad = tensor(draw, batch, queries, heads, dim, dtype=dtype)
     output, lse = torch.ones_like(grad), torch.ones(batch, heads, queries)
     deterministic = draw.choice([True, False])
+    padding = draw.choice(
+        [None, torch.zeros(batch, keys, dtype=torch.bool), torch.zeros(keys, batch).bool().T]
+    )
     if not masks:
-        backward = (grad, query, key, value, output, lse, *numbers, deterministic)
+        backward = (grad, query, key, value, output, lse, *numbers, deterministic, padding)
         return [
-            (query_attention.query_attention_fwd, (query, key, value, *numbers)),
+            (query_attention.query_attention_fwd, (query, key, value, *numbers, padding)),
             (query_attention.query_attention_bwd, backward),
         ]
     previous = draw.choice([None, tensor(draw, batch, queries, keys, dtype=dtype)])
     grad_masks = draw.choice([None, tensor(draw, batch, queries, keys, dtype=dtype)])
-    backward = (grad, grad_masks, query, key, value, output, lse, *numbers, deterministic)
+    backward = (grad, grad_masks, query, key, value, output, lse, *numbers, deterministic, padding)
+    need_masks = draw.choice([True, previous is not None])
     return [
-        (atm.atm_fwd, (query, key, value, previous, *numbers, draw.choice([True, previous is not None]))),
+        (atm.atm_fwd, (query, key, value, previous, *numbers, need_masks, padding)),
         (atm.atm_bwd, backward),
     ]
 
