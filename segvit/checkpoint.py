@@ -172,8 +172,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
-        with torch.serialization.safe_globals(_harmless(path)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals(_harmless(path))
+        with allowed, path.open("rb") as file:  # of a path torch would believe the ending
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a readable file of weights ({_why_unreadable(error)})") from None
     if not isinstance(content, Mapping):
@@ -211,7 +212,8 @@ def _harmless(path: Path) -> list[Any]:
     allowed = [argparse.Namespace, np.dtype, *numbers]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with path.open("rb") as file:
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # of another format, or not readable, which torch.load says
         return allowed
     return [*allowed, *((_Inert, name) for name in found if _LEFT_BY_TRAINING.match(name))]
