@@ -46,6 +46,7 @@ def init_from(
     folder = find_checkpoint(source)
     old, old_head = read_config(folder)
     old_head = old_head or "segvit"
+    rows, words = match_classes(old.class_names, fields.get("class_names"), old.num_classes, num_classes)
     # Names that the data set has not are the checkpoint's, where the numbers agree.
     of_classes = ("class_names", "palette") if old.num_classes != num_classes else ()
     fields = {key: value for key, value in fields.items() if value is not None or key in of_classes}
@@ -73,7 +74,6 @@ def init_from(
     prefix = "decoder."
     decoder = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     fresh = model.decoder.state_dict()
-    rows, words = match_classes(old, new)
     for name in _CLASS_ROWS[head]:
         if name in decoder and name in fresh:
             decoder[name] = _take_rows(decoder[name], fresh[name], rows)
@@ -85,20 +85,25 @@ def init_from(
     return model, [*notes, words]
 
 
-def match_classes(old: SegViTConfig, new: SegViTConfig) -> tuple[list[int | None], str]:
-    """For every class of `new` its index in `old`, or None; and the same in words."""
-    if old.class_names and new.class_names:
-        place = {_plain(name): index for index, name in enumerate(old.class_names)}
-        rows = [place.get(_plain(name)) for name in new.class_names]
-        lost = [name for name, row in zip(new.class_names, rows, strict=True) if row is None]
-        how = "by name"
+def match_classes(
+    old: Sequence[str] | None, new: Sequence[str] | None, num_old: int, num_new: int
+) -> tuple[list[int | None], str]:
+    """For every new class its index among the old ones, or None; and the same in words.
+
+    Args:
+        old, new: names; None where there are none.
+        num_old, num_new: numbers of classes.
+    """
+    if old and new:
+        place = {_plain(name): index for index, name in enumerate(old)}
+        rows, how = [place.get(_plain(name)) for name in new], "by name"
+    elif num_old == num_new:
+        rows, how = list(range(num_new)), "by index, as one side has no names"
     else:
-        same = old.num_classes == new.num_classes
-        rows = list(range(new.num_classes)) if same else [None] * new.num_classes
-        lost = [] if same else [str(index) for index in range(new.num_classes)]
-        how = "by index, as one side has no names" if same else "as one side has no names"
-    taken = len(rows) - len(lost)
-    words = f"{taken} of {len(rows)} classes taken over {how}"
+        rows, how = [None] * num_new, "as one side has no names"
+    names = new or [str(index) for index in range(num_new)]
+    lost = [name for name, row in zip(names, rows, strict=True) if row is None]
+    words = f"{num_new - len(lost)} of {num_new} classes taken over {how}"
     if lost:
         words += f"; fresh: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
     return rows, words

@@ -81,7 +81,7 @@ def test_truncated_and_other_formats(tmp_path):
 
 
 def test_what_training_leaves_in_a_checkpoint(tmp_path):
-    """Arguments, NumPy's numbers and objects of training libraries do not keep the weights from being read."""
+    """Arguments, numbers of NumPy and objects of training libraries do not hide the weights."""
     state = state_of(make_model())
     arguments = argparse.Namespace(model="vit_tiny_patch16_224", lr=1e-3, output_dir="runs")
     content = {"model": state, "args": arguments, "best": np.float64(81.2), "seed": np.int64(1)}

@@ -1,0 +1,118 @@
+"""Start from a whole checkpoint: other classes, another image size, the same network."""
+
+import csv
+
+import pytest
+import torch
+
+from segvit import BackboneConfig, SegViT, SegViTConfig
+from segvit.cli import main
+from segvit.init_from import init_from
+from segvit.linear_head import LinearSegmenter
+
+pytest.importorskip("safetensors", reason="needs the extra train")
+
+NAMES = ("road", "car", "tree")
+
+
+def make(kind=SegViT, seed=0, names=NAMES, shrunk=False, **fields):
+    torch.manual_seed(seed)
+    backbone = BackboneConfig(width=32, depth=2, heads=2, patch_size=8, shrink_at=1 if shrunk else None)
+    fields = {"image_size": (32, 32), "class_names": names, "upsample": shrunk, **fields}
+    return kind(SegViTConfig(backbone, 3, (0, 1), mean=(0.1, 0.2, 0.3), **fields)).eval()
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.equal(value, b[key]), key
+
+
+@torch.no_grad()
+def test_the_same_classes_give_the_same_model(tmp_path):
+    for name, model in (("atm", make()), ("shrunk", make(shrunk=True))):
+        model.save_pretrained(tmp_path / name)
+        started, notes = init_from(
+            tmp_path / name, 3, {"class_names": NAMES, "image_size": 32, "palette": None}
+        )
+        assert notes == ["3 of 3 classes taken over by name"] and started.config == model.config
+        same(started.state_dict(), model.state_dict())
+    make(LinearSegmenter).save_pretrained(tmp_path / "linear")
+    started, _ = init_from(tmp_path / "linear", 3, {}, "linear")
+    same(started.state_dict(), make(LinearSegmenter).state_dict())
+
+
+def test_classes_by_name(tmp_path):
+    old = make()
+    old.save_pretrained(tmp_path / "atm")
+    make(LinearSegmenter).save_pretrained(tmp_path / "linear")
+    names = ("person", "Tree", "road", "sky")
+    torch.manual_seed(1)
+    fresh = SegViT(
+        SegViTConfig.from_fields(
+            {**old.config.backbone.to_dict(), "num_classes": 4, "taps": (0, 1), "image_size": (32, 32)}
+        )
+    )
+    torch.manual_seed(1)
+    new, notes = init_from(tmp_path / "atm", 4, {"class_names": names})
+    assert notes == ["2 of 4 classes taken over by name; fresh: person, sky"]
+    assert new.config.class_names == names and new.config.mean == (0.1, 0.2, 0.3)
+    for name in ("class_tokens", "class_head.weight", "class_head.bias"):
+        was, now, drawn = (model.decoder.state_dict()[name] for model in (old, new, fresh))
+        assert torch.equal(now[[1, 2]], was[[2, 0]]) and torch.equal(now[[0, 3]], drawn[[0, 3]]), name
+    assert torch.equal(new.decoder.class_head.bias[-1], old.decoder.class_head.bias[-1]), "no object"
+    same(new.backbone.state_dict(), old.backbone.state_dict())
+    same(new.decoder.stages.state_dict(), old.decoder.stages.state_dict())
+    linear, _ = init_from(tmp_path / "linear", 4, {"class_names": names}, "linear")
+    was = make(LinearSegmenter).decoder[1].weight
+    assert torch.equal(linear.decoder[1].weight[[1, 2]], was[[2, 0]])
+
+    new, notes = init_from(tmp_path / "atm", 3, {"class_names": None})
+    assert notes == ["3 of 3 classes taken over by index, as one side has no names"]
+    assert new.config.class_names == NAMES
+    new, notes = init_from(tmp_path / "atm", 5, {"class_names": None, "palette": None})
+    assert notes == ["0 of 5 classes taken over as one side has no names; fresh: 0, 1, 2, 3, 4"]
+    new, notes = init_from(tmp_path / "atm", 3, {"class_names": NAMES}, "linear")
+    assert notes == ["backbone taken, not the segvit head"] and isinstance(new, LinearSegmenter)
+
+
+@torch.no_grad()
+def test_another_image_size(tmp_path):
+    make(shrunk=True).save_pretrained(tmp_path)
+    new, notes = init_from(tmp_path, 3, {"class_names": NAMES, "image_size": (64, 48)})
+    assert notes[0] == "position grid 4x4 resized to 8x6" and "queries resized" in notes[1]
+    assert new.decoder.upsample.queries.shape == (48, 16) and new.config.image_size == (64, 48)
+    with pytest.raises(ValueError, match=r"unexpected \(blocks\.1|missing"):
+        init_from(tmp_path, 3, {"layer_scale": 0.1})
+    with pytest.raises(ValueError, match="no field widht"):
+        init_from(tmp_path, 3, {"widht": 3})
+
+
+def test_training(tmp_path, capsys):
+    pytest.importorskip("lightning_fabric", reason="needs the extra train")
+    make().save_pretrained(tmp_path / "old")
+    words = [
+        "train", "--data", "synthetic", "--synthetic-images", "4", "--synthetic-validation", "1",
+        "--workers", "0", "--batch-size", "2", "--no-progress", "--image-size", "48", "--max-steps", "1",
+        "--out", str(tmp_path / "new"), "--init-from",
+    ]  # fmt: skip
+    assert main([*words, str(tmp_path / "old"), "--backbone-weights", "a.pth"]) == 2
+    assert "backbone_weights: not with init_from" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "old"), "--shrunk"]) == 2
+    assert "shrunk" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "nowhere")]) == 2
+    assert "no such checkpoint folder" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "old")]) == 0
+    captured = capsys.readouterr()
+    assert (
+        "position grid 4x4 resized to 6x6; 0 of 12 classes taken over by name; fresh:"
+        in captured.out + captured.err
+    )
+    model = SegViT.from_pretrained(tmp_path / "new")
+    assert model.config.mean == (0.1, 0.2, 0.3) and model.config.image_size == (48, 48)
+    # Going on needs neither what it started from nor its place.
+    (tmp_path / "old/model.safetensors").unlink()
+    more = ["--resume", "--max-steps", "2"]
+    assert main([*words, str(tmp_path / "old"), *more]) == 0
+    with (tmp_path / "new/metrics.csv").open() as file:
+        assert {row["step"] for row in csv.DictReader(file)} >= {"2"}
