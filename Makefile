@@ -26,7 +26,7 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/test_native.py tests/test_*_native.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/test_fuzz.py tests/test_*native.py
 
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .

@@ -471,7 +471,18 @@ class SegViT(nn.Module):
         return changed
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model.safetensors and config.json into `folder`, each in one step."""
+        """Write model.safetensors and config.json into `folder`, each in one step.
+
+        Raises:
+            ValueError: layers are wrapped, parametrized or quantised: the files could not be loaded.
+        """
+        with torch.device("meta"):
+            plain = type(self)(self.config).state_dict().keys()
+        if other := sorted(self.state_dict().keys() ^ plain):
+            raise ValueError(
+                f"{other[0]}: expected the parameters of a plain SegViT; merge adapters, remove "
+                "parametrizations and save before quantising, or use torch.save"
+            )
         save_file = require("safetensors.torch", extra="train").save_file
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         values = self.config.to_dict() if self.head is None else {"head": self.head, **self.config.to_dict()}

@@ -53,6 +53,11 @@ def _checked(name: str | None, origin: str) -> str | None:
     return name
 
 
+def check_backend(argument: str | None) -> None:
+    """Raises ValueError where the argument ``backend`` of an operator is none; its schema would say less."""
+    _checked(argument, "argument 'backend'")
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every operator of this package on backend ``name`` inside the ``with`` block.

@@ -33,6 +33,7 @@ class FusedATM(nn.Module):
         qkv_bias: biases in the q, k and v projections.
         attn_drop: dropout of the attention weights while training.
         proj_drop: dropout of the projected output while training.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``embed_dim``.
@@ -45,16 +46,17 @@ class FusedATM(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a divisor of embed_dim {embed_dim}")
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.q = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
-        self.k = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
-        self.v = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        linear = functools.partial(nn.Linear, embed_dim, embed_dim, device=device, dtype=dtype)
+        self.q, self.k, self.v = (linear(bias=qkv_bias) for _ in range(3))
+        self.proj = linear()
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -132,8 +134,8 @@ class QueryDownsample(nn.Module):
             for what it does not do. ``norm1`` is a LayerNorm. ``attn`` has ``num_heads`` or ``heads``, linear
             projections ``qkv`` (packed in this order), or ``q``, ``k`` and ``v``, or ``q_proj``, ``k_proj``
             and ``v_proj``, and ``proj``; it may have ``scale``, ``q_norm`` and ``k_norm`` of each head,
-            ``attn_drop``, ``norm`` before ``proj`` and ``proj_drop`` after it. Projections and ``norm1`` may
-            be wrapped (LoRA), parametrized, quantised or hooked, before or later: they are called then.
+            ``attn_drop``, ``norm`` before ``proj`` and ``proj_drop`` after it. Projections may be wrapped
+            (LoRA), parametrized, quantised or hooked, and ``norm1`` later too: they are called then.
         stride: rows 0, s, 2s, … and columns 0, s, 2s, … are kept.
 
     Raises:

@@ -388,3 +388,23 @@ def test_refusals_of_a_backend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
         query_attention(**tensors(), backend="triton")
+
+
+@pytest.mark.parametrize("names", [("query",), ("key", "value"), ("gradient",)], ids=str)
+def test_rows_that_overlap(names):
+    """Tensors expanded along the tokens, which torch's CPU kernel misreads."""
+    torch.manual_seed(0)
+    tensors = {n: torch.randn(2, 40, 2, 24) for n in ("query", "key", "value", "gradient")}
+    for name in names:
+        tensors[name] = tensors[name][:, :1].expand(-1, 40, -1, -1)
+    *inputs, gradient = tensors.values()
+
+    def evaluate(function, cast):
+        leaves = [cast(t).detach().requires_grad_() for t in inputs]
+        output = function(*leaves)
+        return output, *torch.autograd.grad(output, leaves, cast(gradient))
+
+    found = evaluate(lambda *x: query_attention(*x, backend="eager"), lambda t: t)
+    truth = evaluate(query_attention_reference, lambda t: t.double().contiguous())
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from segvit_kernels.ops._checks import flag, number
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KERNEL_DTYPES = _DTYPES[:3]
 _KERNEL_MAX_HEAD_DIM = 128
@@ -113,7 +115,7 @@ def validate(
                 f"key_padding_mask is on {key_padding_mask.device}; expected {query.device}, the device of "
                 "query"
             )
-    if not 0 <= dropout_p < 1:
+    if not 0 <= number("dropout_p", dropout_p) < 1:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    if previous and not need_masks:
+    if not flag("need_masks", need_masks) and previous:
         raise ValueError("previous_masks is given but need_masks is False; expected need_masks=True with it")

@@ -63,6 +63,7 @@ def transformed(backend: str | None = None) -> bool:
     Raises:
         BackendUnavailableError: another backend than eager is asked for.
     """
+    _library.check_backend(backend)
     if torch.compiler.is_compiling():
         return False
     if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:

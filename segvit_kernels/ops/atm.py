@@ -42,6 +42,7 @@ from segvit_kernels.ops._attention import (
     validate,
 )
 from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._checks import flag, number
 from segvit_kernels.ops._philox import dropout_scale, keep_mask
 
 
@@ -365,14 +366,16 @@ def fused_atm(
     query, key, value, *previous = map(unit_stride, tensors.values())
     previous_masks = previous[0] if previous else None
 
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    flag("deterministic", deterministic)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     if transformed(backend):
         *projected, previous = full_precision(query, key, value, previous_masks)
-        options = {"scale": scale, "dropout_p": dropout_p, "previous_masks": previous, "seed": seed}
-        output, masks = (t.to(query.dtype) for t in atm_reference(*projected, **options))
+        options = {"previous_masks": previous, "key_padding_mask": key_padding_mask, "seed": seed}
+        result = atm_reference(*projected, scale=scale, dropout_p=dropout_p, **options)
+        output, masks = (t.to(query.dtype) for t in result)
         return ATMOutput(output, masks if need_masks else None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         query, key, value = distinct(query, key, value)

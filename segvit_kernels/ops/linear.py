@@ -172,7 +172,7 @@ def linear(
             unknown.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    autograd = transformed() or (
+    autograd = transformed(backend) or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     )
     autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)

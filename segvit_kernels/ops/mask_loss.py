@@ -43,6 +43,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._checks import flag, number, tensors, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KERNEL_DTYPES = _DTYPES[:3]
@@ -556,7 +557,7 @@ def mask_loss(
         ignore_index: label of pixels that belong to no class; they are background of every class. Other
             labels out of [0, num_classes) raise on the CPU, and are ignored where looking would stall a
             device or break a graph.
-        focal_alpha, focal_gamma: α and γ ≥ 0.
+        focal_alpha, focal_gamma: α from 0 to 1 and γ ≥ 0.
         mask_ignored: leave ignored pixels out of all sums, and out of the means' divisor (at least 1).
         pair_weights: (B, Q), factors of the pairs' losses.
         num_masks: what "mean" divides by instead of the number of active pairs, at least 1: under data
@@ -575,8 +576,9 @@ def mask_loss(
         ValueError: shapes or devices disagree, or a value is out of range.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    entries = [mask_logits] if isinstance(mask_logits, Tensor) else list(mask_logits)
-    classes = _validate(entries, targets, num_classes, focal_gamma, ignore_index)
+    entries = tensors("mask_logits", mask_logits)
+    whole("ignore_index", ignore_index)
+    classes = _validate(entries, targets, num_classes, focal_alpha, focal_gamma, ignore_index)
     queries = entries[0].shape[1]
     if matches is None and queries != classes:
         raise ValueError(f"mask_logits has {queries} queries; expected {classes}, one a target, or matches")
@@ -589,7 +591,9 @@ def mask_loss(
             raise ValueError(f"matches holds {low} to {high}; expected -1 to {classes - 1}")
     if pair_weights is not None:
         _expect_pairs("pair_weights", pair_weights, entries[0])
-    if mask_ignored and targets.ndim == 4:
+    if num_masks is not None and not isinstance(num_masks, Tensor):
+        number("num_masks", num_masks, 0)
+    if flag("mask_ignored", mask_ignored) and targets.ndim == 4:
         raise ValueError("mask_ignored is True with masks; expected labels: masks have no ignored pixels")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
@@ -649,6 +653,7 @@ def _validate(
     entries: list[Tensor],
     targets: Tensor,
     num_classes: int | None,
+    focal_alpha: float,
     focal_gamma: float,
     ignore_index: int | None,
 ) -> int:
@@ -694,8 +699,8 @@ def _validate(
     if targets.dtype not in allowed:
         kind = "labels of an integer dtype" if targets.ndim == 3 else "masks, bool or floating"
         raise TypeError(f"targets has shape {shape} and dtype {targets.dtype}; expected {kind}")
-    if focal_gamma < 0:
-        raise ValueError(f"focal_gamma is {focal_gamma}; expected at least 0")
+    number("focal_alpha", focal_alpha, 0, 1)
+    number("focal_gamma", focal_gamma, 0)
     if targets.ndim == 4:
         if num_classes not in (None, shape[1]):
             raise ValueError(f"num_classes is {num_classes}; expected {shape[1]}, the number of masks")
@@ -704,9 +709,7 @@ def _validate(
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"targets holds masks from {low} to {high}; expected 0 to 1")
         return shape[1]
-    classes = queries if num_classes is None else num_classes
-    if classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; expected at least 1")
+    classes = queries if num_classes is None else whole("num_classes", num_classes, 1)
     if ignore_index is not None:
         if 0 <= ignore_index < classes:
             raise ValueError(f"ignore_index is {ignore_index}; expected none of the {classes} classes")
@@ -756,7 +759,7 @@ def mask_matching_cost(
         targets: labels (B, H, W) or masks (B, M, H, W), as in :func:`mask_loss`. Labels out of
             [0, num_classes) belong to no target.
         num_classes: number of classes M of the labels, required there. Not for masks.
-        focal_alpha, focal_gamma: α and γ ≥ 0.
+        focal_alpha, focal_gamma: α from 0 to 1 and γ ≥ 0.
         backend: one of ``segvit_kernels.BACKENDS``; chosen by device unless given.
 
     Returns:
@@ -769,7 +772,8 @@ def mask_matching_cost(
     """
     if isinstance(targets, Tensor) and targets.ndim == 3 and num_classes is None:
         raise ValueError("num_classes is None with labels; expected their number")
-    classes = _validate([mask_logits], targets, num_classes, focal_gamma, None)
+    _library.check_backend(backend)
+    classes = _validate([mask_logits], targets, num_classes, focal_alpha, focal_gamma, None)
     products, totals, areas = _mask_matching_sums(
         mask_logits.detach(), targets, classes, float(focal_alpha), float(focal_gamma), backend
     )

@@ -38,6 +38,7 @@ from segvit_kernels.ops._attention import (
     validate,
 )
 from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._checks import flag, number
 
 
 def query_attention_reference(
@@ -58,14 +59,24 @@ def query_attention_reference(
     return atm.atm_reference(query, key, value, **options).output
 
 
-def _torch_has_it(query: Tensor, dropout_p: float, key_padding_mask: Tensor | None) -> bool:
-    """Whether torch's own CPU kernel, which also gives the log-sum-exp, computes the same."""
-    return query.device.type == "cpu" and dropout_p == 0 and key_padding_mask is None
+_VECTOR = 16  # float32 numbers of the widest vectors
+
+
+def _torch_has_it(key: Tensor, dropout_p: float, key_padding_mask: Tensor | None) -> bool:
+    """Whether torch's own CPU kernel, which also gives the log-sum-exp, computes the same.
+
+    With fewer keys than fill a vector it takes scores that are not numbers for masked ones: 0 comes out.
+    """
+    plain = dropout_p == 0 and key_padding_mask is None
+    return plain and key.device.type == "cpu" and key.shape[1] >= _VECTOR
 
 
 def _heads_first(batch: int, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """(batch, H, N, D) in ``dtype``. Torch's kernel does not check that the last stride is 1."""
-    return [unit_stride(t.to(dtype)).expand(batch, -1, -1, -1).transpose(1, 2) for t in tensors]
+    """(batch, H, N, D) in ``dtype``. Torch's kernel does not check that it can read rows: D numbers in one
+    piece, and no row begun within another, as those of an expanded tensor are."""
+    tensors = [t.to(dtype) for t in tensors]
+    rows = [t if t.stride(-1) == 1 and t.stride(1) >= t.shape[-1] else t.contiguous() for t in tensors]
+    return [t.expand(batch, -1, -1, -1).transpose(1, 2) for t in rows]
 
 
 def _fwd_eager(
@@ -78,7 +89,7 @@ def _fwd_eager(
     key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch = key.shape[0]
-    if batch == 0 or not _torch_has_it(query, dropout_p, key_padding_mask):
+    if batch == 0 or not _torch_has_it(key, dropout_p, key_padding_mask):
         options = (None, seed, scale, dropout_p, False, key_padding_mask)
         output, _, lse = atm.fwd_eager(query, key, value, *options)
         return output, lse
@@ -104,7 +115,7 @@ def _bwd_eager(
     key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = key.shape[0]
-    if batch == 0 or not _torch_has_it(query, dropout_p, key_padding_mask):
+    if batch == 0 or not _torch_has_it(key, dropout_p, key_padding_mask):
         options = (seed, scale, dropout_p, deterministic, key_padding_mask)
         return atm.bwd_eager(grad_output, None, query, key, value, output, lse, *options)
     tensors = _heads_first(batch, lse.dtype, grad_output, query, key, value, output)
@@ -244,12 +255,13 @@ def query_attention(
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
     validate(tensors, dropout_p, True, key_padding_mask)
     query, key, value = (unit_stride(t) for t in tensors.values())
-    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    flag("deterministic", deterministic)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     if transformed(backend):
-        options = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+        options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "key_padding_mask": key_padding_mask}
         return query_attention_reference(*full_precision(query, key, value), **options).to(query.dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         inputs = distinct(query, key, value)

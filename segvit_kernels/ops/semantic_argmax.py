@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import unit_stride
+from segvit_kernels.ops._checks import flag, number, tensors, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = ("sigmoid", "none")
@@ -609,7 +610,9 @@ def semantic_argmax(
         ValueError: shapes, devices or options disagree or are out of range.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    stacks = [mask_logits] if isinstance(mask_logits, Tensor) else list(mask_logits)
+    stacks = tensors("mask_logits", mask_logits)
+    flag("return_scores", return_scores)
+    _library.check_backend(backend)
     height, width = _validate(stacks, class_probs, size, views, activation, prune)
     labels, scores = _semantic_argmax(
         [unit_stride(stack.detach()) for stack in stacks],
@@ -665,9 +668,11 @@ def _validate(
             f"class_probs has shape {shape}; expected ({count}, {queries}, classes), as mask_logits has "
             "views and queries, and 1 to 32768 classes"
         )
-    if len(size) != 2 or min(size) < 1:
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"size is {size!r}; expected (height, width)")
+    height, width = (whole("size", n) for n in size)
+    if height < 1 or width < 1:
         raise ValueError(f"size is {tuple(size)}; expected (height, width), at least 1 x 1")
-    height, width = size
     if views is not None:
         if not isinstance(views, Views):
             raise TypeError(f"views is a {type(views).__name__}; expected a Views")
@@ -683,6 +688,5 @@ def _validate(
             )
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(_ACTIVATIONS)}")
-    if not 0 <= prune < math.inf:
-        raise ValueError(f"prune is {prune}; expected a class mass of at least 0")
+    number("prune", prune, 0)
     return height, width

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._checks import number
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KERNEL_DTYPES = _DTYPES[:3]
@@ -362,8 +363,7 @@ def _validate(
             )
     if weight is None and bias is not None:
         raise ValueError("bias is given without a weight; expected both, the weight alone, or neither")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps!r}; expected a number of at least 0")
+    number("eps", eps, 0)
     return check_tokens(x, grid, stride, prefix_tokens)
 
 

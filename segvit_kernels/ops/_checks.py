@@ -1,0 +1,75 @@
+"""Checks of arguments that are no tensors: one line with the name, what it is and what is expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+_WHOLE = (int, np.integer, torch.SymInt)
+_NUMBERS = (*_WHOLE, float, np.floating, torch.SymFloat)
+
+
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite real number of a range, as a float.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not finite, or out of the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} is {_short(value)}; expected a number")
+    if not (least <= value <= most and abs(value) < math.inf):
+        finite = "a finite number" if least == -math.inf else f"at least {least:g}"
+        raise ValueError(
+            f"{name} is {value}; expected {finite if most == math.inf else f'{least:g} to {most:g}'}"
+        )
+    return float(value)
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, _WHOLE):
+        raise TypeError(f"{name} is {_short(value)}; expected a whole number")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}; expected at least {least}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        TypeError: neither.
+    """
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is {_short(value)}; expected True or False")
+    return value
+
+
+def tensors(name: str, value: Any) -> list[Any]:
+    """A tensor or a sequence of things as a list.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} is {_short(value)}; expected a tensor or a list of tensors")
+    return list(value)
+
+
+def _short(value: Any) -> str:
+    """The value in a few characters, a tensor by its shape."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"
