@@ -237,8 +237,10 @@ def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         ValueError, TypeError, OSError, ...: as `function` does.
     """
+    from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
     try:
-        if fabric.strategy.launcher is None:
+        if not isinstance(fabric.strategy.launcher, _MultiProcessingLauncher):
             return fabric.launch(_run, None, function, *args)
         # By a file: the launcher waits for the processes first, and a pipe takes 64 kB.
         with tempfile.TemporaryDirectory() as folder:

@@ -268,7 +268,7 @@ def train(
             channels=config.model.get("in_channels", 3),
             progress=config.progress,
             synthetic_length=synthetic_length,
-            synthetic_size=config.image_size,
+            synthetic_size=max(32, config.image_size),
         )
 
     if training is None:
@@ -438,8 +438,7 @@ class _Trainer:
             self.log = Log(Path(config.out), self.step, config.tensorboard, not self._evaluation_missing())
         # The processes agree on when to stop without waiting for a GPU.
         self.host = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
-        if saved:  # last: nothing above may change what is drawn from here on
-            self._set_process_state(saved["random"])
+        self.states = saved and saved["random"]
 
     # The loop
 
@@ -456,6 +455,8 @@ class _Trainer:
                     "train", total=config.max_steps, completed=self.step, loss="", miou=self._miou_text()
                 ),
             )
+            if self.states:  # last: nothing above may change what is drawn from here on
+                self._set_process_state(self.states)
             try:
                 stopped = self._steps(checkpoint_every)
             except _SignalledError:
