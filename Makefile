@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 
-.PHONY: demo test native emulator sanitize lint bench report tune gpu precompile clean
+.PHONY: demo test kill-test native emulator sanitize lint bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+kill-test: $(VENV)/.installed  ## training killed 200 times, and at every operation on files, goes on bitwise
+	$(BIN)/python tests/kill.py --kills 200 --points 1
 
 lint: $(VENV)/.installed  ## mend what the linter can
 	$(BIN)/ruff check --fix .

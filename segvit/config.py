@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,20 @@ class BackboneConfig:
     shrink_at: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch_size", "in_channels"):
-            _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_whole(self, "width", "depth", "heads", "patch_size", "in_channels")
+        _check_whole(self, "register_tokens", least=0)
+        ratio, hidden = self.mlp_ratio, self.mlp_ratio * self.width
+        _check(
+            math.isfinite(hidden) and hidden >= 1, f"mlp_ratio must give at least one channel, got {ratio}"
+        )
+        _check(
+            self.mlp == "gelu" or int(hidden) % 2 == 0,
+            f"mlp_ratio {ratio} gives {int(hidden)} channels, and {self.mlp!r} needs an even number",
+        )
+        _check(
+            self.layer_scale is None or math.isfinite(self.layer_scale),
+            f"layer_scale must be None or finite, got {self.layer_scale}",
+        )
         _check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         _check(self.mlp in MLPS, f"mlp must be {', '.join(map(repr, MLPS))}, got {self.mlp!r}")
         _check(0 < self.norm_eps < 1, f"norm_eps must be between 0 and 1, got {self.norm_eps}")
@@ -63,7 +76,6 @@ class BackboneConfig:
             f"drop_path_branch must be 'mlp' or 'both', got {self.drop_path_branch!r}",
         )
         _check(0 <= self.drop_path < 1, f"drop_path must be in [0, 1), got {self.drop_path}")
-        _check(self.register_tokens >= 0, f"register_tokens must not be negative, got {self.register_tokens}")
         _check(
             self.shrink_at is None or 0 <= self.shrink_at < self.depth,
             f"shrink_at must be None or a block index from 0 to {self.depth - 1}, got {self.shrink_at}",
@@ -143,8 +155,7 @@ class SegViTConfig:
         if self.decoder_heads is None:
             fill("decoder_heads", max(1, self.decoder_dim // 32))
 
-        _check(self.num_classes >= 1, f"num_classes must be at least 1, got {self.num_classes}")
-        _check(self.decoder_depth >= 1, f"decoder_depth must be at least 1, got {self.decoder_depth}")
+        _check_whole(self, "num_classes", "decoder_dim", "decoder_heads", "decoder_depth")
         _check(
             self.decoder_dim % self.decoder_heads == 0,
             f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}",
@@ -175,7 +186,8 @@ class SegViTConfig:
             self.value_range is None or len(self.value_range) in (2, 2 * channels),
             f"value_range must be 2 numbers, or 2 for each of {channels} channels, got {self.value_range}",
         )
-        _check(min(self.std) > 0, f"std must be positive, got {self.std}")
+        _check(all(map(math.isfinite, self.mean)), f"mean must be finite, got {self.mean}")
+        _check(all(0 < value < math.inf for value in self.std), f"std must be positive, got {self.std}")
         # No data has such values on the 0..1 scale; what was meant is 123.675, 58.395 and their like.
         for name in ("mean", "std"):
             values = getattr(self, name)
@@ -272,6 +284,14 @@ _SHRINK_AT = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 8}
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_whole(config: Any, *names: str, least: int = 1) -> None:
+    for name in names:
+        value = getattr(config, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _check(whole, f"{name} must be a whole number, got {value!r}")
+        _check(value >= least, f"{name} must be at least {least}, got {value}")
 
 
 def _lists(value: Any) -> Any:

@@ -225,10 +225,8 @@ def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: An
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = "was killed from outside" if "Killed" in str(error) else "ended early"
-        raise OSError(
-            f"workers: a data loading process {reason}, as when memory is short; fewer need less"
-        ) from None
+        reason = "as when memory is short, of which fewer need less"
+        raise OSError(f"workers: a data loading process ended early, {reason}") from None
 
 
 def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -233,7 +233,9 @@ class Checkpoints:
             *self.folder.glob("*/.*"),
             *self.folder.parent.glob(".*.tmp"),
         ]:
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
+                missing_ok=True
+            )
         for path in self._steps():
             if int(path.name) > step:
                 discard(path)

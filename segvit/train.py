@@ -281,6 +281,8 @@ def train(
     weights = config.class_weights
     if not isinstance(weights, str):
         weights_of_classes(weights, training.num_classes)
+    if not len(training):
+        raise ValueError("data: the training data hold no image")
     if first_process():
         prepare(config, samples_of(training, validation), _say)
         if understood:
@@ -292,9 +294,8 @@ def train(
         result = launch(fabric, _train, config, training, validation, weights, interrupts.flag)
     if result["stopped"] == "interrupted":
         name = signal.Signals(interrupts.flag.value).name
-        saved = f"saved in {config.out}" if result["step"] else "nothing to save"
         raise Interrupted(
-            f"{name} at step {result['step']}, {saved}; the same command with --resume goes on",
+            f"{name} at step {result['step']}, saved in {config.out}; the same command with --resume goes on",
             interrupts.flag.value,
         )
     return result
@@ -407,7 +408,8 @@ class _Trainer:
             self.loss = SegViTLoss(training.num_classes, training.ignore_index, class_weights=weights)
         self.loss.to(fabric.device)
 
-        self.step, self.saved, self.elapsed = 0, 0, 0.0
+        self.step, self.elapsed = 0, 0.0
+        self.saved: int | None = None  # step of the newest checkpoint
         # Of evaluations: the last one and its step, the best and its step, how many came after the best.
         self.score: dict[str, Any] = {"result": {}, "best": None, "best_step": None, "since_best": 0}
         self.window: dict[str, Tensor] = {}  # sums of the losses since the last line of the log
@@ -554,7 +556,7 @@ class _Trainer:
         first = self.step - self.window_steps + 1
         if not math.isfinite(means["total"]):
             bad = ", ".join(f"{name} {value}" for name, value in means.items() if not math.isfinite(value))
-            last = "the last checkpoint is from before" if self.saved else "no checkpoint yet"
+            last = "no checkpoint yet" if self.saved is None else "the last checkpoint is from before"
             steps = f"step {self.step}" if first == self.step else f"steps {first}...{self.step}"
             raise FloatingPointError(
                 f"the loss is not finite in {steps} ({bad}); try a lower lr or precision 32 ({last})"
@@ -669,7 +671,8 @@ class _Trainer:
             torch.distributed.all_gather_object(states, self._process_state())
         if self.step == self.saved:
             return
-        kept = f"the last checkpoint is of step {self.saved}" if self.saved else "no checkpoint yet"
+        none = self.saved is None
+        kept = "no checkpoint yet" if none else f"the last checkpoint is of step {self.saved}"
         if not all(bool(weight.isfinite().all()) for weight in self.model.parameters()):
             raise FloatingPointError(
                 f"weights are not finite after step {self.step}; try a lower lr or precision 32 ({kept})"

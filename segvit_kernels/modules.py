@@ -543,6 +543,9 @@ class QueryUpsample(nn.Module):
             mean = features.mean((0, 1))
             centred = (features - mean).float().flatten(0, 1)
             covariance = centred.T @ centred / len(centred)
+            alike = covariance.trace() <= 1e-9 * features.float().square().sum(-1).mean()
+            if features.shape[1] == 1 or alike:
+                continue  # a single token, or features that are the same everywhere, tell no places
             components = _half_whitened_components(covariance, share)
             weight = torch.zeros_like(stage.input_proj.weight)
             content = slice(first, first + components.shape[1])

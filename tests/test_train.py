@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,10 +16,14 @@ import pytest
 import torch
 import yaml
 
+from segvit.config import SegViTConfig
 from segvit.evaluate import evaluate, load_model
+from segvit.interrupts import Interrupted
+from segvit.model import SegViT
 from segvit.options import EvaluateConfig, TrainConfig
 from segvit.synthetic import SyntheticShapes
-from segvit.train import StepSampler, learning_rate_factor, train
+from segvit.train import StepSampler, inverse_sqrt_weights, learning_rate_factor, train
+from segvit.train import _Trainer as Trainer
 from segvit_kernels import QueryUpsample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,6 +210,133 @@ def test_frozen_backbone_stays(tmp_path):
         assert torch.equal(first[name], second[name]) == name.startswith("backbone."), name
 
 
+def test_frozen_backbone_computes_the_same_at_every_step(tmp_path, monkeypatch):
+    """No stochastic depth, also after an evaluation and when resumed; its average is itself."""
+    seen = []
+    step = Trainer._optimize
+
+    def recorded(self):
+        images = torch.full((1, 3, 32, 32), 7, dtype=torch.uint8)
+        state = torch.get_rng_state()
+        seen.append(self.model.backbone(self.model.preprocess(images))[-1].detach())
+        torch.set_rng_state(state)
+        assert self.model.training and not self.model.backbone.training
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_optimize", recorded)
+    model = {**TINY, "drop_path": 0.9}
+    config = tiny(tmp_path / "run", max_steps=3, evaluate_every=1, freeze_backbone=True, ema=0.5, model=model)
+    train(config)
+    train(dataclasses.replace(config, resume=True, max_steps=5))
+    assert len(seen) == 5 and all(torch.equal(features, seen[0]) for features in seen)
+    raw = torch.load(tmp_path / "run/checkpoints/last/trainer.pt", weights_only=True)["model"]
+    averaged = weights(tmp_path / "run")
+    assert all(torch.equal(raw[name], averaged[name]) for name in raw if name.startswith("backbone."))
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    model = {**TINY, "drop_path": 0.5}
+    train(tiny(tmp_path / "a", max_steps=3, model=model))
+    train(tiny(tmp_path / "b", max_steps=3, model=model, gradient_checkpointing=True))
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_layer_decay(tmp_path):
+    config = SegViTConfig.preset("vit_tiny", 3, **{**TINY, "image_size": 32, "final_norm": True})
+    model = SegViT(config)
+    groups = model.parameter_groups(1.0, 0.1, 10.0, 0.5)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    by_name = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == sum(len(group["params"]) for group in groups) == len(by_name)
+    assert by_name["backbone.pos_embed"] == by_name["backbone.patch_embed.proj.bias"] == (0.125, 0.1)
+    assert by_name["backbone.blocks.0.mlp.fc1.weight"] == (0.25, 0.1)
+    assert by_name["backbone.blocks.1.mlp.fc1.weight"] == (0.5, 0.1)
+    assert by_name["backbone.blocks.1.norm1.weight"] == (0.5, 0.0)
+    assert by_name["backbone.norm.weight"] == (1.0, 0.0)
+    assert by_name["decoder.class_tokens"] == (10.0, 0.1)
+    assert [group["name"] for group in model.parameter_groups(1.0, 0.1)] == [
+        "backbone", "backbone_norms", "decoder",
+    ]  # fmt: skip
+    train(tiny(tmp_path / "run", max_steps=1, layer_decay=0.5))
+    state = torch.load(tmp_path / "run/checkpoints/last/trainer.pt", weights_only=True)["optimizer"]
+    assert {group["peak_lr"] for group in state["param_groups"]} == {1.25e-4, 2.5e-4, 5e-4, 2e-3}
+
+
+def test_patience_and_kept_checkpoints(tmp_path):
+    """lr so small that no evaluation beats the first."""
+    options = {"lr": 1e-30, "warmup_lr": 0.0, "max_steps": 9, "evaluate_every": 1, "patience": 2}
+    config = tiny(tmp_path / "run", keep_checkpoints="all", **options)
+    result = train(config)
+    assert (result["stopped"], result["step"]) == ("patience", 3)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "2", "3", "last", "best"}
+    assert os.readlink(checkpoints / "best") == "1"
+    assert train(dataclasses.replace(config, resume=True))["step"] == 3
+    result = train(dataclasses.replace(config, resume=True, patience=4, keep_checkpoints=2))
+    assert (result["stopped"], result["step"]) == ("patience", 5)
+    assert {path.name for path in checkpoints.iterdir()} == {"1", "4", "5", "last", "best"}
+
+
+@pytest.mark.parametrize("head", ["segvit", "linear"])
+def test_class_weights(tmp_path, head):
+    """Those of the pixels' shares are counted once, and reach the loss of either head."""
+    classes = len(SyntheticShapes.class_names)
+    config = tiny(tmp_path / "a", head=head, max_steps=2, class_weights="inverse-sqrt")
+    train(config)
+    pixels = torch.tensor(json.loads((tmp_path / "a" / "pixels.json").read_text()))
+    data = SyntheticShapes("training", 9, 32)
+    assert (
+        pixels.tolist()
+        == sum(data[i]["label"].flatten().bincount(minlength=classes) for i in range(9)).tolist()
+    )
+    weights_ = inverse_sqrt_weights(pixels)
+    found = [w for w, n in zip(weights_, pixels, strict=True) if n]
+    assert sum(found) == pytest.approx(len(found)) and set(weights_) - set(found) <= {1.0}
+    train(tiny(tmp_path / "b", head=head, max_steps=2, class_weights=weights_))
+    train(tiny(tmp_path / "c", head=head, max_steps=2))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
+    assert losses(tmp_path / "a")[0] != pytest.approx(losses(tmp_path / "c")[0], rel=1e-3)
+    assert train(dataclasses.replace(config, resume=True, max_steps=3))["step"] == 3
+
+
+SHRUNK = {"width": 8, "depth": 2, "heads": 1, "patch_size": 8, "decoder_depth": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "linear"},
+        {},
+        {"shrunk": True, "model": {**SHRUNK, "shrink_at": 1}},
+        {"shrunk": True, "model": {**SHRUNK, "shrink_at": 0, "key_positions": True}},
+        {"shrunk": True, "model": {**SHRUNK, "shrink_at": 1}, "image_size": 16},
+        {"shrunk": True, "model": {**SHRUNK, "shrink_at": 1}, "locate_images": 0},
+        {"scale": (1e-6, 1e-6)},
+    ],
+)
+@pytest.mark.parametrize("value", [0, 255])
+def test_smallest_of_everything(tmp_path, changes, value):
+    """One token, one class, one image, one step, nothing labelled: numbers, and never NaN."""
+
+    class One(_Wrapped):
+        num_classes = 1
+        class_names = palette = None
+
+        def __getitem__(self, index):
+            item = self.dataset[0]
+            return {**item, "label": torch.full_like(item["label"], value)}
+
+    data = One(SyntheticShapes("training", 1, 32))
+    data.num_classes, data.class_names, data.palette = 1, None, None
+    small = {"image_size": 8, "max_steps": 2, "batch_size": 1, "warmup_steps": 0}
+    result = train(tiny(tmp_path / "run", **{**small, **changes}), data, data)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
+    assert result["miou"] == result["best_miou"] and result["miou"] in ([1.0] if value == 0 else [None])
+    assert "nan" not in (tmp_path / "run" / "metrics.csv").read_text().lower()
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
 def test_kill_and_resume_is_bitwise(tmp_path):
     """kill -9 in the middle, dropout and moving average on, then the same command with --resume."""
     whole = tiny(tmp_path / "whole", max_steps=24, checkpoint_every=5, evaluate_every=10, ema=0.9)
@@ -245,14 +377,23 @@ def test_resume_drops_what_was_logged_after_the_checkpoint(tmp_path):
     assert result["step"] == 8 and rows(config.out) == rows(whole.out)
 
 
-class _StopsAt:
-    def __init__(self, dataset, reads):
-        self.dataset, self.reads = dataset, reads
+class _Wrapped:
+    def __init__(self, dataset):
+        self.dataset = dataset
         self.num_classes, self.ignore_index = dataset.num_classes, dataset.ignore_index
         self.class_names, self.palette = dataset.class_names, dataset.palette
 
     def __len__(self):
         return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+class _StopsAt(_Wrapped):
+    def __init__(self, dataset, reads):
+        super().__init__(dataset)
+        self.reads = reads
 
     def __getitem__(self, index):
         self.reads -= 1
@@ -345,6 +486,87 @@ def test_tensorboard(tmp_path):
 # What stops it
 
 
+class _Sends(_Wrapped):
+    """Sends a signal to this process when it is read for the so-manieth time."""
+
+    def __init__(self, dataset, reads, number, times=1):
+        super().__init__(dataset)
+        self.reads, self.number, self.times = reads, number, times
+
+    def __getitem__(self, index):
+        self.reads -= 1
+        if self.reads <= 0 and self.times:
+            self.times -= 1
+            os.kill(os.getpid(), self.number)
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("where", "reads", "step"), [("training", 2 * 4 + 1, 5), ("validation", 2, 4)])
+def test_a_signal_saves_and_the_rest_is_bitwise(tmp_path, capfd, number, where, reads, step):
+    """At the end of the step, or in an evaluation, which is done again; not where the log has a line."""
+    config = tiny(tmp_path / "run", max_steps=9, log_every=3, evaluate_every=4, ema=0.9)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    sets = {
+        "training": SyntheticShapes("training", 9, 32),
+        "validation": SyntheticShapes("validation", 3, 32),
+    }
+    sets[where] = _Sends(sets[where], reads, number)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=f"{number.name} at step {step}, saved in .*--resume") as raised:
+        train(config, **sets)
+    assert raised.value.signum == number and signal.getsignal(number) is before
+    assert f"{number.name}: saving; once more to stop at once" in capfd.readouterr().err
+    assert os.readlink(tmp_path / "run/checkpoints/last") == str(step)
+    train(dataclasses.replace(config, resume=True))
+    assert rows(config.out) == rows(whole.out)
+    assert_same_weights(weights(config.out), weights(whole.out))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    config = tiny(tmp_path / "run", max_steps=9)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(config, _Sends(SyntheticShapes("training", 9, 32), 5, signal.SIGINT, times=2))
+    assert not isinstance(raised.value, Interrupted)
+    assert not (tmp_path / "run/checkpoints/last").exists()
+
+
+def test_a_killed_loading_process_is_one_line(tmp_path):
+    class Kills(_Wrapped):
+        def __getitem__(self, index):
+            if torch.utils.data.get_worker_info() is not None and index == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.dataset[index]
+
+    with pytest.raises(OSError, match=r"^workers: a data loading process ended early"):
+        train(tiny(tmp_path / "run", workers=1), Kills(SyntheticShapes("training", 9, 32)))
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run", max_steps=6, checkpoint_every=2)
+    saved, save = [], torch.save
+
+    def full(*args, **kwargs):
+        saved.append(args)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    message = (
+        r"trainer\.pt: cannot be written .No space .*; the last checkpoint is of step 2, and with more space"
+    )
+    with pytest.raises(OSError, match=message):
+        train(config)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "last"]
+    train(dataclasses.replace(config, resume=True))
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    assert_same_weights(weights(config.out), weights(whole.out))
+
+
 def test_loss_that_is_not_finite_stops_training(tmp_path):
     config = tiny(tmp_path / "run", lr=1e30, clip=None, warmup_steps=0, weight_decay=0.0)
     with pytest.raises(
@@ -352,6 +574,63 @@ def test_loss_that_is_not_finite_stops_training(tmp_path):
     ):
         train(config)
     assert not (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss of the last step was finite; what the step made of the weights is not."""
+    config = tiny(
+        tmp_path / "run", max_steps=1, lr=1e38, decoder_lr_scale=10.0, warmup_steps=0, weight_decay=0.0
+    )
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 1; try a lower lr"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_resume_elsewhere_longer_and_otherwise(tmp_path, capsys):
+    """Moved data, more steps, other parts and processes go on; other samples and a shorter run do not."""
+    from PIL import Image
+
+    for split in ("training", "validation"):
+        for kind, value in (("images", (90, 20, 60)), ("annotations", 1)):
+            folder = tmp_path / "data" / kind / split
+            folder.mkdir(parents=True)
+            for name in "ab":
+                Image.new("RGB" if kind == "images" else "L", (32, 32), value).save(folder / f"{name}.png")
+    (tmp_path / "data" / "names.txt").write_text("one\ntwo\n")
+    config = tiny(tmp_path / "run", data=str(tmp_path / "data"), max_steps=2, reduce_zero_label=False)
+    train(config)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = dataclasses.replace(config, resume=True, data=str(tmp_path / "moved"))
+    capsys.readouterr()
+    train(moved)
+    assert "note: data" not in capsys.readouterr().out
+    longer = dataclasses.replace(moved, max_steps=4, accumulate=2)
+    assert train(longer)["step"] == 4
+    out = capsys.readouterr().out
+    assert "note: accumulate 1 -> 2: the same training, with other rounding and dropout from here on" in out
+    assert "note: max_steps 2 -> 4: the learning rate follows the schedule of 4 steps from here on" in out
+    with pytest.raises(ValueError, match="max_steps: got 3, but the run is at step 4"):
+        train(dataclasses.replace(longer, max_steps=3))
+    with pytest.raises(ValueError, match=r"other options: batch_size 2 -> 4$"):
+        train(dataclasses.replace(longer, batch_size=4))
+    path = tmp_path / "moved" / "images" / "training" / "a.png"
+    path.rename(path.with_name("c.png"))
+    labels = tmp_path / "moved" / "annotations" / "training"
+    (labels / "a.png").rename(labels / "c.png")
+    with pytest.raises(ValueError, match="resume: the training images have other names"):
+        train(longer)
+    (labels / "c.png").unlink()
+    path.with_name("c.png").unlink()
+    with pytest.raises(ValueError, match="resume: the training data have 1 images, 2 when it began"):
+        train(longer)
+
+
+def test_resume_on_two_processes_with_half_the_batch(tmp_path, capsys):
+    config = tiny(tmp_path / "run", max_steps=2, batch_size=2)
+    train(config)
+    two = dataclasses.replace(config, resume=True, max_steps=3, batch_size=1, devices=2)
+    assert train(two)["step"] == 3
+    assert "devices 1 -> 2" in capsys.readouterr().out
 
 
 def test_resume_refuses_other_options_and_a_folder_in_use(tmp_path):
@@ -373,6 +652,8 @@ def test_unwritable_folder(tmp_path):
     ("changes", "message"),
     [
         ({"max_steps": 0}, "max_steps: got 0"),
+        ({"patience": 1}, "patience: got 1, which needs evaluations"),
+        ({"class_weights": [1.0, 2.0]}, "class_weights: got 2, expected one for each of 12 classes"),
         ({"batch_size": 4, "accumulate": 3}, "accumulate: got 3"),
         ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\)"),
         ({"ema": 1.0}, "ema: got 1.0"),

@@ -44,7 +44,8 @@ class RandomScale(v2.Transform):
         # The published (2048, crop) box: the long side may not pass 2048 * r, or 4 crops where that is more.
         limit = max(self.longest, 4 * self.short_side)
         factor = ratio * min(self.short_side / min(height, width), limit / max(height, width))
-        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+        return {"size": [2, 2] if size == [1, 1] else size}  # torchvision does not resize to a single pixel
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
