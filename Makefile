@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
+OLD := $(VENV)-triton-3.6
 
-.PHONY: demo test kill-test native emulator sanitize lint bench report tune gpu precompile clean
+.PHONY: demo test gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,18 @@ test: $(VENV)/.installed  ## lint and test
 kill-test: $(VENV)/.installed  ## training killed 200 times, and at every operation on files, goes on bitwise
 	$(BIN)/python tests/kill.py --kills 200 --points 1
 
+# The same packages with an older Triton in front of them. GATE: options for pytest, such as '-k sm_90'; with
+# SEGVIT_GATE=quick one launch of each kernel instead of all that are pinned.
+$(OLD)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --without-pip $(OLD)
+	$(BIN)/python -m pip --python $(OLD)/bin/python install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(OLD)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newer.pth"
+	touch $@
+
+gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes with torch 2.11
+	$(OLD)/bin/python -m pytest -q -n 2 --dist worksteal $(GATE) tests/test_triton_compiles.py
+
 lint: $(VENV)/.installed  ## mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -65,4 +78,4 @@ precompile:  ## the Triton kernels of `make gpu`, compiled for sm_90 without a G
 	PYTHONPATH=. $(PRECOMPILE_PYTHON) -m bench precompile --out $(CACHE_OUT)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info segvit_kernels/libsegvit_*
+	rm -rf $(VENV) $(OLD) build dist *.egg-info segvit_kernels/libsegvit_*

@@ -52,11 +52,11 @@ _MAX_SPLITS = 8
 def _pinned(name: str, head_dim: int, dtype: torch.dtype, arch: str, dropout: bool) -> dict[str, int]:
     kind = "single" if dtype == torch.float32 else "half"
     config = dict(pinned(arch)[f"query_attention_{name}"][kind][str(_padded(head_dim))])
-    if dropout:
-        # Random numbers need the registers.
+    if dropout or head_dim < _padded(head_dim):
+        # Random numbers, and masks of columns that are not there, need the registers.
         config.pop("maxnreg", None)
-        if name != "bwd_key":
-            config["block_n"] = max(16, config["block_n"] // 2)
+    if dropout and name != "bwd_key":
+        config["block_n"] = max(16, config["block_n"] // 2)
     return config
 
 

@@ -2,12 +2,13 @@
 
 One module an operator. Each has ``EVERYWHERE``, cases by name for every architecture, and ``MORE``, further
 ones for sm_90; ``MAIN``, the case that stands for the operator; ``launches(case, arch)``, all launches of a
-case, made by the launchers from meta tensors; ``KERNELS``, the names of the kernels that must be among them;
-``wgmma(row)``, whether a row of :func:`compiled` must hold tensor-core instructions on sm_90.
+case, made by the launchers from meta tensors; ``KERNELS``, what the machine code of each kernel must be like
+(:class:`Demand`); ``wgmma(row)``, whether a row of :func:`compiled` must hold tensor-core instructions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,43 +16,94 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+from segvit_kernels.testing.machine_code import Code, instruction_mix, serialised
 
 OPERATORS = ("atm", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
     "gfx942": ("hip", "gfx942", 64),
-    "default": ("cuda", 86, 32),
 }
-MNEMONICS = (
-    "HGMMA",
-    "HMMA",
-    "FFMA",
-    "MUFU",
-    "LDG",
-    "LDGSTS",
-    "STG",
-    "LDS",
-    "LDSM",
-    "STS",
-    "RED",
-    "LDL",
-    "STL",
-)
-"""Instructions that are counted: tensor cores, multiply-add, special functions, memory, atomics, spills."""
+"""Arguments of Triton's ``GPUTarget``. Those without a file of their own take the parameters of another."""
+
+ALIKE = ("sm_120", "gfx90a")
+"""Compiled with the parameters of sm_89 and gfx942: the gate takes one launch of each kernel, as it does for
+every architecture where ``SEGVIT_GATE`` is ``quick``."""
+
+SHARED_MEMORY = {
+    "sm_80": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx90a": 64,
+    "gfx942": 64,
+}
+"""KiB that a program can have."""
 
 
-def instruction_mix(sass: str) -> dict[str, int]:
-    """How often each of :data:`MNEMONICS` stands in the machine code of one kernel; in it, not executed."""
-    return {name: len(re.findall(rf"\b{name}\b", sass)) for name in MNEMONICS}
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What the gate asks of the machine code of one kernel, in any case of its operator.
+
+    Args:
+        registers: at least; a kernel that was compiled to nothing needs fewer.
+        tensor: tensor-core instructions at least, where ``wgmma(row)`` says that products run there.
+        barriers: most barriers in an innermost loop, ``None`` if it may have any. With none there is no
+            write to shared memory either: the compiler changes no layout there.
+        stack: bytes that may be spilled outside loops.
+        serialised: cases in which ptxas may wait after every wgmma.
+        everywhere: whether the gate launches it on every architecture, or on sm_90 only.
+    """
+
+    registers: int
+    tensor: int = 1
+    barriers: int | None = None
+    stack: int = 0
+    serialised: Collection[str] = ()
+    everywhere: bool = True
 
 
-def resources(compiled: Any) -> dict[str, int]:
-    """Registers, shared memory, spills and the instruction mix of a kernel that Triton compiled."""
+def faults(row: dict[str, Any], arch: str, demand: Demand) -> list[str]:
+    """What is wrong with a kernel, one line each; nothing if it is as it should be.
+
+    Args:
+        row: of :func:`resources`, with ``case`` and ``wgmma``.
+        arch: a name of :data:`TARGETS`.
+        demand: what is asked of it.
+    """
+    found = []
+    if row["registers"] < demand.registers:
+        found.append(
+            f"{row['registers']} registers, at least {demand.registers} expected: compiled to nothing?"
+        )
+    if row["wgmma"] and row["tensor"] < demand.tensor:
+        found.append(f"{row['tensor']} tensor-core instructions, at least {demand.tensor} expected")
+    if row["wgmma"] and arch == "sm_90" and not row["HGMMA"]:
+        found.append("no wgmma")
+    if row["stack"] > demand.stack or row["loop_spills"]:
+        found.append(f"{row['stack']} bytes spilled, {row['loop_spills']} instructions of it in loops")
+    if demand.barriers is not None and row["loop_barriers"] > demand.barriers:
+        found.append(f"{row['loop_barriers']} barriers in an innermost loop, {demand.barriers} expected")
+    if demand.barriers == 0 and row["loop_staged"]:
+        found.append(f"{row['loop_staged']} writes to shared memory in an innermost loop: a change of layout")
+    if row["serialised"] and row["case"] not in demand.serialised:
+        found.append("wgmma instructions are serialised (ptxas C7515)")
+    if row["shared"] > SHARED_MEMORY[arch] * 1024:
+        found.append(f"{row['shared']} bytes of shared memory, {arch} has {SHARED_MEMORY[arch]} KiB")
+    return found
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers, shared memory, spills, instruction mix and loops of a kernel that Triton compiled."""
     import triton
 
     shared = compiled.metadata.shared
@@ -62,24 +114,27 @@ def resources(compiled: Any) -> dict[str, int]:
             return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
         # Scalar registers spill to lanes of a vector register; only scratch is memory.
-        spills = find("vgpr_spill_count") + find("private_segment_fixed_size")
-        return {"registers": find("vgpr_count"), "shared": shared, "spills": spills}
+        stack = find("vgpr_spill_count") + find("private_segment_fixed_size")
+        row = {"registers": find("vgpr_count"), "shared": shared, "spills": stack, "stack": stack}
+        return {**row, **Code.gcn(text).counts(), "serialised": False}
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found, mix = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)), instruction_mix(sass)
-    spills = int(found["STACK"]) + int(found["LOCAL"]) + mix["LDL"] + mix["STL"]
-    return {"registers": int(found["REG"]), "shared": shared, "spills": spills, **mix}
+        command = [cuobjdump, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found, mix = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text)), instruction_mix(text)
+    stack = int(found["STACK"]) + int(found["LOCAL"])
+    row = {"registers": int(found["REG"]), "shared": shared, "spills": stack + mix["LDL"] + mix["STL"]}
+    loops = Code.sass(text).counts()
+    return {**row, "stack": stack, **mix, **loops, "serialised": serialised(text, compiled.asm["ptx"])}
 
 
 def compiled(operator: str, arch: str, cases: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A row for every launch of ``cases`` (default: what the gate compiles for ``arch``), in a process of its
-    own: Triton compiles only where its interpreter is not loaded.
+    """A row with its ``faults`` for every launch of ``cases`` (default: what the gate takes for ``arch``).
+
+    In a process of its own: Triton compiles only where its interpreter is not loaded. A kernel that is
+    demanded and was launched by no case of the gate has a row too.
 
     Raises:
         RuntimeError: compilation fails.
@@ -95,5 +150,5 @@ def compiled(operator: str, arch: str, cases: Sequence[str] = ()) -> list[dict[s
 
 
 def module(operator: str) -> Any:
-    """The module of an operator; imports Triton."""
-    return importlib.import_module(f"segvit_kernels.testing.launches.{operator}")
+    """The module of an operator, or of any module's full name; imports Triton."""
+    return importlib.import_module(operator if "." in operator else f"{__name__}.{operator}")

@@ -2,9 +2,16 @@
 
 import torch
 
+from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import atm
 
-KERNELS = {"_atm_fwd_kernel", "_atm_combine_kernel", "_atm_bwd_kernel", "_atm_bwd_query_kernel"}
+KERNELS = {
+    "_atm_fwd_kernel": Demand(32, tensor=3, stack=8, serialised=("dropout",)),
+    "_atm_combine_kernel": Demand(12, barriers=2),
+    "_atm_bwd_kernel": Demand(32, tensor=5),
+    "_atm_bwd_query_kernel": Demand(10, barriers=0),
+    "_atm_fwd_heads_kernel": Demand(32, tensor=2, everywhere=False),
+}
 
 # name: (batch, queries, keys, heads, head dim), dtype, options
 EVERYWHERE = {

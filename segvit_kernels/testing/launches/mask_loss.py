@@ -2,17 +2,18 @@
 
 import torch
 
+from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import mask_loss
 
 KERNELS = {
-    "_mask_count_kernel",
-    "_mask_area_kernel",
-    "_mask_pairs_kernel",
-    "_mask_sum_kernel",
-    "_mask_loss_fwd_kernel",
-    "_mask_loss_sum_kernel",
-    "_mask_loss_bwd_kernel",
-    "_mask_matching_kernel",
+    "_mask_count_kernel": Demand(24),
+    "_mask_area_kernel": Demand(16, barriers=0),
+    "_mask_pairs_kernel": Demand(24),
+    "_mask_sum_kernel": Demand(12, barriers=0),
+    "_mask_loss_fwd_kernel": Demand(64, barriers=0),
+    "_mask_loss_sum_kernel": Demand(12, barriers=0),
+    "_mask_loss_bwd_kernel": Demand(64, barriers=0),
+    "_mask_matching_kernel": Demand(64, tensor=6),
 }
 
 # name: batch, queries, grids, target shape after the batch, dtype of the logits, of the targets, options

@@ -2,9 +2,15 @@
 
 import torch
 
+from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import semantic_argmax
 
-KERNELS = {"_semantic_argmax_prepare_kernel", "_semantic_argmax_kernel"}
+# With views Triton 3.6 has ptxas wait after every wgmma: scores stay in registers from view to view.
+KERNELS = {
+    "_semantic_argmax_prepare_kernel": Demand(24, stack=8),
+    "_semantic_argmax_kernel": Demand(32, tensor=2, serialised=("ade_vit_l views", "stride 4 views")),
+    "_semantic_argmax_held_kernel": Demand(32, tensor=2, everywhere=False),
+}
 
 # name: (batch, height, width, queries, classes, grid height, grid width), dtype of the masks, options
 ADE = (16, 640, 640, 150, 150, 40, 40)

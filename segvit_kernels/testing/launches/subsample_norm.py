@@ -2,12 +2,13 @@
 
 import torch
 
+from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import subsample_norm
 
 KERNELS = {
-    "_subsample_norm_fwd_kernel",
-    "_subsample_norm_bwd_kernel",
-    "_subsample_norm_bwd_parameters_kernel",
+    "_subsample_norm_fwd_kernel": Demand(12),
+    "_subsample_norm_bwd_kernel": Demand(12),
+    "_subsample_norm_bwd_parameters_kernel": Demand(12, barriers=0),
 }
 
 # name: (batch, rows, columns, channels), dtype of x, options
