@@ -365,7 +365,8 @@ def run(config: EvaluateConfig) -> int:
     )
     check_classes(model_config, dataset)
     check_options(config, model_config.backbone.patch_size)
-    print(*check_data(dataset), sep="\n", flush=True)
+    for line in check_data(dataset):
+        print(line, flush=True)
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
     inference = {field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)}
     result = {**{key: _known(value) for key, value in result.items()}, "inference": inference}

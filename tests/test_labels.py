@@ -106,6 +106,12 @@ def test_what_the_values_leave_open_is_for_the_user(values, names, message):
         ({0, 255}, THINGS, {"reduce_zero_label": False}, {0: 0, 255: None}),
         ({0, 1, 2}, 150, {"zero": "ignored"}, REDUCED),  # ADE20K's own names
         ({0, 1, 2, 255}, 150, {"zero": "ignored"}, REDUCED),
+        (
+            {0, 1, 2, 255},
+            THINGS,
+            {"zero": "ignored"},
+            PLAIN,
+        ),  # its names, but labels that are reduced already
         ({0, 1, 255}, 19, {"zero": "class"}, PLAIN),  # Cityscapes' labelTrainIds
         ({0, 1, 2, 3}, THINGS, {"ignore_index": 3}, PLAIN),  # void last
         ({0, 1, -1}, BINARY, {"ignore_index": -1}, PLAIN),

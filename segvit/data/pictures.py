@@ -167,7 +167,7 @@ def probe(path: str | os.PathLike, *, decode: bool = False) -> tuple[int, int]:
         with _named(path):
             # A quarter of the work for JPEGs, and all of their data is looked at.
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
-            image.load()
+            _load(image)
         # Pillow turns TIFFs itself, and says so in their size from the start.
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -253,7 +253,7 @@ def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | Non
             f"{path}: a {image.format} label map: compression with loss changes labels; store PNG"
         )
     palette = None
-    image.load()
+    _load(image)
     turn = _orientation(image)
     if image.mode in ("P", "PA"):
         colours = np.zeros((256, 3), np.int64)
@@ -318,10 +318,6 @@ def _open(path: Path) -> Any:
             raise _WholeMessageError(f"{path}: not a picture, or one of an unknown format") from None
         finally:
             image_module.MAX_IMAGE_PIXELS = before
-    if image.format == "TIFF":
-        image.filename = (
-            ""  # otherwise Pillow maps the file, and maps turned pictures with the sides exchanged
-        )
     try:
         _check_size(path, *image.size)
     except ValueError:
@@ -356,7 +352,7 @@ def _decode_picture(path: Path, channels: int, value_range: Range) -> np.ndarray
 
 def _from_pil(image: Any, channels: int, value_range: Range, name: Any) -> np.ndarray:
     """uint8 (H, W, channels) of a PIL image, upright."""
-    image.load()
+    _load(image)
     turn = _orientation(image)
     if image.mode[0] in "IF":  # "I", "I;16", "I;16B", "F"
         samples = to_bytes(np.array(image)[..., None], value_range)
@@ -453,6 +449,18 @@ def _read_tiff(path: Path) -> np.ndarray:
     if array.ndim != 3:
         raise ValueError(f"{path}: a TIFF of {array.ndim} dimensions ({axes}), expected one picture")
     return array if axes[-1] == "S" else np.moveaxis(array, 0, -1)
+
+
+def _load(image: Any) -> None:
+    """Read the pixels of a PIL image."""
+    name = getattr(image, "filename", None)
+    if name and image.format == "TIFF":
+        image.filename = ""  # or Pillow maps the file, and maps turned pictures with the sides exchanged
+    try:
+        image.load()
+    finally:
+        if name:
+            image.filename = name
 
 
 def _orientation(image: Any) -> int:
