@@ -91,7 +91,7 @@ _NOTHING = object()
 def _scalar(kind: type, text: str) -> Any:
     """The value of a word, `_NOTHING` where it is none of this type."""
     if kind is str:
-        return text if text.strip() else _NOTHING
+        return text if text.strip() and "\0" not in text else _NOTHING
     if kind is bool:
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
         return words.get(text.lower(), _NOTHING)
@@ -191,6 +191,8 @@ class _Options:
                 values.append(value)
             self.values[name] = values
             return
+        if isinstance(word, list):  # what argparse makes of --NAME=--
+            word = "--"
         plain = [member for member in _members(kind) if member in (str, types.NoneType)]
         if str in plain and not (word.lstrip().startswith("{") and len(_members(kind)) > len(plain)):
             if types.NoneType in plain and _scalar(types.NoneType, word) is None:
@@ -300,6 +302,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
     )
+    # argparse takes -1 for a number, and -1e-3 for an option.
+    parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$|nan$)")
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given here win")
     parser.add_argument(
         "--print-config", "--print_config", action="store_true", help="print all options as YAML and exit"

@@ -82,6 +82,8 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
     }
+    if (folder / "config.json").is_file():  # commands would take it in place of the run's checkpoints
+        raise ValueError(f"out: {folder} holds a model (config.json); choose another folder for the run")
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if (folder / "config.yaml").is_file():

@@ -308,8 +308,10 @@ class SyntheticShapes(Dataset):
     def __init__(self, split: str = "training", length: int = 2048, size: int = 96, seed: int = 0) -> None:
         if split not in SPLITS:
             raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
-        if length < 0 or size < 32:
-            raise ValueError(f"got length {length} and size {size}, expected length >= 0 and size >= 32")
+        if length < 0:
+            raise ValueError(f"length: got {length}, expected at least 0")
+        if size < 32:
+            raise ValueError(f"image_size: got {size}, expected at least 32 for synthetic images")
         self.split, self.length, self.size, self.seed = split, length, size, seed
 
     def __len__(self) -> int:

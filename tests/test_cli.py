@@ -219,6 +219,9 @@ RUN = ["train", "--data", "nowhere", "--out", "x"]
         (["--no-such", "1"], "--no-such: no such option"),
         (["--max-stepp", "1"], "--max-stepp: no such option; did you mean --max-steps?"),
         (["--max-steps"], "--max-steps: expected one argument"),
+        (["--max-steps=--"], "--max-steps: got '--', expected a whole number"),
+        (["--lr", "-1e-3"], "lr: got -0.001, expected more than 0"),
+        (["--names", "a\0b"], "--names: got 'a\\x00b', expected a text"),
         (["--model.width"], "--model.width: expected a value after it"),
         (["--flip", "maybe"], "got 'maybe' where no argument is expected"),
         (["--config", "none.yaml"], "none.yaml: no such file"),
@@ -320,6 +323,14 @@ def test_mistakes_in_data(folder, tmp_path, capsys):
         line = fails(capsys, "train", "--data", str(folder), *out, *SMALL_RUN, "--workers", workers)
         assert "images/training/b.jpg: cannot be decoded" in line
     assert not (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_a_run_does_not_go_into_the_folder_of_a_model(tmp_path, capsys):
+    """Commands would go on to take the model that was there."""
+    (tmp_path / "config.json").write_text("{}")
+    line = fails(capsys, "train", "--data", "synthetic", *SMALL_RUN, "--out", str(tmp_path))
+    assert line.endswith(f"out: {tmp_path} holds a model (config.json); choose another folder for the run")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_mistakes_in_folders_and_numbers(tmp_path, capsys):
