@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 MLPS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
@@ -54,8 +57,10 @@ class BackboneConfig:
     shrink_at: int | None = None
 
     def __post_init__(self) -> None:
-        _check_whole(self, "width", "depth", "heads", "patch_size", "in_channels")
-        _check_whole(self, "register_tokens", least=0)
+        _check_types(self)
+        _check_sizes(self, "width", "depth", "heads", "patch_size", "in_channels")
+        _check_sizes(self, "register_tokens", least=0)
+        _check(self.mlp_ratio <= 64, f"mlp_ratio must be at most 64, got {self.mlp_ratio}")
         ratio, hidden = self.mlp_ratio, self.mlp_ratio * self.width
         _check(
             math.isfinite(hidden) and hidden >= 1, f"mlp_ratio must give at least one channel, got {ratio}"
@@ -63,10 +68,6 @@ class BackboneConfig:
         _check(
             self.mlp == "gelu" or int(hidden) % 2 == 0,
             f"mlp_ratio {ratio} gives {int(hidden)} channels, and {self.mlp!r} needs an even number",
-        )
-        _check(
-            self.layer_scale is None or math.isfinite(self.layer_scale),
-            f"layer_scale must be None or finite, got {self.layer_scale}",
         )
         _check(self.width % self.heads == 0, f"width {self.width} is not divisible by heads {self.heads}")
         _check(self.mlp in MLPS, f"mlp must be {', '.join(map(repr, MLPS))}, got {self.mlp!r}")
@@ -143,8 +144,9 @@ class SegViTConfig:
         def fill(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        if isinstance(self.image_size, int):
+        if isinstance(self.image_size, Integral) and not isinstance(self.image_size, bool):
             fill("image_size", (self.image_size, self.image_size))
+        _check_types(self)
         for name in ("taps", "image_size", "mean", "std", "value_range", "class_names"):
             if getattr(self, name) is not None:
                 fill(name, tuple(getattr(self, name)))
@@ -155,7 +157,7 @@ class SegViTConfig:
         if self.decoder_heads is None:
             fill("decoder_heads", max(1, self.decoder_dim // 32))
 
-        _check_whole(self, "num_classes", "decoder_dim", "decoder_heads", "decoder_depth")
+        _check_sizes(self, "num_classes", "decoder_dim", "decoder_heads", "decoder_depth")
         _check(
             self.decoder_dim % self.decoder_heads == 0,
             f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}",
@@ -173,8 +175,8 @@ class SegViTConfig:
         )
         patch, size = self.backbone.patch_size, self.image_size
         _check(
-            len(size) == 2 and all(side >= patch and side % patch == 0 for side in size),
-            f"image_size must be two multiples of the patch size {patch}, got {size}",
+            len(size) == 2 and all(patch <= side <= _LARGEST and side % patch == 0 for side in size),
+            f"image_size must be two multiples of the patch size {patch}, at most {_LARGEST:,}, got {size}",
         )
         channels = self.backbone.in_channels
         for name in ("mean", "std"):
@@ -286,12 +288,48 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_whole(config: Any, *names: str, least: int = 1) -> None:
+_LARGEST = 1 << 16  # of whatever is counted; blocks and heads have their own
+_MOST = {"depth": 1000, "decoder_depth": 1000, "heads": 4096, "decoder_heads": 4096, "patch_size": 1024}
+
+
+def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
     for name in names:
-        value = getattr(config, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _check(whole, f"{name} must be a whole number, got {value!r}")
+        value, most = getattr(config, name), _MOST.get(name, _LARGEST)
         _check(value >= least, f"{name} must be at least {least}, got {value}")
+        _check(value <= most, f"{name} must be at most {most:,}, got {value}")
+
+
+def _check_types(config: Any) -> None:
+    """Raise ValueError for the first field whose value is not of its type; lists do for tuples."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        _check(_is_of(kind, value), f"{name} must be {_described(kind)}, got {value!r}"[:300])
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(member, value) for member in arguments)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(kinds) == len(value) and all(map(_is_of, kinds, value))
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_described, arguments))
+    if typing.get_origin(kind) is tuple:
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} of "
+        return f"a list ({count}{_described(arguments[0])})"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return words.get(kind) or ("null" if kind is types.NoneType else f"a {kind.__name__}")
 
 
 def _lists(value: Any) -> Any:
@@ -305,7 +343,4 @@ def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}")
-    try:
-        return cls(**values)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{cls.__name__}: a value has the wrong type: {error}") from None
+    return cls(**values)

@@ -378,6 +378,8 @@ class Draw:
                 continue
             name, kind = field.name, kinds[field.name]
             flag = f"--{name.replace('_', '-')}"
+            if name == "compile":  # it builds for minutes
+                continue
             if kind is bool:
                 words.append(flag if self.rng.random() < 0.5 else f"--no-{flag[2:]}")
                 continue
@@ -481,7 +483,8 @@ def judge(words: list[str], code: int, out: str, err: str, before: dict, root: P
     if "--progress" in words:
         lines = [line for line in lines if "\u2501" not in line and not line.startswith("step ")]
     if words[0] == "bench":  # says on stderr what it is doing
-        lines = [line for line in lines if not line.startswith(("timing ", "where the time goes"))]
+        doing = ("timing ", "where the time goes", "building ", "measuring ")
+        lines = [line for line in lines if not line.startswith(doing)]
     if code == 0 and lines:
         faults.append(f"it went well, and complains: {lines[:3]}")
     if code == 2:
