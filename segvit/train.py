@@ -156,6 +156,8 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
     """
     kind = LinearSegmenter if config.head == "linear" else SegViT
     overrides = {"image_size": config.image_size, **config.model}
+    if wrong := [name for name in ("num_classes", "name", "backbone") if name in config.model]:
+        raise ValueError(f"model: {wrong[0]} is not a field to change; the data give the number of classes")
     overrides.setdefault("class_names", dataset.class_names)
     overrides.setdefault("palette", dataset.palette)
     overrides.setdefault("value_range", config.value_range or None)

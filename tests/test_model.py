@@ -481,7 +481,7 @@ def test_config_round_trip():
         (lambda: SegViTConfig.preset("vit_huge", 3), "unknown preset 'vit_huge'; known: vit_tiny"),
         (lambda: SegViTConfig.preset("vit_tiny", 3, windth=4), "no field windth"),
         (lambda: SegViTConfig.from_dict({"num_classes": 3}), "needs backbone, taps"),
-        (lambda: BackboneConfig.from_dict({"width": "wide"}), "wrong type"),
+        (lambda: BackboneConfig.from_dict({"width": "wide"}), "width must be a whole number"),
         (lambda: tiny_config(num_classes=0), "num_classes must be at least 1"),
         (lambda: tiny_config(taps=(0, 1)), "end with the last block, 2; got"),
         (lambda: tiny_config(image_size=(30, 32)), r"multiples of the patch size 8, got \(30, 32\)"),

@@ -171,7 +171,7 @@ def test_bad_paths_are_named(checkpoint, pictures, tmp_path):
     refused(ValueError, r"text\.png: not a picture", checkpoint, tmp_path, images=[str(text)])
     refused(ValueError, "a file name cannot hold a NUL", checkpoint, tmp_path, images=["a\0b"])
     refused(ValueError, "images: got none", checkpoint, tmp_path, images=[])
-    refused(FileNotFoundError, "nowhere: no checkpoint", tmp_path / "nowhere", tmp_path, images=[good])
+    refused(FileNotFoundError, "nowhere: no such checkpoint", tmp_path / "nowhere", tmp_path, images=[good])
     refused(ValueError, r"alpha: got 2", checkpoint, tmp_path, images=[good], alpha=2)
     refused(ValueError, "backend: got 'abacus'", checkpoint, tmp_path, images=[good], backend="abacus")
 
