@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
+FUZZ_RUNS ?= 2000
 OLD := $(VENV)-triton-3.6
 
-.PHONY: demo test gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
+.PHONY: demo test fuzz gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ $(OLD)/.installed: $(VENV)/.installed
 
 gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes with torch 2.11
 	$(OLD)/bin/python -m pytest -q -n 2 --dist worksteal $(GATE) tests/test_triton_compiles.py
+
+fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
+	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/test_fuzz_cli.py
 
 lint: $(VENV)/.installed  ## mend what the linter can
 	$(BIN)/ruff check --fix .

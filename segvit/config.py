@@ -175,8 +175,12 @@ class SegViTConfig:
         )
         patch, size = self.backbone.patch_size, self.image_size
         _check(
-            len(size) == 2 and all(patch <= side <= _LARGEST and side % patch == 0 for side in size),
-            f"image_size must be two multiples of the patch size {patch}, at most {_LARGEST:,}, got {size}",
+            len(size) == 2 and all(side >= patch and side % patch == 0 for side in size),
+            f"image_size must be two multiples of the patch size {patch}, got {size}",
+        )
+        _check(
+            max(size) <= _LARGEST,
+            f"image_size must be at most {_LARGEST:,}, got {size}",
         )
         channels = self.backbone.in_channels
         for name in ("mean", "std"):
