@@ -356,7 +356,7 @@ def test_mistakes_in_folders_and_numbers(tmp_path, capsys):
 
 def test_checkpoints_that_do_not_fit(folder, checkpoint, tmp_path, capsys):
     words = ["evaluate", "--data", str(folder), "--no-progress", "--workers", "0", "--accelerator", "cpu"]
-    assert "no checkpoint here" in fails(capsys, *words, "--checkpoint", str(tmp_path))
+    assert "no checkpoint in this folder" in fails(capsys, *words, "--checkpoint", str(tmp_path))
     assert "its folder does not exist" in fails(
         capsys, *words, "--checkpoint", str(checkpoint), "--json", str(tmp_path / "no" / "r.json")
     )
