@@ -73,13 +73,12 @@ GPU_OUT ?= build/gpu
 gpu:  ## all that one GPU can show, in nine minutes, into the folder GPU_OUT (CACHE=: an archive of precompile)
 	PYTHONPATH=. $(PYTHON) -m bench gpu --out $(GPU_OUT) $(if $(CACHE),--cache $(CACHE))
 
-# Triton's wheel and Python's minor version are parts of the keys: PRECOMPILE_PYTHON is one with those of the GPU
-# machine, such as that of the environment of `make gate-3.6`.
-PRECOMPILE_PYTHON ?= $(PYTHON)
+# Triton's wheel and Python's minor version are parts of the keys: for a GPU machine with Python 3.12,
+# make precompile PYTHON=python3.12 VENV=.venv-3.12
 CACHE_OUT ?= build/sm_90.tar.gz
-precompile:  ## the Triton kernels of `make gpu`, compiled for sm_90 without a GPU, into the archive CACHE_OUT
+precompile: $(OLD)/.installed  ## the Triton kernels of `make gpu` for sm_90, compiled with Triton 3.6 and no GPU, into CACHE_OUT
 	mkdir -p $(dir $(CACHE_OUT))
-	PYTHONPATH=. $(PRECOMPILE_PYTHON) -m bench precompile --out $(CACHE_OUT)
+	PYTHONPATH=. $(OLD)/bin/python -m bench precompile --out $(CACHE_OUT)
 
 clean:
 	rm -rf $(VENV) $(OLD) build dist *.egg-info segvit_kernels/libsegvit_*
