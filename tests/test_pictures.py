@@ -177,6 +177,7 @@ def test_a_label_is_turned_as_its_own_file_says(tmp_path):
     assert read_label(saved(tmp_path, label, "a.png", exif=exif)).tolist() == np.rot90(label, -1).tolist()
 
 
+@pytest.mark.filterwarnings("error")
 def test_damaged_exif_does_no_harm(tmp_path):
     file = saved(tmp_path, COLOURS, "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
     assert read_image(file).shape == (3, 6, 9)
@@ -334,6 +335,7 @@ def test_label_files_refused(tmp_path):
     "content", [b"", b"text", b"\x89PNG\r\n\x1a\nrubbish", b"II*\0rubbish", b"\x93NUMPYrubbish"]
 )
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.npy"])
+@pytest.mark.filterwarnings("error")
 def test_rubbish_is_one_line_that_names_the_file(tmp_path, content, name):
     file = tmp_path / name
     file.write_bytes(content)

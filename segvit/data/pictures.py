@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", "
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy")
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
-_open_lock = threading.Lock()
+_lock = threading.Lock()
 
 Range = Sequence[float] | None
 
@@ -301,13 +302,21 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be decoded as an image ({reason})") from None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings about damaged data beside the pixels; by one thread at a time."""
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _open(path: Path) -> Any:
     """A PIL image whose pixels are not read yet; None for a TIFF that Pillow cannot read.
 
     Our limit of pixels stands in place of Pillow's, which microscopes and satellites exceed.
     """
     image_module = require("PIL.Image", extra="train")
-    with _named(path), _open_lock:
+    with _named(path), _quiet():
         before, image_module.MAX_IMAGE_PIXELS = image_module.MAX_IMAGE_PIXELS, None
         try:
             image = image_module.open(path)
@@ -466,7 +475,8 @@ def _load(image: Any) -> None:
 def _orientation(image: Any) -> int:
     """The EXIF orientation of a loaded picture, 1 to 8."""
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        with _quiet():
+            value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data: the pixels are there all the same
         return 1
     return value if value in range(1, 9) else 1
