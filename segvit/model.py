@@ -428,10 +428,10 @@ class SegViT(nn.Module):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         needed = {
-            key: known[key]
-            for key in ("heads", "mlp")
-            if known.get(key, getattr(own, key)) != getattr(own, key)
+            key: known[key] for key in ("heads", "mlp") if known.get(key) not in (None, getattr(own, key))
         }
+        if theirs.width != own.width or theirs.depth < own.depth:
+            needed = {}  # another size, which the loader says
         if needed:
             found = ", ".join(f"{key} {value}" for key, value in needed.items())
             raise ValueError(f"{name}: weights of a ViT with {found}; use --model '{_options(needed)}'")

@@ -307,8 +307,11 @@ def _from_architecture(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"not a plain ViT: {name}")
         return {}
     arguments = config.get("model_args") if isinstance(config.get("model_args"), dict) else {}
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": 0})
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": 0})
+    except Exception as error:
+        raise ValueError(f"timm cannot make its {name} with {arguments} ({first_line(error)})") from None
     return known_from_timm(model)[0]
 
 

@@ -256,3 +256,43 @@ def test_hub_names_in_every_command(tmp_path, hub, capsys):
     (tmp_path / "hub/owner/vit/config.json").write_text('{"model_type": "vit"}')
     assert main(["predict", str(tmp_path / "a.png"), "--checkpoint", "owner/vit", "--out", out]) == 2
     assert "a plain ViT's weights go to --backbone-weights" in capsys.readouterr().err
+
+
+def test_weights_decide_what_the_options_leave_open(tmp_path):
+    pytest.importorskip("lightning_fabric", reason="needs the extra train")
+    from types import SimpleNamespace
+
+    from segvit.options import TrainConfig
+    from segvit.train import build_model
+
+    theirs = make_model(mlp="quick_gelu", pre_norm=True, layer_scale=0.1, register_tokens=2, qkv_bias=False)
+    save_file(state_of(theirs), tmp_path / "model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"quick_gelu": True}, "preprocess_cfg": IMAGENET})
+    )
+    data, said = SimpleNamespace(num_classes=3, class_names=None, palette=None), []
+
+    def build(weights=str(tmp_path), **model):
+        sizes = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "taps": (0, 1)}
+        config = TrainConfig(
+            data="synthetic", out=str(tmp_path / "run"), image_size=32, backbone_weights=weights,
+            preset="vit_tiny", model={**sizes, **model},
+        )  # fmt: skip
+        return build_model(config, data, said.append)
+
+    model = build()
+    same = ("mlp", "pre_norm", "register_tokens", "qkv_bias")
+    assert all(getattr(model.config.backbone, k) == getattr(theirs.config.backbone, k) for k in same)
+    assert (model.config.backbone.norm_eps, model.config.mean) == (1e-5, IMAGENET["mean"])
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(value, theirs.backbone.state_dict()[key]), key
+    assert "mean 0.485 0.456 0.406" in said[0]
+    assert build(mean=[0.1] * 3, std=[0.2] * 3).config.mean == (0.1, 0.1, 0.1) and "not taken" in said[1]
+    with pytest.raises(ValueError, match=r"mlp quick_gelu; use --model '\{mlp: quick_gelu\}'"):
+        build(mlp="gelu")
+    with pytest.raises(ValueError, match="choose that preset"):
+        build(depth=3, taps=(0, 2))
+    (tmp_path / "open_clip_config.json").unlink()
+    with pytest.raises(ValueError, match="QuickGELU"):
+        build()
+    assert build(mlp="quick_gelu").config.backbone.pre_norm
