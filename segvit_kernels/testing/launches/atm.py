@@ -6,7 +6,7 @@ from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import atm
 
 KERNELS = {
-    "_atm_fwd_kernel": Demand(32, tensor=3, stack=8, serialised=("dropout",)),
+    "_atm_fwd_kernel": Demand(32, tensor=3, serialised=("dropout",)),
     "_atm_combine_kernel": Demand(12, barriers=2),
     "_atm_bwd_kernel": Demand(32, tensor=5),
     "_atm_bwd_query_kernel": Demand(10, barriers=0),
