@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+from segvit_kernels.testing import stub
+
 ROOT = Path(__file__).resolve().parents[1]
 
 START = """
@@ -17,24 +20,26 @@ from segvit_kernels.testing import stub
 gpu = stub.install(multiprocessors=114)
 """
 LAUNCH = """
-from segvit_kernels import subsample_layer_norm
-x = torch.randn(2, 12, 64)
-with gpu.record() as records:
-    gpu.stream = 5
-    normed = subsample_layer_norm(x, torch.ones(64), torch.zeros(64), grid=(3, 4), stride=2)[0]
-(record,) = records
-x_ptr, normed_ptr = (int.from_bytes(record.parameters[i], "little") for i in (0, 3))
+from triton import knobs
 from triton.runtime import driver
-print(json.dumps({
-    "name": record.name, "stream": record.stream, "launches": gpu.launches, "threads": record.threads,
-    "sizes": [len(p) for p in record.parameters[:9]],
-    "pointers": [x_ptr == x.data_ptr(), normed_ptr == normed.data_ptr()],
-    "strides": [int.from_bytes(p, "little") for p in record.parameters[8:11]],
-    "multiprocessors": driver.active.utils.get_device_properties(0)["multiprocessor_count"],
-}))
-"""
-PRETENDED = """
+from segvit_kernels import subsample_layer_norm
 from segvit_kernels.testing.stub.torch_cuda import pretended
+
+def call(x):
+    with gpu.record() as records:
+        normed = subsample_layer_norm(x, torch.ones(64), torch.zeros(64), grid=(3, 4), stride=2)[0]
+    (record,) = records
+    numbers = [int.from_bytes(p, "little") for p in record.parameters]
+    pointers = [numbers[0] == x.data_ptr(), numbers[3] == normed.data_ptr()]
+    return [record.name, record.programs, record.threads, record.shared, *pointers, *numbers[8:]], record
+
+gpu.stream = 5
+first, record = call(torch.randn(2, 12, 64))  # by the JIT
+gpu.stream = 6
+again, other = call(torch.randn(2, 12, 64))  # from the plan
+seen = []
+knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+watched, _ = call(torch.randn(2, 12, 64))
 device = torch.device("cuda", 0)
 with pretended(gpu):
     from bench import timing
@@ -42,7 +47,12 @@ with pretended(gpu):
     graph = timing.capture(lambda: x + 1)
     graph.replay()
     inside = [torch.cuda.is_available(), torch.cuda.get_device_properties(device).multi_processor_count]
-print(json.dumps({"inside": inside, "device": str(x.device), "after": torch.cuda.is_available()}))
+print(json.dumps({
+    "first": first[:3] + first[4:6], "strides": first[6:9], "sizes": [len(p) for p in record.parameters[:9]],
+    "same": first == again == watched, "streams": [record.stream, other.stream], "seen": seen,
+    "launches": gpu.launches, "inside": inside, "device": str(x.device), "after": torch.cuda.is_available(),
+    "multiprocessors": driver.active.utils.get_device_properties(0)["multiprocessor_count"],
+}))
 """
 
 
@@ -58,23 +68,27 @@ def run(source, **environment):
 
 
 def test_launches_reach_the_driver_with_their_parameters():
-    found = run(LAUNCH)
-    assert found == {
-        "name": "_subsample_norm_fwd_kernel",
-        "stream": 5,
-        "launches": 1,
-        "threads": 128,
-        "sizes": [8] * 8 + [4],
-        "pointers": [True, True],
+    """By the JIT, from a plan, and past the plan where a hook watches; then torch.cuda for a while."""
+    assert run(LAUNCH) == {
+        "first": ["_subsample_norm_fwd_kernel", 1, 128, True, True],
         "strides": [768, 64, 24],
+        "sizes": [8] * 8 + [4],
+        "same": True,
+        "streams": [5, 6],
+        "seen": ["_subsample_norm_fwd_kernel"],
+        "launches": 3,
+        "inside": [True, 114],
+        "device": "cpu",
+        "after": False,
         "multiprocessors": 114,
     }
 
 
-def test_torch_cuda_is_pretended_inside_its_block():
-    assert run(PRETENDED) == {"inside": [True, 114], "device": "cpu", "after": False}
-
-
-def test_refuses_the_interpreter():
-    with pytest.raises(AssertionError, match="TRITON_INTERPRET is 1"):
-        run("", TRITON_INTERPRET="1")
+def test_refuses_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(stub.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is 1"):
+        stub.install()
+    monkeypatch.setattr(stub.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="hide it"):
+        stub.install()
