@@ -372,6 +372,19 @@ def test_far_strides_are_copied():
     assert kernels._addressable(far, 2).is_contiguous()
 
 
+@pytest.mark.parametrize(("w", "strides"), [(1, (4096, 256, 16, 1)), (16, (8192, 512, 32, 2))])
+def test_neighbours_of_a_row_are_neighbours_in_memory(w, strides):
+    """The preparing kernel says so to the compiler, which reads 16 at once where strides are multiples of 16."""
+    masks = torch.empty(2**15, device="meta").as_strided((2, 8, 16, w), strides)
+    probs = torch.empty(2, 8, 5, device="meta")
+    config = kernels._config((2, 64, 64, 8, 5), torch.float32, "sm_90", (16 / 64, w / 64))
+    _, launches = kernels._launches([masks], probs, [], 2, 64, 64, True, False, 0.0, config)
+    assert launches[0].arguments["masks_ptr"].is_contiguous()
+    plain = torch.empty(2, 8, 16, w, device="meta")
+    _, launches = kernels._launches([plain], probs, [], 2, 64, 64, True, False, 0.0, config)
+    assert launches[0].arguments["masks_ptr"] is plain
+
+
 def test_accumulators():
     assert kernels._parts(150, 192) == ((128, 32), 1)
     assert kernels._parts(171, 192) == ((128, 32, 16), 1)

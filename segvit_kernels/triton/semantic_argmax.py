@@ -674,6 +674,13 @@ def _addressable(tensor: Tensor, axes: int) -> Tensor:
     return tensor if reach < 2**31 else tensor.contiguous()
 
 
+def _in_rows(masks: Tensor) -> Tensor:
+    """The masks, or a copy where 16 neighbours of a row may be none in memory: the preparing kernel tells the
+    compiler that they are, which then reads them at once if strides are multiples of 16."""
+    rows_of_one = masks.shape[-1] == 1 and masks.stride(-2) != 1
+    return masks.contiguous() if masks.stride(-1) != 1 or rows_of_one else masks
+
+
 def _holds(
     config: dict[str, Any], dtype: torch.dtype, padded_q: int, views: list[Tensor], prune: float
 ) -> bool:
@@ -741,7 +748,7 @@ def _launches(
         views_here, _, h, w = masks.shape
         if views_here == 0:
             continue
-        masks = _addressable(masks, 2)
+        masks = _in_rows(_addressable(masks, 2))
         programs = min(cdiv(h * w, constants["BLOCK_CELLS"]), cdiv(config["programs"], views_here))
         arguments = {
             "masks_ptr": masks,
