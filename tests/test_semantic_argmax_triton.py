@@ -374,7 +374,7 @@ def test_far_strides_are_copied():
 
 @pytest.mark.parametrize(("w", "strides"), [(1, (4096, 256, 16, 1)), (16, (8192, 512, 32, 2))])
 def test_neighbours_of_a_row_are_neighbours_in_memory(w, strides):
-    """The preparing kernel says so to the compiler, which reads 16 at once where strides are multiples of 16."""
+    """The preparing kernel says so to the compiler, which then reads 16 at once."""
     masks = torch.empty(2**15, device="meta").as_strided((2, 8, 16, w), strides)
     probs = torch.empty(2, 8, 5, device="meta")
     config = kernels._config((2, 64, 64, 8, 5), torch.float32, "sm_90", (16 / 64, w / 64))
