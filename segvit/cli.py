@@ -529,7 +529,7 @@ def _run(words: list[str]) -> int:
         print(_command_help())
         return 0
     if words[:1] == ["--version"]:
-        from segvit_kernels._version import __version__
+        from segvit_kernels import __version__
 
         print(f"segvit {__version__}")
         return 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from segvit_kernels._folding import HOOKS, Folded, is_plain
@@ -330,6 +329,10 @@ class _UpsampleLayer(nn.Module):
 def same_grid(grid: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two grids are the same. Sizes that a trace leaves open are not, unless they always are: its
     program then holds for both."""
+    if not torch.compiler.is_compiling() and all(type(n) is int for n in (*grid, *other)):
+        return tuple(grid) == tuple(other)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings SymPy
+
     return all(statically_known_true(a == b) for a, b in zip(grid, other, strict=True))
 
 
