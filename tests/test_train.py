@@ -595,7 +595,9 @@ def test_resume_elsewhere_longer_and_otherwise(tmp_path, capsys):
             folder = tmp_path / "data" / kind / split
             folder.mkdir(parents=True)
             for name in "ab":
-                Image.new("RGB" if kind == "images" else "L", (32, 32), value).save(folder / f"{name}.png")
+                picture = Image.new("RGB" if kind == "images" else "L", (32, 32), value)
+                picture.paste(0, (0, 0, 16, 32))
+                picture.save(folder / f"{name}.png")
     (tmp_path / "data" / "names.txt").write_text("one\ntwo\n")
     config = tiny(tmp_path / "run", data=str(tmp_path / "data"), max_steps=2, reduce_zero_label=False)
     train(config)

@@ -258,7 +258,7 @@ class SegmentationFolder(Dataset):
         if self._problem:
             raise ValueError(self._problem)
         summary, own = self._summary, self._classes_in(self._summaries[self.split])
-        if self.split == "training" and len(own) == 1:
+        if self.split == "training" and len(own) == 1 < self.num_classes:
             (only,) = own
             raise ValueError(
                 f"{self.root}: in the training label maps everything that is not ignored is "

@@ -135,7 +135,7 @@ def decide(
             f"{source}: every pixel is ignored: the only values are {listed}"
             + ("; leave --reduce-zero-label out" if reading.reduce_zero_label and 0 in counts else "")
         )
-    if num_classes == 1:
+    if num_classes == 1 and set(counts) != {1}:  # 1 alone is that class; 0 and 255 may be a background
         raise ValueError(
             f"{source}: values {spans(sorted(counts))} and a single class leave nothing to tell apart; name "
             "the background as a class too (two names, the one of value 0 first)"
