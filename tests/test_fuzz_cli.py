@@ -487,7 +487,7 @@ def judge(words: list[str], code: int, out: str, err: str, before: dict, root: P
         faults.append(f"exit code {code}")
     lines = err.splitlines()
     if "--progress" in words:
-        lines = [line for line in lines if "\u2501" not in line and not line.startswith("step ")]
+        lines = [line for line in lines if not re.search(r" \d+/\d+ |^step ", line)]
     if words[0] == "bench":  # says on stderr what it is doing
         doing = ("timing ", "where the time goes", "building ", "measuring ")
         lines = [line for line in lines if not line.startswith(doing)]
