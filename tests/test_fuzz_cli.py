@@ -480,7 +480,7 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def judge(words: list[str], code: int, out: str, err: str, before: dict, root: Path) -> list[str]:
+def judge(words: list[str], code: int, err: str, before: dict, root: Path, inputs: set[str]) -> list[str]:
     """What is wrong with a run."""
     faults = []
     if code not in (0, 2, 130):
@@ -502,7 +502,9 @@ def judge(words: list[str], code: int, out: str, err: str, before: dict, root: P
             faults.append("an endless line")
     after = listing(root)
     for name, state in before.items():
-        if name.startswith("out") or any(word.endswith(name) for word in words):
+        if name not in inputs or any(
+            word.endswith(name) for word in words
+        ):  # of an earlier run, or asked for
             continue
         if after.get(name) != state and not name.startswith(".") and "segvit" not in name:
             faults.append(f"an input changed: {name}")
@@ -610,6 +612,7 @@ def test_every_run_ends_well(world, monkeypatch, capsys):
     limit = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, limit[1]))  # absurd sizes fail instead of the machine
     numbers = [int(os.environ["SEGVIT_FUZZ_RUN"])] if "SEGVIT_FUZZ_RUN" in os.environ else range(RUNS)
+    inputs = set(listing(root))
     codes: dict[tuple[str, int], int] = {}
     failures = []
     try:
@@ -628,7 +631,7 @@ def test_every_run_ends_well(world, monkeypatch, capsys):
                 faults = [f"escapes: {type(error).__name__}: {error} ({trace.filename}:{trace.lineno})"]
                 code = -1
             else:
-                faults = judge(words, code, out, err, before, root)
+                faults = judge(words, code, err, before, root, inputs)
             torch.set_rng_state(state[0])
             torch.set_num_threads(state[1])
             codes[words[0], code] = codes.get((words[0], code), 0) + 1
