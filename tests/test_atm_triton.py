@@ -175,7 +175,8 @@ def test_any_scale(scale, poisoned):
     found = atm.atm_bwd(*grads, *tensors, output, lse, None, scale, 0.0, True)
     pairs = zip((output, masks, *found), (*truth, *true_grads), strict=True)
     for actual, expected in pairs:
-        assert testing.relative_error(actual, expected.detach()) < 2e-5
+        # Weights of logits of some hundreds err by as many roundings.
+        assert testing.relative_error(actual, expected.detach()) < (5e-5 if scale > 1 else 2e-5)
 
 
 def test_strides(poisoned):

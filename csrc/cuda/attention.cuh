@@ -317,9 +317,21 @@ void with_engine(const Device& device, const Attention& a, const F& f) {
 // -----------------------------------------------------------------------------------------------------------
 // Tiles
 
-// The padding of an image's tokens, or null.
+// The padding of an image's tokens; null, for the compiler too, in kernels for calls without: they keep their
+// registers.
+template <bool kPadded>
 SEGVIT_DEVICE const bool* padding_of(const Attention& a, int image) {
-  return a.padding ? a.padding + static_cast<int64_t>(image) * a.keys : nullptr;
+  if constexpr (kPadded) return a.padding + static_cast<int64_t>(image) * a.keys;
+  return nullptr;
+}
+
+// Calls f(std::bool_constant) for whether there is padding.
+template <class F>
+void with_padding(const Attention& a, const F& f) {
+  if (a.padding)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
 }
 
 // `count` rows of `columns` into a tile, from row `start` on and element `offset` of it; zeros where there

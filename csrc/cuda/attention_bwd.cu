@@ -52,7 +52,7 @@ SEGVIT_DEVICE void pipeline(Stage (&stages)[E::kStages], int tiles, const Load& 
 }
 
 // Gradients of E::kRows keys and values. Tiles hold dO and Q; fragments are (keys, queries).
-template <class T, int D>
+template <class T, int D, bool kPadded>
 SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
   using E = Engine<T, D>;
   constexpr int kTile = E::kTileBackward;
@@ -68,7 +68,7 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
   const float* delta = g.delta + static_cast<int64_t>(image_head) * a.queries;
   const bool has_output = g.output.data != nullptr;
 
-  const bool* padding = padding_of(a, image);
+  const bool* padding = padding_of<kPadded>(a, image);
   load_tile<E, D, E::kRows>(shared.first, a.key, image * a.key.batch + head * a.key.head, n_start, a.keys,
                             a.dim, a.type, padding);
   if (has_output)
@@ -154,7 +154,7 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
 }
 
 // Gradients of E::kRows queries. Tiles hold K and V; fragments are (queries, keys).
-template <class T, int D>
+template <class T, int D, bool kPadded>
 SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
   using E = Engine<T, D>;
   constexpr int kTile = E::kTileBackward;
@@ -165,7 +165,7 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
   int64_t key_offset = image * a.key.batch + head * a.key.head;
   int64_t value_offset = image * a.value.batch + head * a.value.head;
   const bool has_output = g.output.data != nullptr;
-  const bool* padding = padding_of(a, image);
+  const bool* padding = padding_of<kPadded>(a, image);
 
   if (has_output) {
     load_tile<E, D, E::kRows>(shared.first, a.query, image * a.query.batch + head * a.query.head, m_start,
@@ -259,16 +259,16 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
   }
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(Engine<T, D>::kThreads, D == 32 ? 3 : 2)
+template <class T, int D, bool kPadded>
+__global__ void __launch_bounds__(Engine<T, D>::kThreads, D == 32 && !kPadded ? 3 : kPadded ? 1 : 2)
     attention_bwd_key_value_kernel(Attention a, AttentionGradients g) {
-  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) key_value<T, D>(a, g);
+  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) key_value<T, D, kPadded>(a, g);
 }
 
-template <class T, int D>
+template <class T, int D, bool kPadded>
 __global__ void __launch_bounds__(Engine<T, D>::kThreads)
     attention_bwd_query_kernel(Attention a, AttentionGradients g) {
-  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) query<T, D>(a, g);
+  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) query<T, D, kPadded>(a, g);
 }
 
 constexpr int kThreads = 256;
@@ -328,10 +328,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Optional grad_output, Optional 
   with_engine(device, a, [&]<class T, int D>(Engine<T, D>) {
     using E = Engine<T, D>;
     unsigned heads = a.batch * a.heads;
-    launch(&attention_bwd_key_value_kernel<T, D>, ceil_div(a.keys, E::kRows) * heads, E::kThreads,
-           sizeof(BackwardTiles<T, D>), device.stream, a, g);
-    launch(&attention_bwd_query_kernel<T, D>, ceil_div(a.queries, E::kRows) * heads, E::kThreads,
-           sizeof(BackwardTiles<T, D>), device.stream, a, g);
+    with_padding(a, [&]<bool kPadded>(std::bool_constant<kPadded>) {
+      launch(&attention_bwd_key_value_kernel<T, D, kPadded>, ceil_div(a.keys, E::kRows) * heads, E::kThreads,
+             sizeof(BackwardTiles<T, D>), device.stream, a, g);
+      launch(&attention_bwd_query_kernel<T, D, kPadded>, ceil_div(a.queries, E::kRows) * heads, E::kThreads,
+             sizeof(BackwardTiles<T, D>), device.stream, a, g);
+    });
   });
   if (shared)
     launch(&attention_bwd_sum_kernel, ceil_div(size, kThreads), kThreads, 0, device.stream, g.query_parts,

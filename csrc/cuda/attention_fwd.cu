@@ -34,7 +34,7 @@ struct MaskTiles {
   Stage stages[E::kStages];
 };
 
-template <class T, int D>
+template <class T, int D, bool kPadded>
 SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
   using E = Engine<T, D>;
   constexpr int kTile = E::kTile;
@@ -45,7 +45,7 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
   int m_start = blockIdx.x % blocks * E::kRows, row = m_start + warp_index() * 16;
   int64_t key_offset = image * a.key.batch + head * a.key.head;
   int64_t value_offset = image * a.value.batch + head * a.value.head;
-  const bool* padding = padding_of(a, image);
+  const bool* padding = padding_of<kPadded>(a, image);
 
   auto load = [&](int tile) {
     auto& stage = shared.stages[tile % E::kStages];
@@ -148,7 +148,7 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
 }
 
 // The sum over the heads stays in registers.
-template <class T, int D>
+template <class T, int D, bool kPadded>
 SEGVIT_DEVICE void head_mean(const Attention& a, const Rows& previous, char* masks) {
   using E = Engine<T, D>;
   constexpr int kTile = E::kTile;
@@ -163,7 +163,7 @@ SEGVIT_DEVICE void head_mean(const Attention& a, const Rows& previous, char* mas
     int64_t query = image * a.query.batch + head * a.query.head,
             key = image * a.key.batch + head * a.key.head;
     load_tile<E, D, E::kRows>(stage.query, a.query, query, m_start, a.queries, a.dim, a.type);
-    load_tile<E, D, kTile>(stage.key, a.key, key, n_start, a.keys, a.dim, a.type, padding_of(a, image));
+    load_tile<E, D, kTile>(stage.key, a.key, key, n_start, a.keys, a.dim, a.type, padding_of<kPadded>(a, image));
     copy_commit();
   };
 
@@ -204,16 +204,16 @@ SEGVIT_DEVICE void head_mean(const Attention& a, const Rows& previous, char* mas
   }
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(Engine<T, D>::kThreads, D == 128 ? 2 : 4)
+template <class T, int D, bool kPadded>
+__global__ void __launch_bounds__(Engine<T, D>::kThreads, D == 128 || kPadded ? 2 : 4)
     attention_fwd_kernel(Attention a, char* output, float* lse) {
-  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) forward<T, D>(a, output, lse);
+  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) forward<T, D, kPadded>(a, output, lse);
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(Engine<T, D>::kThreads, 4)
+template <class T, int D, bool kPadded>
+__global__ void __launch_bounds__(Engine<T, D>::kThreads, kPadded ? 3 : 4)
     attention_masks_kernel(Attention a, Rows previous, char* masks) {
-  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) head_mean<T, D>(a, previous, masks);
+  if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) head_mean<T, D, kPadded>(a, previous, masks);
 }
 
 }  // namespace
@@ -231,11 +231,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tenso
   with_engine(device, a, [&]<class T, int D>(Engine<T, D>) {
     using E = Engine<T, D>;
     unsigned blocks = ceil_div(a.queries, E::kRows) * a.batch, tiles = ceil_div(a.keys, E::kTile);
-    launch(&attention_fwd_kernel<T, D>, blocks * a.heads, E::kThreads, sizeof(ForwardTiles<T, D>),
-           device.stream, a, data<char>(output), data<float>(lse));
-    if (need_masks)
-      launch(&attention_masks_kernel<T, D>, blocks * tiles, E::kThreads, sizeof(MaskTiles<T, D>),
-             device.stream, a, rows_of(previous_masks), data<char>(masks));
+    with_padding(a, [&]<bool kPadded>(std::bool_constant<kPadded>) {
+      launch(&attention_fwd_kernel<T, D, kPadded>, blocks * a.heads, E::kThreads, sizeof(ForwardTiles<T, D>),
+             device.stream, a, data<char>(output), data<float>(lse));
+      if (need_masks)
+        launch(&attention_masks_kernel<T, D, kPadded>, blocks * tiles, E::kThreads, sizeof(MaskTiles<T, D>),
+               device.stream, a, rows_of(previous_masks), data<char>(masks));
+    });
   });
   return {output, masks, lse};
 }

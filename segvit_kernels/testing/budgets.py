@@ -24,7 +24,8 @@ def assert_within_budget(name: str, actual: Tensor, truth: Tensor, ordinary: Ten
     """Hold ``actual`` to the error budget of its dtype.
 
     The maximum and the RMS error may be twice those that ordinary PyTorch makes in the same dtype, plus
-    rounding; the relative norm may be :data:`RELATIVE_NORM`.
+    rounding; the relative norm may be :data:`RELATIVE_NORM`. The maximum, one element's, gets twice the
+    rounding: in which order a processor adds, for us and for PyTorch, moves it by that much.
 
     Args:
         name: what is compared, for the message.
@@ -51,8 +52,8 @@ def assert_within_budget(name: str, actual: Tensor, truth: Tensor, ordinary: Ten
         # Terms of order one cancel (softmax over one key, say): only their rounding is left.
         assert error.max() <= 2 * allowed.max() + 8 * eps, f"{name}: {error.max():.3g} where terms cancel"
         return
-    for kind, reduce in (("maximum", torch.max), ("rms", lambda x: x.square().mean().sqrt())):
-        found, limit = reduce(error).item(), (2 * reduce(allowed) + 2 * eps * reduce(truth.abs())).item()
+    for kind, reduce, ulps in (("maximum", torch.max, 4), ("rms", lambda x: x.square().mean().sqrt(), 2)):
+        found, limit = reduce(error).item(), (2 * reduce(allowed) + ulps * eps * reduce(truth.abs())).item()
         assert found <= limit, f"{name}: {kind} error {found:.3g}, budget {limit:.3g}"
     relative, limit = relative_error(actual, truth), RELATIVE_NORM[actual.dtype]
     assert relative <= limit, f"{name}: relative error {relative:.3g}, budget {limit:.3g}"

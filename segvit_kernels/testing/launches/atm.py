@@ -9,7 +9,7 @@ KERNELS = {
     "_atm_fwd_kernel": Demand(32, tensor=3, serialised=("dropout",)),
     "_atm_combine_kernel": Demand(12, barriers=2),
     "_atm_bwd_kernel": Demand(32, tensor=5),
-    "_atm_bwd_query_kernel": Demand(10, barriers=0),
+    "_atm_bwd_query_kernel": Demand(4, barriers=0),
     "_atm_fwd_heads_kernel": Demand(32, tensor=2, everywhere=False),
 }
 

@@ -18,7 +18,7 @@ KERNELS = {
     "_query_attention_bwd_start_kernel": Demand(12, barriers=0),
     "_query_attention_bwd_query_kernel": Demand(32, tensor=3, serialised=("dropout", *_TAIL)),
     "_query_attention_bwd_key_kernel": Demand(32, tensor=4, serialised=_KEY),
-    "_atm_bwd_query_kernel": Demand(10, barriers=0),
+    "_atm_bwd_query_kernel": Demand(4, barriers=0),
 }
 
 # name: (batch, queries, keys, heads, head dim), dtype, options
