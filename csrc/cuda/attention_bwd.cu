@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(Engine<T, D>::kThreads, D == 32 && !kPadded ? 
 }
 
 template <class T, int D, bool kPadded>
-__global__ void __launch_bounds__(Engine<T, D>::kThreads)
+__global__ void __launch_bounds__(Engine<T, D>::kThreads, kPadded ? 1 : 0)
     attention_bwd_query_kernel(Attention a, AttentionGradients g) {
   if constexpr (SEGVIT_HAS_MMA || !Engine<T, D>::kTensorCores) query<T, D, kPadded>(a, g);
 }
