@@ -47,7 +47,12 @@ VALIDATION_IMAGES = 48  # for the curve; the figures of the report come from oth
 TEST_IMAGES = 192
 BATCH_SIZE = 8
 MODEL = {
-    "backbone": {"width": 128, "depth": 4, "heads": 4, "patch_size": 8, "mlp_ratio": 4.0},
+    "width": 128,
+    "depth": 4,
+    "heads": 4,
+    "patch_size": 8,
+    "mlp_ratio": 4.0,
+    "drop_path": 0.0,
     "taps": [0, 1, 3],
     "decoder_dim": 64,
     "decoder_depth": 1,

@@ -265,23 +265,26 @@ def test_threads_are_put_back():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vit_huge"], "vit_huge: no such checkpoint folder; presets: vit_tiny, vit_small"),
+        (
+            ["vit_huge"],
+            "vit_huge: no such checkpoint folder, and no owner/name on the Hub; presets: vit_tiny, vit_small",
+        ),
         (["vit_tiny", "--batch", "0"], "batch: got 0, expected at least 1"),
-        (["vit_tiny", "--size", "0"], "size: got [0], expected height and width"),
+        (["vit_tiny", "--size", "0"], "size: got (0,), expected at least 1"),
         (["vit_tiny", "--size", "1", "2", "3"], "size: got [1, 2, 3]"),
         (["vit_tiny", "--size", "wide"], "--size"),
         (["vit_tiny", "--seconds", "0"], "seconds: got 0.0, expected more than 0"),
         (["vit_tiny", "--threads", "0"], "threads: got 0, expected at least 1"),
-        (["vit_tiny", "--classes", "0"], "num_classes must be at least 1, got 0"),
+        (["vit_tiny", "--classes", "0"], "classes: got 0, expected at least 1 or null"),
         (["vit_tiny", "--dtype", "int8"], "--dtype"),
         (["vit_tiny", "--method", "graph", "--accelerator", "cpu"], "method: got 'graph' for a model on cpu"),
         (["vit_tiny", "--backend", "cudnn"], "backend: got 'cudnn'"),
         (["vit_tiny", "--image", "nowhere.png"], "nowhere.png: no such image file"),
         (["vit_tiny", "--json", "no/where/r.json"], "json: no/where/r.json: its folder does not exist"),
         (["vit_tiny", "--json", str(ROOT)], "is a folder, expected a file"),
-        ([str(ROOT)], "no checkpoint here"),
+        ([str(ROOT)], f"{ROOT}: no checkpoint in this folder (expected config.json and model.safetensors)"),
         ([str(ROOT), "--shrunk"], "shrunk: only for a preset (vit_tiny, vit_small, vit_base, vit_large)"),
-        ([], "model"),
+        ([], "missing: MODEL (see --help)"),
     ],
 )
 def test_mistakes(words, message, capsys):

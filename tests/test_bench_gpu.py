@@ -96,7 +96,7 @@ def test_the_rehearsal_leaves_the_files_of_a_run(rehearsed):
     assert "| tiny, 1, float32, forward + backward |" in tables["atm-speed"]
     assert (
         "| memcheck | ok |" in tables["sanitizer"]
-        and "atm forward, registers uncapped" in tables["candidates"]
+        and "atm forward, registers capped at 168" in tables["candidates"]
     )
 
 

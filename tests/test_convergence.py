@@ -16,10 +16,18 @@ from segvit_kernels.ops._attention import draw_seed
 STEPS = 8
 
 
-def plain_formula(query, key, value, *, dropout_p=0.0, previous_masks=None, need_masks=True):
+def plain_formula(
+    query, key, value, *, dropout_p=0.0, previous_masks=None, need_masks=True, key_padding_mask=None
+):
     seed = draw_seed(query.device) if dropout_p else None
     output, masks = atm_reference(
-        query, key, value, dropout_p=dropout_p, seed=seed, previous_masks=previous_masks
+        query,
+        key,
+        value,
+        dropout_p=dropout_p,
+        seed=seed,
+        previous_masks=previous_masks,
+        key_padding_mask=key_padding_mask,
     )
     return ATMOutput(output, masks if need_masks else None)
 

@@ -149,7 +149,11 @@ def test_elsewhere_than_on_the_cpu_no_value_is_read(case):
     shapes = [tuple(logits.shape) for logits in inputs["mask_logits"]]
     assert stacked(result).is_meta and [tuple(g.shape) for g in grads[: len(shapes)]] == shapes
     targets, matches = inputs["targets"], inputs.get("matches")
-    options = (ops._validate(inputs["mask_logits"], targets, inputs.get("num_classes"), 2.0, None), 0.25, 2.0)
+    options = (
+        ops._validate(inputs["mask_logits"], targets, inputs.get("num_classes"), 0.25, 2.0, None),
+        0.25,
+        2.0,
+    )
     sums, areas = ops._fwd_eager(inputs["mask_logits"], targets, matches, *options, False)
     assert sums.shape == (len(shapes), case.batch, case.queries, 4)
     grads = ops._bwd_eager(sums, inputs["mask_logits"], targets, matches, areas, *options, False)
@@ -197,7 +201,7 @@ def test_opcheck(name):
     inputs = BY_NAME[name].inputs(torch.float32)
     logits = as_list(inputs["mask_logits"])
     targets, matches = inputs["targets"], inputs.get("matches")
-    classes = ops._validate(logits, targets, inputs.get("num_classes"), 2.0, None)
+    classes = ops._validate(logits, targets, inputs.get("num_classes"), 0.25, 2.0, None)
     options = (classes, 0.25, 2.0, inputs.get("mask_ignored", False))
     forward = (logits, targets, matches, *options)
     torch.library.opcheck(torch.ops.segvit.mask_loss_fwd.default, forward, test_utils=UTILITIES)

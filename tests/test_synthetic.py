@@ -50,7 +50,7 @@ def test_labels_fit_the_picture():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="split: got 'test'"):
         SyntheticShapes("test")
-    with pytest.raises(ValueError, match="size 8"):
+    with pytest.raises(ValueError, match="image_size: got 8, expected at least 32"):
         SyntheticShapes(size=8)
     with pytest.raises(IndexError):
         SyntheticShapes(length=2)[2]

@@ -19,7 +19,7 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
         TypeError: no number.
         ValueError: not finite, or out of the range.
     """
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    if (isinstance(value, bool) or not isinstance(value, _NUMBERS)) and not _traced(value):
         raise TypeError(f"{name} is {_short(value)}; expected a number")
     if not (least <= value <= most and abs(value) < math.inf):
         finite = "a finite number" if least == -math.inf else f"at least {least:g}"
@@ -36,7 +36,7 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
         TypeError: no whole number.
         ValueError: less than ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, _WHOLE):
+    if (isinstance(value, bool) or not isinstance(value, _WHOLE)) and not _traced(value, whole=True):
         raise TypeError(f"{name} is {_short(value)}; expected a whole number")
     if least is not None and value < least:
         raise ValueError(f"{name} is {value}; expected at least {least}")
@@ -65,6 +65,14 @@ def tensors(name: str, value: Any) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} is {_short(value)}; expected a tensor or a list of tensors")
     return list(value)
+
+
+def _traced(value: Any, whole: bool = False) -> bool:
+    """Whether it is a number of ``torch.jit.trace``, which makes 0-d tensors of the sizes of a tensor."""
+    if not isinstance(value, torch.Tensor) or value.ndim or not torch.jit.is_tracing():
+        return False
+    dtype = value.dtype
+    return dtype != torch.bool and not dtype.is_complex and not (whole and dtype.is_floating_point)
 
 
 def _short(value: Any) -> str:
