@@ -329,8 +329,9 @@ class _UpsampleLayer(nn.Module):
 def same_grid(grid: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two grids are the same. Sizes that a trace leaves open are not, unless they always are: its
     program then holds for both."""
-    if not torch.compiler.is_compiling() and all(type(n) is int for n in (*grid, *other)):
-        return tuple(grid) == tuple(other)
+    if not torch.compiler.is_compiling() and not any(isinstance(n, torch.SymInt) for n in (*grid, *other)):
+        # Under torch.jit.trace sizes are tensors.
+        return all(bool(a == b) for a, b in zip(grid, other, strict=True))
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings SymPy
 
     return all(statically_known_true(a == b) for a, b in zip(grid, other, strict=True))
