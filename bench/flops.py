@@ -127,11 +127,8 @@ class FusedForm(nn.Module):
     """Image to label map as it runs here."""
 
     def __init__(self, model: nn.Module) -> None:
-        from segvit_kernels import freeze
-
         super().__init__()
         self.model = model.fuse()
-        freeze(self.model)  # fvcore hooks every layer, which would undo the folding
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         output = self.model(images)
