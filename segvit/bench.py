@@ -30,14 +30,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import segvit_kernels
-from segvit.checkpoint import atomic_write
 from segvit.config import PRESETS, SegViTConfig
 from segvit.data import read_image
 from segvit.engine import InferenceEngine
 from segvit.evaluate import load_model
-from segvit.machine import pick_backend, pick_device
 from segvit.model import SegViT
 from segvit.options import BenchConfig
+from segvit.system.files import atomic_write
+from segvit.system.machine import pick_backend, pick_device
 
 __all__ = ["BenchConfig", "advice", "measure", "report", "run"]
 

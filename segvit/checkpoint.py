@@ -1,4 +1,4 @@
-"""Reading and writing weights: state dicts from files, names of published checkpoints, atomic writes."""
+"""Reading and writing weights: state dicts from files, names of published checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segvit._extras import require
 from segvit.config import SegViTConfig
-from segvit.files import atomic_write as atomic_write
-from segvit.files import follow
 from segvit.foreign import find_state_dict, timm_name, without_wrappers
-from segvit.text import read_json
+from segvit.system.extras import require
+from segvit.system.files import follow
+from segvit.system.text import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -21,8 +21,6 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from segvit._extras import require
-from segvit._failures import one_line, out_of_memory
 from segvit.options import (
     BenchConfig,
     ConvertConfig,
@@ -32,7 +30,9 @@ from segvit.options import (
     PredictConfig,
     TrainConfig,
 )
-from segvit.text import did_you_mean, parse_yaml, read_text, shown, yaml_value
+from segvit.system.extras import require
+from segvit.system.failures import one_line, out_of_memory
+from segvit.system.text import did_you_mean, parse_yaml, read_text, shown, yaml_value
 
 __all__ = ["main"]
 

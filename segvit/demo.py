@@ -28,16 +28,16 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import segvit_kernels
-from segvit import report
-from segvit.checkpoint import atomic_write
+from segvit.data.synthetic import SyntheticShapes
 from segvit.evaluate import evaluate, load_model
-from segvit.machine import pick_backend, pick_device
 from segvit.model import SegViT
 from segvit.options import DemoConfig, TrainConfig
+from segvit.pictures import report
+from segvit.pictures.visualize import Image, heat, legend_entries, overlay, stage_notes
 from segvit.predict import make_folder, similarity_maps
-from segvit.synthetic import SyntheticShapes
+from segvit.system.files import atomic_write
+from segvit.system.machine import pick_backend, pick_device
 from segvit.train import train
-from segvit.visualize import Image, heat, legend_entries, overlay, stage_notes
 
 __all__ = ["DemoConfig", "run"]
 

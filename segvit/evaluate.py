@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from segvit._extras import require
-from segvit._progress import progress_bar
 from segvit.checkpoint import find_checkpoint, read_config
 from segvit.data import folder_options, open_dataset
-from segvit.files import atomic_write
 from segvit.inference import check_options
-from segvit.interrupts import ignore_signals
-from segvit.machine import pick_backend, started_processes
 from segvit.metrics import ConfusionMatrix
 from segvit.options import EvaluateConfig, InferenceOptions
+from segvit.system.extras import require
+from segvit.system.files import atomic_write
+from segvit.system.interrupts import ignore_signals
+from segvit.system.machine import pick_backend, started_processes
+from segvit.system.progress import progress_bar
 
 __all__ = ["evaluate", "find_checkpoint", "iou_table", "load_model", "make_fabric", "run"]
 
@@ -439,6 +439,6 @@ def _write_matrix(result: dict[str, Any], path: Path) -> None:
 
 
 def _write_picture(result: dict[str, Any], path: Path) -> None:
-    from segvit.visualize import confusion_picture
+    from segvit.pictures.visualize import confusion_picture
 
     confusion_picture(result["confusion"], list(result["iou"])).save(path, "PNG")

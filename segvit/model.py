@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segvit._extras import require
 from segvit.backbone import (
     LayerScale,
     VisionTransformer,
@@ -25,7 +24,6 @@ from segvit.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     LoadReport,
-    atomic_write,
     find_checkpoint,
     load_state_dict,
     read_config,
@@ -37,6 +35,8 @@ from segvit.decoder import ATMDecoder
 from segvit.inference import InferenceOptions, check_region, label_maps, label_maps_with_scores
 from segvit.pretrained import Pretrained, open_pretrained
 from segvit.shrunk import ShrunkDecoder
+from segvit.system.extras import require
+from segvit.system.files import atomic_write
 from segvit_kernels import Views, exportable, pack_linears, semantic_argmax, unpack_linears
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from segvit._extras import require
-from segvit._failures import one_line, out_of_memory
 from segvit.data.pictures import PICTURE_SUFFIXES as SUFFIXES
 from segvit.data.pictures import as_rgb, probe, read_image
-from segvit.machine import pick_backend, pick_device
 from segvit.options import PredictConfig
+from segvit.system.extras import require
+from segvit.system.failures import one_line, out_of_memory
+from segvit.system.machine import pick_backend, pick_device
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,7 +88,7 @@ def class_names(config: SegViTConfig) -> tuple[str, ...]:
 
 def class_colors(config: SegViTConfig) -> np.ndarray:
     """The model's palette, or `visualize.class_palette`; uint8 (num_classes, 3)."""
-    from segvit.visualize import class_palette
+    from segvit.pictures.visualize import class_palette
 
     return class_palette(config.num_classes) if config.palette is None else np.array(config.palette, np.uint8)
 
@@ -301,7 +301,7 @@ class _Job:
 
     def predict(self, file: Path, scratch: ExitStack) -> tuple[dict[str, Callable[[Path], Any]], str]:
         """What is to be written for a picture, by kind, each as a function of the path; and a summary."""
-        from segvit import visualize
+        from segvit.pictures import visualize
 
         image = read_image(file, **self.model.config.reading)
         labels, writers = self._labels(image, scratch)
@@ -344,7 +344,7 @@ class _Job:
         return labels[0].cpu().numpy(), writers
 
     def write(self, path: Path, writer: Callable[[Path], Any]) -> None:
-        from segvit.checkpoint import atomic_write
+        from segvit.system.files import atomic_write
 
         try:
             atomic_write(path, writer)
@@ -405,7 +405,7 @@ class _ScoreFile:
 
 
 def _summary(labels: np.ndarray, names: Sequence[str]) -> str:
-    from segvit.visualize import format_share, legend_entries
+    from segvit.pictures.visualize import format_share, legend_entries
 
     entries = legend_entries(labels, names)
     shares = ", ".join(f"{entry.name} {format_share(entry.share)}" for entry in entries[:4])

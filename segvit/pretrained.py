@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segvit._extras import require
 from segvit.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
 from segvit.checkpoint import find_checkpoint, first_line, hub_name, hub_snapshot, read_checkpoint
 from segvit.config import BackboneConfig
+from segvit.system.extras import require
 
 
 class Pretrained(NamedTuple):

@@ -23,10 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from segvit._extras import require
-from segvit.files import atomic_write, discard, follow, point, replace, synchronise
 from segvit.options import TrainConfig
-from segvit.text import parse_yaml, read_json, read_text, yaml_value
+from segvit.system.extras import require
+from segvit.system.files import atomic_write, discard, follow, point, replace, synchronise
+from segvit.system.text import parse_yaml, read_json, read_text, yaml_value
 
 __all__ = ["Checkpoints", "Log", "prepare", "samples_of"]
 

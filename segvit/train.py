@@ -32,23 +32,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 import segvit_kernels
-from segvit._extras import require
 from segvit.checkpoint import load_state_dict, read_config, read_state_dict
 from segvit.config import SegViTConfig
 from segvit.data import SegmentationFolder, folder_options, open_dataset
+from segvit.data.transforms import Augment, sample_seed
 from segvit.evaluate import batches, check_data, collate, evaluate, launch, make_fabric, progress_bar
-from segvit.files import atomic_write
 from segvit.init_from import init_from
-from segvit.interrupts import Interrupted, Interrupts, obey_parent
 from segvit.linear_head import CrossEntropy, LinearSegmenter
 from segvit.losses import SegViTLoss, weights_of_classes
-from segvit.machine import first_process, started_processes
 from segvit.model import WEIGHTS_FILE, SegViT
 from segvit.options import TrainConfig
 from segvit.pretrained import open_pretrained
 from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, prepare, samples_of
-from segvit.text import read_json
-from segvit.transforms import Augment, sample_seed
+from segvit.system.extras import require
+from segvit.system.files import atomic_write
+from segvit.system.interrupts import Interrupted, Interrupts, obey_parent
+from segvit.system.machine import first_process, started_processes
+from segvit.system.text import read_json
 from segvit_kernels import FusedATM
 
 __all__ = ["TrainConfig", "build_model", "learning_rate_factor", "run", "train"]

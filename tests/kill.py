@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from segvit.files import follow
 from segvit.options import TrainConfig
+from segvit.system.files import follow
 from segvit.train import train
 
 MODEL = {"width": 8, "depth": 1, "heads": 1, "taps": [0], "patch_size": 8, "decoder_depth": 1}

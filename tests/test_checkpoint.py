@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from segvit import BackboneConfig, SegViT, SegViTConfig
-from segvit._extras import require
-from segvit.checkpoint import atomic_write, load_state_dict, read_state_dict, rename_published_keys
+from segvit.checkpoint import load_state_dict, read_state_dict, rename_published_keys
+from segvit.system.extras import require
+from segvit.system.files import atomic_write
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 from safetensors.torch import save_file

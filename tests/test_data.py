@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from segvit.data import SegmentationFolder, open_dataset, read_names
-from segvit.transforms import Augment, RandomScale
+from segvit.data.transforms import Augment, RandomScale
 
 
 def write_pair(root, name, label, split="training", size=None, suffix=".jpg"):

@@ -13,10 +13,10 @@ from PIL import Image
 from segvit import demo
 from segvit.checkpoint import read_state_dict
 from segvit.config import BackboneConfig, SegViTConfig
+from segvit.data.synthetic import CLASS_NAMES, SyntheticShapes
 from segvit.evaluate import evaluate, load_model
 from segvit.model import SegViT
 from segvit.options import DemoConfig
-from segvit.synthetic import CLASS_NAMES, SyntheticShapes
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from segvit import files
-from segvit.files import atomic_write, discard, follow, point
 from segvit.run_folder import Checkpoints, Log
+from segvit.system import files
+from segvit.system.files import atomic_write, discard, follow, point
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from segvit.synthetic import CLASS_NAMES, PALETTE, SyntheticShapes
+from segvit.data.synthetic import CLASS_NAMES, PALETTE, SyntheticShapes
 
 
 def test_items_depend_on_seed_split_and_index_alone():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from segvit.text import did_you_mean, parse_yaml, read_json, read_lines, read_text, yaml_value
+from segvit.system.text import did_you_mean, parse_yaml, read_json, read_lines, read_text, yaml_value
 
 TEXT = "первый\nsecond  \n\n# note\n\tthird\n"
 

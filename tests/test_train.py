@@ -17,11 +17,11 @@ import torch
 import yaml
 
 from segvit.config import SegViTConfig
+from segvit.data.synthetic import SyntheticShapes
 from segvit.evaluate import evaluate, load_model
-from segvit.interrupts import Interrupted
 from segvit.model import SegViT
 from segvit.options import EvaluateConfig, TrainConfig
-from segvit.synthetic import SyntheticShapes
+from segvit.system.interrupts import Interrupted
 from segvit.train import StepSampler, inverse_sqrt_weights, learning_rate_factor, train
 from segvit.train import _Trainer as Trainer
 from segvit_kernels import QueryUpsample

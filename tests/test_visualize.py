@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segvit import report, visualize
+from segvit.pictures import report, visualize
 
 NAMES = ("road", "sky", "car", "tree")
 

@@ -17,8 +17,8 @@ from segvit.data.folder import SegmentationFolder, folder_options
 from segvit.data.inspection import Facts, colour_text, inspect
 from segvit.data.layouts import Layout, Listing, find_layout
 from segvit.data.pictures import as_rgb, read_image, stored_label
-from segvit.files import atomic_write
 from segvit.options import DataConfig
+from segvit.system.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -222,7 +222,7 @@ def _contact_sheet(
     """Pictures side by side: as they are on the left, with their labels over them on the right."""
     from PIL import Image, ImageDraw
 
-    from segvit.visualize import class_palette, legend, overlay
+    from segvit.pictures.visualize import class_palette, legend, overlay
 
     palette = class_palette(len(understood.names))
     if understood.dataset is not None and understood.dataset.palette is not None:

@@ -24,6 +24,7 @@ from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
 from segvit.data.layouts import Listing, find_layout
 from segvit.data.names import ClassList, read_classes
 from segvit.data.pictures import StoredLabel, colours_problem, read_image, stored_label
+from segvit.data.synthetic import SyntheticShapes
 from segvit.options import LabelOptions
 
 __all__ = ["SegmentationFolder", "folder_options", "open_dataset"]
@@ -403,7 +404,5 @@ def open_dataset(
 ) -> Dataset:
     """`data` as on the command line: "synthetic", or the folder of a `SegmentationFolder` (`options`)."""
     if data == "synthetic":
-        from segvit.synthetic import SyntheticShapes
-
         return SyntheticShapes(split, synthetic_length, synthetic_size)
     return SegmentationFolder(data, split, **options)

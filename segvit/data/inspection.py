@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from segvit._progress import progress_bar
 from segvit.data.pictures import probe, read_image, stored_label
+from segvit.system.progress import progress_bar
 
 __all__ = ["Facts", "Summary", "inspect", "summarize"]
 

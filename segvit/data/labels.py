@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from segvit.text import read_json
+from segvit.system.text import read_json
 
 __all__ = ["Reading", "Zero", "decide", "read_mapping", "spans"]
 

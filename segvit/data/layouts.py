@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES
-from segvit.text import read_lines
+from segvit.system.text import read_lines
 
 __all__ = ["Layout", "Listing", "find_layout"]
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from segvit.text import read_lines
+from segvit.system.text import read_lines
 
 __all__ = ["ClassList", "read_classes", "read_names"]
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segvit._extras import require
+from segvit.system.extras import require
 
 __all__ = [
     "StoredLabel",

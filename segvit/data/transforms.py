@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segvit._extras import require
+from segvit.system.extras import require
 
 require("torchvision", extra="train")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from segvit._extras import require
+from segvit.system.extras import require
 
 
 def progress_bar(enabled: bool, *columns: Any) -> Any:

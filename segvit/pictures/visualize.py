@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from segvit._extras import require
+from segvit.system.extras import require
 
 Image = require("PIL.Image", extra="train")
 ImageDraw = require("PIL.ImageDraw", extra="train")

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from segvit._extras import require
+from segvit.system.extras import require
 
 __all__ = [
     "did_you_mean",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segvit._extras import require
+from segvit.system.extras import require
 
 Image = require("PIL.Image", extra="train")
 
