@@ -7,6 +7,7 @@
                              evaluation.json: the last evaluation, and the best until then
     checkpoints/last, best   links to the newest checkpoint and to the one of the highest mIoU; where there
                              are no links, text files that hold its name
+    .lock                    only while a training runs in it
 
 A checkpoint's folder gets its name when all of it is on the disk, and the links turn after that.
 """
@@ -19,16 +20,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from segvit.options import TrainConfig
 from segvit.system.extras import require
-from segvit.system.files import atomic_write, discard, follow, point, replace, synchronise
+from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
 from segvit.system.text import parse_yaml, read_json, read_text, yaml_value
 
-__all__ = ["Checkpoints", "Log", "prepare", "samples_of"]
+__all__ = ["Checkpoints", "Log", "claimed", "prepare", "samples_of"]
 
 TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
@@ -64,6 +66,30 @@ def _name_of(image: Path, root: Path | None) -> str:
     return image.relative_to(root).as_posix() if root and image.is_relative_to(root) else image.name
 
 
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """A run's folder, made if need be, for this process alone as long as the context is open.
+
+    Raises:
+        ValueError: another training runs in it.
+        OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except BlockingIOError:
+            raise ValueError(f"out: another training runs in {folder}; choose another folder") from None
+        except OSError as error:
+            raise _cannot_write(folder, error) from None
+        yield
+
+
+def _cannot_write(folder: Path, error: OSError) -> OSError:
+    return OSError(f"out: cannot write to {folder} ({error.strerror or error})")
+
+
 def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], None]) -> None:
     """Make a run's folder, or check that the run in it can be continued with these options and samples.
 
@@ -96,7 +122,7 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
         _write(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
         _write(folder / "data.json", json.dumps(samples, indent=2) + "\n")
     except OSError as error:
-        raise OSError(f"out: cannot write to {folder} ({error.strerror or error})") from None
+        raise _cannot_write(folder, error) from None
 
 
 def _write(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from segvit.losses import SegViTLoss, weights_of_classes
 from segvit.model import WEIGHTS_FILE, SegViT
 from segvit.options import TrainConfig
 from segvit.pretrained import open_pretrained
-from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, prepare, samples_of
+from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, claimed, prepare, samples_of
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
 from segvit.system.interrupts import Interrupted, Interrupts, obey_parent
@@ -285,14 +285,16 @@ def train(
         weights_of_classes(weights, training.num_classes)
     if not len(training):
         raise ValueError("data: the training data hold no image")
-    if first_process():
-        prepare(config, samples_of(training, validation), _say)
-        if understood:
-            print(*understood, sep="\n", flush=True)
-        if weights == "inverse-sqrt":
-            weights = _inverse_sqrt(config, training)
-        _say_what_is_odd(config, len(training))
-    with Interrupts() as interrupts:
+    with ExitStack() as stack:
+        if first_process():
+            stack.enter_context(claimed(config.out))
+            prepare(config, samples_of(training, validation), _say)
+            if understood:
+                print(*understood, sep="\n", flush=True)
+            if weights == "inverse-sqrt":
+                weights = _inverse_sqrt(config, training)
+            _say_what_is_odd(config, len(training))
+        interrupts = stack.enter_context(Interrupts())
         result = launch(fabric, _train, config, training, validation, weights, interrupts.flag)
     if result["stopped"] == "interrupted":
         name = signal.Signals(interrupts.flag.value).name

@@ -1,16 +1,24 @@
 """Files on other machines than this one: no symbolic links, Windows' rules, a full disk, copied runs."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import runpy
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kill import options
 
-from segvit.run_folder import Checkpoints, Log
+from segvit.run_folder import Checkpoints, Log, claimed
 from segvit.system import files
-from segvit.system.files import atomic_write, discard, follow, point
+from segvit.system.files import atomic_write, discard, follow, locked, point
+from segvit.train import train
 
 
 @pytest.fixture
@@ -186,4 +194,108 @@ def test_log_on_a_full_disk_keeps_whole_lines(tmp_path, monkeypatch):
 
 def test_nothing_here_is_of_one_system_alone():
     text = Path(files.__file__).read_text()
-    assert not any(word in text for word in ("import fcntl", "import resource", "os.fork"))
+    assert not any(word in text for word in ("import resource", "os.fork"))
+
+
+def hold(path, started):
+    """A child that holds the lock until it is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with locked(path):
+                os.write(started, b"held")
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    return child
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds `tmp_path/lock`."""
+    read, write = os.pipe()
+    child = hold(tmp_path / "lock", write)
+    assert os.read(read, 4) == b"held"
+    yield child
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.close(read)
+    os.close(write)
+
+
+def test_a_lock_ends_with_its_process(tmp_path, holder):
+    path = tmp_path / "lock"
+    with pytest.raises(BlockingIOError), locked(path):
+        pass
+    assert path.exists()
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert path.exists()
+    with locked(path):
+        assert path.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
+    """One who waited with the file open, while its holder removed it and the next one made another."""
+    path, lock, opened = tmp_path / "lock", files._lock, []
+
+    def removed_before(handle):
+        if not opened:
+            path.unlink()
+        opened.append(os.fstat(handle).st_ino)
+        lock(handle)
+
+    monkeypatch.setattr(files, "_lock", removed_before)
+    with locked(path):
+        assert len(opened) == 2 and path.stat().st_ino == opened[1]
+
+
+def test_locks_as_windows_has_them(tmp_path, monkeypatch):
+    """No fcntl; the file can be removed only when it is closed."""
+    path, held, unlink = tmp_path / "lock", [], Path.unlink
+
+    def locking(handle, mode, count):
+        if held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        held.append(handle)
+
+    def strict_unlink(file):
+        if any(os.path.exists(f"/proc/self/fd/{handle}") for handle in held):
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(file))
+        unlink(file)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(Path, "unlink", strict_unlink)
+    locked = runpy.run_path(files.__file__)["locked"]
+    with locked(path):
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with locked(tmp_path / "lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_trainings_in_one_folder(tmp_path, holder):
+    (tmp_path / "lock").rename(tmp_path / ".lock")
+    with pytest.raises(
+        ValueError, match=f"^out: another training runs in {tmp_path}; choose another folder$"
+    ):
+        train(options(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with claimed(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -13,12 +13,18 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "discard", "follow", "point", "replace", "synchronise"]
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+    import msvcrt
+
+__all__ = ["atomic_write", "discard", "follow", "locked", "point", "replace", "synchronise"]
 
 
 def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
@@ -141,3 +147,54 @@ def point(path: Path, name: str) -> None:
         atomic_write(path, lambda temporary: temporary.write_text(f"{name}\n", encoding="utf-8"))
     else:
         synchronise(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out of the same context; the file `path` exists as long as this one is in it.
+
+    The system drops the lock of a process that ends, however it does: a file left behind locks nobody out.
+    Where a file system has no locks nobody is.
+
+    Raises:
+        BlockingIOError: another process is in it.
+        OSError: the file cannot be made.
+    """
+    handle = None
+    while handle is None:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(handle)
+            if not _is_at(handle, path):  # removed by the one who held it, after it was opened here
+                os.close(handle)
+                handle = None
+        except BaseException:
+            os.close(handle)
+            raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # refused on Windows while it is open
+        os.close(handle)
+        if fcntl is None:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _lock(handle: int) -> None:
+    try:
+        if fcntl is None:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked processes
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(error.errno, "in use by another process") from None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
