@@ -36,7 +36,7 @@ from segvit.engine import InferenceEngine
 from segvit.evaluate import load_model
 from segvit.model import SegViT
 from segvit.options import BenchConfig
-from segvit.system.files import atomic_write
+from segvit.system.files import atomic_write, check_result_file
 from segvit.system.machine import pick_backend, pick_device
 
 __all__ = ["BenchConfig", "advice", "measure", "report", "run"]
@@ -427,13 +427,7 @@ def _check(config: BenchConfig) -> None:
         name = "shrunk" if config.shrunk else "classes"
         raise ValueError(f"{name}: only for a preset ({', '.join(PRESETS)}); {config.model} is what it is")
     if config.json:
-        path = Path(config.json).resolve()
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"json: {config.json}: its folder does not exist")
-        if path.is_dir():
-            raise IsADirectoryError(f"json: {config.json} is a folder, expected a file")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"json: {config.json}: no permission to write in its folder")
+        check_result_file("json", config.json, r'\{\s*"schema": \d+,\s*"kind": "segvit bench"')
 
 
 def _load(config: BenchConfig) -> SegViT:

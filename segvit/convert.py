@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +148,9 @@ def _told(meta: Mapping[str, Any], config: SegViTConfig) -> dict[str, Any]:
 
 def run(config: ConvertConfig) -> int:
     """`segvit convert`: prints what was found, what was not used and where the result is. Returns 0."""
+    for name in ("config.yaml", "trainer.pt"):
+        if (Path(config.out) / name).is_file():
+            raise ValueError(f"out: {config.out} holds a training ({name}); choose another folder")
     model, unused = convert(config.checkpoint, config.model)
     model.save_pretrained(config.out)
     found, backbone = model.config, model.config.backbone

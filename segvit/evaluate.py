@@ -24,9 +24,9 @@ from segvit.inference import check_options
 from segvit.metrics import ConfusionMatrix
 from segvit.options import EvaluateConfig, InferenceOptions
 from segvit.system.extras import require
-from segvit.system.files import atomic_write
+from segvit.system.files import atomic_write, check_result_file
 from segvit.system.interrupts import ignore_signals
-from segvit.system.machine import pick_backend, started_processes
+from segvit.system.machine import check_processes, pick_backend, started_processes
 from segvit.system.progress import progress_bar
 
 __all__ = ["evaluate", "find_checkpoint", "iou_table", "load_model", "make_fabric", "run"]
@@ -201,6 +201,8 @@ def make_fabric(config: Any) -> Any:
     started = started_processes()
     if started and config.devices not in (1, started):
         raise ValueError(f"devices: got {config.devices}, but {started} processes were started")
+    if not started:
+        check_processes(config.devices, config.workers, device)
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", 1))) if started else 1
     try:
         return Fabric(
@@ -390,6 +392,8 @@ def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any]
     Raises:
         ValueError: a file of another kind, or one that is read; OSError: its folder does not exist.
     """
+    from segvit.pictures.visualize import MADE_HERE
+
     writers: dict[str, Callable[[dict[str, Any], Path], Any]] = {}
     mapping = config.label_mapping if isinstance(config.label_mapping, str) else None
     inputs = [Path(name) for name in (config.names, mapping) if name]
@@ -399,22 +403,24 @@ def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any]
         inputs += [folder / "config.json", folder / "model.safetensors"]
     inputs = [file.resolve() for file in inputs]
     for option, paths, kinds in (
-        ("json", [config.json], {"": _write_json}),
-        ("csv", [config.csv], {"": _write_csv}),
-        ("confusion", config.confusion, {".csv": _write_matrix, ".png": _write_picture}),
+        ("json", [config.json], {"": (_write_json, r'\{\s*"miou": ')}),
+        ("csv", [config.csv], {"": (_write_csv, "class,iou,")}),
+        (
+            "confusion",
+            config.confusion,
+            {".csv": (_write_matrix, "true class,"), ".png": (_write_picture, MADE_HERE)},
+        ),
     ):
         for path in filter(None, paths):
             if "" not in kinds and Path(path).suffix.lower() not in kinds:
                 raise ValueError(f"{option}: got {path}, expected a file {' or '.join(kinds)}")
-            if not Path(path).resolve().parent.is_dir():
-                raise FileNotFoundError(f"{path}: its folder does not exist")
-            if Path(path).is_dir():
-                raise IsADirectoryError(f"{path}: is a folder, expected a file")
             if path in writers:
                 raise ValueError(f"{option}: {path} is asked for twice")
             if Path(path).resolve() in inputs:
                 raise ValueError(f"{option}: {path} is read and would be overwritten; choose another file")
-            writers[path] = kinds.get("") or kinds[Path(path).suffix.lower()]
+            write, begins = kinds.get("") or kinds[Path(path).suffix.lower()]
+            check_result_file(option, path, begins)
+            writers[path] = write
     return {Path(path): write for path, write in writers.items()}
 
 
@@ -439,6 +445,6 @@ def _write_matrix(result: dict[str, Any], path: Path) -> None:
 
 
 def _write_picture(result: dict[str, Any], path: Path) -> None:
-    from segvit.pictures.visualize import confusion_picture
+    from segvit.pictures.visualize import confusion_picture, save_picture
 
-    confusion_picture(result["confusion"], list(result["iou"])).save(path, "PNG")
+    save_picture(confusion_picture(result["confusion"], list(result["iou"])), path)

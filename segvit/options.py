@@ -166,11 +166,11 @@ class DataOptions(LabelOptions):
 class MachineOptions(_Checked):
     """Machine"""
 
-    devices: int = option(1, "number of processes, one device each", at_least=1)
+    devices: int = option(1, "number of processes, one device each", at_least=1, at_most=4096)
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     precision: Precision = option("32", "arithmetic: 32, or mixed with bf16 or fp16")
     workers: int = option(
-        2, "data loading processes for each device; 0 loads in the main process", at_least=0
+        2, "data loading processes for each device; 0 loads in the main process", at_least=0, at_most=4096
     )
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
 

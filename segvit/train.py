@@ -145,6 +145,14 @@ class StepSampler:
             yield keys
 
 
+# Fields of a model that `--model` does not set, and what does.
+_GIVEN = {
+    "num_classes": "the data give the number of classes",
+    "name": "preset gives it",
+    "backbone": "its own fields are named like those of the model, as in {'width': 192}",
+}
+
+
 def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = lambda text: None) -> SegViT:
     """The model that a training starts from, for the classes of a dataset; resumed, without its weights.
 
@@ -156,8 +164,9 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
     """
     kind = LinearSegmenter if config.head == "linear" else SegViT
     overrides = {"image_size": config.image_size, **config.model}
-    if wrong := [name for name in ("num_classes", "name", "backbone") if name in config.model]:
-        raise ValueError(f"model: {wrong[0]} is not a field to change; the data give the number of classes")
+    for name, instead in _GIVEN.items():
+        if name in config.model:
+            raise ValueError(f"model: {name} is not a field to change; {instead}")
     overrides.setdefault("class_names", dataset.class_names)
     overrides.setdefault("palette", dataset.palette)
     overrides.setdefault("value_range", config.value_range or None)

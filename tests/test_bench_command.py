@@ -202,6 +202,7 @@ def test_a_wrong_engine_shows(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(SegViT, "compile_for_inference", wrong)
     out = command(capsys, checkpoint, "--json", tmp_path / "r.json", "--no-alternatives")
     row = json.loads((tmp_path / "r.json").read_text())["ways"][1]
+    bench._check(bench.BenchConfig(model=str(checkpoint), json=str(tmp_path / "r.json")))  # may be replaced
     assert row["same_labels"] < 0.5
     assert f"but {100 * row['same_labels']:.1f} % of the labels are predict's" in out
 
@@ -282,6 +283,7 @@ def test_threads_are_put_back():
         (["vit_tiny", "--image", "nowhere.png"], "nowhere.png: no such image file"),
         (["vit_tiny", "--json", "no/where/r.json"], "json: no/where/r.json: its folder does not exist"),
         (["vit_tiny", "--json", str(ROOT)], "is a folder, expected a file"),
+        (["vit_tiny", "--json", str(ROOT / "LICENSE")], "LICENSE is there already and no such result"),
         ([str(ROOT)], f"{ROOT}: no checkpoint in this folder (expected config.json and model.safetensors)"),
         ([str(ROOT), "--shrunk"], "shrunk: only for a preset (vit_tiny, vit_small, vit_base, vit_large)"),
         ([], "missing: MODEL (see --help)"),

@@ -150,6 +150,9 @@ def test_what_evaluate_measures(tmp_path, capsys):
     with Image.open(files["m.png"]) as picture:
         picture.load()
 
+    assert main(words) == 0  # its own results are replaced
+    capsys.readouterr()
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
     for option, path, message in (
         ("--json", tmp_path / "model/config.json", "is read and would be overwritten"),
         ("--csv", tmp_path / "names.txt", "is read and would be overwritten"),
@@ -158,10 +161,15 @@ def test_what_evaluate_measures(tmp_path, capsys):
         ("--csv", files["r.json"], "is asked for twice"),
         ("--csv", tmp_path / "no/c.csv", "its folder does not exist"),
         ("--json", tmp_path, "is a folder, expected a file"),
+        ("--json", tmp_path / "notes.json", "is there already and no such result; choose another file"),
+        ("--json", files["c.csv"].rename(tmp_path / "classes.csv"), "is there already and no such result"),
+        ("--csv", files["m.csv"].rename(tmp_path / "matrix.csv"), "is there already and no such result"),
+        ("--confusion", tmp_path / "images/validation/a.png", "is there already and no such result"),
     ):
         line = fails(capsys, *words, option, str(path))
-        assert line.startswith(f"segvit evaluate: error: {option[2:] if 'folder' not in message else path}: ")
+        assert line.startswith(f"segvit evaluate: error: {option[2:]}: ")
         assert message in line
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
 
     class Full(io.StringIO):
         def write(self, text):

@@ -349,3 +349,12 @@ def test_files_that_are_no_checkpoint(shrunk, tmp_path, capsys):
     backbone = {key[9:]: value for key, value in state.items() if key.startswith("backbone.")}
     torch.save(backbone, path)
     assert "use it with segvit train --backbone-weights" in refused(path)
+
+
+def test_a_training_is_not_overwritten(tmp_path, capsys):
+    for name in ("config.yaml", "trainer.pt"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+        assert main(["convert", "published.pth", str(tmp_path / "run")]) == 2
+        assert f"out: {tmp_path / 'run'} holds a training ({name}); choose" in capsys.readouterr().err
+        (tmp_path / "run" / name).unlink()

@@ -273,6 +273,9 @@ def test_data_check(tmp_path, capsys):
     assert "orphan.png" in out and "1.png: not a picture" in out
     with Image.open(sheet) as picture:
         assert picture.width > 640
+    picture = root / "images/training/extra.png"
+    code, out, err = check(capsys, root, "--sheet", picture)
+    assert code == 2 and f"sheet: {picture} is there already and no such result" in err
     for path in (root / "images/training/extra.png", root / "annotations/validation/orphan.png"):
         path.unlink()
     Image.fromarray(SKY).save(root / "annotations/validation/1.png")

@@ -669,6 +669,15 @@ def test_unwritable_folder(tmp_path):
         ({"lr": 1.0, "weight_decay": 0.5}, "weight_decay: got 0.5, which with lr 1.0 turns weights around"),
         ({"precision": "64"}, "precision: got '64', expected 32 or bf16 or fp16"),
         ({"devices": 0}, "devices: got 0"),
+        ({"devices": 2**40}, "devices: got .*, expected at least 1 and at most 4,096"),
+        ({"devices": 4096}, "devices: got 4096, expected at most .* on this CPU"),
+        ({"workers": 4096}, "workers: got 4096, expected at most .* on this machine with .* processors"),
+        ({"model": {"num_classes": 3}}, "num_classes is not a field to change; the data give the number"),
+        ({"model": {"name": "a"}}, "name is not a field to change; preset gives it"),
+        (
+            {"model": {"backbone": {"width": 8}}},
+            "backbone is not a field to change; its own fields are named",
+        ),
         ({"precision": "fp16"}, "precision: fp16 needs a GPU"),
         ({"preset": "vit_huge"}, "unknown preset 'vit_huge'"),
         ({"model": {**TINY, "tap": 1}}, "no field tap"),
@@ -677,7 +686,8 @@ def test_unwritable_folder(tmp_path):
         ({"scale": (2.0, 1.0)}, "scale: got"),
     ],
 )
-def test_bad_options(tmp_path, changes, message):
+def test_bad_options(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(tiny(tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "metrics.csv").exists()

@@ -18,7 +18,7 @@ from segvit.data.inspection import Facts, colour_text, inspect
 from segvit.data.layouts import Layout, Listing, find_layout
 from segvit.data.pictures import as_rgb, read_image, stored_label
 from segvit.options import DataConfig
-from segvit.system.files import atomic_write
+from segvit.system.files import atomic_write, check_result_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,8 +45,10 @@ def run(config: DataConfig) -> int:
     Raises:
         ValueError, OSError: what training or evaluation on this folder would end with.
     """
-    if config.sheet and not Path(config.sheet).resolve().parent.is_dir():
-        raise FileNotFoundError(f"sheet: {config.sheet}: its folder does not exist")
+    from segvit.pictures.visualize import MADE_HERE, save_picture
+
+    if config.sheet:
+        check_result_file("sheet", config.sheet, MADE_HERE)
     layout = find_layout(config.folder, config.image_pattern, config.label_pattern, config.split_list)
     print(f"{config.folder}: {layout}")
     splits, problems = _look(layout, config)
@@ -75,7 +77,7 @@ def run(config: DataConfig) -> int:
     if config.sheet and usable:
         places = sorted({len(usable) * i // config.pictures for i in range(config.pictures)})
         sheet = _contact_sheet([usable[place] for place in places], understood, config)
-        atomic_write(config.sheet, lambda path: sheet.save(path, "PNG"))
+        atomic_write(config.sheet, lambda path: save_picture(sheet, path))
         print(f"\n{len(places)} pictures with their labels: {config.sheet}", flush=True)
     if trouble:
         raise ValueError(trouble)

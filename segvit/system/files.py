@@ -24,7 +24,16 @@ except ImportError:
     fcntl = None
     import msvcrt
 
-__all__ = ["atomic_write", "discard", "follow", "locked", "point", "replace", "synchronise"]
+__all__ = [
+    "atomic_write",
+    "check_result_file",
+    "discard",
+    "follow",
+    "locked",
+    "point",
+    "replace",
+    "synchronise",
+]
 
 
 def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
@@ -52,6 +61,36 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def check_result_file(option: str, path: str | os.PathLike, begins: str) -> None:
+    """Find out before the work that a result can be written to `path`, and that nothing else is lost there.
+
+    Args:
+        option: the name of the option that asked for it.
+        path: the file.
+        begins: regular expression that matches the first 4096 bytes of such a result, as Latin-1.
+
+    Raises:
+        ValueError: there is a file already, and it is no such result.
+        OSError: its folder does not exist or cannot be written to, or it is a folder.
+    """
+    path = Path(path)
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option}: {path}: its folder does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {path} is a folder, expected a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option}: {path}: no permission to write in its folder")
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                start = file.read(4096)
+        except OSError as error:
+            raise _os_error(error, f"{option}: {path}: cannot be read ({error.strerror})") from None
+        if start and not re.match(begins, start.decode("latin-1"), re.DOTALL):
+            raise ValueError(f"{option}: {path} is there already and no such result; choose another file")
 
 
 def _why_not_written(error: Exception) -> str | None:

@@ -9,7 +9,7 @@ import torch
 
 import segvit_kernels
 
-__all__ = ["first_process", "pick_backend", "pick_device", "started_processes"]
+__all__ = ["check_processes", "first_process", "pick_backend", "pick_device", "started_processes"]
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -37,6 +37,25 @@ def pick_backend(name: str | None, device: torch.device) -> contextlib.AbstractC
         origin = "backend" if name else "environment variable SEGVIT_KERNELS_BACKEND"
         raise ValueError(f"{origin}: {asked!r} is not available: {reason}")
     return contextlib.nullcontext() if name is None else segvit_kernels.backend(name)
+
+
+def check_processes(devices: int, workers: int, device: torch.device) -> None:
+    """Refuse numbers of processes that only a slip of the finger asks this machine for.
+
+    Raises:
+        ValueError: more devices than there are, or far more loading processes than processors.
+    """
+    processors = os.cpu_count() or 1
+    there = torch.cuda.device_count() if device.type == "cuda" else max(8, processors)
+    if devices > there:
+        what = f"the {there} GPUs that PyTorch sees" if device.type == "cuda" else f"{there} on this CPU"
+        raise ValueError(f"devices: got {devices}, expected at most {what}")
+    most = max(64, 8 * processors) // devices
+    if workers > most:
+        got = f"{workers} for each of {devices} devices" if devices > 1 else workers
+        raise ValueError(
+            f"workers: got {got}, expected at most {most} on this machine with {processors} processors"
+        )
 
 
 def started_processes() -> int:
