@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit import SegViTConfig
-from segvit.backbone import Block, VisionTransformer, patch_grid
-from segvit.linear_head import LinearSegmenter
+from segvit.model.backbone import Block, VisionTransformer, patch_grid
+from segvit.model.linear_head import LinearSegmenter
 
 Grid = tuple[int, int]
 
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
 
 class PixelClassifier(nn.Module):
-    """Backbone and head; `preprocess` and `forward` as `segvit.linear_head.LinearSegmenter` has them."""
+    """Backbone and head; `preprocess` and `forward` as `segvit.model.linear_head.LinearSegmenter`'s."""
 
     def __init__(self, config: SegViTConfig, head: Callable[[SegViTConfig], Decoder]) -> None:
         super().__init__()

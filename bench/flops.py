@@ -107,7 +107,7 @@ class EagerForm(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        from segvit.shrunk import ShrunkDecoder
+        from segvit.model.shrunk import ShrunkDecoder
 
         model, size = self.model, tuple(images.shape[-2:])
         grid = model._grid(images)

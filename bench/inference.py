@@ -54,7 +54,7 @@ def accumulate(
 
 def fused(masks: list[Tensor], probabilities: list[Tensor], runs: Sequence, size: tuple[int, int]) -> Tensor:
     """All passes in one launch."""
-    from segvit.inference import views_of
+    from segvit.inference.passes import views_of
     from segvit_kernels import semantic_argmax
 
     grids = tuple(tuple(m.shape[-2:]) for m in masks)
@@ -70,9 +70,10 @@ def run(
 ) -> dict:
     """mIoU, seconds and agreement of both, by protocol, over the first ``images`` of the validation split."""
     from segvit.data import open_dataset
-    from segvit.evaluate import load_model
-    from segvit.inference import InferenceOptions, crops_of, passes
+    from segvit.inference.passes import crops_of, passes
     from segvit.metrics import ConfusionMatrix
+    from segvit.model.heads import load_model
+    from segvit.options import InferenceOptions
 
     torch.set_num_threads(threads)
     model = load_model(checkpoint).eval().fuse()
@@ -127,7 +128,8 @@ def _memory(classes: int, count: int) -> dict:
 
 def measure_memory(kind: str, classes: int, count: int) -> int | None:
     """Peak extra memory of one label map from random outputs; runs in a process of its own."""
-    from segvit.inference import InferenceOptions, passes
+    from segvit.inference.passes import passes
+    from segvit.options import InferenceOptions
 
     scales = [1.0] if count == 1 else [1.0] * (count // 2)
     options = InferenceOptions(scales=scales, flip=count > 1)

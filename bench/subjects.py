@@ -22,8 +22,8 @@ import segvit_kernels
 from bench import decoders, flops, peers
 from bench.operators import mask_loss
 from segvit import SegViTConfig, SegViTLoss, SegViTOutput
-from segvit.linear_head import CrossEntropy
-from segvit.shrunk import ShrunkDecoder
+from segvit.model.linear_head import CrossEntropy
+from segvit.model.shrunk import ShrunkDecoder
 
 LabelMaps = Callable[[Tensor], Tensor]
 BY_FORMULA = ", published formula"

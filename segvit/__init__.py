@@ -7,11 +7,11 @@ _EXPORTS = {
     "BackboneConfig": "config",
     "SegViTConfig": "config",
     "InferenceOptions": "options",
-    "SegViT": "model",
-    "SegViTOutput": "model",
-    "SegViTLoss": "losses",
-    "VisionTransformer": "backbone",
-    "infer_backbone_config": "backbone",
+    "SegViT": "model.segvit",
+    "SegViTOutput": "model.segvit",
+    "SegViTLoss": "model.losses",
+    "VisionTransformer": "model.backbone",
+    "infer_backbone_config": "model.backbone",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -32,9 +32,9 @@ from torch.nn import functional as F
 import segvit_kernels
 from segvit.config import PRESETS, SegViTConfig
 from segvit.data import read_image
-from segvit.engine import InferenceEngine
-from segvit.evaluate import load_model
-from segvit.model import SegViT
+from segvit.inference.engine import InferenceEngine
+from segvit.model.heads import load_model
+from segvit.model.segvit import SegViT
 from segvit.options import BenchConfig
 from segvit.system.files import atomic_write, check_result_file
 from segvit.system.machine import pick_backend, pick_device

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from segvit.backbone import infer_backbone_config
-from segvit.checkpoint import published_names, read_checkpoint, rename_published_keys
 from segvit.config import PRESETS, SegViTConfig
-from segvit.foreign import what_it_is, why_not_plain
-from segvit.model import SegViT
+from segvit.model.backbone import infer_backbone_config
+from segvit.model.checkpoint import published_names, read_checkpoint, rename_published_keys
+from segvit.model.foreign import what_it_is, why_not_plain
+from segvit.model.pretrained import statistics_told
+from segvit.model.segvit import SegViT
 from segvit.options import ConvertConfig
-from segvit.pretrained import statistics_told
 
 __all__ = ["Conversion", "ConvertConfig", "convert", "infer_config", "run"]
 

@@ -29,8 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import segvit_kernels
 from segvit.data.synthetic import SyntheticShapes
-from segvit.evaluate import evaluate, load_model
-from segvit.model import SegViT
+from segvit.evaluate import evaluate
+from segvit.model.heads import load_model
+from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig, TrainConfig
 from segvit.pictures import report
 from segvit.pictures.visualize import Image, heat, legend_entries, overlay, stage_notes

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from segvit.checkpoint import find_checkpoint, read_config
 from segvit.data import folder_options, open_dataset
-from segvit.inference import check_options
+from segvit.inference.passes import check_options
 from segvit.metrics import ConfusionMatrix
+from segvit.model.checkpoint import find_checkpoint
+from segvit.model.heads import load_model
 from segvit.options import EvaluateConfig, InferenceOptions
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, check_result_file
@@ -29,7 +30,7 @@ from segvit.system.interrupts import ignore_signals
 from segvit.system.machine import check_processes, pick_backend, started_processes
 from segvit.system.progress import progress_bar
 
-__all__ = ["evaluate", "find_checkpoint", "iou_table", "load_model", "make_fabric", "run"]
+__all__ = ["evaluate", "iou_table", "make_fabric", "run"]
 
 
 class _Guarded(Dataset):
@@ -169,16 +170,6 @@ def evaluate(
 def _known(value: Any) -> Any:
     """None in place of NaN, which JSON does not have."""
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def load_model(path: str | Path) -> torch.nn.Module:
-    """The SegViT (or linear baseline) of a checkpoint or run folder or on the Hub, in evaluation mode."""
-    from segvit.linear_head import LinearSegmenter
-    from segvit.model import SegViT
-
-    folder = find_checkpoint(path)
-    linear = read_config(folder)[1] == "linear"
-    return (LinearSegmenter if linear else SegViT).from_pretrained(folder)
 
 
 def make_fabric(config: Any) -> Any:

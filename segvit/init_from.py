@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit.backbone import adapt_backbone_state
-from segvit.checkpoint import WEIGHTS_FILE, find_checkpoint, load_state_dict, read_config, read_state_dict
 from segvit.config import BackboneConfig, SegViTConfig
-from segvit.linear_head import LinearSegmenter
-from segvit.model import SegViT
+from segvit.model.backbone import adapt_backbone_state
+from segvit.model.checkpoint import (
+    WEIGHTS_FILE,
+    find_checkpoint,
+    load_state_dict,
+    read_config,
+    read_state_dict,
+)
+from segvit.model.heads import model_with
+from segvit.model.segvit import SegViT
 from segvit_kernels import resize_positions
 
 # One row for each class; those of the class head are followed by "no object".
@@ -56,7 +62,7 @@ def init_from(
     rest |= {k: v for k, v in fields.items() if k not in backbone_names}
     new = SegViTConfig.from_fields({**backbone, **rest, "num_classes": num_classes})
 
-    model = (LinearSegmenter if head == "linear" else SegViT)(new)
+    model = model_with(head)(new)
     weights = folder / WEIGHTS_FILE
     state, notes = read_state_dict(weights), []
     grid = tuple(side // old.backbone.patch_size for side in old.image_size)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from segvit.config import SegViTConfig
-    from segvit.model import SegViT
+    from segvit.model.segvit import SegViT
 
 __all__ = ["PredictConfig", "class_colors", "class_names", "find_classes", "find_images", "run"]
 
@@ -227,9 +227,9 @@ def run(config: PredictConfig) -> int:
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
 
-    from segvit.evaluate import load_model
-    from segvit.inference import check_options
-    from segvit.linear_head import LinearSegmenter
+    from segvit.inference.passes import check_options
+    from segvit.model.heads import load_model
+    from segvit.model.linear_head import LinearSegmenter
 
     model = load_model(config.checkpoint).to(device).eval().fuse()
     names = class_names(model.config)
@@ -325,7 +325,7 @@ class _Job:
     def _labels(
         self, image: torch.Tensor, scratch: ExitStack
     ) -> tuple[np.ndarray, dict[str, Callable[[Path], Any]]]:
-        from segvit.inference import check_region, label_maps_with_scores
+        from segvit.inference.passes import check_region, label_maps_with_scores
 
         kinds = [kind for kind in ("scores", "probabilities") if getattr(self.config, kind)]
         if not kinds:

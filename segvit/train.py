@@ -32,17 +32,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 import segvit_kernels
-from segvit.checkpoint import load_state_dict, read_config, read_state_dict
 from segvit.config import SegViTConfig
 from segvit.data import SegmentationFolder, folder_options, open_dataset
 from segvit.data.transforms import Augment, sample_seed
 from segvit.evaluate import batches, check_data, collate, evaluate, launch, make_fabric, progress_bar
 from segvit.init_from import init_from
-from segvit.linear_head import CrossEntropy, LinearSegmenter
-from segvit.losses import SegViTLoss, weights_of_classes
-from segvit.model import WEIGHTS_FILE, SegViT
+from segvit.model.checkpoint import WEIGHTS_FILE, load_state_dict, read_config, read_state_dict
+from segvit.model.heads import model_with
+from segvit.model.linear_head import CrossEntropy
+from segvit.model.losses import SegViTLoss, weights_of_classes
+from segvit.model.pretrained import open_pretrained
+from segvit.model.segvit import SegViT
 from segvit.options import TrainConfig
-from segvit.pretrained import open_pretrained
 from segvit.run_folder import EVALUATION_FILE, TRAINER_FILE, Checkpoints, Log, claimed, prepare, samples_of
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
@@ -162,7 +163,7 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
     Raises:
         ValueError, FileNotFoundError: unknown preset or field; weights that do not fit.
     """
-    kind = LinearSegmenter if config.head == "linear" else SegViT
+    kind = model_with(config.head)
     overrides = {"image_size": config.image_size, **config.model}
     for name, instead in _GIVEN.items():
         if name in config.model:

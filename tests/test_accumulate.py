@@ -8,9 +8,9 @@ from lightning_fabric import Fabric
 
 from segvit.config import SegViTConfig
 from segvit.evaluate import launch
-from segvit.linear_head import CrossEntropy, LinearSegmenter
-from segvit.losses import SegViTLoss
-from segvit.model import SegViT
+from segvit.model.linear_head import CrossEntropy, LinearSegmenter
+from segvit.model.losses import SegViTLoss
+from segvit.model.segvit import SegViT
 from segvit.train import backward
 
 CLASSES, BATCH, SIZE = 5, 4, 32

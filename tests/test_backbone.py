@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segvit.backbone import (
+from segvit.config import BackboneConfig
+from segvit.model.backbone import (
     VisionTransformer,
     adapt_backbone_state,
     infer_backbone_config,
     resample_patch_kernel,
     resize_positions,
 )
-from segvit.checkpoint import load_state_dict, read_state_dict
-from segvit.config import BackboneConfig
+from segvit.model.checkpoint import load_state_dict, read_state_dict
 
 TAPS = (0, 2)
 

@@ -16,7 +16,7 @@ import segvit_kernels
 from segvit import SegViT, SegViTConfig, bench
 from segvit.cli import main
 from segvit.config import PRESETS
-from segvit.linear_head import LinearSegmenter
+from segvit.model.linear_head import LinearSegmenter
 
 pytestmark = pytest.mark.usefixtures("without_amx")
 

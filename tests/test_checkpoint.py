@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from segvit import BackboneConfig, SegViT, SegViTConfig
-from segvit.checkpoint import load_state_dict, read_state_dict, rename_published_keys
+from segvit.model.checkpoint import load_state_dict, read_state_dict, rename_published_keys
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
 

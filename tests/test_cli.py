@@ -17,7 +17,7 @@ from PIL import Image
 
 from segvit.cli import COMMANDS, main
 from segvit.config import SegViTConfig
-from segvit.linear_head import LinearSegmenter
+from segvit.model.linear_head import LinearSegmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = '{"width": 16, "depth": 2, "heads": 2, "taps": [0, 1], "patch_size": 8, "decoder_depth": 1}'

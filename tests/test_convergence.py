@@ -8,8 +8,8 @@ import torch
 import segvit_kernels
 from segvit.config import SegViTConfig
 from segvit.data.synthetic import CLASS_NAMES, SyntheticShapes
-from segvit.losses import SegViTLoss
-from segvit.model import SegViT
+from segvit.model.losses import SegViTLoss
+from segvit.model.segvit import SegViT
 from segvit_kernels import ATMOutput, atm_reference
 from segvit_kernels.ops._attention import draw_seed
 

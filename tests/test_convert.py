@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from segvit import SegViT, SegViTConfig, SegViTLoss
-from segvit.checkpoint import rename_published_keys
 from segvit.cli import main
 from segvit.convert import convert, infer_config
-from segvit.inference import InferenceOptions, label_maps
+from segvit.inference.passes import label_maps
+from segvit.model.checkpoint import rename_published_keys
+from segvit.options import InferenceOptions
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from segvit import demo
-from segvit.checkpoint import read_state_dict
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.data.synthetic import CLASS_NAMES, SyntheticShapes
-from segvit.evaluate import evaluate, load_model
-from segvit.model import SegViT
+from segvit.evaluate import evaluate
+from segvit.model.checkpoint import read_state_dict
+from segvit.model.heads import load_model
+from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig
 
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segvit import BackboneConfig, InferenceOptions, SegViT, SegViTConfig
-from segvit import engine as engine_module
-from segvit.linear_head import LinearSegmenter
+from segvit.inference import engine as engine_module
+from segvit.model.linear_head import LinearSegmenter
 
 pytestmark = pytest.mark.usefixtures("without_amx")
 

@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
-from segvit.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
-from segvit.checkpoint import load_state_dict
 from segvit.config import BackboneConfig
-from segvit.foreign import find_state_dict, timm_names, what_it_is, why_not_plain
-from segvit.pretrained import known_from_timm
+from segvit.model.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
+from segvit.model.checkpoint import load_state_dict
+from segvit.model.foreign import find_state_dict, timm_names, what_it_is, why_not_plain
+from segvit.model.pretrained import known_from_timm
 
 timm = pytest.importorskip("timm", reason="needs the extra timm")
 
@@ -325,7 +325,7 @@ def test_positions():
 def test_transformers(tmp_path):
     """Hugging Face's models: features equal theirs, with activation and epsilon of their config.json."""
     transformers = pytest.importorskip("transformers", reason="needs the extra transformers")
-    from segvit.pretrained import open_pretrained
+    from segvit.model.pretrained import open_pretrained
 
     sizes = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

@@ -31,8 +31,8 @@ from PIL import Image
 from segvit import SegViT, SegViTConfig
 from segvit.cli import COMMANDS, main
 from segvit.data import read_image
-from segvit.evaluate import load_model
-from segvit.linear_head import LinearSegmenter
+from segvit.model.heads import load_model
+from segvit.model.linear_head import LinearSegmenter
 from segvit.options import InferenceOptions
 
 RUNS = int(os.environ.get("SEGVIT_FUZZ_RUNS", "40"))

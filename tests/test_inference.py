@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from segvit import SegViT, SegViTConfig, SegViTOutput
-from segvit.inference import InferenceOptions, label_maps, passes
+from segvit.inference.passes import label_maps, passes
+from segvit.options import InferenceOptions
 
 PATCH, CLASSES = 4, 5
 
@@ -109,7 +110,7 @@ def scores_at(model, crop, row_step, column_step, size):
 def test_many_passes_run_in_chunks(model, monkeypatch):
     batch, options = images(22, 37), InferenceOptions(window=16, flip=True, scales=[0.5, 1.5])
     expected = label_maps(model, batch, options)
-    monkeypatch.setattr("segvit.inference._IMAGES", 1)
+    monkeypatch.setattr("segvit.inference.passes._IMAGES", 1)
     assert (label_maps(model, batch, options) == expected).float().mean() > 0.999
 
 

@@ -8,7 +8,7 @@ import torch
 from segvit import BackboneConfig, SegViT, SegViTConfig
 from segvit.cli import main
 from segvit.init_from import init_from
-from segvit.linear_head import LinearSegmenter
+from segvit.model.linear_head import LinearSegmenter
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 

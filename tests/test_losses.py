@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from segvit.losses import SegViTLoss
-from segvit.model import SegViTOutput
+from segvit.model.losses import SegViTLoss
+from segvit.model.segvit import SegViTOutput
 
 CLASSES = 5
 

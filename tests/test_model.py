@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from segvit import BackboneConfig, SegViT, SegViTConfig, SegViTLoss, SegViTOutput
-from segvit.checkpoint import load_state_dict, rename_published_keys
+from segvit.model.checkpoint import load_state_dict, rename_published_keys
 
 TERMS = {"class": "decode.loss_ce", "focal": "decode.loss_mask", "dice": "decode.loss_dice"}
 

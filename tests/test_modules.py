@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from segvit import SegViT, SegViTConfig
-from segvit.backbone import Block
+from segvit.model.backbone import Block
 from segvit_kernels import (
     BackendUnavailableError,
     FusedATM,

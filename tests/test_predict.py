@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from segvit.config import BackboneConfig, SegViTConfig
-from segvit.inference import label_maps_with_scores
-from segvit.linear_head import LinearSegmenter
-from segvit.model import SegViT
+from segvit.inference.passes import label_maps_with_scores
+from segvit.model.linear_head import LinearSegmenter
+from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions, PredictConfig
 from segvit.predict import (
     class_names,
@@ -351,7 +351,7 @@ def test_labels_are_the_argmax_of_the_scores(model, options, linear, monkeypatch
     def in_rows(*args, **kwargs):
         return label_maps_with_scores(*args, **kwargs, elements=1)
 
-    monkeypatch.setattr("segvit.model.label_maps_with_scores", in_rows)
+    monkeypatch.setattr("segvit.model.segvit.label_maps_with_scores", in_rows)
     one, rows = network.predict(images[0], options, return_scores="scores")
     torch.testing.assert_close(rows, scores[0], rtol=1e-4, atol=1e-5)
     region = (3, 5, 20, 30)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from segvit import BackboneConfig, SegViT, SegViTConfig
-from segvit.checkpoint import find_checkpoint, hub_name, read_checkpoint, read_state_dict
 from segvit.cli import main
-from segvit.pretrained import open_pretrained
+from segvit.model.checkpoint import find_checkpoint, hub_name, read_checkpoint, read_state_dict
+from segvit.model.pretrained import open_pretrained
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 from safetensors.torch import save_file

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from segvit.backbone import Block
 from segvit.config import BackboneConfig
+from segvit.model.backbone import Block
 from segvit_kernels.modules import QueryDownsample
 from segvit_kernels.testing import RELATIVE_NORM, relative_error
 

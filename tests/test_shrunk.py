@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from segvit import BackboneConfig, SegViT, SegViTConfig, SegViTLoss
-from segvit.inference import InferenceOptions, label_maps
-from segvit.linear_head import LinearSegmenter
+from segvit.inference.passes import label_maps
+from segvit.model.linear_head import LinearSegmenter
+from segvit.options import InferenceOptions
 from segvit_kernels import QueryUpsample, modules, query_attention
 
 VARIANTS = {

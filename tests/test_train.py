@@ -18,8 +18,9 @@ import yaml
 
 from segvit.config import SegViTConfig
 from segvit.data.synthetic import SyntheticShapes
-from segvit.evaluate import evaluate, load_model
-from segvit.model import SegViT
+from segvit.evaluate import evaluate
+from segvit.model.heads import load_model
+from segvit.model.segvit import SegViT
 from segvit.options import EvaluateConfig, TrainConfig
 from segvit.system.interrupts import Interrupted
 from segvit.train import StepSampler, inverse_sqrt_weights, learning_rate_factor, train

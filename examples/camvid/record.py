@@ -22,9 +22,9 @@ from bench.environment import describe, isolated
 from bench.flops import count_torch
 from bench.report import size
 from segvit.config import SegViTConfig
-from segvit.evaluate import load_model
-from segvit.linear_head import CrossEntropy, LinearSegmenter
-from segvit.losses import SegViTLoss
+from segvit.model.heads import load_model
+from segvit.model.linear_head import CrossEntropy, LinearSegmenter
+from segvit.model.losses import SegViTLoss
 from segvit.options import InferenceOptions, TrainConfig
 
 HERE = Path(__file__).resolve().parent

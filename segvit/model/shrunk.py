@@ -6,11 +6,11 @@ the backbone (`BackboneConfig.shrink_at`).
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from segvit.config import SegViTConfig
-from segvit.decoder import ATMDecoder, StageOutput
-from segvit_kernels import QueryUpsample
+from segvit.model.decoder import ATMDecoder, StageOutput
+from segvit_kernels import QueryUpsample, resize_positions
 
 
 class ShrunkDecoder(ATMDecoder):
@@ -48,6 +48,13 @@ class ShrunkDecoder(ATMDecoder):
         layers = self.stages[0](tokens, upsampled, every_layer=True, first=first)
         grid = self.mask_grid(grid)
         return [StageOutput(self.class_head(tokens), masks, tokens, grid) for tokens, masks in layers]
+
+    def fold_grid(self, grid: tuple[int, int]) -> None:
+        """Store the queries for another grid, where a parametrization would not make them again."""
+        upsample = self.upsample
+        if self.config.resize_queries and "queries" in upsample._parameters:
+            queries = resize_positions(upsample.queries[None], upsample.grid, grid)[0]
+            upsample.queries, upsample.grid = nn.Parameter(queries, requires_grad=False), grid
 
     def fuse(self) -> None:
         super().fuse()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit.config import SegViTConfig
-from segvit.losses import full_precision, over_processes, weights_of_classes
-from segvit.model import SegViT
+from segvit.model.losses import full_precision, over_processes, weights_of_classes
+from segvit.model.segvit import SegViT
 
 __all__ = ["CrossEntropy", "LinearSegmenter"]
 
@@ -25,6 +25,9 @@ class _LinearHead(nn.Sequential):
     def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the scores, for images of `grid` patches."""
         return self.config.backbone.grid_after(self.config.taps[-1], grid)
+
+    def fold_grid(self, grid: tuple[int, int]) -> None:
+        """Nothing here has a grid of its own."""
 
     def fuse(self) -> None:
         """Nothing to fold."""
@@ -71,7 +74,7 @@ class CrossEntropy(nn.Module):
     """Pixel-wise cross-entropy on upsampled scores, the mean over counted pixels of all processes' images.
 
     With `class_weights` the weighted mean, each pixel by its class's weight. A batch may be split into parts,
-    as for `segvit.losses.SegViTLoss`.
+    as for `segvit.model.losses.SegViTLoss`.
     """
 
     def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | None = None) -> None:

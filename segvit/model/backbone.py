@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from segvit.config import BackboneConfig
-from segvit.foreign import assumptions, timm_names, why_not_plain
+from segvit.model.foreign import assumptions, timm_names, why_not_plain
 from segvit_kernels import (
     Folded,
     PackedLinear,
@@ -211,6 +211,12 @@ class VisionTransformer(nn.Module):
             if isinstance(module, Attention):
                 module.native = False
 
+    def fold_grid(self, grid: tuple[int, int]) -> None:
+        """Store the position embedding for another grid, where a parametrization would not make it again."""
+        if "pos_embed" in self._parameters:
+            positions = resize_positions(self.pos_embed, self.grid, grid)
+            self.pos_embed, self.grid = nn.Parameter(positions, requires_grad=False), grid
+
     def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """(1, h·w, C) for `grid`; after fuse() the last one made is kept."""
         if not self.keep_positions or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -320,10 +326,10 @@ def adapt_backbone_state(
 ) -> BackboneState:
     """Bring a plain ViT's weights to the names and shapes of `VisionTransformer`: a pure function.
 
-    Accepts the names that `segvit.foreign` lists, behind any prefix (a full SegViT's `backbone.`) and inside
-    training checkpoints. Positions of prefix tokens are added to the tokens, the position grid is resized to
-    `grid`, the patch kernel is resampled to `config.patch_size`, and biases that a linear layer has not are
-    zeros. Keys that do not belong stay, for the loader to report.
+    Accepts the names that `segvit.model.foreign` lists, behind any prefix (a full SegViT's `backbone.`) and
+    inside training checkpoints. Positions of prefix tokens are added to the tokens, the position grid is
+    resized to `grid`, the patch kernel is resampled to `config.patch_size`, and biases that a linear layer
+    has not are zeros. Keys that do not belong stay, for the loader to report.
 
     Args:
         known: what is known of the weights beside names and shapes: "plain": True where the architecture has

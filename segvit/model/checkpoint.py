@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from segvit.config import SegViTConfig
-from segvit.foreign import find_state_dict, timm_name, without_wrappers
+from segvit.model.foreign import find_state_dict, timm_name, without_wrappers
 from segvit.system.extras import require
 from segvit.system.files import follow
 from segvit.system.text import read_json
@@ -115,8 +115,8 @@ class Checkpoint(NamedTuple):
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .pth, .pt or .bin file, on the CPU. No code in the file is run.
 
-    The state dict inside a training checkpoint is found (`segvit.foreign.find_state_dict`), and prefixes
-    of wrappers (`module.`, `_orig_mod.`) are dropped.
+    The state dict inside a training checkpoint is found (`segvit.model.foreign.find_state_dict`), and
+    prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
 
     Raises:
         FileNotFoundError: no such file.

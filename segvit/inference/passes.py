@@ -10,20 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segvit.inference.protocol import Segmenter
 from segvit.options import InferenceOptions
 from segvit_kernels import View, Views, semantic_argmax_reference
 
-if TYPE_CHECKING:
-    from segvit.model import SegViT
-
 __all__ = [
-    "InferenceOptions",
     "Pass",
     "check_options",
     "check_region",
@@ -145,7 +142,7 @@ def _list_views(
     ]
 
 
-def label_maps(model: SegViT, images: Tensor, options: InferenceOptions) -> Tensor:
+def label_maps(model: Segmenter, images: Tensor, options: InferenceOptions) -> Tensor:
     """Label maps (B, H, W) of normalised images (B, 3, H, W).
 
     Raises:
@@ -159,7 +156,7 @@ def label_maps(model: SegViT, images: Tensor, options: InferenceOptions) -> Tens
 
 
 def label_maps_with_scores(
-    model: SegViT,
+    model: Segmenter,
     images: Tensor,
     options: InferenceOptions,
     take: Callable[[int, Tensor], None],

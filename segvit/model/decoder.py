@@ -257,6 +257,9 @@ class ATMDecoder(nn.Module):
                 weight = layer.self_attn.in_proj_weight
                 layer.self_attn.packed = Folded.make([weight], functools.partial(_packed, weight))
 
+    def fold_grid(self, grid: tuple[int, int]) -> None:
+        """Nothing here has a grid of its own."""
+
     def unfuse(self) -> None:
         """Forget the constants of `fuse`."""
         self.folded_first = None

@@ -16,17 +16,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from segvit.backbone import Block
-from segvit.inference import InferenceOptions, crops_of, passes, views_of
-from segvit_kernels import freeze, is_plain, requested_backend, resize_positions, why_not_packed
-
-if TYPE_CHECKING:
-    from segvit.model import SegViT
+from segvit.inference.passes import crops_of, passes, views_of
+from segvit.inference.protocol import Foldable
+from segvit.options import InferenceOptions
+from segvit_kernels import freeze, requested_backend, why_not_packed
 
 __all__ = ["METHODS", "InferenceEngine"]
 
@@ -48,7 +46,7 @@ class InferenceEngine:
 
     def __init__(
         self,
-        model: SegViT,
+        model: Foldable,
         size: int | tuple[int, int],
         batch: int = 1,
         *,
@@ -126,7 +124,7 @@ class _LabelMaps(nn.Module):
 
     def __init__(
         self,
-        model: SegViT,
+        model: Foldable,
         size: tuple[int, int],
         batch: int,
         dtype: torch.dtype,
@@ -136,17 +134,17 @@ class _LabelMaps(nn.Module):
         self.size = size
         self.runs = passes(size, options, model.config.backbone.patch_size)
         self.network = _copy(model).eval().unfuse().requires_grad_(False)
-        shift, scale = _fold_normalisation(self.network)
+        shift, scale = self.network.fold_normalisation(_PIXEL)
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
-        _fold_positions(self.network, {run.crop for run in self.runs})
+        crops = {run.crop for run in self.runs}
+        if len(crops) == 1:  # else resized in each call, on the device
+            self.network.fold_grid(*crops)
         self.to(dtype)
         self.network.fuse()
         freeze(self.network)
         # Every stage classifies its tokens: here the last stage's alone, after the network.
-        self.class_head = getattr(self.network.decoder, "class_head", None)
-        if self.class_head is not None:
-            self.network.decoder.class_head = nn.Identity()
+        self.class_head = self.network.take_class_head()
         grids = tuple(model.mask_grid(run.crop) for run in self.runs)
         self.views = views_of(batch, size, tuple(self.runs), grids, self.shift.device)
 
@@ -160,7 +158,7 @@ class _LabelMaps(nn.Module):
         return self.network.labels(outputs, self.size, self.views)
 
 
-def _copy(model: SegViT) -> SegViT:
+def _copy(model: Foldable) -> Foldable:
     """A deep copy, also where pruning or weight_norm keep weights that are no leaves of autograd's graph."""
     made = [
         value
@@ -169,44 +167,6 @@ def _copy(model: SegViT) -> SegViT:
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in made})
-
-
-def _fold_normalisation(network: SegViT) -> tuple[Tensor, Tensor | None]:
-    """Scale the patch embedding for pixels u · _PIXEL + shift in place of (u / 255 − mean) / std.
-
-    Returns the shift (3, 1, 1): such a pixel is normalised up to a factor, and 0 where that is 0; and the
-    factor (3, 1, 1), where it cannot be folded into a patch embedding that is more than its weights.
-    """
-    projection, positions = network.backbone.patch_embed.proj, network.backbone.pos_embed
-    exact = torch.promote_types(positions.dtype, torch.float32)
-    mean, std = (
-        torch.tensor(values, dtype=exact, device=positions.device).view(-1, 1, 1)
-        for values in (network.config.mean, network.config.std)
-    )
-    step = 255 * _PIXEL
-    if not is_plain(projection):
-        return -step * mean, 1 / (step * std)
-    weight = projection.weight.to(exact) / (step * std)
-    projection.weight = nn.Parameter(weight, requires_grad=False)
-    return -step * mean, None
-
-
-def _fold_positions(network: SegViT, crops: set[tuple[int, int]]) -> None:
-    """Store position embedding and up-sampling queries for the grid of the crops, where all have one.
-
-    Otherwise they are resized in each call, on the device.
-    """
-    if len(crops) > 1:
-        return
-    backbone, patch = network.backbone, network.config.backbone.patch_size
-    (grid,) = ((height // patch, width // patch) for height, width in crops)
-    if "pos_embed" in backbone._parameters:  # a parametrization would make it again
-        positions = resize_positions(backbone.pos_embed, backbone.grid, grid)
-        backbone.pos_embed, backbone.grid = nn.Parameter(positions, requires_grad=False), grid
-    upsample = network.decoder.upsample if network.config.upsample else None
-    if upsample is not None and network.config.resize_queries and "queries" in upsample._parameters:
-        queries = resize_positions(upsample.queries[None], upsample.grid, grid)[0]
-        upsample.queries, upsample.grid = nn.Parameter(queries, requires_grad=False), grid
 
 
 def _own(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -245,13 +205,13 @@ class _Graph:
             return self.labels.clone()
 
 
-def _dtype(model: SegViT, asked: torch.dtype | None) -> torch.dtype:
+def _dtype(model: Foldable, asked: torch.dtype | None) -> torch.dtype:
     """The dtype asked for; else that of a model that was converted; else the faster one of its device."""
     if asked is not None:
         if asked not in _DTYPES:
             raise ValueError(f"dtype: got {asked}, expected one of {', '.join(map(str, _DTYPES))}")
         return asked
-    own, device = model.backbone.pos_embed.dtype, model.mean.device
+    own, device = model.mean.dtype, model.mean.device
     if own == torch.float32 and prefers_bfloat16(device):
         return torch.bfloat16
     return own
@@ -302,13 +262,9 @@ def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         ) from None
 
 
-def _quantise_backbone(network: SegViT) -> None:
-    """fp8 weights and, row by row as they come, activations in the blocks' projections.
-
-    The block that shrinks keeps its dtype: it takes its projection apart.
-    """
+def _quantise_backbone(network: Foldable) -> None:
+    """fp8 weights and, row by row as they come, activations in the blocks' projections."""
     torchao = import_module("torchao.quantization")
     config = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
-    for block in network.backbone.blocks:
-        if isinstance(block, Block):
-            torchao.quantize_(block, config)
+    for block in network.plain_blocks():
+        torchao.quantize_(block, config)

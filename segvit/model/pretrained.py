@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segvit.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
-from segvit.checkpoint import find_checkpoint, first_line, hub_name, hub_snapshot, read_checkpoint
 from segvit.config import BackboneConfig
+from segvit.model.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
+from segvit.model.checkpoint import find_checkpoint, first_line, hub_name, hub_snapshot, read_checkpoint
 from segvit.system.extras import require
 
 
@@ -233,7 +233,7 @@ def statistics_told(about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
     """{"mean", "std"} on the 0..1 scale that a file of weights tells of itself, or {}; and notes.
 
     Args:
-        about: see `segvit.checkpoint.read_checkpoint`. mmsegmentation's files hold a configuration as text.
+        about: see `segvit.model.checkpoint.read_checkpoint`. mmsegmentation's files hold a text for one.
     """
     text = str(about.get("config") or about.get("cfg") or "")
     found = re.findall(r"\b(mean|std)\s*=\s*[\[(]([^\])]*)[\])]", text)

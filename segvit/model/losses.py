@@ -6,15 +6,12 @@ Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2, equation 5, with t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from segvit.model.segvit import SegViTOutput
 from segvit_kernels import mask_loss
-
-if TYPE_CHECKING:
-    from segvit.model import SegViTOutput
 
 
 class SegViTLoss(nn.Module):

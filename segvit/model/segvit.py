@@ -8,19 +8,18 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segvit.backbone import (
-    LayerScale,
-    VisionTransformer,
-    adapt_backbone_state,
-    patch_grid,
-)
-from segvit.checkpoint import (
+from segvit.config import BackboneConfig, SegViTConfig
+from segvit.data.pictures import image_tensor
+from segvit.inference.engine import InferenceEngine
+from segvit.inference.passes import check_region, label_maps, label_maps_with_scores
+from segvit.model.backbone import Block, LayerScale, VisionTransformer, adapt_backbone_state, patch_grid
+from segvit.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     LoadReport,
@@ -29,18 +28,13 @@ from segvit.checkpoint import (
     read_config,
     read_state_dict,
 )
-from segvit.config import BackboneConfig, SegViTConfig
-from segvit.data.pictures import image_tensor
-from segvit.decoder import ATMDecoder
-from segvit.inference import InferenceOptions, check_region, label_maps, label_maps_with_scores
-from segvit.pretrained import Pretrained, open_pretrained
-from segvit.shrunk import ShrunkDecoder
+from segvit.model.decoder import ATMDecoder
+from segvit.model.pretrained import Pretrained, open_pretrained
+from segvit.model.shrunk import ShrunkDecoder
+from segvit.options import InferenceOptions
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
-from segvit_kernels import Views, exportable, pack_linears, semantic_argmax, unpack_linears
-
-if TYPE_CHECKING:
-    from segvit.engine import InferenceEngine
+from segvit_kernels import Views, exportable, is_plain, pack_linears, semantic_argmax, unpack_linears
 
 
 @exportable
@@ -287,9 +281,48 @@ class SegViT(nn.Module):
         Raises:
             ValueError: an argument is out of range, or this machine cannot do what is asked.
         """
-        from segvit.engine import InferenceEngine
-
         return InferenceEngine(self, size, batch, dtype=dtype, method=method, fp8=fp8, options=options)
+
+    def fold_normalisation(self, pixel: float) -> tuple[Tensor, Tensor | None]:
+        """Scale the patch embedding for images u · pixel + shift of bytes u, not (u / 255 − mean) / std.
+
+        Returns the shift (channels, 1, 1): such an image is normalised up to a factor, and 0 where that is 0;
+        and the factor (channels, 1, 1), where it cannot be folded into a patch embedding that is more than
+        its weights.
+        """
+        projection, positions = self.backbone.patch_embed.proj, self.backbone.pos_embed
+        exact = torch.promote_types(positions.dtype, torch.float32)
+        mean, std = (
+            torch.tensor(values, dtype=exact, device=positions.device).view(-1, 1, 1)
+            for values in (self.config.mean, self.config.std)
+        )
+        step = 255 * pixel
+        if not is_plain(projection):
+            return -step * mean, 1 / (step * std)
+        weight = projection.weight.to(exact) / (step * std)
+        projection.weight = nn.Parameter(weight, requires_grad=False)
+        return -step * mean, None
+
+    def fold_grid(self, size: tuple[int, int]) -> None:
+        """Store position embedding and up-sampling queries for the grid of images of `size`."""
+        patch = self.config.backbone.patch_size
+        grid = (size[0] // patch, size[1] // patch)
+        self.backbone.fold_grid(grid)
+        self.decoder.fold_grid(grid)
+
+    def take_class_head(self) -> nn.Module | None:
+        """The head that gives class logits, which the caller then does: outputs hold tokens (B, N, C) there.
+
+        None for a model without one. Every stage classifies its tokens, and inference needs the last's alone.
+        """
+        head = getattr(self.decoder, "class_head", None)
+        if head is not None:
+            self.decoder.class_head = nn.Identity()
+        return head
+
+    def plain_blocks(self) -> list[nn.Module]:
+        """The backbone's blocks but the one that shrinks, which takes its projection apart."""
+        return [block for block in self.backbone.blocks if isinstance(block, Block)]
 
     # Modes
 
@@ -410,7 +443,7 @@ class SegViT(nn.Module):
         Args:
             source: a .safetensors or .pth file, a folder or Hub repository with one, 'timm:NAME' for timm's
                 pretrained weights, or a state dict; with the names of timm, mmsegmentation, Hugging Face,
-                OpenCLIP and others (see `segvit.foreign`).
+                OpenCLIP and others (see `segvit.model.foreign`).
             known: what you know of the weights and the file does not tell: "heads", "mlp", "norm_eps",
                 "mean", "std", or "plain": True for a doubtful architecture.
             statistics: False keeps the model's mean and std.
