@@ -71,9 +71,9 @@ def run(
     """mIoU, seconds and agreement of both, by protocol, over the first ``images`` of the validation split."""
     from segvit.data import open_dataset
     from segvit.inference.passes import crops_of, passes
-    from segvit.metrics import ConfusionMatrix
     from segvit.model.heads import load_model
     from segvit.options import InferenceOptions
+    from segvit.training.metrics import ConfusionMatrix
 
     torch.set_num_threads(threads)
     model = load_model(checkpoint).eval().fuse()

@@ -36,7 +36,7 @@ from segvit.system.text import did_you_mean, parse_yaml, read_text, shown, yaml_
 
 __all__ = ["main"]
 
-# The command `a b` is the module segvit.a.b; options, and what it does.
+# The command `a b` is the module segvit.commands.a_b; options, and what it does.
 COMMANDS: dict[str, tuple[type, str]] = {
     "train": (TrainConfig, "train a model on a folder of images or on synthetic data"),
     "evaluate": (EvaluateConfig, "mIoU of a checkpoint on a data set"),
@@ -537,7 +537,7 @@ def _run(words: list[str]) -> int:
     options = _parse(command, words[command.count(" ") + 1 :])
     if options is None:
         return 0
-    module = importlib.import_module(f"segvit.{command.replace(' ', '.')}")
+    module = importlib.import_module(f"segvit.commands.{command.replace(' ', '_')}")
     return module.run(options) or 0
 
 

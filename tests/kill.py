@@ -33,7 +33,7 @@ import torch
 
 from segvit.options import TrainConfig
 from segvit.system.files import follow
-from segvit.train import train
+from segvit.training.train import train
 
 MODEL = {"width": 8, "depth": 1, "heads": 1, "taps": [0], "patch_size": 8, "decoder_depth": 1}
 OPERATIONS = ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "symlink", "unlink")

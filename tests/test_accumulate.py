@@ -7,11 +7,11 @@ import torch
 from lightning_fabric import Fabric
 
 from segvit.config import SegViTConfig
-from segvit.evaluate import launch
 from segvit.model.linear_head import CrossEntropy, LinearSegmenter
 from segvit.model.losses import SegViTLoss
 from segvit.model.segvit import SegViT
-from segvit.train import backward
+from segvit.training.accumulate import backward
+from segvit.training.launch import launch
 
 CLASSES, BATCH, SIZE = 5, 4, 32
 MODEL = {

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import segvit_kernels
-from segvit import SegViT, SegViTConfig, bench
+from segvit import SegViT, SegViTConfig
 from segvit.cli import main
+from segvit.commands import bench
 from segvit.config import PRESETS
 from segvit.model.linear_head import LinearSegmenter
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from segvit import demo
+from segvit.commands import demo
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.data.synthetic import CLASS_NAMES, SyntheticShapes
-from segvit.evaluate import evaluate
 from segvit.model.checkpoint import read_state_dict
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig
+from segvit.training.evaluation import evaluate
 
 
 @pytest.fixture

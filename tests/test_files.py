@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 from kill import options
 
-from segvit.run_folder import Checkpoints, Log, claimed
 from segvit.system import files
 from segvit.system.files import atomic_write, discard, follow, locked, point
-from segvit.train import train
+from segvit.training.log import Log
+from segvit.training.run_folder import Checkpoints, claimed
+from segvit.training.train import train
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_log_on_a_full_disk_keeps_whole_lines(tmp_path, monkeypatch):
             self.file.flush()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("segvit.run_folder.csv.DictWriter", Full)
+    monkeypatch.setattr("segvit.training.log.csv.DictWriter", Full)
     with pytest.raises(OSError, match=r"metrics\.csv: cannot be written .No space"):
         log.add(2, loss=2.0)
     assert (tmp_path / "metrics.csv").read_text() == before

@@ -7,8 +7,8 @@ import torch
 
 from segvit import BackboneConfig, SegViT, SegViTConfig
 from segvit.cli import main
-from segvit.init_from import init_from
 from segvit.model.linear_head import LinearSegmenter
+from segvit.training.init_from import init_from
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 

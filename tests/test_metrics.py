@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from segvit.metrics import ConfusionMatrix
+from segvit.training.metrics import ConfusionMatrix
 
 
 def test_iou_of_a_small_map_by_hand():

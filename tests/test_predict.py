@@ -5,12 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segvit.config import BackboneConfig, SegViTConfig
-from segvit.inference.passes import label_maps_with_scores
-from segvit.model.linear_head import LinearSegmenter
-from segvit.model.segvit import SegViT
-from segvit.options import InferenceOptions, PredictConfig
-from segvit.predict import (
+from segvit.commands.predict import (
     class_names,
     find_classes,
     find_images,
@@ -19,6 +14,11 @@ from segvit.predict import (
     run,
     similarity_maps,
 )
+from segvit.config import BackboneConfig, SegViTConfig
+from segvit.inference.passes import label_maps_with_scores
+from segvit.model.linear_head import LinearSegmenter
+from segvit.model.segvit import SegViT
+from segvit.options import InferenceOptions, PredictConfig
 
 NAMES = ("road", "sky", "car", "street light", "tree")
 

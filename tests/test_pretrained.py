@@ -263,7 +263,7 @@ def test_weights_decide_what_the_options_leave_open(tmp_path):
     from types import SimpleNamespace
 
     from segvit.options import TrainConfig
-    from segvit.train import build_model
+    from segvit.training.build import build_model
 
     theirs = make_model(mlp="quick_gelu", pre_norm=True, layer_scale=0.1, register_tokens=2, qkv_bias=False)
     save_file(state_of(theirs), tmp_path / "model.safetensors")

@@ -18,13 +18,16 @@ import yaml
 
 from segvit.config import SegViTConfig
 from segvit.data.synthetic import SyntheticShapes
-from segvit.evaluate import evaluate
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import EvaluateConfig, TrainConfig
 from segvit.system.interrupts import Interrupted
-from segvit.train import StepSampler, inverse_sqrt_weights, learning_rate_factor, train
-from segvit.train import _Trainer as Trainer
+from segvit.training.class_weights import inverse_sqrt_weights
+from segvit.training.evaluation import evaluate
+from segvit.training.loop import Trainer as Trainer
+from segvit.training.sampler import StepSampler
+from segvit.training.schedule import learning_rate_factor
+from segvit.training.train import train
 from segvit_kernels import QueryUpsample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,7 +431,7 @@ def test_two_processes_train_like_one_with_the_doubled_batch(tmp_path):
 
 
 def test_evaluation_on_two_processes_counts_every_image_once(tmp_path):
-    from segvit.evaluate import run
+    from segvit.commands.evaluate import run
 
     train(tiny(tmp_path / "run", max_steps=2))
     config = EvaluateConfig(

@@ -3,8 +3,16 @@
 `pictures` reads files and `names` class names, `folder` is the data set, `transforms` the augmentation.
 """
 
-from segvit.data.folder import SegmentationFolder, folder_options, open_dataset
+from segvit.data.folder import SegmentationFolder, check_data, folder_options, open_dataset
 from segvit.data.names import read_names
 from segvit.data.pictures import read_image, read_label
 
-__all__ = ["SegmentationFolder", "folder_options", "open_dataset", "read_image", "read_label", "read_names"]
+__all__ = [
+    "SegmentationFolder",
+    "check_data",
+    "folder_options",
+    "open_dataset",
+    "read_image",
+    "read_label",
+    "read_names",
+]

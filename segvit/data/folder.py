@@ -27,7 +27,7 @@ from segvit.data.pictures import StoredLabel, colours_problem, read_image, store
 from segvit.data.synthetic import SyntheticShapes
 from segvit.options import LabelOptions
 
-__all__ = ["SegmentationFolder", "folder_options", "open_dataset"]
+__all__ = ["SegmentationFolder", "check_data", "folder_options", "open_dataset"]
 
 _INVALID = -(1 << 62)
 
@@ -387,6 +387,16 @@ class _Lookup:
 def _packed(colour: Sequence[int]) -> int:
     red, green, blue = colour
     return red << 16 | green << 8 | blue
+
+
+def check_data(*datasets: Any) -> list[str]:
+    """Look at the label maps of folders; lines that say what they hold and mean.
+
+    Raises:
+        ValueError: they contradict the options, or cannot be used.
+    """
+    lines = [line for dataset in datasets if hasattr(dataset, "check") for line in dataset.check()]
+    return list(dict.fromkeys(lines))
 
 
 def folder_options(config: LabelOptions) -> dict[str, Any]:

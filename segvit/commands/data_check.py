@@ -18,6 +18,7 @@ from segvit.data.inspection import Facts, colour_text, inspect
 from segvit.data.layouts import Layout, Listing, find_layout
 from segvit.data.pictures import as_rgb, read_image, stored_label
 from segvit.options import DataConfig
+from segvit.pictures.visualize import MADE_HERE, class_palette, legend, overlay, save_picture
 from segvit.system.files import atomic_write, check_result_file
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ def run(config: DataConfig) -> int:
     Raises:
         ValueError, OSError: what training or evaluation on this folder would end with.
     """
-    from segvit.pictures.visualize import MADE_HERE, save_picture
-
     if config.sheet:
         check_result_file("sheet", config.sheet, MADE_HERE)
     layout = find_layout(config.folder, config.image_pattern, config.label_pattern, config.split_list)
@@ -223,8 +222,6 @@ def _contact_sheet(
 ) -> Image.Image:
     """Pictures side by side: as they are on the left, with their labels over them on the right."""
     from PIL import Image, ImageDraw
-
-    from segvit.pictures.visualize import class_palette, legend, overlay
 
     palette = class_palette(len(understood.names))
     if understood.dataset is not None and understood.dataset.palette is not None:

@@ -14,11 +14,9 @@ A checkpoint's folder gets its name when all of it is on the disk, and the links
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +28,7 @@ from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
 from segvit.system.text import parse_yaml, read_json, read_text, yaml_value
 
-__all__ = ["Checkpoints", "Log", "claimed", "prepare", "samples_of"]
+__all__ = ["Checkpoints", "claimed", "prepare", "samples_of"]
 
 TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
@@ -173,66 +171,6 @@ def _compare_samples(path: Path, samples: dict[str, Any]) -> None:
             )
         if was != now:
             raise ValueError(f"resume: the {split} images have other names than when the run began")
-
-
-class Log:
-    """metrics.csv, and TensorBoard where asked for.
-
-    Continuing at a step drops what was written after it, and the evaluation at it where that is done again.
-    """
-
-    def __init__(self, folder: Path, step: int, tensorboard: bool, evaluated: bool = True) -> None:
-        self.path = folder / "metrics.csv"
-        self.rows: list[dict[str, str]] = []
-        if step and self.path.is_file():
-            text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a full disk cuts the last line
-            rows = [row for row in csv.DictReader(whole) if (row["step"] or "").isdigit()]
-            self.rows = [
-                row
-                for row in rows
-                if int(row["step"]) < step or (int(row["step"]) == step and (evaluated or row.get("loss")))
-            ]
-        self.columns = list(self.rows[0]) if self.rows else []
-        if self.rows:
-            self._rewrite()
-        else:
-            self.path.unlink(missing_ok=True)
-        self.writer = None
-        if tensorboard:
-            module = require("torch.utils.tensorboard", extra="tensorboard")
-            self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def _rewrite(self) -> None:
-        def write(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, self.columns)
-                table.writeheader()
-                table.writerows(self.rows)
-
-        atomic_write(self.path, write)
-
-    def add(self, step: int, **values: float) -> None:
-        """A line of finite numbers; raises OSError, the line not begun, where there is no space for it."""
-        row = {"step": str(step), **{name: f"{value:.9g}" for name, value in values.items()}}
-        self.rows.append(row)
-        if not set(row) <= set(self.columns):
-            self.columns += [name for name in row if name not in self.columns]
-            self._rewrite()
-        else:
-            self._append(row)
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-    def _append(self, row: dict[str, str]) -> None:
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-        except OSError as error:
-            os.truncate(self.path, size)
-            raise OSError(f"{self.path}: cannot be written ({error.strerror})") from None
 
 
 class Checkpoints:

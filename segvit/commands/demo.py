@@ -28,17 +28,17 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import segvit_kernels
+from segvit.commands.predict import make_folder, similarity_maps
 from segvit.data.synthetic import SyntheticShapes
-from segvit.evaluate import evaluate
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig, TrainConfig
 from segvit.pictures import report
 from segvit.pictures.visualize import Image, heat, legend_entries, overlay, stage_notes
-from segvit.predict import make_folder, similarity_maps
 from segvit.system.files import atomic_write
 from segvit.system.machine import pick_backend, pick_device
-from segvit.train import train
+from segvit.training.evaluation import evaluate
+from segvit.training.train import train
 
 __all__ = ["DemoConfig", "run"]
 

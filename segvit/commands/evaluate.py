@@ -1,0 +1,208 @@
+"""`segvit evaluate`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+import segvit_kernels
+from segvit.data import check_data, folder_options, open_dataset
+from segvit.inference.passes import check_options
+from segvit.model.checkpoint import find_checkpoint
+from segvit.model.heads import load_model
+from segvit.options import EvaluateConfig, InferenceOptions
+from segvit.pictures.visualize import MADE_HERE, confusion_picture, save_picture
+from segvit.system.files import atomic_write, check_result_file
+from segvit.system.progress import progress_bar
+from segvit.training.evaluation import evaluate, without_nan
+from segvit.training.launch import launch, make_fabric
+
+
+def run(config: EvaluateConfig) -> int:
+    """Print the measures of every class and their means, and write what is asked for."""
+    files = _result_files(config)
+    fabric = make_fabric(config)
+    model_config = load_model(config.checkpoint).config  # here too, for errors before any process starts
+    dataset = open_dataset(
+        config.data,
+        config.split,
+        **{**folder_options(config), "value_range": config.value_range or model_config.value_range or ()},
+        num_classes=model_config.num_classes,
+        default_names=model_config.class_names,
+        channels=model_config.backbone.in_channels,
+        progress=config.progress,
+        synthetic_length=config.synthetic_validation,
+        synthetic_size=model_config.image_size[0],
+    )
+    check_classes(model_config, dataset)
+    check_options(config, model_config.backbone.patch_size)
+    for line in check_data(dataset):
+        print(line, flush=True)
+    result = launch(fabric, _evaluate_checkpoint, config, dataset)
+    inference = {field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)}
+    result = {**{key: without_nan(value) for key, value in result.items()}, "inference": inference}
+    problems = []
+    for path, write in files.items():  # before anything is printed: a console can fail
+        try:
+            atomic_write(path, functools.partial(write, result))
+        except OSError as error:
+            problems.append(error)
+    print(iou_table(result))
+    for line in notes(result):
+        print(line)
+    if problems:
+        raise problems[0]
+    return 0
+
+
+def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) -> Any:
+    model = load_model(config.checkpoint).to(fabric.device)
+    share = len(range(fabric.global_rank, len(dataset), fabric.world_size))
+    with (
+        segvit_kernels.backend(config.backend) if config.backend else nullcontext(),
+        progress_bar(config.progress and fabric.is_global_zero) as bar,
+    ):
+        task = bar.add_task("evaluate", total=share)
+        return evaluate(
+            model,
+            dataset,
+            fabric=fabric,
+            workers=config.workers,
+            options=config,
+            on_images=lambda count: bar.advance(task, count),
+            details=True,
+        )
+
+
+def check_classes(model_config: Any, dataset: Any) -> None:
+    """Raises ValueError when a model's classes are not those of a dataset."""
+    if model_config.num_classes != dataset.num_classes:
+        raise ValueError(
+            f"the checkpoint has {model_config.num_classes} classes, the data {dataset.num_classes}"
+        )
+    ours, theirs = model_config.class_names, dataset.class_names
+    if ours and theirs and tuple(ours) != tuple(theirs):
+        pairs: Sequence[tuple[str, str]] = list(zip(ours, theirs, strict=True))
+        index, (mine, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(f"class {index} is {mine!r} in the checkpoint but {other!r} in the data")
+
+
+# What is written
+
+
+def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any], Path], Any]]:
+    """The files asked for, and what writes each.
+
+    Raises:
+        ValueError: a file of another kind, or one that is read; OSError: its folder does not exist.
+    """
+    writers: dict[str, Callable[[dict[str, Any], Path], Any]] = {}
+    mapping = config.label_mapping if isinstance(config.label_mapping, str) else None
+    inputs = [Path(name) for name in (config.names, mapping) if name]
+    inputs += [Path(config.data) / name for name in ("names.txt", "objectInfo150.txt")]
+    if Path(config.checkpoint).is_dir():
+        folder = find_checkpoint(config.checkpoint)
+        inputs += [folder / "config.json", folder / "model.safetensors"]
+    inputs = [file.resolve() for file in inputs]
+    for option, paths, kinds in (
+        ("json", [config.json], {"": (_write_json, r'\{\s*"miou": ')}),
+        ("csv", [config.csv], {"": (_write_csv, "class,iou,")}),
+        (
+            "confusion",
+            config.confusion,
+            {".csv": (_write_matrix, "true class,"), ".png": (_write_picture, MADE_HERE)},
+        ),
+    ):
+        for path in filter(None, paths):
+            if "" not in kinds and Path(path).suffix.lower() not in kinds:
+                raise ValueError(f"{option}: got {path}, expected a file {' or '.join(kinds)}")
+            if path in writers:
+                raise ValueError(f"{option}: {path} is asked for twice")
+            if Path(path).resolve() in inputs:
+                raise ValueError(f"{option}: {path} is read and would be overwritten; choose another file")
+            write, begins = kinds.get("") or kinds[Path(path).suffix.lower()]
+            check_result_file(option, path, begins)
+            writers[path] = write
+    return {Path(path): write for path, write in writers.items()}
+
+
+def _write_json(result: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(result: dict[str, Any], path: Path) -> None:
+    columns = [*_MEASURES, "pixels", "predicted"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", *columns])
+        for name in result["iou"]:
+            table.writerow([name, *(result[column][name] for column in columns)])
+
+
+def _write_matrix(result: dict[str, Any], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["true class", *result["iou"]])
+        table.writerows([name, *row] for name, row in zip(result["iou"], result["confusion"], strict=True))
+
+
+def _write_picture(result: dict[str, Any], path: Path) -> None:
+    save_picture(confusion_picture(result["confusion"], list(result["iou"])), path)
+
+
+# What is printed
+
+
+_MEASURES = {"iou": "IoU", "dice": "Dice", "precision": "precision", "recall": "recall"}
+
+
+def iou_table(result: dict[str, Any]) -> str:
+    """The classes with their IoU, and what else `evaluate` was asked for, in per cent, the worst last."""
+    measures = {name: title for name, title in _MEASURES.items() if name in result}
+    rows = sorted(result["iou"], key=lambda name: -1 if result["iou"][name] is None else result["iou"][name])
+    width = max(len("frequency-weighted IoU"), *map(len, rows)) if len(measures) > 1 else 0
+    width = width or max(len("mean IoU"), *map(len, rows))
+    lines = []
+    if len(measures) > 1:
+        lines.append(f"{'':<{width}}" + "".join(f"  {title:>9}" for title in measures.values()))
+    size = 9 if len(measures) > 1 else 6
+    for name in reversed(rows):
+        cells = [
+            "absent" if result["iou"][name] is None else _percent(result[measure][name])
+            for measure in measures
+        ]
+        lines.append(f"{name:<{width}}" + "".join(f"  {cell:>{size}}" for cell in cells))
+    footer = [("mean IoU", _percent(result["miou"]))]
+    if len(measures) > 1:
+        footer += [(f"mean {_MEASURES[m]}", _percent(result[f"mean_{m}"])) for m in list(measures)[1:]]
+        footer.append(("frequency-weighted IoU", _percent(result["frequency_weighted_iou"])))
+    footer += [("accuracy", _percent(result["accuracy"])), ("images", f"{result['images']:6d}")]
+    lines.append("-" * (width + (2 + size) * len(measures)))
+    return "\n".join([*lines, *(f"{name:<{width}}  {value}" for name, value in footer)])
+
+
+def _percent(value: float | None) -> str:
+    return "   n/a" if without_nan(value) is None else f"{100 * value:6.2f}"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What must be known to read the numbers of `evaluate` with details."""
+    lines = []
+    absent = [name for name, count in result["pixels"].items() if not count]
+    wrong = [name for name in absent if result["predicted"][name]]
+    if not any(result["pixels"].values()):
+        lines.append("no pixel counts: all are ignored, and nothing is measured")
+    elif absent:
+        text = f"not in the labels: {', '.join(absent)}"
+        if wrong:
+            text += f"; predicted all the same, with IoU 0 in the mean: {', '.join(wrong)}"
+        lines.append(text)
+    return lines

@@ -1,0 +1,155 @@
+"""What a training starts with: model, augmentation, optimizer, loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from segvit.config import SegViTConfig
+from segvit.data.transforms import Augment
+from segvit.model.checkpoint import read_config
+from segvit.model.heads import model_with
+from segvit.model.linear_head import CrossEntropy
+from segvit.model.losses import SegViTLoss
+from segvit.model.pretrained import open_pretrained
+from segvit.model.segvit import SegViT
+from segvit.options import TrainConfig
+from segvit.training.init_from import init_from
+from segvit.training.run_folder import Checkpoints
+from segvit_kernels import FusedATM
+
+# Fields of a model that `--model` does not set, and what does.
+_GIVEN = {
+    "num_classes": "the data give the number of classes",
+    "name": "preset gives it",
+    "backbone": "its own fields are named like those of the model, as in {'width': 192}",
+}
+
+
+def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = lambda text: None) -> SegViT:
+    """The model that a training starts from, for the classes of a dataset; resumed, without its weights.
+
+    Args:
+        say: told what pretrained weights brought along and what was changed in them.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown preset or field; weights that do not fit.
+    """
+    kind = model_with(config.head)
+    overrides = {"image_size": config.image_size, **config.model}
+    for name, instead in _GIVEN.items():
+        if name in config.model:
+            raise ValueError(f"model: {name} is not a field to change; {instead}")
+    overrides.setdefault("class_names", dataset.class_names)
+    overrides.setdefault("palette", dataset.palette)
+    overrides.setdefault("value_range", config.value_range or None)
+    kept = Checkpoints(config.out).newest() if config.resume else None
+    if kept:  # what it started from may be gone
+        model = kind(read_config(kept)[0])
+    elif config.init_from:
+        model, notes = init_from(config.init_from, dataset.num_classes, overrides, config.head)
+        say(f"{config.init_from}: {'; '.join(notes)}")
+        if config.shrunk and model.config.backbone.shrink_at is None:
+            raise ValueError(f"shrunk: {config.init_from} is not")
+    else:
+        model = _start(config, kind, dataset.num_classes, {"shrunk": config.shrunk, **overrides}, say)
+    if config.freeze_backbone:
+        model.freeze_backbone()
+    model.set_gradient_checkpointing(config.gradient_checkpointing)
+    return model
+
+
+# Of a backbone, what its weights decide where --model does not.
+_OF_WEIGHTS = ("mlp", "mlp_ratio", "register_tokens", "qkv_bias", "pre_norm")
+
+
+def _start(
+    config: TrainConfig,
+    kind: type[SegViT],
+    num_classes: int,
+    fields: dict[str, Any],
+    say: Callable[[str], None],
+) -> SegViT:
+    """A model of the preset, its backbone's weights loaded."""
+    try:
+        model_config = SegViTConfig.preset(config.preset, num_classes, **fields)
+    except TypeError as error:
+        raise ValueError(f"model: {error}") from None
+    weights = open_pretrained(config.backbone_weights) if config.backbone_weights else None
+    if weights:
+        told = {key: config.model[key] for key in ("heads", "mlp", "norm_eps") if key in config.model}
+        weights = weights._replace(known={**told, **weights.known})
+        own, theirs = model_config.backbone, weights.backbone_config()
+        if (theirs.width, theirs.depth) == (own.width, own.depth):
+            taken = {key: getattr(theirs, key) for key in _OF_WEIGHTS}
+            taken |= {key: weights.known[key] for key in ("heads", "norm_eps") if key in weights.known}
+            if (own.layer_scale is None) != (theirs.layer_scale is None):
+                taken["layer_scale"] = theirs.layer_scale
+            taken = {key: value for key, value in taken.items() if key not in config.model}
+            backbone = dataclasses.replace(own, **taken)
+            model_config = dataclasses.replace(model_config, backbone=backbone)
+    model = kind(model_config)
+    if weights:
+        report = model.load_backbone(weights, statistics=not {"mean", "std"} & set(config.model))
+        say(f"{weights.name}: {'; '.join([f'{report.loaded} tensors loaded', *report.changed])}")
+    with torch.no_grad():
+        for module in model.decoder.modules():
+            if isinstance(module, FusedATM):
+                module.q.weight.mul_(config.similarity_gain)
+                module.k.weight.mul_(config.similarity_gain)
+    return model
+
+
+def make_augmentation(config: TrainConfig, training: Any, model: SegViT) -> Augment:
+    """Of the training data; padding has the model's mean colour."""
+    return Augment(
+        config.image_size,
+        scale=config.scale,
+        class_share=config.class_share,
+        flip=config.flip,
+        photometric=config.photometric,
+        mean=model.config.mean,
+        ignore_index=training.ignore_index,
+        seed=config.seed,
+    )
+
+
+def make_optimizer(config: TrainConfig, model: SegViT) -> torch.optim.AdamW:
+    """AdamW on the model's groups, each with the learning rate of the schedule's peak as "peak_lr"."""
+    groups = model.parameter_groups(
+        config.lr, config.weight_decay, config.decoder_lr_scale, config.layer_decay
+    )
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    # Fused AdamW unscales by itself and then cannot clip.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=config.precision != "fp16")
+
+
+def make_loss(config: TrainConfig, training: Any, weights: list[float] | None) -> nn.Module:
+    """The head's loss, with these weights of the classes."""
+    if config.head == "linear":
+        return CrossEntropy(training.ignore_index, weights)
+    return SegViTLoss(training.num_classes, training.ignore_index, class_weights=weights)
+
+
+@torch.no_grad()
+def locate_queries(config: TrainConfig, model: SegViT, training: Any, augment: Augment) -> None:
+    """Show the up-sampling queries of a fresh Shrunk model where they are: see `QueryUpsample.locate`."""
+    wanted = config.head == "segvit" and model.config.upsample and config.locate_images
+    if not wanted or config.resume or config.init_from:
+        return
+    count = min(config.locate_images, len(training))
+    indices = [len(training) * i // count for i in range(count)]
+    levels = []
+    model.eval()
+    for start in range(0, count, config.batch_size):
+        part = indices[start : start + config.batch_size]
+        items = [(training[i], i) for i in part]
+        crops = [augment(item["image"], item["label"], 0, i)[0] for item, i in items]
+        levels.append(model.backbone(model.preprocess(torch.stack(crops))))
+    model.train()
+    model.decoder.upsample.locate([torch.cat(level) for level in zip(*levels, strict=True)])

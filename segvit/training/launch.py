@@ -1,0 +1,94 @@
+"""The processes of a training or evaluation, by Lightning Fabric."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segvit.system.extras import require
+from segvit.system.machine import check_processes, pick_backend, started_processes
+
+__all__ = ["launch", "make_fabric"]
+
+
+def make_fabric(config: Any) -> Any:
+    """The Fabric of a command's machine options. More than one device: processes are spawned at launch.
+
+    Raises:
+        ValueError: options that do not go together or that this machine cannot serve.
+    """
+    require("lightning_fabric", extra="train")
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
+    if on_cpu and config.accelerator == "cuda":
+        raise ValueError("accelerator: got cuda, but torch sees no GPU on this machine")
+    device = torch.device("cpu" if on_cpu else "cuda")
+    pick_backend(config.backend, device)
+    if on_cpu and config.precision == "fp16":
+        raise ValueError("precision: fp16 needs a GPU; use bf16 or 32 on the CPU")
+    started = started_processes()
+    if started and config.devices not in (1, started):
+        raise ValueError(f"devices: got {config.devices}, but {started} processes were started")
+    if not started:
+        check_processes(config.devices, config.workers, device)
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", 1))) if started else 1
+    try:
+        return Fabric(
+            accelerator=device.type,
+            devices=started // nodes or config.devices,
+            num_nodes=nodes,
+            strategy="ddp" if started else "ddp_spawn" if config.devices > 1 else "auto",
+            precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],
+        )
+    except (MisconfigurationException, RuntimeError) as error:
+        raise ValueError(f"devices: got {config.devices}: {error}") from None
+
+
+def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        result = function(fabric, *args)
+        if file is None:
+            return result
+        if fabric.is_global_zero:
+            file.write_bytes(pickle.dumps(result))
+        return None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = "as when memory is short, of which fewer need less"
+        raise OSError(f"workers: a data loading process ended early, {reason}") from None
+
+
+def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(fabric, *args)` in every process; an error in a spawned one comes back under its own type.
+
+    Raises:
+        ValueError, TypeError, OSError, ...: as `function` does.
+    """
+    from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+    try:
+        if not isinstance(fabric.strategy.launcher, _MultiProcessingLauncher):
+            return fabric.launch(_run, None, function, *args)
+        # By a file: the launcher waits for the processes first, and a pipe takes 64 kB.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result"
+            fabric.launch(_run, file, function, *args)
+            return pickle.loads(file.read_bytes())
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise OSError(f"devices: one of the processes was ended from outside ({error})") from None
+    except torch.multiprocessing.ProcessRaisedException as error:
+        kind, _, text = str(error).strip().splitlines()[-1].partition(": ")
+        known = (ValueError, TypeError, FileNotFoundError, PermissionError, OSError, FloatingPointError)
+        for exception in known:
+            if kind == exception.__name__:
+                raise exception(text) from None
+        raise
