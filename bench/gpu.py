@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import (
+    csrc,
     environment,
     flops,
     kernels,
@@ -39,11 +40,12 @@ from bench import (
     model,
     operators,
     report,
-    sanitizer,
     subjects,
     timing,
     tune,
 )
+
+sanitizer = csrc.module("sanitizer")
 
 DTYPES = ("bfloat16", "float16", "float32")
 BATCHES = (16, 1, 4)

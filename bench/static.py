@@ -7,20 +7,16 @@ that, which instructions the code is made of, and the least an operator must do,
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from bench import environment, operators, timing
+from bench import csrc, environment, operators, timing
 from segvit_kernels.testing import launches
 
 NOTE = "Static evidence, no time measured."
@@ -86,19 +82,9 @@ def _constant(operator: str, name: str) -> str | None:
     return match[1] if match else None
 
 
-@functools.cache
-def _resources() -> ModuleType:
-    """The module csrc/resources.py."""
-    sys.path.insert(0, str(environment.ROOT / "csrc"))
-    try:
-        return importlib.import_module("resources")
-    finally:
-        sys.path.pop(0)
-
-
 def _cuda() -> list[dict]:
     """Every CUDA C++ kernel, instantiations apart; compiled first where it is not yet."""
-    found = _resources()
+    found = csrc.module("resources")
     if reason := found.missing():
         return [{"operator": "all", "source": "cuda", "kernel": "–", "status": "skipped", "reason": reason}]
     rows = []
@@ -163,7 +149,7 @@ def run(
 
 
 def _nvcc() -> str | None:
-    nvcc = _resources().build.find_nvcc()
+    nvcc = csrc.module("resources").build.find_nvcc()
     if nvcc is None:
         return None
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout

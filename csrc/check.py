@@ -17,11 +17,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import sanitizer
+
 import build
-
-sys.path.insert(0, str(build.ROOT))
-
-from bench import sanitizer
 
 TESTS = sorted(str(path.relative_to(build.ROOT)) for path in build.ROOT.glob("tests/test_*_native.py"))
 VARIABLES = {"PYTHONPATH": str(build.ROOT), "TRITON_INTERPRET": "0"}

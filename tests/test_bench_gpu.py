@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cache, gpu, operators, report, sanitizer, targets, timing, tune
+from bench import cache, gpu, operators, report, targets, timing, tune
 from bench.__main__ import main
+from bench.gpu import sanitizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
@@ -119,7 +120,6 @@ LEFT_OUT = {
         "launch": "bench precompile",
         "compare": "what is pinned does not run",
     },
-    "bench/sanitizer.py": {"run": ELSEWHERE, "check": ELSEWHERE},
     "bench/operators/__init__.py": {
         **dict.fromkeys(("truth_and_ordinary", "checked", "_cannot", "floor"), ELSEWHERE),
         "kernels_backend": "bench scaling",

@@ -1,0 +1,74 @@
+"""A module imports from its own floor and from those below, and no modules import each other in a circle."""
+
+import pytest
+from imports import FLOORS, ROOT, circle, floor_of, graph, imports_of, read, upward
+
+PACKAGES = list(FLOORS)
+
+
+def planted(package: str, module: str, line: str) -> list:
+    """The graph with one more line in a module."""
+    sources = read(package)
+    text, is_package = sources[module]
+    return graph({**sources, module: (f"{text}\n{line}\n", is_package)})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_down(package):
+    found = graph(read(package))
+    assert len(found) > 20
+    assert upward(found, FLOORS[package]) == []
+    assert circle(found) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_floors_lie_on_each_other(package):
+    lower: set[str] = set()
+    for floor in FLOORS[package]:
+        assert set(floor.below.split()) <= lower, floor
+        lower.add(floor.name)
+    for module in read(package):
+        assert floor_of(module, FLOORS[package]), f"{module} is on no floor"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from segvit.training.train import train",
+        "import segvit.training.train as t",
+        "from ..training import train",
+        "def f():\n    from segvit.training import train",
+        "if TYPE_CHECKING:\n    from segvit.training.train import train",
+        'importlib.import_module("segvit.training.train")',
+    ],
+)
+def test_an_upward_import_is_found(line):
+    wrong = upward(planted("segvit", "segvit.inference.engine", line), FLOORS["segvit"])
+    assert wrong == ["segvit.inference.engine (inference) imports segvit.training.train (training)"]
+
+
+def test_a_module_on_no_floor_is_found():
+    sources = {**read("segvit"), "segvit.attic": ("from segvit.config import PRESETS", False)}
+    assert upward(graph(sources), FLOORS["segvit"]) == ["segvit.attic is on no floor"]
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "ring"),
+    [
+        ("segvit.config", "import segvit.options", []),
+        ("segvit.model.decoder", "from segvit.model.shrunk import ShrunkDecoder", ["decoder", "shrunk"]),
+        ("segvit.model.backbone", "def f():\n    from segvit.model import SegViT", ["backbone", "segvit"]),
+    ],
+)
+def test_a_circle_is_found(module, line, ring):
+    found = circle(planted("segvit", module, line))
+    assert found[:1] == found[-1:] and {f"segvit.model.{name}" for name in ring} <= set(found)
+    assert bool(found) == bool(ring)
+
+
+def test_sources_in_c_import_nothing_of_the_benchmarks():
+    paths = list((ROOT / "csrc").glob("*.py"))
+    assert paths
+    for path in paths:
+        for imported, _ in imports_of(path.stem, path.read_text(encoding="utf-8"), False):
+            assert imported.partition(".")[0] != "bench", path
