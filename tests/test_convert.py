@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from segvit import SegViT, SegViTConfig, SegViTLoss
 from segvit.cli import main
-from segvit.commands.convert import convert, infer_config
 from segvit.inference.passes import label_maps
 from segvit.model.checkpoint import rename_published_keys
+from segvit.model.convert import convert, infer_config
 from segvit.options import InferenceOptions
 
 pytest.importorskip("safetensors", reason="needs the extra train")

@@ -553,7 +553,8 @@ def _check_result(words: list[str], root: Path) -> None:
     command = "data check" if words[0] == "data" else words[0]
     config = _parse(command, words[len(command.split()) :])
     if command == "predict":
-        from segvit.commands.predict import find_images, output_stems
+        from segvit.data.find import find_images
+        from segvit.inference.bulk import output_stems
 
         model = load_model(config.checkpoint)
         options = InferenceOptions(

@@ -5,17 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from segvit.commands.predict import (
-    class_names,
-    find_classes,
-    find_images,
-    label_picture,
-    output_stems,
-    run,
-    similarity_maps,
-)
+from segvit.commands.predict import run
 from segvit.config import BackboneConfig, SegViTConfig
+from segvit.data.find import find_images
+from segvit.inference.bulk import class_names, find_classes, label_picture, output_stems
 from segvit.inference.passes import label_maps_with_scores
+from segvit.inference.similarity import similarity_maps
 from segvit.model.linear_head import LinearSegmenter
 from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions, PredictConfig

@@ -484,7 +484,7 @@ def test_linear_head_on_a_shrunk_backbone():
 
 def test_similarity_maps_for_pictures():
     pytest.importorskip("PIL", reason="needs the extra train")
-    from segvit.commands.predict import similarity_maps
+    from segvit.inference.similarity import similarity_maps
 
     image = torch.randint(0, 255, (3, 37, 51), dtype=torch.uint8)
     for variant in ("shrunk", "mixed"):

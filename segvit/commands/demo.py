@@ -28,14 +28,14 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import segvit_kernels
-from segvit.commands.predict import make_folder, similarity_maps
 from segvit.data.synthetic import SyntheticShapes
+from segvit.inference.similarity import similarity_maps
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig, TrainConfig
 from segvit.pictures import report
 from segvit.pictures.visualize import Image, heat, legend_entries, overlay, stage_notes
-from segvit.system.files import atomic_write
+from segvit.system.files import atomic_write, make_folder
 from segvit.system.machine import pick_backend, pick_device
 from segvit.training.evaluation import evaluate
 from segvit.training.train import train

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from segvit.config import SegViTConfig
+from segvit.options import InferenceOptions
 from segvit_kernels import Views
 
 
@@ -64,3 +65,22 @@ class Foldable(Segmenter, Protocol):
 
     def plain_blocks(self) -> Sequence[nn.Module]:
         """Transformer blocks whose linear layers are called as they are, and may be replaced."""
+
+
+class Predictor(Segmenter, Protocol):
+    """A model that predicts pictures: what bulk prediction asks of it."""
+
+    def predict(self, images: Tensor, options: InferenceOptions | None = None) -> Tensor:
+        """The label map (H, W) of a uint8 image (channels, H, W)."""
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalised images of uint8 images (B, channels, H, W)."""
+
+    def pad_to_patches(self, images: Tensor) -> Tensor:
+        """Normalised images, padded at the right and bottom to multiples of the patch size."""
+
+    def similarity_maps(self, images: Tensor) -> list[Tensor]:
+        """Similarity maps (B, N, h, w) of the stages in running order, not accumulated."""
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Scores (B, N, ...) of all classes as shares that add up to 1."""

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 try:
@@ -30,6 +30,7 @@ __all__ = [
     "discard",
     "follow",
     "locked",
+    "make_folder",
     "point",
     "replace",
     "synchronise",
@@ -237,3 +238,19 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder for output.
+
+    Raises:
+        OSError: files could not be written there.
+    """
+    if os.name == "nt" and PureWindowsPath(out).is_reserved():
+        raise OSError(f"out: cannot write to folder {out} (Windows keeps this name for a device)")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise type(error)(f"out: cannot write to folder {out} ({error.strerror or error})") from None
