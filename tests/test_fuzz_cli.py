@@ -548,10 +548,10 @@ def _check_file(path: Path, words: list[str]) -> None:
 
 def _check_result(words: list[str], root: Path) -> None:
     """A run that went well gave what it should."""
-    from segvit.cli import _parse
+    from segvit.commands.parser import parse
 
     command = "data check" if words[0] == "data" else words[0]
-    config = _parse(command, words[len(command.split()) :])
+    config = parse(command, words[len(command.split()) :])
     if command == "predict":
         from segvit.data.find import find_images
         from segvit.inference.bulk import output_stems

@@ -1,1 +1,29 @@
-"""The commands of `segvit`: the module `a_b` is the command `a b`, and its `run` takes the options of it."""
+"""The commands of `segvit`: the command `a b` is the module `a_b`, whose `run` takes its options."""
+
+from segvit.options import (
+    BenchConfig,
+    ConvertConfig,
+    DataConfig,
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    TrainConfig,
+)
+
+__all__ = ["COMMANDS", "OPERANDS"]
+
+# Options, and what it does.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "train": (TrainConfig, "train a model on a folder of images or on synthetic data"),
+    "evaluate": (EvaluateConfig, "mIoU of a checkpoint on a data set"),
+    "predict": (PredictConfig, "label maps and overlays of images"),
+    "convert": (ConvertConfig, "turn a published SegViT checkpoint into one of this package"),
+    "bench": (
+        BenchConfig,
+        "how fast a model runs on this machine, where the time goes, and what to switch on",
+    ),
+    "data check": (DataConfig, "what a folder of images and label maps holds, and how it is understood"),
+    "demo": (DemoConfig, "train a small model on synthetic data and write an HTML report"),
+}
+# What stands behind the command, for its usage.
+OPERANDS = {"predict": "IMAGE... ", "convert": "IN.pth OUT ", "bench": "MODEL ", "data check": "FOLDER "}
