@@ -40,7 +40,9 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("inference", "inference", "ground system data pictures"),
         Floor("model", "model", "ground system data inference"),
         Floor("training", "training", "ground system data model"),
-        Floor("commands", "commands", "ground system data pictures inference model training"),
+        Floor("speed", "speed", "ground system inference model"),
+        Floor("demo", "demo", "ground system data pictures inference model"),
+        Floor("commands", "commands", "ground system data pictures inference model training speed demo"),
         Floor("entrances", "cli __main__", "ground system commands"),
         Floor("names", ""),  # lazily, by _EXPORTS
     ],

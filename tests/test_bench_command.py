@@ -18,6 +18,8 @@ from segvit.cli import main
 from segvit.commands import bench
 from segvit.config import PRESETS
 from segvit.model.linear_head import LinearSegmenter
+from segvit.options import BenchConfig
+from segvit.speed import measure, report
 
 pytestmark = pytest.mark.usefixtures("without_amx")
 
@@ -79,13 +81,13 @@ def test_calls_are_timed_in_turns():
         return prepare
 
     calls = {"slow": way("slow", lambda: next(slow)), "fast": way("fast", lambda: 0.5)}
-    samples = bench.interleave(calls, 4.0, CPU, clock)
+    samples = measure.interleave(calls, 4.0, CPU, clock)
     assert samples == {"slow": [1.0, 3.0, 2.0], "fast": [0.5] * 8}
     assert order == ["slow", "fast", "fast", "slow", "slow", "fast", *["fast"] * 5]
 
 
 def test_summary():
-    found = bench._summary([0.02 * i for i in range(101)][::-1])
+    found = measure._summary([0.02 * i for i in range(101)][::-1])
     assert found == pytest.approx({"p25_s": 0.5, "p50_s": 1.0, "p75_s": 1.5, "p95_s": 1.9, "calls": 101})
 
 
@@ -112,23 +114,23 @@ def test_where_the_time_goes(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", clock)
     times = {"preprocessing": 1.0, "backbone": 20.0, "decoder": 5.0, "tail": 3.0}
     function = Function(clock, times)
-    found = bench.breakdown(function, torch.zeros(1), seconds=200.0)
-    assert found["parts"] == times and list(found["parts"]) == list(bench.PARTS)
+    found = measure.breakdown(function, torch.zeros(1), seconds=200.0)
+    assert found["parts"] == times and list(found["parts"]) == list(measure.PARTS)
     assert found["total_s"] == 29 and found["remainder_s"] == 0 and found["calls"] == 4
     assert not function.network.backbone._forward_hooks and not function.network.decoder._forward_hooks
 
-    marked = bench._Marks.__call__
+    marked = measure._Marks.__call__
     monkeypatch.setattr(
-        bench._Marks, "__call__", lambda self, *_: (clock.spend(0.25), marked(self), None)[-1]
+        measure._Marks, "__call__", lambda self, *_: (clock.spend(0.25), marked(self), None)[-1]
     )
-    found = bench.breakdown(function, torch.zeros(1), seconds=0.0)
+    found = measure.breakdown(function, torch.zeros(1), seconds=0.0)
     assert found["calls"] == 3
     assert found["total_s"] == 29.25 and found["remainder_s"] == 29.25 - 30
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's high-water mark")
 def test_memory_of_a_call():
-    found = bench._peak_memory(lambda: torch.ones(2**24).sum(), CPU)  # 64 MiB
+    found = measure._peak_memory(lambda: torch.ones(2**24).sum(), CPU)  # 64 MiB
     if found["before_bytes"] is None:
         pytest.skip("the high-water mark cannot be reset here")
     assert 60 < (found["peak_bytes"] - found["before_bytes"]) / 2**20 < 100
@@ -160,7 +162,7 @@ def test_a_checkpoint(checkpoint, tmp_path, capsys):
         assert row["images_per_s"] == pytest.approx(2 / row["p50_s"], rel=2)
     spent = result["breakdown"]
     assert sum(spent["parts"].values()) + spent["remainder_s"] == pytest.approx(spent["total_s"])
-    assert all(part in out for part in bench.PARTS) and "remainder" in out
+    assert all(part in out for part in measure.PARTS) and "remainder" in out
     assert {"atm_fwd", "semantic_argmax"} <= set(result["operators"])
     assert all(backends == ["eager"] for backends in result["operators"].values())
     assert "atm_fwd eager" in out
@@ -203,7 +205,7 @@ def test_a_wrong_engine_shows(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(SegViT, "compile_for_inference", wrong)
     out = command(capsys, checkpoint, "--json", tmp_path / "r.json", "--no-alternatives")
     row = json.loads((tmp_path / "r.json").read_text())["ways"][1]
-    bench._check(bench.BenchConfig(model=str(checkpoint), json=str(tmp_path / "r.json")))  # may be replaced
+    bench._check(BenchConfig(model=str(checkpoint), json=str(tmp_path / "r.json")))  # may be replaced
     assert row["same_labels"] < 0.5
     assert f"but {100 * row['same_labels']:.1f} % of the labels are predict's" in out
 
@@ -225,38 +227,38 @@ def result_of(*p50, **changes):
 
 
 def test_advice():
-    assert bench.advice(result_of(3.0, 1.0, 2.0, 0.5, 0.25)) == [
+    assert report.advice(result_of(3.0, 1.0, 2.0, 0.5, 0.25)) == [
         "model.compile_for_inference(size, batch): 3.00x (1 s against 3 s) over predict",
         "dtype bfloat16: no gain (2 s against 1 s)",
         "threads 8: 2.00x (500 ms against 1 s)",
         "segvit train --shrunk, which makes another model: 4.00x (250 ms against 1 s)",
     ]
-    (within_the_spread,) = bench.advice(result_of(1.0, 0.9))
+    (within_the_spread,) = report.advice(result_of(1.0, 0.9))
     assert "no gain (900 ms against 1 s)" in within_the_spread
     missing = {"cpu": "not built: make native"}
-    first, *_, last = bench.advice(result_of(3.0, 1.0, missing=missing, engine={"method": "graph"}))
+    first, *_, last = report.advice(result_of(3.0, 1.0, missing=missing, engine={"method": "graph"}))
     assert first == "the operators ran as plain PyTorch, backend cpu is missing: not built: make native"
     assert "--method compile" in last and "not measured" in last
 
 
 def test_missing_backends(monkeypatch):
     monkeypatch.setattr(segvit_kernels, "why_not", lambda name, device: f"{name}: no")
-    assert bench._missing_backends({"atm_fwd": {"eager"}}, CPU) == {"cpu": "cpu: no"}
+    assert measure._missing_backends({"atm_fwd": {"eager"}}, CPU) == {"cpu": "cpu: no"}
     cuda = torch.device("cuda")
-    assert list(bench._missing_backends({"atm_fwd": {"eager"}}, cuda)) == ["triton", "cuda"]
-    assert bench._missing_backends({"atm_fwd": {"triton"}}, cuda) == {}
+    assert list(measure._missing_backends({"atm_fwd": {"eager"}}, cuda)) == ["triton", "cuda"]
+    assert measure._missing_backends({"atm_fwd": {"triton"}}, cuda) == {}
     monkeypatch.setattr(segvit_kernels, "why_not", lambda name, device: None if name == "cuda" else "no")
-    assert bench._missing_backends({"atm_fwd": {"eager"}}, cuda) == {}, "eager was asked for"
+    assert measure._missing_backends({"atm_fwd": {"eager"}}, cuda) == {}, "eager was asked for"
 
 
 def test_threads_are_put_back():
     usual, seen = torch.get_num_threads(), []
     other = usual + 1
     ways = [
-        bench.Way("a", lambda images: seen.append(torch.get_num_threads())),
-        bench.Way("b", lambda images: seen.append(torch.get_num_threads()), "threads", other),
+        measure.Way("a", lambda images: seen.append(torch.get_num_threads())),
+        measure.Way("b", lambda images: seen.append(torch.get_num_threads()), "threads", other),
     ]
-    bench.interleave({way.name: bench._with_threads(way, None) for way in ways}, 0.0, CPU)
+    measure.interleave({way.name: measure._with_threads(way, None) for way in ways}, 0.0, CPU)
     assert torch.get_num_threads() == usual
     assert seen.count(usual) >= 3 and seen.count(other) >= 3
 

@@ -13,6 +13,7 @@ from PIL import Image
 from segvit.commands import demo
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.data.synthetic import CLASS_NAMES, SyntheticShapes
+from segvit.demo import task
 from segvit.model.checkpoint import read_state_dict
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
@@ -24,7 +25,7 @@ from segvit.training.evaluation import evaluate
 def small(monkeypatch):
     """Fewer pictures, and one thread (a second mostly waits); the rest as in the real demo."""
     for name, value in {"TRAINING_IMAGES": 24, "VALIDATION_IMAGES": 4, "TEST_IMAGES": 6}.items():
-        monkeypatch.setattr(demo, name, value)
+        monkeypatch.setattr(task, name, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +49,7 @@ def test_demo_from_seed_to_report(small, tmp_path, capsys):
 
 def check_figures(html: str, out: Path) -> None:
     """What the page says is what the saved model does on pictures that no seed of the training drew."""
-    model, test = load_model(out / "run"), SyntheticShapes("validation", 6, demo.IMAGE_SIZE, seed=1)
+    model, test = load_model(out / "run"), SyntheticShapes("validation", 6, task.IMAGE_SIZE, seed=1)
     score = evaluate(model, test)
     assert f">{100 * score['miou']:.1f} %<" in html and f">{100 * score['accuracy']:.1f} %<" in html
     for index in range(4):
@@ -124,7 +125,7 @@ def test_multiply_accumulates_equal_the_sum_by_hand(size, patch, depth, taps):
         decoder_depth=layers,
         image_size=(size, size),
     )
-    parts = demo.multiply_accumulates(SegViT(config).eval(), size)
+    parts = task.multiply_accumulates(SegViT(config).eval(), size)
     tokens = (size // patch) ** 2
     block = 12 * tokens * width**2 + 2 * tokens**2 * width
     self_attention = 4 * classes * dim**2 + 2 * classes**2 * dim

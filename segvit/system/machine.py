@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+from pathlib import Path
 
 import torch
 
 import segvit_kernels
 
-__all__ = ["check_processes", "first_process", "pick_backend", "pick_device", "started_processes"]
+__all__ = [
+    "check_processes",
+    "first_process",
+    "pick_backend",
+    "pick_device",
+    "processor_name",
+    "started_processes",
+]
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -72,3 +81,12 @@ def first_process() -> bool:
     """Whether this is the first of the processes that torchrun or srun has started, or the only one."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return not started_processes() or int(rank) == 0
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""What `segvit demo` trains, and the page that it writes about it."""
