@@ -5,39 +5,25 @@ The last line is the refusal that training or evaluation would end with, if they
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segvit.data.folder import SegmentationFolder, folder_options
-from segvit.data.inspection import Facts, colour_text, inspect
-from segvit.data.layouts import Layout, Listing, find_layout
-from segvit.data.pictures import as_rgb, read_image, stored_label
+from segvit.data.check import Understood, files_table, look, open_training
+from segvit.data.inspection import Facts
+from segvit.data.layouts import find_layout
+from segvit.data.pictures import as_rgb, read_image
 from segvit.options import DataConfig
-from segvit.pictures.visualize import MADE_HERE, class_palette, legend, overlay, save_picture
+from segvit.pictures.contact_sheet import contact_sheet
+from segvit.pictures.visualize import MADE_HERE, class_palette, save_picture
 from segvit.system.files import atomic_write, check_result_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["run"]
-
-_THUMBNAIL = 320
-_COLUMNS = 4
 _FEW = 5
-_NEVER = 10
-_NAME = 40
-
-
-@dataclass
-class _Split:
-    name: str
-    listing: Listing
-    facts: list[Facts] = field(default_factory=list)
 
 
 def run(config: DataConfig) -> int:
@@ -50,9 +36,9 @@ def run(config: DataConfig) -> int:
         check_result_file("sheet", config.sheet, MADE_HERE)
     layout = find_layout(config.folder, config.image_pattern, config.label_pattern, config.split_list)
     print(f"{config.folder}: {layout}")
-    splits, problems = _look(layout, config)
-    _print(_files_table(splits))
-    dataset, trouble = _dataset(config, splits)
+    splits, problems = look(layout, config)
+    _print(files_table(splits))
+    dataset, trouble = open_training(config, splits)
     if dataset is not None and not trouble:
         print()
         try:
@@ -65,7 +51,7 @@ def run(config: DataConfig) -> int:
         for pair, facts in zip(split.listing.pairs, split.facts, strict=True)
         if not facts.problem
     ]
-    understood = _Understood(dataset, [facts for *_, facts in usable])
+    understood = Understood(dataset, [facts for *_, facts in usable])
     if usable:
         print()
         _print(understood.table([facts for *_, facts in usable]))
@@ -75,7 +61,7 @@ def run(config: DataConfig) -> int:
             print("", f"{kind}:", *(f"  {line}" for line in listed[:_FEW]), *more, sep="\n")
     if config.sheet and usable:
         places = sorted({len(usable) * i // config.pictures for i in range(config.pictures)})
-        sheet = _contact_sheet([usable[place] for place in places], understood, config)
+        sheet = _sheet([usable[place] for place in places], understood, config)
         atomic_write(config.sheet, lambda path: save_picture(sheet, path))
         print(f"\n{len(places)} pictures with their labels: {config.sheet}", flush=True)
     if trouble:
@@ -83,177 +69,22 @@ def run(config: DataConfig) -> int:
     return 0
 
 
-def _look(layout: Layout, config: DataConfig) -> tuple[list[_Split], dict[str, list[str]]]:
-    """The files of every split, and those with which something is wrong."""
-    splits = []
-    problems: dict[str, list[str]] = {
-        "pictures without label map": [],
-        "label maps without picture": [],
-        "cannot be used": [],
-    }
-    for name in layout.splits() or [None]:
-        try:
-            listing = layout.listing(name)
-        except FileNotFoundError as error:
-            problems["cannot be used"].append(str(error))
-            continue
-        facts = inspect(listing.pairs, layout.root, channels=config.channels, progress=config.progress)
-        splits.append(_Split(name or "all", listing, facts))
-        problems["pictures without label map"] += [str(picture) for picture, _ in listing.unlabelled]
-        problems["label maps without picture"] += map(str, listing.orphans)
-        problems["cannot be used"] += [one.problem for one in facts if one.problem]
-    return splits, problems
+def _sheet(
+    files: Sequence[tuple[Path, Path, Facts]], understood: Understood, config: DataConfig
+) -> Image.Image:
+    palette = class_palette(len(understood.names))
+    if understood.dataset is not None and understood.dataset.palette is not None:
+        palette = np.array(understood.dataset.palette, np.uint8)
 
+    def read(picture: Path, label: Path) -> tuple[str, np.ndarray, np.ndarray]:
+        image = as_rgb(read_image(picture, config.channels, config.value_range or None))
+        return picture.name, image.permute(1, 2, 0).numpy(), understood.labels(label)
 
-def _dataset(config: DataConfig, splits: Sequence[_Split]) -> tuple[SegmentationFolder | None, str]:
-    """The training split as training would open it, and why it would not."""
-    options = {**folder_options(config), "channels": config.channels, "progress": config.progress}
-    for split in ("training", "validation"):
-        try:
-            dataset = SegmentationFolder(config.folder, split, **options)
-            if split == "training":
-                first = dataset
-        except FileNotFoundError as error:
-            if split == "training" and len(splits) == 1 and splits[0].name != "all":
-                try:  # a folder with one split, of whatever name: to be evaluated on
-                    return SegmentationFolder(config.folder, splits[0].name, **options), ""
-                except (ValueError, OSError) as other:
-                    return None, str(other)
-            return (None, str(error)) if split == "training" else (first, "")
-        except (ValueError, OSError) as error:
-            return None, str(error)
-    return first, ""
-
-
-class _Understood:
-    """Stored values as classes, or as they are where they could not be understood."""
-
-    def __init__(self, dataset: SegmentationFolder | None, facts: Sequence[Facts]) -> None:
-        self.dataset = dataset
-        if dataset is not None:
-            self.names = dataset.class_names or tuple(f"class {i}" for i in range(dataset.num_classes))
-        else:
-            counts: Counter[tuple[bool, int]] = Counter()
-            for one in facts:
-                for value, count in one.values.items():
-                    counts[one.colour, value] += count
-            self.codes = [code for code, _ in sorted(counts.items(), key=lambda item: -item[1])[:256]]
-            self.names = tuple(colour_text(value) if colour else str(value) for colour, value in self.codes)
-
-    def meaning(self, one: Facts, value: int) -> int | None:
-        """The class of a stored value, None where it is ignored; -1 where it is unknown."""
-        if self.dataset is None:
-            return self.codes.index((one.colour, value)) if (one.colour, value) in self.codes else -1
-        return self.dataset.class_of(value, one.colour, None if one.palette is None else one.palette)
-
-    def labels(self, label: Path) -> np.ndarray:
-        """(H, W), -1 where there is no class."""
-        stored = stored_label(label)
-        if self.dataset is not None:
-            found = self.dataset.classes_of(stored, label)
-            return np.where(found == self.dataset.ignore_index, -1, found)
-        found = np.full(stored.values.shape, -1)
-        for index, (colour, value) in enumerate(self.codes):
-            if colour == stored.colour:
-                found[stored.values == value] = index
-        return found
-
-    def table(self, facts: Sequence[Facts]) -> list[tuple[str, ...]]:
-        """Classes with their stored values, shares of the pixels and pictures, largest first."""
-        pixels: Counter[int | None] = Counter()
-        pictures: Counter[int | None] = Counter()
-        stored: dict[int | None, set[str]] = {}
-        for one in facts:
-            here: set[int | None] = set()
-            for value, count in one.values.items():
-                index = self.meaning(one, value)
-                pixels[index] += count
-                here.add(index)
-                stored.setdefault(index, set()).add(colour_text(value) if one.colour else str(value))
-            pictures.update(here)
-        total = max(1, pixels.total())
-        rows = [("class", "stored", "pixels", "pictures")]
-        order = sorted(range(len(self.names)), key=lambda index: -pixels[index])
-        names = {**{index: self.names[index] for index in order}, None: "(ignored)", -1: "(unknown)"}
-        for index, name in names.items():
-            if index in stored:
-                values = sorted(stored[index])
-                shown = ", ".join(values[:3]) + (", ..." if len(values) > 3 else "")
-                rows.append((name[:_NAME], shown, f"{pixels[index] / total:.2%}", str(pictures[index])))
-        never = [self.names[index] for index in order if index not in stored]
-        rows += [(name[:_NAME], "never", "", "0") for name in never[:_NEVER]]
-        if len(never) > _NEVER:
-            rows.append((f"and {len(never) - _NEVER} more", "never", "", "0"))
-        return rows
-
-
-def _files_table(splits: Sequence[_Split]) -> list[tuple[str, ...]]:
-    rows = [("split", "pairs", "without label", "without picture", "unusable", "sizes")]
-    for split in splits:
-        sizes = Counter(one.picture for one in split.facts if one.picture)
-        if len(sizes) == 1:
-            ((width, height),) = sizes
-            text = f"{width}x{height}"
-        elif sizes:
-            (low, high), usual = (_extreme(sizes), max(sizes, key=sizes.get))
-            text = f"{len(sizes)} sizes, {low} to {high}, most often {usual[0]}x{usual[1]}"
-        else:
-            text = "none"
-        listing = split.listing
-        unusable = sum(1 for one in split.facts if one.problem)
-        counts = (len(listing.pairs), len(listing.unlabelled), len(listing.orphans), unusable)
-        rows.append((split.name, *map(str, counts), text))
-    return rows
-
-
-def _extreme(sizes: Counter[Any]) -> tuple[str, str]:
-    ordered = sorted(sizes, key=lambda size: size[0] * size[1])
-    return f"{ordered[0][0]}x{ordered[0][1]}", f"{ordered[-1][0]}x{ordered[-1][1]}"
+    pictures = (read(picture, label) for picture, label, _ in files)  # one at a time in memory
+    return contact_sheet(pictures, understood.names, palette)
 
 
 def _print(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _contact_sheet(
-    files: Sequence[tuple[Path, Path, Facts]], understood: _Understood, config: DataConfig
-) -> Image.Image:
-    """Pictures side by side: as they are on the left, with their labels over them on the right."""
-    from PIL import Image, ImageDraw
-
-    palette = class_palette(len(understood.names))
-    if understood.dataset is not None and understood.dataset.palette is not None:
-        palette = np.array(understood.dataset.palette, np.uint8)
-    cells, present = [], []
-    for picture, label, _ in files:
-        image = as_rgb(read_image(picture, config.channels, config.value_range or None))
-        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
-        scale = _THUMBNAIL / max(pixels.size)
-        size = tuple(max(1, round(side * scale)) for side in pixels.size)
-        labels = Image.fromarray(understood.labels(label).astype(np.int32)).resize(size, Image.NEAREST)
-        labels, pixels = np.array(labels), pixels.resize(size, Image.BILINEAR)
-        cell = Image.new("RGB", (2 * size[0], size[1]))
-        cell.paste(pixels, (0, 0))
-        cell.paste(Image.fromarray(overlay(np.array(pixels), labels, palette)), (size[0], 0))
-        cells.append((cell, f"{picture.name}   {(labels < 0).mean():.0%} without class"))
-        present.append(labels.ravel())
-    gap, line = 10, 18
-    width = max(cell.width for cell, _ in cells) + gap
-    columns = max(1, min(_COLUMNS, len(cells)))
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell, _ in row) + line + gap for row in rows]
-    panel = legend(np.concatenate(present)[None], understood.names, palette, size=(columns * width, 0))
-    sheet = Image.new(
-        "RGB", (max(gap + columns * width, panel.width), gap + sum(heights) + panel.height), "white"
-    )
-    draw, top = ImageDraw.Draw(sheet), gap
-    for row, height in zip(rows, heights, strict=True):
-        for column, (cell, text) in enumerate(row):
-            left = gap + column * width
-            sheet.paste(cell, (left, top + line))
-            draw.text((left, top), text, fill="black", font_size=13)
-        top += height
-    sheet.paste(panel, (0, top))
-    return sheet
