@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import pkgutil
 import typing
 
 import pytest
 
+from segvit import commands
 from segvit.cli import COMMANDS
 from segvit.options import Range, TrainConfig, check_ranges
 
@@ -82,3 +84,8 @@ def test_range_in_words():
     assert str(Range(more_than=0, at_most=1)) == "more than 0 and at most 1"
     assert str(Range()) == "a finite number"
     assert 0 not in Range(more_than=0) and 1 in Range(at_most=1) and 2 not in Range(at_most=1)
+
+
+def test_every_command_is_a_module_and_every_module_a_command():
+    modules = {module.name.replace("_", " ") for module in pkgutil.iter_modules(commands.__path__)}
+    assert modules - {"parser"} == set(COMMANDS)
