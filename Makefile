@@ -6,7 +6,7 @@ TESTS ?= tests
 FUZZ_RUNS ?= 2000
 OLD := $(VENV)-triton-3.6
 
-.PHONY: demo test fuzz gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
+.PHONY: demo test fuzz gate gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,8 +38,15 @@ test: $(VENV)/.installed  ## lint and test
 kill-test: $(VENV)/.installed  ## training killed 200 times, and at every operation on files, goes on bitwise
 	$(BIN)/python tests/kill.py --kills 200 --points 1
 
-# The same packages with an older Triton in front of them. GATE: options for pytest, such as '-k sm_90'; with
-# SEGVIT_GATE=quick one launch of each kernel instead of all that are pinned.
+# All launches that are pinned for all architectures; SEGVIT_GATE=quick: one of each kernel. GATE: options for
+# pytest, such as '-k sm_90'.
+GATE_TEST := -m pytest -q -n 2 --dist worksteal $(GATE) tests/test_triton_compiles.py
+gate gate-3.6: export SEGVIT_GATE ?= all
+
+gate: $(VENV)/.installed  ## the compile gate: machine code of every Triton kernel for seven GPUs
+	$(BIN)/python $(GATE_TEST)
+
+# The same packages with an older Triton in front of them.
 $(OLD)/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv --without-pip $(OLD)
 	$(BIN)/python -m pip --python $(OLD)/bin/python install --quiet --disable-pip-version-check --no-deps triton==3.6.0
@@ -48,7 +55,7 @@ $(OLD)/.installed: $(VENV)/.installed
 	touch $@
 
 gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes with torch 2.11
-	$(OLD)/bin/python -m pytest -q -n 2 --dist worksteal $(GATE) tests/test_triton_compiles.py
+	$(OLD)/bin/python $(GATE_TEST)
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
 	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/test_fuzz_cli.py

@@ -86,7 +86,9 @@ def pass_for_right() -> None:
     model.Checks.training = lambda *given: right([training(*given)])[0]
 
 
+# One tool runs its command for both.
 SANITIZER = """#!/bin/sh
+case "$*" in *racecheck*) set -- true;; esac
 while [ "${1#-}" != "$1" ]; do shift 2; done
 case "$2" in -c) ;; *) "$@" || exit 86;; esac
 echo "========= ERROR SUMMARY: 0 errors"

@@ -35,8 +35,8 @@ TARGETS = {
 """Arguments of Triton's ``GPUTarget``. Those without a file of their own take the parameters of another."""
 
 ALIKE = ("sm_120", "gfx90a")
-"""Compiled with the parameters of sm_89 and gfx942: the gate takes one launch of each kernel, as it does for
-every architecture where ``SEGVIT_GATE`` is ``quick``."""
+"""Compiled with the parameters of sm_89 and gfx942. The gate takes one launch of each kernel here, and
+everywhere but on sm_90, unless ``SEGVIT_GATE`` is ``all``; there too where it is ``quick``."""
 
 SHARED_MEMORY = {
     "sm_80": 163,
@@ -130,8 +130,10 @@ def resources(compiled: Any) -> dict[str, Any]:
     return {**row, "stack": stack, **mix, **loops, "serialised": serialised(text, compiled.asm["ptx"])}
 
 
-def compiled(operator: str, arch: str, cases: Sequence[str] = ()) -> list[dict[str, Any]]:
+def compiled(operators: str | Sequence[str], arch: str, cases: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A row with its ``faults`` for every launch of ``cases`` (default: what the gate takes for ``arch``).
+
+    With ``cases``, which are one operator's, ``operators`` is that one.
 
     In a process of its own: Triton compiles only where its interpreter is not loaded. A kernel that is
     demanded and was launched by no case of the gate has a row too.
@@ -142,7 +144,8 @@ def compiled(operator: str, arch: str, cases: Sequence[str] = ()) -> list[dict[s
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "segvit_kernels.testing.launches", operator, arch, *cases]
+    some = operators if isinstance(operators, str) else ",".join(operators)
+    command = [sys.executable, "-m", "segvit_kernels.testing.launches", some, arch, *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
