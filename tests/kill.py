@@ -42,8 +42,8 @@ OPERATIONS = ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "symlink",
 def options(folder: Path, **changes: object) -> TrainConfig:
     values = {
         "data": "synthetic", "out": str(folder), "preset": "vit_tiny", "model": MODEL, "image_size": 16,
-        "max_steps": 10, "batch_size": 2, "warmup_steps": 2, "lr": 1e-3, "ema": 0.9, "log_every": 3,
-        "checkpoint_every": 2, "evaluate_every": 4, "keep_checkpoints": 2, "synthetic_images": 7,
+        "max_steps": 6, "batch_size": 2, "warmup_steps": 2, "lr": 1e-3, "ema": 0.9, "log_every": 3,
+        "checkpoint_every": 2, "evaluate_every": 4, "keep_checkpoints": 1, "synthetic_images": 7,
         "synthetic_validation": 2, "workers": 0, "progress": False, "accelerator": "cpu", "resume": True,
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
