@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
@@ -144,9 +146,15 @@ def _device(args: Sequence[Any]) -> torch.device:
     """The device of the first tensor among arguments that are tensors, lists of them, or something else."""
     for arg in args:
         first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
-        if isinstance(first, torch.Tensor):
+        if isinstance(first, Tensor):
             return first.device
     raise TypeError("no tensor among the arguments")
+
+
+@functools.cache
+def _type(device: torch.device) -> str:
+    """``device.type``, which makes a new string every time."""
+    return device.type
 
 
 class Operator:
@@ -191,7 +199,7 @@ class Operator:
     def select(self, device: torch.device, args: Sequence[Any], argument: str | None) -> str:
         """The backend of one call. An explicit choice that cannot be honoured raises; it never falls back."""
         asked = requested_backend(argument)
-        name = asked or self.default(device)
+        name = asked or self.defaults.get(device) or self.default(device)
         if name == "eager":
             return name
         if asked and (reason := self.why_not(name, device)) is not None:
@@ -220,7 +228,7 @@ class Operator:
             _recorded.setdefault(self.name, set()).add(name)
         if name != "eager":
             kernel = self.kernels.get(name) or self.kernel(name, device)
-            if device.type != "cuda" or device.index == torch.cuda.current_device():
+            if _type(device) != "cuda" or device.index == torch.cuda.current_device():
                 return kernel(*args)
             with torch.cuda.device(device):
                 return kernel(*args)
@@ -231,17 +239,22 @@ class Operator:
         return self.eager(*args)
 
 
+_NUMBERS = frozenset((type(None), bool, int, float))
+
+
 def _nothing_but_memory(args: Sequence[Any]) -> bool:
     """Whether all tensors among the arguments are: no subclasses, no negatives to be, no zeros to be."""
     for value in args:
         kind = type(value)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
+        if kind in _NUMBERS:
+            continue
+        if kind is Tensor or kind is Parameter:
             if value.is_neg() or value._is_zerotensor():
                 return False
         elif kind is list or kind is tuple:
             if not _nothing_but_memory(value):
                 return False
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Tensor):
             return False
     return True
 
@@ -257,7 +270,7 @@ def _dispatcher_is_idle(args: Sequence[Any]) -> bool:
         return False
     if c._get_tracing_state() is not None or c._autograd._profiler_enabled():
         return False
-    return _device(args).type in _PREFERRED and _nothing_but_memory(args)
+    return _type(_device(args)) in _PREFERRED and _nothing_but_memory(args)
 
 
 def define(

@@ -77,13 +77,13 @@ def validate(
             raise TypeError(f"{name} has dtype {own}; expected {dtype}, the dtype of query")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}; expected {device}, the device of query")
-    for name in ("query", "key", "value"):
-        if tensors[name].ndim != 4:
+    for name, tensor in (("query", query), ("key", key), ("value", tensors["value"])):
+        if tensor.ndim != 4:
             raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)}; expected (batch, tokens, heads, head_dim)"
+                f"{name} has shape {tuple(tensor.shape)}; expected (batch, tokens, heads, head_dim)"
             )
     query_batch, queries, heads, dim = query.shape
-    batch, keys = key.shape[:2]
+    batch, keys, _, _ = key.shape
     expected = {"key": (batch, keys, heads, dim), "value": (batch, keys, heads, dim)}
     if previous := "previous_masks" in tensors:
         expected["previous_masks"] = (batch, queries, keys)
@@ -94,7 +94,7 @@ def validate(
         raise ValueError(
             f"query has shape {tuple(query.shape)}; expected batch {batch}, the batch of key, or 1"
         )
-    if min(queries, heads, dim, keys) < 1:
+    if queries < 1 or heads < 1 or dim < 1 or keys < 1:
         raise ValueError(
             f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}; expected at least one token, "
             "head and channel"

@@ -75,6 +75,23 @@ def transformed(backend: str | None = None) -> bool:
     return True
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on a device; ``None`` where it is off."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None  # in half the time
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to record what is computed from these."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def full_precision(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in float32 at least, for plain formulas."""
     return [t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]

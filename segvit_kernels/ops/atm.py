@@ -41,7 +41,13 @@ from segvit_kernels.ops._attention import (
     unit_stride,
     validate,
 )
-from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._autograd import (
+    autocast_dtype,
+    differentiable,
+    first_derivative_only,
+    full_precision,
+    transformed,
+)
 from segvit_kernels.ops._checks import flag, number
 from segvit_kernels.ops._philox import dropout_scale, keep_mask
 
@@ -358,9 +364,7 @@ def fused_atm(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    device_type = query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if dtype := autocast_dtype(query.device):
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
     validate(tensors, dropout_p, need_masks, key_padding_mask)
     query, key, value, *previous = map(unit_stride, tensors.values())
@@ -377,7 +381,7 @@ def fused_atm(
         result = atm_reference(*projected, scale=scale, dropout_p=dropout_p, **options)
         output, masks = (t.to(query.dtype) for t in result)
         return ATMOutput(output, masks if need_masks else None)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+    if differentiable(query, key, value, previous_masks):
         query, key, value = distinct(query, key, value)
         output, masks = ATMFunction.apply(
             query, key, value, previous_masks, key_padding_mask,

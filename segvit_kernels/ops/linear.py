@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import transformed
+from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transformed
 
 _HALVES = (torch.float16, torch.bfloat16)
 _PANEL = 48  # outputs, as in csrc/cpu/linear.h
@@ -172,10 +172,8 @@ def linear(
             unknown.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    autograd = transformed(backend) or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    )
-    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    autograd = transformed(backend) or differentiable(input, weight, bias)
+    autocast = autocast_dtype(input.device) is not None
     if backend is None and (packed is None or autograd or autocast or input.dtype not in _HALVES):
         return linear_reference(input, weight, bias, gelu=gelu)
     _validate(input, weight, bias, packed)

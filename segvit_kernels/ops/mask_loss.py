@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._autograd import differentiable, first_derivative_only, full_precision, transformed
 from segvit_kernels.ops._checks import flag, number, tensors, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -598,7 +598,7 @@ def mask_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
 
-    if torch.is_grad_enabled() and targets.requires_grad:
+    if differentiable(targets):
         raise ValueError("targets requires a gradient, which there is none of; expected targets.detach()")
     if transformed(backend):
         entries = full_precision(*entries)
@@ -615,7 +615,7 @@ def mask_loss(
             reduction=reduction,
         )
     options = (targets, matches, classes, float(focal_alpha), float(focal_gamma), mask_ignored, backend)
-    if torch.is_grad_enabled() and any(logits.requires_grad for logits in entries):
+    if differentiable(*entries):
         sums, areas = MaskLossFunction.apply(*options, *entries)
     else:
         sums, areas = _mask_loss_fwd(entries, *options)

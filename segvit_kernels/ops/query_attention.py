@@ -37,7 +37,13 @@ from segvit_kernels.ops._attention import (
     unit_stride,
     validate,
 )
-from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._autograd import (
+    autocast_dtype,
+    differentiable,
+    first_derivative_only,
+    full_precision,
+    transformed,
+)
 from segvit_kernels.ops._checks import flag, number
 
 
@@ -249,9 +255,7 @@ def query_attention(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    device_type = query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if dtype := autocast_dtype(query.device):
         tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
     validate(tensors, dropout_p, True, key_padding_mask)
     query, key, value = (unit_stride(t) for t in tensors.values())
@@ -263,7 +267,7 @@ def query_attention(
     if transformed(backend):
         options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "key_padding_mask": key_padding_mask}
         return query_attention_reference(*full_precision(query, key, value), **options).to(query.dtype)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+    if differentiable(query, key, value):
         inputs = distinct(query, key, value)
         options = (key_padding_mask, seed, scale, dropout_p, deterministic, backend)
         return QueryAttentionFunction.apply(*inputs, *options)

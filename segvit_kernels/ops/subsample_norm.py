@@ -32,7 +32,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
+from segvit_kernels.ops._autograd import (
+    autocast_dtype,
+    differentiable,
+    first_derivative_only,
+    full_precision,
+    transformed,
+)
 from segvit_kernels.ops._checks import number
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -315,9 +321,9 @@ def subsample_layer_norm(
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
     height, width = _validate(x, weight, bias, grid, stride, prefix_tokens, eps)
-    device_type, dtype = x.device.type, x.dtype
-    if device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = x.dtype
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x.device) or dtype
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     if transformed(backend):
@@ -326,7 +332,7 @@ def subsample_layer_norm(
         x_sub = subsample_tokens(x, (height, width), stride, prefix_tokens)
         return SubsampledNorm(normed.to(dtype), normed_sub.to(dtype), x_sub)
     arguments = (x, weight, bias, height, width, stride, prefix_tokens, float(eps), dtype, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if differentiable(x, weight, bias):
         return SubsampledNorm(*SubsampleNormFunction.apply(*arguments))
     return SubsampledNorm(*_subsample_norm_fwd(*arguments)[:3])
 

@@ -56,6 +56,7 @@ _EMPTY_STRIDED = {
 _all_plans: list[dict[tuple, _Plan | None]] = []
 _INTERPRETED = knobs.runtime.interpret  # as the kernels are, from their decoration on
 _lock = threading.Lock()
+_NUMBERS = frozenset((type(None), bool, int, float))
 
 
 class _UnplannableError(Exception):
@@ -186,26 +187,26 @@ class _Plan(NamedTuple):
         constants: of all launches.
         launches: ``run`` of a compiled kernel, and what takes its arguments from the list of the stream, the
             addresses of tensors, those inside tensors, and the constants.
-        results: the type that holds the results, and their slots.
+        results: what takes the results from the list of tensors.
     """
 
     makes: tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]
     shifted: tuple[tuple[int, int], ...]
     constants: tuple[Any, ...]
     launches: tuple[tuple[Callable, Callable], ...]
-    results: tuple[type, tuple[int, ...]]
+    results: Callable[[list[Tensor]], Any]
 
     def __call__(self, tensors: list[Tensor], addresses: list[int], stream: int) -> Any:
         for make, given in self.makes:
             tensor = make(*[tensors[slot] for slot in given]) if given else make()
             tensors.append(tensor)
             addresses.append(tensor.data_ptr())
-        shifted = [addresses[slot] + offset for slot, offset in self.shifted]
-        values = [stream, *addresses, *shifted, *self.constants]
+        if self.shifted:
+            addresses += [addresses[slot] + offset for slot, offset in self.shifted]
+        values = (stream, *addresses, *self.constants)
         for run, arguments in self.launches:
             run(*arguments(values))
-        kind, slots = self.results
-        return kind([tensors[slot] for slot in slots])
+        return self.results(tensors)
 
 
 def _plan(
@@ -264,28 +265,34 @@ def _plan(
         head = (launch.programs, 1, 1, _STREAM, kernel.function, kernel.packed_metadata, None, None, None)
         row = (*head, *(values[name] for name in launch.kernel.arg_names))
         runs.append((kernel.run, operator.itemgetter(*map(index, row))))
-    slots = tuple(place(result)[0] for result in results)
-    return _Plan(tuple(makes), tuple(shifted), tuple(constants), tuple(runs), (type(results), slots))
+    kind, slots = type(results), [place(result)[0] for result in results]
+    if kind is tuple and len(slots) > 1:
+        take = operator.itemgetter(*slots)
+    else:
+        take = lambda tensors: kind([tensors[slot] for slot in slots])  # noqa: E731
+    return _Plan(tuple(makes), tuple(shifted), tuple(constants), tuple(runs), take)
 
 
 def _key(args: Sequence[Any]) -> tuple[list, list[Tensor], list[int]]:
-    """What a plan depends on, the tensors among the arguments and their addresses."""
+    """What a plan depends on, the tensors among the arguments (those in lists last) and their addresses."""
     key: list[Any] = []
     tensors: list[Tensor] = []
     addresses: list[int] = []
-    for value in args:
-        if isinstance(value, Tensor):
+    rest = [*args]
+    for value in rest:
+        kind = type(value)
+        if kind in _NUMBERS:
+            key.append(value)
+        elif kind is list or kind is tuple:
+            key.append(len(value))
+            rest += value
+        elif isinstance(value, Tensor):
             address = value.data_ptr()
             tensors.append(value)
             addresses.append(address)
-            key += (value.shape, value.stride(), value.dtype, value.device, address % _ALIGNMENT)
+            key.append((value.shape, value.stride(), value.dtype, value.device, address % _ALIGNMENT))
             if _POINTER_RANGE:
                 key.append(value.untyped_storage().nbytes() < 2**31)
-        elif isinstance(value, (list, tuple)):
-            more = _key(value)
-            key += (len(value), *more[0])
-            tensors += more[1]
-            addresses += more[2]
         else:
             key.append(value)
     return key, tensors, addresses
@@ -294,10 +301,11 @@ def _key(args: Sequence[Any]) -> tuple[list, list[Tensor], list[int]]:
 def _watched() -> bool:
     """Whether launches are to go through Triton's JIT: under its interpreter, and while somebody looks."""
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         _INTERPRETED
-        or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
-        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
         or runtime.debug
         or runtime.add_stages_inspection_hook
         or vars(knobs.compilation).get("instrumentation_mode")
@@ -314,7 +322,7 @@ def _first(
         results, launches = build(*args)
     compiled = [launch() for launch in launches]
     try:
-        trace = _Trace([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], recorder.calls)
+        trace = _Trace(_key(args)[1], recorder.calls)
         return results, _plan(trace, results, launches, compiled)
     except _UnplannableError:
         return results, None
