@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Facts about data folders are found anew.
@@ -41,6 +41,10 @@ def interpreted(given: str | None, device: bool, markers: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "SEGVIT_PTX" in os.environ:  # sm_80, sm_90: the PTX machine in place of the interpreter
+        os.environ["TRITON_INTERPRET"] = "0"
+        os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
+        return
     given = os.environ.get("TRITON_INTERPRET")
     if interpreted(given, torch.cuda.is_available(), config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"
@@ -60,6 +64,19 @@ def assert_compiled() -> None:
 def compiled_on_a_gpu(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") is not None:
         assert_compiled()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ptx_machine() -> Iterator[None]:
+    """With ``SEGVIT_PTX=sm_90`` every Triton kernel is compiled and runs on the PTX machine."""
+    arch = os.environ.get("SEGVIT_PTX")
+    if arch is None:
+        yield
+        return
+    from segvit_kernels.testing import ptx
+
+    with ptx.machine(arch):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,700 @@
+"""Global, shared and local memory as the machine sees them.
+
+Global memory is the tensors of the launch where they lie; an address is the process's own. Shared memory has
+a shadow: for each granule (the smallest access of the kernel) who wrote it last, when, and who read it, so
+that a read of nothing, a race or data in flight is found at the access. Time counts accesses to memory;
+what a warp knows of another's past, by barriers, is kept as a matrix of such times for each block.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+_TYPES = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # 16 bytes move as one complex number
+PENDING = np.uint64(1 << 63)
+_THREAD = np.uint64(0xFFFF)
+_SHIFT = np.uint64(16)
+# In place of a thread, or beside it: threads of several warps, several of one warp, an atomic, a cp.async.
+_MANY_WARPS, _MANY_LANES, _ATOMIC, COPIED = 0xFFFF, 0x8000, 0x4000, 0x2000
+_ONE = np.uint64(1)
+
+
+_NEVER = 1 << 62
+_LOG = 1024
+
+
+class Recent:
+    """A range of addresses that somebody touched at a time."""
+
+    __slots__ = ("high", "low", "time")
+
+    def __init__(self, time: int, low: int, high: int) -> None:
+        self.time, self.low, self.high = time, low, high
+
+    def meets(self, other: Recent) -> bool:
+        """Whether they have an address in common."""
+        return self.low < other.high and other.low < self.high
+
+
+def spread(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """``np.broadcast_to``, quick where there is nothing to do."""
+    return array if array.shape == shape else np.broadcast_to(array, shape)
+
+
+def reduced(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A mask for values of ``shape``: where any thread that has the value is there."""
+    for axis in (0, 1):
+        if shape[axis] == 1 and mask.shape[axis] > 1:
+            mask = mask.any(axis=axis, keepdims=True)
+    return spread(mask, shape)
+
+
+def split(found: np.ndarray, width: int, count: int) -> list[np.ndarray]:
+    """What an access of several values brought, value by value."""
+    if count == 1:
+        return [found]
+    parts = found.view(f"u{width}").reshape(*found.shape, count)
+    return list(np.ascontiguousarray(np.moveaxis(parts, -1, 0)))
+
+
+def joined(values: Sequence[np.ndarray], width: int, shape: tuple[int, int]) -> np.ndarray:
+    """Values side by side, as an access writes them."""
+    if len(values) == 1:
+        value = values[0]
+        kind = _TYPES[width]
+        return spread(value if value.dtype == kind else value.view(kind), shape)
+    out = np.empty((*shape, len(values)), f"u{width}")
+    for place, value in enumerate(values):
+        out[..., place] = value.view(f"u{width}")
+    return out.view(_TYPES[width * len(values)])[..., 0]
+
+
+class _Interval:
+    """Bytes that the launch may touch."""
+
+    def __init__(self, start: int, end: int, keep: Any, writable: bool, name: str) -> None:
+        self.start, self.end, self.keep, self.writable, self.name = start, end, keep, writable, name
+        self.base = start // 16 * 16
+        self._views: dict[int, np.ndarray] = {}
+
+    def view(self, size: int) -> np.ndarray:
+        """All of it as elements of ``size`` bytes, from ``base`` on."""
+        if size not in self._views:
+            count = -(-(self.end - self.base) // size)
+            self._views[size] = _at(self.base, count * size).view(_TYPES[size])
+        return self._views[size]
+
+
+def _at(address: int, size: int) -> np.ndarray:
+    import ctypes
+
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), "u1")
+
+
+class GlobalMemory:
+    """The tensors of a launch.
+
+    Args:
+        spans: (address, bytes, what keeps it, whether it may be written, name) of each.
+        fail: takes a site, a kind of fault, a detail and the threads at fault.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int, Any, bool, str]], fail: Callable) -> None:
+        self.fail = fail
+        self.intervals: list[_Interval] = []
+        for start, size, keep, writable, name in sorted(spans, key=lambda span: span[:2]):
+            last = self.intervals[-1] if self.intervals else None
+            if last is not None and start < last.end and size:  # views of one storage
+                end = max(last.end, start + size)
+                self.intervals[-1] = _Interval(
+                    last.start, end, (last.keep, keep), last.writable or writable, f"{last.name}, {name}"
+                )
+            elif size:
+                self.intervals.append(_Interval(start, start + size, keep, writable, name))
+        self.starts = [interval.start for interval in self.intervals]
+        self.bytes_read = self.bytes_written = 0
+
+    def _place(
+        self, site: int, address: np.ndarray, size: int, mask: np.ndarray | None, write: bool
+    ) -> tuple[_Interval | None, np.ndarray, np.ndarray | None]:
+        """The interval that all lie in, index of the element of ``size`` bytes, and the reduced mask."""
+        if mask is not None:
+            mask = reduced(mask, address.shape)
+            count = np.count_nonzero(mask)
+            if count == 0:
+                return None, address, mask
+            first = int(address.flat[mask.argmax()])
+            if count == mask.size:
+                mask = None
+        else:
+            first = int(address.flat[0])
+        where = bisect.bisect_right(self.starts, first) - 1
+        interval = self.intervals[where] if where >= 0 else None
+        if interval is None or first + size > interval.end:
+            self._outside(site, address, size, mask, write)
+        offset = address - np.uint64(interval.start)
+        room = interval.end - interval.start - size
+        outside = offset > np.uint64(room)
+        if mask is not None:
+            outside &= mask
+        if outside.any():
+            # In several tensors, or in none.
+            self._outside(site, address, size, mask, write)
+            return interval, address, mask
+        if size > 1:
+            wrong = (address & np.uint64(size - 1)).astype(bool)
+            if mask is not None:
+                wrong &= mask
+            if wrong.any():
+                self.fail(site, "misaligned", f"an address that {size} does not divide", wrong)
+        if write and not interval.writable:
+            self.fail(site, "out of bounds", f"a write to {interval.name}, which is constant", mask)
+        if interval.base != interval.start:
+            offset = address - np.uint64(interval.base)
+        index = (offset >> np.uint64(size.bit_length() - 1)).view("i8")
+        if mask is not None:
+            index = np.where(mask, index, 0)
+        return interval, index, mask
+
+    def _outside(
+        self, site: int, address: np.ndarray, size: int, mask: np.ndarray | None, write: bool
+    ) -> None:
+        """Fails unless every access lies in some tensor."""
+        found = np.searchsorted(np.array(self.starts, "u8"), address, side="right") - 1
+        ends = np.array([0] + [interval.end for interval in self.intervals], "u8")[found + 1]
+        outside = address + np.uint64(size) > ends
+        if mask is not None:
+            outside &= mask
+        if outside.any():
+            at = int(address.flat[outside.argmax()])
+            self.fail(site, "out of bounds", self._describe(at, size, write), outside)
+
+    def _describe(self, at: int, size: int, write: bool) -> str:
+        what = f"a {'write' if write else 'read'} of {size} bytes at {at:#x}"
+        near = min(
+            ((min(abs(at - i.end), abs(i.start - at)), i) for i in self.intervals),
+            key=lambda p: p[0],
+            default=None,
+        )
+        if near is None:
+            return f"{what}; the launch has no tensors"
+        interval = near[1]
+        if at >= interval.end - size and at >= interval.start:
+            return f"{what}, {at + size - interval.end} bytes behind the end of {interval.name}"
+        return f"{what}, {interval.start - at} bytes before {interval.name}"
+
+    def _several(self, index: np.ndarray, address: np.ndarray) -> bool:
+        return index is address
+
+    def load(
+        self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None
+    ) -> list[np.ndarray]:
+        """``count`` values of ``width`` bytes from each address."""
+        size = width * count
+        if size > 16:
+            half = count // 2
+            second = address + np.uint64(size // 2)
+            return self.load(site, address, width, half, mask) + self.load(site, second, width, half, mask)
+        interval, index, mask = self._place(site, address, size, mask, write=False)
+        if interval is None:
+            return [np.zeros((1, 1), _TYPES[width])] * count
+        if index is address:
+            return split(self._gather(address, size, mask), width, count)
+        return split(interval.view(size).take(index), width, count)
+
+    def _gather(self, address: np.ndarray, size: int, mask: np.ndarray | None) -> np.ndarray:
+        """From several tensors."""
+        out = np.zeros(address.shape, _TYPES[size])
+        for chosen, interval in self._by_interval(address, mask):
+            index = (address[chosen] - np.uint64(interval.base)) >> np.uint64(size.bit_length() - 1)
+            out[chosen] = interval.view(size).take(index.view("i8"))
+        return out
+
+    def _by_interval(
+        self, address: np.ndarray, mask: np.ndarray | None
+    ) -> list[tuple[np.ndarray, _Interval]]:
+        found = np.searchsorted(np.array(self.starts, "u8"), address, side="right") - 1
+        chosen = [
+            (found == k if mask is None else (found == k) & mask, k) for k in np.unique(found) if k >= 0
+        ]
+        return [(where, self.intervals[k]) for where, k in chosen]
+
+    def store(
+        self,
+        site: int,
+        address: np.ndarray,
+        values: Sequence[np.ndarray],
+        width: int,
+        mask: np.ndarray | None,
+    ) -> None:
+        """Values of ``width`` bytes to each address."""
+        size = width * len(values)
+        if size > 16:
+            half = len(values) // 2
+            self.store(site, address, values[:half], width, mask)
+            self.store(site, address + np.uint64(size // 2), values[half:], width, mask)
+            return
+        shape = np.broadcast_shapes(address.shape, *(v.shape for v in values))
+        if mask is not None:
+            shape = np.broadcast_shapes(shape, mask.shape)
+        if shape != address.shape:
+            address = np.ascontiguousarray(np.broadcast_to(address, shape))
+        interval, index, mask = self._place(site, address, size, mask, write=True)
+        if interval is None:
+            return
+        data = joined(values, width, shape)
+        if index is address:
+            for chosen, part in self._by_interval(address, mask):
+                place = (address[chosen] - np.uint64(part.base)) >> np.uint64(size.bit_length() - 1)
+                part.view(size)[place.view("i8")] = data[chosen]
+        elif mask is None:
+            interval.view(size)[index] = data
+        else:
+            interval.view(size)[index[mask]] = data[mask]
+
+    def atomic(
+        self,
+        site: int,
+        address: np.ndarray,
+        values: Sequence[np.ndarray],
+        dtype: str,
+        operation: Callable,
+        mask: np.ndarray | None,
+        shape: tuple[int, int],
+    ) -> np.ndarray:
+        """``operation(old, *values)`` of each thread in turn; the old values."""
+        mask = np.broadcast_to(np.True_ if mask is None else mask, shape)
+        address = np.ascontiguousarray(np.broadcast_to(address, shape))
+        size = int(dtype[1:])
+        interval, index, _ = self._place(site, address, size, mask, write=True)
+        old = np.zeros(shape, dtype)
+        if interval is None:
+            return old
+        if index is address:
+            raise NotImplementedError("one atomic instruction on several tensors")
+        values = [np.broadcast_to(v, shape)[mask] for v in values]
+        old[mask] = in_turn(interval.view(size).view(dtype), index[mask], values, operation)
+        return old
+
+
+def in_turn(
+    view: np.ndarray, index: np.ndarray, values: Sequence[np.ndarray], operation: Callable
+) -> np.ndarray:
+    """``operation`` on elements of ``view``, one after another where an index comes again; the old values."""
+    order = np.argsort(index, kind="stable")
+    ranked = index[order]
+    first = np.concatenate(([True], ranked[1:] != ranked[:-1]))
+    begins = np.maximum.accumulate(np.where(first, np.arange(len(ranked)), 0))
+    rank = np.arange(len(ranked)) - begins
+    old = np.empty(len(index), view.dtype)
+    for turn in range(int(rank.max()) + 1):
+        chosen = order[rank == turn]
+        place = index[chosen]
+        before = view[place]
+        old[chosen] = before
+        view[place] = operation(before, *(v[chosen] for v in values))
+    return old
+
+
+class SharedMemory:
+    """Shared memory of the blocks that run at once, with its shadow.
+
+    Most accesses need no look at the shadow: nothing was written to their range of addresses since the last
+    barrier, all of which was written before. Reads are noted when something is written to their range.
+
+    Args:
+        blocks, threads: that run.
+        size: bytes of one block.
+        granule: bytes that one entry of the shadow stands for.
+        fail: as for :class:`GlobalMemory`.
+    """
+
+    def __init__(self, blocks: int, threads: int, size: int, granule: int, fail: Callable) -> None:
+        self.size, self.granule, self.fail = size, granule, fail
+        self.blocks, self.threads, self.warps = blocks, threads, -(-threads // 32)
+        self.stride = -(-size // 16) * 16
+        self.data = np.full(blocks * self.stride, 0xFF, "u1")
+        self.views = {n: self.data.view(kind) for n, kind in _TYPES.items()}
+        entries = blocks * (self.stride // granule)
+        self.written = np.zeros(entries, "u8")
+        self.read = np.zeros(entries, "u8")
+        block = np.arange(blocks)[:, None]
+        self.offsets = {n: block * (self.stride // n) for n in _TYPES}
+        self.thread = np.arange(threads, dtype="u8")[None]
+        self.now = 1
+        # known[b, u, v]: what warp v did before this time lies in the past of warp u.
+        self.known = np.zeros((blocks, self.warps, self.warps), "u8")
+        self.fenced = np.zeros((blocks, self.warps), "u8")
+        self.limit = np.ones((blocks, 1), "u8")
+        self.past = 0  # what was before lies in everybody's past
+        self._full: list[tuple[int, int]] = []  # ranges that all blocks have written
+        self._writes: list[Recent] = []
+        self._reads: list[Recent] = []  # in the shadow
+        self._log: list[tuple[Recent, np.ndarray, int, np.ndarray | None, np.ndarray]] = []  # not yet
+
+    # Time.
+
+    def synchronise(self, warps: np.ndarray | None) -> None:
+        """A barrier among warps (blocks, warps); ``None``: all of all blocks."""
+        self.now += 1
+        if warps is None:
+            self.known[:] = self.now
+        else:
+            for b in np.flatnonzero(warps.any(axis=1)):
+                here = warps[b]
+                past = self.known[b][here].max(axis=0)
+                past[here] = self.now
+                self.known[b][here] = past
+        self._settle()
+
+    def synchronise_lanes(self, warps: np.ndarray | None) -> None:
+        """Within each warp."""
+        self.now += 1
+        for w in range(self.warps):
+            where = slice(None) if warps is None else warps[:, w]
+            self.known[where, w, w] = self.now
+        if self.warps == 1:
+            self._settle()
+
+    def _settle(self) -> None:
+        least = self.known.min(axis=(1, 2))[:, None]
+        self.limit = np.maximum(least << _SHIFT, _ONE)
+        self.past = int(least.min())
+        self._writes = [r for r in self._writes if r.time >= self.past]
+        self._reads = [r for r in self._reads if r.time >= self.past]
+        self._log = [item for item in self._log if item[0].time >= self.past]
+
+    # Where.
+
+    def place(
+        self, site: int, address: np.ndarray, size: int, mask: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Addresses as (blocks, 1 or threads) ``i8``, and the mask; who is not there has another's."""
+        shape = (self.blocks, max(address.shape[1], 1 if mask is None else mask.shape[1]))
+        address = (
+            np.minimum(address, np.uint64(1 << 40)).view("i8")
+            if address.itemsize == 8
+            else address.astype("i8")
+        )
+        address = spread(address, shape)
+        if mask is not None:
+            mask = spread(mask, shape)
+            address = np.where(mask, address, address.flat[mask.argmax()] if mask.any() else 0)
+        if size > self.size or int(address.max()) > self.size - size:
+            outside = address > self.size - size
+            at = int(address.flat[outside.argmax()])
+            if mask is None or mask.any():
+                detail = f"{size} bytes of shared memory at {at}, the block has {self.size}"
+                self.fail(site, "out of bounds", detail, outside)
+        if size > 1 and (address & (size - 1)).any():
+            wrong = (address & (size - 1)) != 0
+            self.fail(site, "misaligned", f"a shared address that {size} does not divide", wrong)
+        return address, mask
+
+    def _entries(self, address: np.ndarray, size: int) -> np.ndarray:
+        """Entries of the shadow: (..., granules of the access)."""
+        g = self.granule
+        first = self.offsets[g] + (address >> (g.bit_length() - 1))
+        count = max(1, size // g)
+        return first[..., None] + np.arange(count) if count > 1 else first[..., None]
+
+    def _who(self, shape: tuple[int, ...]) -> np.ndarray:
+        if shape[1] == 1 and self.threads > 1:
+            return np.full((1, 1), _MANY_LANES if self.warps == 1 else _MANY_WARPS, "u8")
+        return self.thread
+
+    # Access.
+
+    def load(
+        self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None
+    ) -> list[np.ndarray]:
+        """``count`` values of ``width`` bytes from each address."""
+        size = width * count
+        address, mask = self.place(site, address, size, mask)
+        if mask is not None and not mask.any():
+            return [np.zeros((1, 1), _TYPES[width])] * count
+        self.note_read(site, address, size, mask, self._who(address.shape))
+        index = self.offsets[size] + (address >> (size.bit_length() - 1))
+        return split(self.views[size].take(index), width, count)
+
+    def store(
+        self,
+        site: int,
+        address: np.ndarray,
+        values: Sequence[np.ndarray],
+        width: int,
+        mask: np.ndarray | None,
+    ) -> None:
+        """Values of ``width`` bytes to each address."""
+        size = width * len(values)
+        shape = np.broadcast_shapes(address.shape, *(v.shape for v in values))
+        address, mask = self.place(site, spread(address, shape), size, mask)
+        data = joined(values, width, np.broadcast_shapes(shape, address.shape))
+        self.write(site, address, data, size, mask, self._who(address.shape))
+
+    def write(
+        self,
+        site: int,
+        address: np.ndarray,
+        data: np.ndarray,
+        size: int,
+        mask: np.ndarray | None,
+        who: np.ndarray,
+        pending: bool = False,
+    ) -> tuple[np.ndarray, Recent] | None:
+        """Data of ``size`` bytes each to placed addresses by threads; entries of the shadow."""
+        if mask is not None and not mask.any():
+            return None
+        index = self.offsets[size] + (address >> (size.bit_length() - 1))
+        view = self.views[size]
+        entries = self._entries(address, size)
+        self.now += 1
+        recent = Recent(_NEVER if pending else self.now, int(address.min()), int(address.max()) + size)
+        self._note_log(recent)
+        if any(recent.meets(r) for r in self._writes) or any(recent.meets(r) for r in self._reads):
+            w, r = self.written.take(entries), self.read.take(entries)
+            late = np.maximum(w, r) >= self.limit[:, :, None]
+            if mask is not None:
+                late &= mask[..., None]
+            if late.any():
+                same = _same(view.take(index), data)
+                self._check_write(site, entries, late, w, r, who, same)
+        new = np.uint64(self.now << 16) | who
+        if pending:
+            new = new | PENDING
+        new = spread(new[..., None], entries.shape)
+        if mask is None:
+            view[index] = data
+            self.written[entries] = new
+        else:
+            view[index[mask]] = data[mask]
+            self.written[entries[mask]] = new[mask]
+        differs = ~_same(view.take(index), data)
+        if mask is not None:
+            differs &= mask
+        if differs.any():
+            # One lane of a warp wins; sums of lanes may differ in their last bit. Warps come in any order.
+            differs &= self._winners(index, spread(who, differs.shape), mask)
+        if differs.any():
+            self.fail(site, "race", "warps write different values to one shared byte", differs)
+        self._writes.append(recent)
+        return entries, recent
+
+    def _winners(self, index: np.ndarray, who: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """Those of several threads that write to one address who are the last of their warp."""
+        keys = index * (self.warps + 1) + np.minimum(_warp(who.astype("i8")), self.warps)
+        found = np.zeros(index.shape, bool)
+        flat = np.flatnonzero(np.ones(index.shape, bool) if mask is None else mask)[::-1]
+        _, first = np.unique(keys.flat[flat], return_index=True)
+        found.flat[flat[first]] = True
+        return found
+
+    def note_read(
+        self, site: int, address: np.ndarray, size: int, mask: np.ndarray | None, who: np.ndarray
+    ) -> None:
+        """Checks that what is read was written before, and notes who reads it."""
+        if mask is not None and not mask.any():
+            return
+        self.now += 1
+        recent = Recent(self.now, int(address.min()), int(address.max()) + size)
+        if not self._settled(recent):
+            entries = self._entries(address, size)
+            w = self.written.take(entries)
+            late = (w - _ONE) >= (self.limit - _ONE)[:, :, None]
+            if mask is not None:
+                late &= mask[..., None]
+            if late.any():
+                self._check_read(site, entries, late, w, who)
+        self._log.append((recent, address, size, mask, who))
+        if len(self._log) > _LOG:
+            self._note_log(Recent(0, 0, self.size))
+
+    def _settled(self, recent: Recent) -> bool:
+        """Whether all of a range was written before everybody's last barrier."""
+        if any(recent.meets(r) for r in self._writes):
+            return False
+        if any(low <= recent.low and recent.high <= high for low, high in self._full):
+            return True
+        g = self.granule
+        rows = self.written.reshape(self.blocks, -1)[:, recent.low // g : -(-recent.high // g)]
+        if not rows.all():
+            return False
+        low, high, apart = recent.low, recent.high, []
+        for a, b in self._full:
+            if a <= high and low <= b:
+                low, high = min(a, low), max(b, high)
+            else:
+                apart.append((a, b))
+        self._full = [(low, high), *apart]
+        return True
+
+    def _note_log(self, recent: Recent) -> None:
+        """Put the reads that a range meets into the shadow."""
+        met = [item for item in self._log if recent.meets(item[0])]
+        if not met:
+            return
+        self._log = [item for item in self._log if not recent.meets(item[0])]
+        limit = self.limit[:, :, None]
+        for read, address, size, mask, who in met:
+            entries = self._entries(address, size)
+            who = spread(who[..., None], entries.shape)
+            time = np.uint64(read.time << 16)
+            new = time | who
+            r = self.read.take(entries)
+            kept = (r >= limit) & ((r & _THREAD) != who) & (r < PENDING)
+            if kept.any():
+                new = np.where(kept, time | _together(r & _THREAD, who), new)
+            if mask is not None:
+                entries, new = entries[mask], new[mask]
+            self.read[entries] = new
+            again = self.read.take(entries)
+            lost = again != new
+            if lost.any():
+                both = _together(again[lost] & _THREAD, new[lost] & _THREAD)
+                # The last of them wins; those of several warps must not lose to those of one.
+                order = np.argsort(both, kind="stable")
+                self.read[entries[lost][order]] = time | both[order]
+            self._reads.append(read)
+
+    def note_product(self, entries: np.ndarray, low: int, high: int) -> Recent:
+        """A product reads entries from now on, until :meth:`product_ends`."""
+        self.read[entries] = PENDING | np.uint64(self.now << 16 | _MANY_WARPS)
+        recent = Recent(_NEVER, low, high)
+        self._reads.append(recent)
+        return recent
+
+    # Order.
+
+    def ordered(self, entries: np.ndarray, tags: np.ndarray, who: np.ndarray) -> np.ndarray:
+        """Whether accesses by ``tags`` lie in the past of threads ``who``."""
+        block = entries // (self.stride // self.granule)
+        time, other = tags >> _SHIFT, (tags & _THREAD).astype("i8")
+        other = np.where(other < _MANY_LANES, other & ~COPIED, other)
+        mine = np.broadcast_to(who[..., None], entries.shape).astype("i8")
+        many = (other == _MANY_WARPS) | (mine == _MANY_WARPS)
+        least = self.known.min(axis=(1, 2))[block]
+        mine_warp, other_warp = _warp(mine) % self.warps, _warp(other) % self.warps
+        pairwise = self.known[block, mine_warp, other_warp]
+        past = time < np.where(many, least, pairwise)
+        return past | ((mine == other) & (mine < _ATOMIC)) | (tags == 0)
+
+    def _check_read(
+        self, site: int, entries: np.ndarray, late: np.ndarray, w: np.ndarray, who: np.ndarray
+    ) -> None:
+        nothing = late & (w == 0)
+        if nothing.any():
+            self.fail(
+                site, "uninitialised shared memory", "a read of what nothing wrote", nothing.any(axis=-1)
+            )
+        flying = late & (w >= PENDING)
+        if flying.any():
+            detail = "a read of shared memory that an asynchronous copy may still write"
+            self.fail(site, "in flight", detail, flying.any(axis=-1))
+        wrong = late & ~self.ordered(entries, w, who)
+        if wrong.any():
+            other = self._name(w[wrong].flat[0])
+            detail = f"a read of shared memory that {other} wrote without a barrier between"
+            self.fail(site, "race", detail, wrong.any(axis=-1))
+
+    def _check_write(
+        self,
+        site: int,
+        entries: np.ndarray,
+        late: np.ndarray,
+        w: np.ndarray,
+        r: np.ndarray,
+        who: np.ndarray,
+        same: np.ndarray,
+    ) -> None:
+        flying = late & ((w >= PENDING) | (r >= PENDING))
+        if flying.any():
+            what = "read by a product" if (late & (r >= PENDING)).any() else "written by a copy"
+            self.fail(
+                site, "in flight", f"a write to shared memory that is being {what}", flying.any(axis=-1)
+            )
+        wrong = late & ~self.ordered(entries, r, who)
+        if wrong.any():
+            other = self._name(r[wrong].flat[0])
+            detail = f"a write to shared memory that {other} read without a barrier between"
+            self.fail(site, "race", detail, wrong.any(axis=-1))
+        wrong = late & ~self.ordered(entries, w, who) & ~same[..., None]
+        if wrong.any():
+            other = self._name(w[wrong].flat[0])
+            detail = f"a write to shared memory that {other} wrote without a barrier between"
+            self.fail(site, "race", detail, wrong.any(axis=-1))
+
+    @staticmethod
+    def _name(tag: np.uint64) -> str:
+        thread = int(tag) & 0xFFFF
+        if thread == _MANY_WARPS:
+            return "threads of several warps"
+        if thread & _MANY_LANES:
+            return f"threads of warp {thread & 0xFFF}"
+        return f"thread {thread & 0xFFF}"
+
+    # Other ways in.
+
+    def atomic(
+        self,
+        site: int,
+        address: np.ndarray,
+        values: Sequence[np.ndarray],
+        dtype: str,
+        operation: Callable,
+        mask: np.ndarray | None,
+        shape: tuple[int, int],
+    ) -> np.ndarray:
+        """As of :class:`GlobalMemory`; atomics do not race with each other."""
+        mask = np.broadcast_to(np.True_ if mask is None else mask, shape)
+        size = int(dtype[1:])
+        address, mask = self.place(site, np.broadcast_to(address, shape), size, mask)
+        if not mask.any():
+            return np.zeros(shape, dtype)
+        entries = self._entries(address, size)
+        self.now += 1
+        recent = Recent(self.now, int(address.min()), int(address.max()) + size)
+        self._note_log(recent)
+        self._writes.append(recent)
+        w, r = self.written.take(entries), self.read.take(entries)
+        nothing = (w == 0) & mask[..., None]
+        if nothing.any():
+            self.fail(
+                site, "uninitialised shared memory", "an atomic on what nothing wrote", nothing.any(axis=-1)
+            )
+        late = (np.maximum(w, r) >= self.limit[:, :, None]) & mask[..., None]
+        atomics = (w & _THREAD >= np.uint64(_ATOMIC)) & (w & _THREAD < np.uint64(_MANY_LANES))
+        if (late & ~atomics).any():
+            self._check_write(site, entries, late & ~atomics, w, r, self.thread, np.zeros(shape, bool))
+        old = np.zeros(shape, dtype)
+        index = (self.offsets[size] + (address >> (size.bit_length() - 1)))[mask]
+        values = [np.broadcast_to(v, shape)[mask] for v in values]
+        if index.size:
+            old[mask] = in_turn(self.views[size].view(dtype), index, values, operation)
+        tags = np.broadcast_to(
+            (np.uint64((self.now << 16) | _ATOMIC) | self.thread)[..., None], entries.shape
+        )
+        self.written[entries[mask]] = tags[mask]
+        return old
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a.dtype.kind != "c":
+        return a == b
+    a, b = np.ascontiguousarray(a).view("u8"), np.ascontiguousarray(b).view("u8")
+    return ((a == b).reshape(*a.shape[:-1], -1, 2)).all(axis=-1)
+
+
+def _warp(thread: np.ndarray) -> np.ndarray:
+    """Of what stands for a thread in a tag."""
+    return np.where(thread & _MANY_LANES, thread & 0xFFF, (thread & 0xFFF) >> 5)
+
+
+def _together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What stands for two of them."""
+    x, y = a.astype("i8"), b.astype("i8")
+    many = (x == _MANY_WARPS) | (y == _MANY_WARPS) | (_warp(x) != _warp(y))
+    return np.where(many, _MANY_WARPS, _MANY_LANES | _warp(x)).astype("u8")

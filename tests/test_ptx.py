@@ -1,0 +1,30 @@
+"""The PTX machine: kernels that the real compiler made, executed without a GPU.
+
+Each test is a process of its own: this one has Triton's interpreter. Long forms: ``make ptx``.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(HERE.parent), environment.get("PYTHONPATH")))
+    )
+    command = [sys.executable, HERE / script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_of_the_tutorials_kinds_agree_with_pytorch(arch):
+    printed = run("ptx_battery.py", arch, "bf16")
+    assert "'attention_backward': 1, 'matmul': 2" in printed
