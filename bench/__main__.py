@@ -133,6 +133,19 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     _names(p, "--operators", "operators")
 
     p = commands.add_parser(
+        "simulate", help="the time of the Triton kernels on an H100 and H200, predicted from machine code"
+    )
+    p.set_defaults(run=_simulate)
+    p.add_argument("operators", nargs="*", metavar="OPERATOR", help="only these (default: all)")
+    _out(p, "results/simulate-, the architecture and Triton's version")
+    p.add_argument("--batch", nargs="+", type=_positive, default=[16, 1], help="(default: 16 1)")
+    p.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, simulated too")
+    p.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON object: entries of the pinned parameters to change"
+    )
+    p.add_argument("--no-calibration", action="store_true", help="without code of known speed")
+
+    p = commands.add_parser(
         "host", help="what calls cost before a GPU runs: launches on a stub of its driver"
     )
     p.set_defaults(run=_host)
@@ -383,10 +396,37 @@ def _static(options: argparse.Namespace) -> int:
     return _finish(result, options, RESULTS / "static.json", options.operators or len(options.kernels) < 2)
 
 
+def _simulate(options: argparse.Namespace) -> int:
+    _check_out(options.out)
+    _check_before(options.before)
+    from bench import environment, report, simulate, tune
+
+    _check_names("OPERATOR", options.operators, list(simulate.OPERATORS), "operator")
+    try:
+        changes = tune.load_changes(options.config) if options.config else None
+        result = simulate.run(
+            names=options.operators,
+            batches=options.batch,
+            before=options.before and options.before.resolve(),
+            changes=changes,
+            calibrate=not options.no_calibration,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    version = ".".join(str(environment.version("triton")).split(".")[:2])
+    default = RESULTS / f"{report.stem(f'simulate {simulate.ARCH}')}-triton-{version}.json"
+    partial = options.operators or options.config or options.no_calibration or options.batch != [16, 1]
+    return _finish(result, options, default, partial)
+
+
+def _check_before(folder: Path | None) -> None:
+    if folder and not (folder / "segvit_kernels" / "triton").is_dir():
+        raise OptionError(f"--before {folder}: expected a checkout of this project")
+
+
 def _host(options: argparse.Namespace) -> int:
     _check_out(options.out)
-    if options.before and not (options.before / "segvit_kernels" / "triton").is_dir():
-        raise OptionError(f"--before {options.before}: expected a checkout of this project")
+    _check_before(options.before)
     from bench import host
 
     try:

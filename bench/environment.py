@@ -51,6 +51,24 @@ def commit() -> dict:
     return found
 
 
+def commit_of(checkout: Path) -> str | None:
+    """The commit of another checkout, if git knows it."""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def variables_of(checkout: Path) -> dict[str, str]:
+    """Environment variables of a process that imports another checkout in place of this tree, and sees no GPU
+    and no interpreter."""
+    unset = ("TRITON_INTERPRET", "SEGVIT_KERNELS_BACKEND")
+    variables = {k: v for k, v in os.environ.items() if k not in unset}
+    inherited = [p for p in variables.get("PYTHONPATH", "").split(os.pathsep) if p]
+    path = os.pathsep.join(str(checkout) if Path(p) == ROOT else p for p in inherited)
+    path = path if str(checkout) in path else os.pathsep.join([*inherited, str(checkout)])
+    return variables | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -9,7 +9,6 @@ least of all rounds, because nothing but the machine's other work makes a call l
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +28,10 @@ def measure(checkout: Path, seconds: float) -> dict:
     Raises:
         ValueError: it cannot be measured; the last line that the process said.
     """
-    unset = ("TRITON_INTERPRET", "SEGVIT_KERNELS_BACKEND")
-    variables = {k: v for k, v in os.environ.items() if k not in unset}
-    inherited = [p for p in variables.get("PYTHONPATH", "").split(os.pathsep) if p]
-    path = os.pathsep.join(str(checkout) if Path(p) == environment.ROOT else p for p in inherited)
-    path = path if str(checkout) in path else os.pathsep.join([*inherited, str(checkout)])
-    variables |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", str(CHILD), str(STUB), str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=checkout)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment.variables_of(checkout), cwd=checkout
+    )
     if done.returncode:
         raise ValueError(f"{checkout}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -56,7 +51,7 @@ def run(*, before: Path | None = None, rounds: int = 3, seconds: float = 0.2) ->
                 there |= {"status": "ok", column: min(row["seconds"], there.get(column, float("inf")))}
     described |= {"threads": 1, "triton": found["triton"]}
     if before:
-        described["before"] = _commit(before)
+        described["before"] = environment.commit_of(before)
     return {
         "schema": 1,
         "kind": "host",
@@ -65,12 +60,6 @@ def run(*, before: Path | None = None, rounds: int = 3, seconds: float = 0.2) ->
         "rounds": rounds,
         "rows": list(rows.values()),
     }
-
-
-def _commit(checkout: Path) -> str | None:
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 def tables(result: dict) -> dict[str, str]:

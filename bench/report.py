@@ -16,7 +16,7 @@ _MARKED = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /bench
 _MARKER = re.compile(r"<!-- /?bench:\S+ -->")
 # Which module made a result of this kind: it has ``tables(result)`` and perhaps ``schema_problem(result)``.
 _MODULES = {"cpu": "kernels", "gpu": "kernels"} | {
-    name: name for name in ("flops", "host", "inference", "memory", "model", "scaling", "static")
+    name: name for name in ("flops", "host", "inference", "memory", "model", "scaling", "simulate", "static")
 }
 
 
@@ -195,6 +195,7 @@ def _rate(row: dict) -> str:
 _ABSENT = {
     "nvidia-": "Not measured: no GPU was available.",
     **dict.fromkeys(("scaling-", "memory-", "model-quick-", "host-", "static"), "Not measured yet."),
+    "simulate-": "Not simulated yet.",
 }
 
 

@@ -6,7 +6,6 @@ that, which instructions the code is made of, and the least an operator must do,
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from bench import csrc, environment, operators, timing
+from bench.simulator.machine import MULTIPROCESSORS
 from segvit_kernels.testing import launches
 
 NOTE = "Static evidence, no time measured."
@@ -24,26 +24,6 @@ ARCHITECTURES = ("sm_80", "sm_90")
 # One H200, as measured elsewhere by others' programs; nothing here ran on one.
 H200 = {"copy_bytes_per_s": 4.3e12, "matmul_bfloat16_flop_per_s": 790e12, "exp2_per_s": 4.2e12}
 BATCH, DTYPE = 16, "bfloat16"
-
-
-@dataclasses.dataclass(frozen=True)
-class Multiprocessor:
-    """What one multiprocessor has for the programs on it."""
-
-    shared: int
-    registers: int = 65536
-    warps: int = 64
-    programs: int = 32
-
-    def fitting(self, warps: int, registers: int, shared: int) -> int:
-        """How many programs of so many warps, registers a thread and bytes of shared memory fit."""
-        # A warp gets registers by 256; a program shared memory by 128 bytes, and 1 KiB for the system.
-        by_registers = self.registers // (-(-32 * registers // 256) * 256) // warps
-        by_shared = self.shared // (-(-shared // 128) * 128 + 1024)
-        return min(self.programs, self.warps // warps, by_registers, by_shared)
-
-
-MULTIPROCESSORS = {"sm_80": Multiprocessor(164 * 1024), "sm_90": Multiprocessor(228 * 1024)}
 
 
 def _occupancy(row: dict[str, Any]) -> dict[str, Any]:

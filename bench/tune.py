@@ -271,7 +271,6 @@ def load(path: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(c, dict) for c in found):
         fail("not a list of candidates")
     known, keys = operators.by_name(), {"name", "operator", "shape", "mode", "changes"}
-    defaults = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))
     candidates = []
     for index, given in enumerate(found):
         where = f"candidate {given.get('name', index)!r}"
@@ -297,13 +296,37 @@ def load(path: Path) -> list[dict[str, Any]]:
         fields = {field.name for field in dataclasses.fields(op.tiny)}
         if wrong := candidate["sizes"].keys() - fields:
             fail(f"{where}: sizes {', '.join(sorted(wrong))}; expected some of {', '.join(sorted(fields))}")
-        for place in candidate["changes"]:
-            try:
-                entry(defaults, place.split())
-            except (KeyError, TypeError):
-                fail(f"{where}: changes of {place!r}; expected an entry of {CONFIGS.name}/default.json")
+        _check_changes(candidate["changes"], f"{path}: {where}")
         candidates.append(candidate)
     return candidates
+
+
+def load_changes(path: Path) -> dict[str, Any]:
+    """Changes of the pinned parameters from a file: a JSON object of entries (path, joined by spaces), as a
+    candidate of :func:`load` has under ``changes``.
+
+    Raises:
+        ValueError: names the file, what it was and what was expected.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {timing.one_line(error)}") from None
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise ValueError(f"{path}: not an object of entries and their values")
+    _check_changes(found, str(path))
+    return found
+
+
+def _check_changes(changes: dict[str, Any], where: str) -> None:
+    defaults = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8"))
+    for place in changes:
+        try:
+            entry(defaults, place.split())
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{where}: changes of {place!r}; expected an entry of {CONFIGS.name}/default.json"
+            ) from None
 
 
 def changed(pinned: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,11 @@ MNEMONICS = (
 )
 """Instructions that are counted: tensor cores, multiply-add, special functions, memory, atomics, spills."""
 
-_SASS = re.compile(r"^[ \t]+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", re.MULTILINE)
+_SASS = re.compile(
+    r"^[ \t]+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_]*)([\w.]*)([^;]*);"
+    r"(?:[ \t]*/\* 0x([0-9a-f]{16}) \*/(?:\s*/\* 0x([0-9a-f]{16}) \*/)?)?",
+    re.MULTILINE,
+)
 _GCN = re.compile(r"^(?:(\.\w+):|[ \t]+([a-z]\w+)([^;\n]*))", re.MULTILINE)
 _TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QMMA|OMMA|UTC\w*MMA|v_mfma\w*|v_wmma\w*")
 _BARRIER = re.compile(r"BAR|s_barrier\w*")
@@ -37,6 +41,55 @@ _SPILL = re.compile(r"LDL|STL|scratch_\w+")
 def instruction_mix(sass: str) -> dict[str, int]:
     """How often each of :data:`MNEMONICS` stands in the machine code of one kernel; in it, not executed."""
     return {name: len(re.findall(rf"\b{name}\b", sass)) for name in MNEMONICS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction of an NVIDIA GPU and what its control code asks of the warp that issues it.
+
+    Args:
+        address: in bytes from the kernel's begin.
+        guard: the predicate in front, perhaps with ``!``, or "".
+        name: without modifiers (``IMAD``).
+        modifiers: with their dots (``.WIDE.U32``), or "".
+        operands: as printed, without ``.reuse``.
+        stall: cycles until the warp may issue its next instruction.
+        write: the scoreboard (0 to 5) that is free again when results are there, 7 for none.
+        read: the one that is free again when operands have been read, 7 for none.
+        wait: a bit for each scoreboard that must be free before this instruction.
+    """
+
+    address: int
+    name: str
+    guard: str = ""
+    modifiers: str = ""
+    operands: tuple[str, ...] = ()
+    stall: int = 1
+    write: int = 7
+    read: int = 7
+    wait: int = 0
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch or call goes, if that stands in it."""
+        found = re.search(r"0x([0-9a-f]+)$", self.operands[-1]) if self.operands else None
+        return int(found[1], 16) if found else None
+
+    def __str__(self) -> str:
+        guard = f"@{self.guard} " if self.guard else ""
+        return f"{guard}{self.name}{self.modifiers} {', '.join(self.operands)}".rstrip()
+
+
+def instructions(text: str) -> list[Instruction]:
+    """The instructions of one kernel as ``cuobjdump -sass`` prints it; of code printed without its encoding,
+    with no control codes."""
+    found = []
+    for address, guard, name, modifiers, rest, _, high in _SASS.findall(text):
+        operands = tuple(part.strip() for part in rest.replace(".reuse", "").split(",") if part.strip())
+        code = int(high, 16) >> 41 if high else 0b111_111_0_0001  # stall, yield, write, read, wait
+        control = (code & 15, code >> 5 & 7, code >> 8 & 7, code >> 11 & 63)
+        found.append(Instruction(int(address, 16), name, guard, modifiers, operands, *control))
+    return found
 
 
 def _natural_loops(successors: Sequence[Collection[int]]) -> list[frozenset[int]]:
@@ -93,17 +146,18 @@ class Code:
     @classmethod
     def sass(cls, text: str) -> Code:
         """From one kernel of ``cuobjdump -sass``."""
-        found = _SASS.findall(text)
-        place = {int(address, 16): i for i, (address, *_) in enumerate(found)}
+        found = instructions(text)
+        place = {instruction.address: i for i, instruction in enumerate(found)}
         jumps: dict[int, tuple[int | None, bool]] = {}
-        for i, (_, predicate, name, rest) in enumerate(found):
-            if name in ("EXIT", "RET"):
-                jumps[i] = None, not predicate
-            elif name in ("BRA", "CALL") and (target := re.search(r"0x([0-9a-f]+)\s*$", rest)):
+        for i, instruction in enumerate(found):
+            if instruction.name in ("EXIT", "RET"):
+                jumps[i] = None, not instruction.guard
+            elif instruction.name in ("BRA", "CALL") and instruction.target is not None:
                 # A call may be a jump that never comes back (CALL.REL.NOINC).
-                always = name == "BRA" and not predicate and "P" not in rest
-                jumps[i] = place.get(int(target[1], 16)), always
-        return cls._of([name for _, _, name, _ in found], jumps)
+                always = instruction.name == "BRA" and not instruction.guard
+                always = always and not any("P" in operand for operand in instruction.operands)
+                jumps[i] = place.get(instruction.target), always
+        return cls._of([instruction.name for instruction in found], jumps)
 
     @classmethod
     def gcn(cls, text: str) -> Code:

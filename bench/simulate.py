@@ -1,0 +1,273 @@
+"""``python -m bench simulate``: the time of the Triton kernels, predicted from their machine code.
+
+**Predicted, not measured.** Every operator is called as the benchmark calls it, but its launches are compiled
+and kept instead of run (``bench/_capture.py``, in a process of its own, for this checkout or another). The
+simulator (:mod:`bench.simulator`) then executes their machine code for an H100 and an H200.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import environment, operators
+from bench.report import markdown, write
+from bench.simulator import launch as simulated
+from bench.simulator.machine import H200, MACHINES
+from segvit_kernels.testing import machine_code
+
+NOTE = "Predicted from machine code, not measured."
+CHILD = Path(__file__).with_name("_capture.py")
+STUB = environment.ROOT / "segvit_kernels" / "testing" / "stub" / "__init__.py"
+CACHE = environment.ROOT / "build" / "simulate"
+ARCH = "sm_90"
+DTYPE, BATCHES = "bfloat16", (16, 1)
+OPERATORS = ("atm", "query_attention", "mask_loss", "mask_matching", "semantic_argmax", "subsample_norm")
+# The test of the semantic argmax depends on the data: not tried at all, or every tile decided by it.
+DATA = {"semantic_argmax": {"test not tried": False, "decided early": True}}
+
+
+# ------------------------------------------------------------------------------------------------ capturing
+
+
+def _digest(paths: Iterable[Path], *more: str) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    found.update("\0".join(more).encode())
+    return found.hexdigest()[:24]
+
+
+def _sources(checkout: Path) -> list[Path]:
+    kernels = (checkout / "segvit_kernels").rglob("*")
+    found = [p for p in kernels if p.suffix in (".py", ".json", ".c") and "__pycache__" not in p.parts]
+    return [*found, *(checkout / "bench" / "operators").glob("*.py"), CHILD]
+
+
+def job(operator: str, shape: str, batch: int, **more: Any) -> dict[str, Any]:
+    """What is to be captured; ``more``: ``mode``, ``dtype``, ``sizes``, ``changes``, ``arguments``."""
+    mode = "forward_backward" if "forward_backward" in operators.by_name()[operator].modes else "forward"
+    found = {"operator": operator, "shape": shape, "batch": batch, "dtype": DTYPE, "mode": mode}
+    return found | {"arch": ARCH, "multiprocessors": H200.multiprocessors} | more
+
+
+def capture(jobs: Sequence[dict[str, Any]], checkout: Path = environment.ROOT) -> list[dict[str, Any]]:
+    """The launches of every job as ``checkout`` makes them; ``reason`` where it cannot.
+
+    Raises:
+        ValueError: the process fails; the last line that it said.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    sources = _digest(_sources(checkout), str(environment.version("triton")), torch.__version__)
+    keys = [_digest([], sources, json.dumps(j, sort_keys=True)) for j in jobs]
+    missing = {key: j for key, j in zip(keys, jobs, strict=True) if not (CACHE / f"{key}.pickle").is_file()}
+    if missing:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable,
+                "-P",
+                str(CHILD),
+                str(STUB),
+                json.dumps(list(missing.values())),
+                folder,
+            ]
+            variables = environment.variables_of(checkout)
+            done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=checkout)
+            if done.returncode:
+                raise ValueError(f"{checkout}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            for index, key in enumerate(missing):
+                Path(folder, f"{index}.pickle").rename(CACHE / f"{key}.pickle")
+    return [pickle.loads((CACHE / f"{key}.pickle").read_bytes()) for key in keys]
+
+
+# --------------------------------------------------------------------------------------------- predicting
+
+
+def predict(described: dict[str, Any], labels: Any = None, decided: bool = False) -> dict[str, dict]:
+    """Of a captured launch the prediction for every machine; kept by what it depends on."""
+    engine = [*CHILD.parent.glob("simulator/*.py"), Path(machine_code.__file__)]
+    path = CACHE / f"{_digest(engine, repr(described), json.dumps([labels, decided]))}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    try:
+        launch = simulated.Launch(described, labels, decided)
+        found = {name: launch.predict(machine).row() for name, machine in MACHINES.items()}
+    except (ValueError, RuntimeError) as error:
+        found = {"reason": f"{described['kernel']}: {error}"}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(found))
+    return found
+
+
+def floor(operator: str, case: Any, direction: str, machine: Any, dtype: str = DTYPE) -> float | None:
+    """The time that no implementation undercuts on a machine (:func:`bench.operators.floor`)."""
+    op = operators.by_name()[operator]
+    mode = "forward_backward" if "forward_backward" in op.modes else "forward"
+    costs = op.costs(case, getattr(torch, dtype).itemsize, mode)
+    costs = costs[:1] if direction == "forward" else costs[1:]
+    return operators.floor(costs, machine.rates(), dtype)["floor_s"]
+
+
+def _case(j: dict[str, Any]) -> Any:
+    op = operators.by_name()[j["operator"]]
+    case = op.tiny if j["shape"] == "tiny" else op.shape(j["shape"], j["batch"])
+    return dataclasses.replace(case, **j.get("sizes", {}))
+
+
+def rows(j: dict[str, Any], captured: dict[str, Any], variant: str) -> list[dict[str, Any]]:
+    """Rows of a captured job: one for each direction and assumption about its data."""
+    found = []
+    base = {k: j[k] for k in ("operator", "shape", "batch", "dtype")} | {"variant": variant}
+    if "reason" in captured:
+        return [base | {"direction": "–", "data": "", "status": "failed", "reason": captured["reason"]}]
+    for direction in ("forward", "backward"):
+        if not captured[direction]:
+            continue
+        for data, decided in DATA.get(j["operator"], {"": False}).items():
+            row = base | {"direction": direction, "data": data, "status": "ok"}
+            launches = [predict(d, captured["labels"], decided) for d in captured[direction]]
+            if wrong := [p["reason"] for p in launches if "reason" in p]:
+                found.append(row | {"status": "failed", "reason": wrong[0]})
+                continue
+            for name, machine in MACHINES.items():
+                seconds = sum(p[name]["seconds"] for p in launches)
+                least = floor(j["operator"], _case(j), direction, machine, j["dtype"])
+                row[name] = {"seconds": seconds, "floor_s": least, "launches": [p[name] for p in launches]}
+            found.append(row)
+    return found
+
+
+def jobs(names: Sequence[str], batches: Sequence[int] = BATCHES, **more: Any) -> list[dict[str, Any]]:
+    """The main shape of every operator at every batch."""
+    known = operators.by_name()
+    return [job(name, known[name].shapes[0].name, batch, **more) for name in names for batch in batches]
+
+
+def run(
+    *,
+    names: Sequence[str] | None = None,
+    batches: Sequence[int] = BATCHES,
+    before: Path | None = None,
+    changes: dict[str, Any] | None = None,
+    calibrate: bool = True,
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """The result for this tree, beside another checkout (``before``) or other parameters (``changes``)."""
+    names = list(names or OPERATORS)
+    described = environment.describe(torch.device("cpu")) | {"threads": 1}
+    variants: list[tuple[str, Path, dict[str, Any]]] = []
+    if before:
+        variants.append(("before", before, {}))
+        described["before"] = environment.commit_of(before)
+    variants.append(("now", environment.ROOT, {}))
+    if changes:
+        variants.append(("changed", environment.ROOT, changes))
+    found: list[dict[str, Any]] = []
+    for variant, checkout, changed in variants:
+        wanted = jobs(names, batches, **({"changes": changed} if changed else {}))
+        for j, captured in zip(wanted, capture(wanted, checkout), strict=True):
+            progress(f"{variant}: {j['operator']}, batch {j['batch']}")
+            found += rows(j, captured, variant)
+    calibrations = []
+    if calibrate:
+        from bench.simulator import calibration
+
+        calibrations = calibration.rows(CACHE, progress)
+    return {
+        "schema": 1,
+        "kind": "simulate",
+        "note": NOTE,
+        "correct": all(row["status"] == "ok" for row in found),
+        "environment": described,
+        "machines": {name: dataclasses.asdict(machine) for name, machine in MACHINES.items()},
+        "changes": changes or {},
+        "calibration": calibrations,
+        "rows": found,
+    }
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def _microseconds(value: float | None) -> str:
+    return "–" if value is None else f"{1e6 * value:.1f}" if value < 99.5e-6 else f"{1e6 * value:.0f}"
+
+
+def _named(row: dict[str, Any]) -> str:
+    what = f"`{row['operator']}` {row['direction']}, {row['shape']}, batch {row['batch']}"
+    return f"{what}, {row['data']}" if row["data"] else what
+
+
+_KEYS = ("operator", "shape", "batch", "direction", "data")
+
+
+def _operators_table(result: dict[str, Any], machine: str = "H200") -> str:
+    variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
+    commit = (result["environment"].get("before") or "")[:12]
+    titles = {"before": f"before ({commit or 'no commit'})", "now": "now", "changed": "changed"}
+    header = ["operator", "floor", *(titles[v] for v in variants)]
+    header += ["H100", "share of the floor", "limit of the longest kernel"]
+    by_key: dict[tuple, dict[str, dict]] = {}
+    for row in result["rows"]:
+        by_key.setdefault(tuple(row[k] for k in _KEYS), {})[row["variant"]] = row
+    lines = []
+    for found in by_key.values():
+        last = found.get(variants[-1]) or next(iter(found.values()))
+        if last["status"] != "ok":
+            lines.append([_named(last), last["status"], *["–"] * (len(header) - 2)])
+            continue
+        times = [
+            _microseconds(found[v][machine]["seconds"]) if found.get(v, {}).get("status") == "ok" else "–"
+            for v in variants
+        ]
+        there = last[machine]
+        longest = max(there["launches"], key=lambda launch: launch["seconds"])
+        share = f"{100 * there['floor_s'] / there['seconds']:.0f} %" if there["floor_s"] else "–"
+        cells = [_microseconds(there["floor_s"]), *times, _microseconds(last["H100"]["seconds"]), share]
+        lines.append([_named(last), *cells, longest["limit"]])
+    return f"{result['note']} µs, {machine} unless said.\n\n{markdown(header, lines)}"
+
+
+def _kernels_table(result: dict[str, Any], machine: str = "H200") -> str:
+    header = ["kernel", "µs", "limit", "issue", "MUFU", "tensor", "shared memory"]
+    header += ["registers", "programs a multiprocessor", "programs", "MB through L2"]
+    lines = []
+    for row in result["rows"]:
+        if row["variant"] != "now" or row["status"] != "ok":
+            continue
+        for k in row[machine]["launches"]:
+            name = f"`{k['kernel']}`, {row['shape']}, batch {row['batch']}" + (
+                row["data"] and f", {row['data']}"
+            )
+            busy = [f"{100 * k['busy'][n]:.0f} %" for n in ("issue", "MUFU", "tensor", "shared memory")]
+            numbers = [k["registers"], k["resident"], k["programs"], f"{k['l2_bytes'] / 1e6:.0f}"]
+            lines.append([name, _microseconds(k["seconds"]), k["limit"], *busy, *map(str, numbers)])
+    return f"{result['note']} {machine}.\n\n{markdown(header, lines)}"
+
+
+def _calibration_table(result: dict[str, Any]) -> str:
+    header = ["code of known speed", "predicted", "published", "note"]
+    lines = [
+        [r["name"], r.get("predicted", "–"), r.get("published", "–"), r.get("reason") or r.get("note", "")]
+        for r in result["calibration"]
+    ]
+    return f"{result['note']}\n\n{markdown(header, lines)}" if lines else "Not calibrated."
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """``operators``, ``kernels`` and ``calibration``."""
+    return {
+        "operators": _operators_table(result),
+        "kernels": _kernels_table(result),
+        "calibration": _calibration_table(result),
+    }

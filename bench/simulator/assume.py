@@ -1,0 +1,54 @@
+"""What is assumed to stand in memory that one kernel writes and another is steered by.
+
+No kernel runs in the simulator, so numbers that an earlier launch would have left, how many pairs of a batch
+are active, say, are put there by hand: arrays by the name of the argument that points to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def contents(
+    launch: dict[str, Any], labels: Sequence[Sequence[int]] | None, decided: bool
+) -> dict[str, np.ndarray]:
+    """Arrays by argument, for a launch as ``bench/_capture.py`` describes it.
+
+    Args:
+        launch: the launch.
+        labels: that occur in every image, where the operator was given such.
+        decided: whether the semantic argmax tries its test (see :func:`_views`).
+    """
+    found, tensors, numbers = {}, launch["tensors"], launch["numbers"]
+    if "pairs_ptr" in tensors and labels and "Q" in numbers:
+        found["pairs_ptr"] = _pairs(labels, numbers["Q"], numbers.get("M", numbers["Q"]))
+    if "info_ptr" in tensors and len(tensors["info_ptr"]["shape"]) == 2:
+        found["info_ptr"] = _views(launch, decided)
+    return found
+
+
+def _pairs(labels: Sequence[Sequence[int]], queries: int, targets: int) -> np.ndarray:
+    """The number of active pairs of image and class, and these."""
+    active = [
+        b * queries + c for b, there in enumerate(labels) for c in there if 0 <= c < min(queries, targets)
+    ]
+    return np.array([len(active), *active], dtype=np.int32)
+
+
+def _views(launch: dict[str, Any], decided: bool) -> np.ndarray:
+    """Of every view the first cell, height and width of its grid, blocks of tokens before the test and in
+    all; without a test these are as many."""
+    numbers, constants, tensors = launch["numbers"], launch["constants"], launch["tensors"]
+    count, width = tensors["info_ptr"]["shape"]
+    cells = tensors["cells_ptr"]["shape"][0] // count
+    ratio = numbers.get("step_y", 1.0) / numbers.get("step_x", 1.0)
+    h = round((cells * ratio * numbers["H"] / numbers["W"]) ** 0.5) if "H" in numbers else 0
+    blocks = constants["PADDED_Q"] // constants["BLOCK_Q"]
+    head = max(1, constants.get("HEAD", 32) // constants["BLOCK_Q"]) if decided else blocks
+    rows = np.zeros((count, width), dtype=np.int32)
+    rows[:, 0] = cells * np.arange(count)
+    rows[:, 1:5] = (h, cells // max(h, 1), head, blocks)
+    return rows
