@@ -40,6 +40,19 @@ again, other = call(torch.randn(2, 12, 64))  # from the plan
 seen = []
 knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
 watched, _ = call(torch.randn(2, 12, 64))
+knobs.runtime.launch_enter_hook.calls.clear()
+knobs.compilation.listener = lambda **_: seen.append("by the JIT")
+layer = lambda x, w, b: subsample_layer_norm(x, w, b, grid=(3, 4), stride=2)
+compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+traces = []
+for stream in (7, 8):
+    gpu.stream = stream
+    leaves = [torch.randn(2, 12, 64), torch.ones(64), torch.zeros(64)]
+    leaves = [t.requires_grad_() for t in leaves]
+    with gpu.record() as records:
+        compiled(*leaves)[0].sum().backward()
+    inputs = [int.from_bytes(r.parameters[0], "little") == leaves[0].data_ptr() for r in records[:1]]
+    traces.append([[r.name for r in records], {r.stream for r in records} == {stream}, *inputs])
 device = torch.device("cuda", 0)
 with pretended(gpu):
     from bench import timing
@@ -50,10 +63,14 @@ with pretended(gpu):
 print(json.dumps({
     "first": first[:3] + first[4:6], "strides": first[6:9], "sizes": [len(p) for p in record.parameters[:9]],
     "same": first == again == watched, "streams": [record.stream, other.stream], "seen": seen,
-    "launches": gpu.launches, "inside": inside, "device": str(x.device), "after": torch.cuda.is_available(),
+    "launches": gpu.launches, "inside": inside, "compiled": traces,
+    "device": str(x.device), "after": torch.cuda.is_available(),
     "multiprocessors": driver.active.utils.get_device_properties(0)["multiprocessor_count"],
 }))
 """
+
+
+COMPILED = [f"_subsample_norm_{name}_kernel" for name in ("fwd", "bwd", "bwd_parameters")]
 
 
 def run(source, **environment):
@@ -68,15 +85,17 @@ def run(source, **environment):
 
 
 def test_launches_reach_the_driver_with_their_parameters():
-    """By the JIT, from a plan, and past the plan where a hook watches; then torch.cuda for a while."""
+    """By the JIT, from a plan, past the plan where a hook watches, from plans in a compiled function; then
+    torch.cuda for a while."""
     assert run(LAUNCH) == {
         "first": ["_subsample_norm_fwd_kernel", 1, 128, True, True],
         "strides": [768, 64, 24],
         "sizes": [8] * 8 + [4],
         "same": True,
         "streams": [5, 6],
-        "seen": ["_subsample_norm_fwd_kernel"],
-        "launches": 3,
+        "seen": ["_subsample_norm_fwd_kernel", *["by the JIT"] * 2],  # the backward's two, once
+        "launches": 9,
+        "compiled": [[COMPILED, True, True]] * 2,
         "inside": [True, 114],
         "device": "cpu",
         "after": False,
