@@ -26,24 +26,22 @@ def tokens():
     return torch.arange(48.0).view(1, 6, 8).sin()
 
 
-class Dispatch(TorchDispatchMode):
+class Watching:
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def note(self, function, types, args=(), kwargs=None):
         self.seen.append(function)
         return function(*args, **(kwargs or {}))
 
 
-class Function(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class Dispatch(Watching, TorchDispatchMode):
+    __torch_dispatch__ = Watching.note
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(function)
-        return function(*args, **(kwargs or {}))
+
+class Function(Watching, TorchFunctionMode):
+    __torch_function__ = Watching.note
 
 
 class Subclass(torch.Tensor):
