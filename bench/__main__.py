@@ -168,6 +168,12 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p.set_defaults(run=_tune)
     p.add_argument("operator", help="which operator")
     p.add_argument("--dry-run", action="store_true", help="print, write nothing")
+    p.add_argument(
+        "--simulate",
+        type=_positive,
+        metavar="K",
+        help="time only the K candidates predicted fastest; without a GPU print the predictions",
+    )
 
     p = commands.add_parser("all", help="the small form of everything on this machine, then the report")
     p.set_defaults(run=_all)
@@ -452,7 +458,7 @@ def _inference(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from bench import tune
 
-    return tune.main(options.operator, dry_run=options.dry_run)
+    return tune.main(options.operator, dry_run=options.dry_run, simulate=options.simulate)
 
 
 def _all(options: argparse.Namespace) -> int:

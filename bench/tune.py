@@ -390,11 +390,55 @@ def compare(candidate: dict[str, Any], device: torch.device, backend: str, *, ti
     return row
 
 
+# ------------------------------------------------------------------------------------------------ predicting
+
+
+def ranked(
+    operator: str, space: Space, candidates: Sequence[dict[str, Any]]
+) -> list[tuple[float | None, dict[str, Any]]]:
+    """Candidates with their predicted seconds (:mod:`bench.simulate`), the fastest first; at the end, with
+    ``None``, those that do not compile or fit."""
+    from bench import simulate
+
+    pinned, name = candidates[0], " ".join(space.path)
+    changes = [
+        {k: c.get(k) for k in pinned.keys() | c.keys() if c.get(k) != pinned.get(k)} for c in candidates
+    ]
+    dtype = str(DTYPE).removeprefix("torch.")
+    jobs = [
+        simulate.job(operator, space.shape, BATCH, dtype=dtype, mode=space.mode, changes={name: change})
+        for change in changes
+    ]
+    found = []
+    for j, captured, candidate in zip(jobs, simulate.capture(jobs), candidates, strict=True):
+        rows = simulate.rows(j, captured, "")
+        good = all(row["status"] == "ok" for row in rows)
+        found.append((sum(row["H200"]["seconds"] for row in rows) if good else None, candidate))
+    return sorted(found, key=lambda pair: float("inf") if pair[0] is None else pair[0])
+
+
+def _best(operator: str, space: Space, candidates: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """What is pinned and the ``count`` candidates that are predicted fastest; prints all predictions."""
+    order = ranked(operator, space, candidates)
+    for predicted, candidate in order:
+        shown = "does not compile or fit" if predicted is None else f"{seconds(predicted)} predicted"
+        print(f"{' '.join(space.path)} {candidate}: {shown}", flush=True)
+    chosen = [candidate for predicted, candidate in order if predicted is not None][:count]
+    return [candidates[0], *(c for c in chosen if c != candidates[0])]
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def main(operator: str, *, dry_run: bool = False) -> int:
-    """Tune the entries of one operator; exit code."""
+def main(operator: str, *, dry_run: bool = False, simulate: int | None = None) -> int:
+    """Tune the entries of one operator; exit code.
+
+    Args:
+        operator: a name of :data:`SPACES`.
+        dry_run: write nothing.
+        simulate: time only so many candidates of each entry, those that are predicted fastest; without a GPU
+            print the predictions, and that is all.
+    """
 
     def fail(message: str) -> int:
         print(f"python -m bench: error: {message}", file=sys.stderr)
@@ -402,12 +446,15 @@ def main(operator: str, *, dry_run: bool = False) -> int:
 
     if operator not in SPACES:
         return fail(f"operator is {operator!r}; expected one of {', '.join(SPACES)}")
-    if not torch.cuda.is_available():
-        return fail("tune: PyTorch finds no GPU; expected a CUDA or ROCm device with Triton")
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and simulate is None:
+        return fail("tune: PyTorch finds no GPU; expected a CUDA or ROCm device with Triton (or --simulate)")
     from segvit_kernels.triton._launch import architecture, pinned
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    arch = architecture(device)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    arch = architecture(device) if on_gpu else "sm_90"
+    if simulate is not None and arch != "sm_90":
+        return fail(f"--simulate: the simulator knows sm_90, this GPU is {arch}")
     path = CONFIGS / f"{arch}.json"
     if not path.is_file():
         # A new file begins as what this GPU has run with so far.
@@ -426,6 +473,10 @@ def main(operator: str, *, dry_run: bool = False) -> int:
             print(f"{' '.join(space.path)} {row['candidate']}: {shown}", flush=True)
 
         candidates = space.candidates(dict(entry(configs, space.path)))
+        if simulate is not None:
+            candidates = _best(operator, space, candidates, simulate)
+        if not on_gpu:
+            continue
         outcome = choose(candidates, prepare, tell=tell)
         timed = [row for row in outcome.rows if row["status"] == "ok"]
         for row in sorted(timed, key=lambda row: row["median_s"]):

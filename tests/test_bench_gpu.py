@@ -115,7 +115,8 @@ LEFT_OUT = {
     },
     "bench/tune.py": {
         **dict.fromkeys(("Space.candidates", "dumps", "pin", "_begin", "main"), "bench tune"),
-        **dict.fromkeys(("load", "load.fail", "choose", "_case"), ELSEWHERE),
+        **dict.fromkeys(("ranked", "_best", "load_changes"), "bench tune and bench simulate"),
+        **dict.fromkeys(("load", "load.fail", "_check_changes", "choose", "_case"), ELSEWHERE),
         "_sampler": "a machine without a GPU, and wrong results",
         "launch": "bench precompile",
         "compare": "what is pinned does not run",
