@@ -43,7 +43,7 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("speed", "speed", "ground system inference model"),
         Floor("demo", "demo", "ground system data pictures inference model"),
         Floor("commands", "commands", "ground system data pictures inference model training speed demo"),
-        Floor("entrances", "cli __main__", "ground system commands"),
+        Floor("entrances", "cli __main__", "system commands"),
         Floor("names", ""),  # lazily, by _EXPORTS
     ],
     "segvit_kernels": [
@@ -51,7 +51,7 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("library", "_library", "ground"),
         Floor("ops", "ops", "library"),
         Floor("triton", "triton"),
-        Floor("layers", "modules integrations", "ground library ops"),
+        Floor("layers", "modules integrations", "ground ops"),
         Floor("testing", "testing", "library ops triton"),
         Floor("names", "", "ground library ops layers"),
         Floor("entrances", "__main__", "ground library names"),

@@ -22,6 +22,15 @@ def test_imports_go_down(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_allowed_is_done(package):
+    """A permission that nobody uses would let the next one in."""
+    floors = FLOORS[package]
+    used = {(floor_of(a, floors).name, floor_of(b, floors).name) for a, b, _ in graph(read(package))}
+    allowed = {(floor.name, below) for floor in floors for below in floor.below.split()}
+    assert allowed <= used, allowed - used
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_floors_lie_on_each_other(package):
     lower: set[str] = set()
     for floor in FLOORS[package]:
