@@ -53,12 +53,12 @@ def test_floors_lie_on_each_other(package):
 )
 def test_an_upward_import_is_found(line):
     wrong = upward(planted("segvit", "segvit.inference.engine", line), FLOORS["segvit"])
-    assert wrong == ["segvit.inference.engine (inference) imports segvit.training.train (training)"]
+    assert "segvit.inference.engine (inference) imports segvit.training.train (training)" in wrong
 
 
 def test_a_module_on_no_floor_is_found():
     sources = {**read("segvit"), "segvit.attic": ("from segvit.config import PRESETS", False)}
-    assert upward(graph(sources), FLOORS["segvit"]) == ["segvit.attic is on no floor"]
+    assert "segvit.attic is on no floor" in upward(graph(sources), FLOORS["segvit"])
 
 
 @pytest.mark.parametrize(
