@@ -123,17 +123,17 @@ def _calls() -> Iterator[Subject]:
     yield "function", "semantic_argmax", "forward", lambda: semantic_argmax(logits[0], probs, (32, 32))
 
 
-def least(call: Callable[[], object], seconds: float, count: int = 5) -> float:
-    """Seconds of one call: the least mean of ``count`` in a row."""
+def least(call: Callable[[], object], seconds: float) -> float:
+    """Seconds of the shortest call. One by one: of several in a row, something interrupts one on a busy machine."""
     call(), call()
     best, end = float("inf"), time.perf_counter() + seconds
     gc.disable()
     try:
-        while time.perf_counter() < end:
+        begin = time.perf_counter()
+        while begin < end:
+            call()
+            best = min(best, time.perf_counter() - begin)
             begin = time.perf_counter()
-            for _ in range(count):
-                call()
-            best = min(best, (time.perf_counter() - begin) / count)
     finally:
         gc.enable()
     return best
