@@ -124,7 +124,7 @@ def _calls() -> Iterator[Subject]:
 
 
 def least(call: Callable[[], object], seconds: float) -> float:
-    """Seconds of the shortest call. One by one: of several in a row, something interrupts one on a busy machine."""
+    """Seconds of the shortest call; of several in a row a busy machine would interrupt one."""
     call(), call()
     best, end = float("inf"), time.perf_counter() + seconds
     gc.disable()

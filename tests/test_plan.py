@@ -263,7 +263,7 @@ def test_a_replay_is_what_a_fresh_call_does(operator, log):
     for _ in range(40):
         for launcher, args in DRAWN[operator](draw):
             launcher(*args)
-            key = (0, True, *_plan._key(args)[0])
+            key = _plan._key(args, 0)[0]
             plans = next(p for p in _plan._all_plans if key in p)
             if plans[key] is not None:
                 planned += 1

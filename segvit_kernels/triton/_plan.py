@@ -273,9 +273,9 @@ def _plan(
     return _Plan(tuple(makes), tuple(shifted), tuple(constants), tuple(runs), take)
 
 
-def _key(args: Sequence[Any]) -> tuple[list, list[Tensor], list[int]]:
+def _key(args: Sequence[Any], device: int) -> tuple[tuple, list[Tensor], list[int]]:
     """What a plan depends on, the tensors among the arguments (those in lists last) and their addresses."""
-    key: list[Any] = []
+    key: list[Any] = [device, torch.are_deterministic_algorithms_enabled()]
     tensors: list[Tensor] = []
     addresses: list[int] = []
     rest = [*args]
@@ -295,14 +295,14 @@ def _key(args: Sequence[Any]) -> tuple[list, list[Tensor], list[int]]:
                 key.append(value.untyped_storage().nbytes() < 2**31)
         else:
             key.append(value)
-    return key, tensors, addresses
+    return tuple(key), tensors, addresses
 
 
-def _watched() -> bool:
+def _watched() -> Any:
     """Whether launches are to go through Triton's JIT: under its interpreter, and while somebody looks."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
+    return (
         _INTERPRETED
         or getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
@@ -322,7 +322,7 @@ def _first(
         results, launches = build(*args)
     compiled = [launch() for launch in launches]
     try:
-        trace = _Trace(_key(args)[1], recorder.calls)
+        trace = _Trace(_key(args, 0)[1], recorder.calls)
         return results, _plan(trace, results, launches, compiled)
     except _UnplannableError:
         return results, None
@@ -342,8 +342,7 @@ def planned(build: Builder) -> Callable[..., Any]:
     def launcher(*args: Any, **options: Any) -> Any:
         if not options and not _watched():
             device = driver.active.get_current_device()
-            key, tensors, addresses = _key(args)
-            key = (device, torch.are_deterministic_algorithms_enabled(), *key)
+            key, tensors, addresses = _key(args, device)
             plan = plans.get(key, plans)
             if plan is plans:
                 results, plan = _first(build, args)
