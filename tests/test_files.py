@@ -300,3 +300,12 @@ def test_two_trainings_in_one_folder(tmp_path, holder):
     with claimed(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_kept_from_being_removed_goes_at_the_next_start(tmp_path):
+    train(options(tmp_path))
+    folder = tmp_path / "checkpoints"
+    before = sorted(path.name for path in folder.iterdir())
+    shutil.copytree(follow(folder / "last"), folder / "2")
+    train(options(tmp_path))
+    assert sorted(path.name for path in folder.iterdir()) == before

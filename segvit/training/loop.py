@@ -74,6 +74,7 @@ class Trainer:
         self.log = None
         if fabric.is_global_zero:
             self.state.checkpoints.clean(self.state.step, self.state.score["best_step"])
+            self.state.checkpoints.prune(config.keep_checkpoints)  # a kill came before it
             evaluated = not self._evaluation_missing()
             self.log = Log(Path(config.out), self.state.step, config.tensorboard, evaluated)
         # The processes agree on when to stop without waiting for a GPU.
