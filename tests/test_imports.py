@@ -3,6 +3,8 @@
 import pytest
 from imports import FLOORS, ROOT, circle, floor_of, graph, imports_of, read, upward
 
+import segvit_kernels
+
 PACKAGES = list(FLOORS)
 
 
@@ -73,6 +75,29 @@ def test_a_circle_is_found(module, line, ring):
     found = circle(planted("segvit", module, line))
     assert found[:1] == found[-1:] and {f"segvit.model.{name}" for name in ring} <= set(found)
     assert bool(found) == bool(ring)
+
+
+def others(package: str) -> list[tuple[str, str]]:
+    """(module, what it imports) where that is of another package."""
+    return [
+        (name, imported)
+        for name, (text, is_package) in read(package).items()
+        for imported, _ in imports_of(name, text, is_package)
+        if imported.partition(".")[0] != package
+    ]
+
+
+def test_the_kernels_know_neither_the_models_nor_in_ops_triton():
+    for name, imported in others("segvit_kernels"):
+        assert imported.partition(".")[0] not in ("segvit", "bench"), (name, imported)
+        assert not (name.startswith("segvit_kernels.ops") and imported.startswith("triton")), (name, imported)
+
+
+def test_segvit_uses_public_names_of_the_kernels():
+    for name, imported in others("segvit"):
+        assert imported.partition(".")[0] != "bench", name
+        if imported.startswith("segvit_kernels."):
+            assert imported.removeprefix("segvit_kernels.") in segvit_kernels.__all__, (name, imported)
 
 
 def test_sources_in_c_import_nothing_of_the_benchmarks():
