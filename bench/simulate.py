@@ -252,7 +252,25 @@ def _kernels_table(result: dict[str, Any], machine: str = "H200") -> str:
             busy = [f"{100 * k['busy'][n]:.0f} %" for n in ("issue", "MUFU", "tensor", "shared memory")]
             numbers = [k["registers"], k["resident"], k["programs"], f"{k['l2_bytes'] / 1e6:.0f}"]
             lines.append([name, _microseconds(k["seconds"]), k["limit"], *busy, *map(str, numbers)])
-    return f"{result['note']} {machine}.\n\n{markdown(header, lines)}"
+    return f"{result['note']} {machine}.\n\n{markdown(header, lines)}{_doubts(result, machine)}"
+
+
+def _doubts(result: dict[str, Any], machine: str) -> str:
+    """What the simulator did not know of the kernels."""
+    branches, instructions = {}, {}
+    for row in result["rows"]:
+        for k in row[machine]["launches"] if row["status"] == "ok" else ():
+            branches |= {k["kernel"]: k["unknown_branches"]} if k["unknown_branches"] else {}
+            instructions |= dict.fromkeys(k["unknown_instructions"])
+    text = ""
+    if branches:
+        named = ", ".join(f"`{name}` {count}" for name, count in sorted(branches.items()))
+        text += f"\n\nBranches whose condition depends on data: {named}."
+    if instructions:
+        text += (
+            f"\n\nInstructions without a rate, taken as plain arithmetic: {', '.join(sorted(instructions))}."
+        )
+    return text
 
 
 def _calibration_table(result: dict[str, Any]) -> str:
