@@ -14,10 +14,7 @@ import dataclasses
 import importlib.util
 import json
 import pickle
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ import torch
 
 _BYTES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "fp16": 2, "bf16": 2, "i64": 8, "u64": 8, "fp64": 8}
 _SMALL = 2**20
-_assembled: dict[str, tuple[str, int]] = {}
 
 
 def _install(path: str, arch: str, multiprocessors: int) -> None:
@@ -69,27 +65,11 @@ def parameters(signature: dict[str, str], values: dict[str, Any]) -> bytes:
     return bytes(found)
 
 
-def machine_code(compiled: Any) -> tuple[str, int]:
-    """What cuobjdump prints of a compiled kernel, and its registers a thread."""
-    import triton
-
-    if compiled.hash not in _assembled:
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [tool, "-res-usage", "-sass", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        _assembled[compiled.hash] = text, int(re.search(r"REG:(\d+)", text)[1])
-    return _assembled[compiled.hash]
-
-
 def describe(launch: Any, arch: str) -> dict[str, Any]:
     """A launch, compiled, as plain data."""
     from triton.backends.compiler import GPUTarget
 
     compiled = launch.compile(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
-    text, registers = machine_code(compiled)
     tensors = {
         name: {"address": _address(t), "shape": tuple(t.shape), "dtype": str(t.dtype), "bytes": t.nbytes}
         for name, t in launch.arguments.items()
@@ -109,8 +89,7 @@ def describe(launch: Any, arch: str) -> dict[str, Any]:
         "programs": launch.programs,
         "warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
-        "registers": registers,
-        "sass": text,
+        "cubin": compiled.asm["cubin"],
         "parameters": parameters(compiled.src.signature, launch.arguments),
         "tensors": tensors,
         "numbers": {k: v for k, v in launch.arguments.items() if isinstance(v, (int, float))},

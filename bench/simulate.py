@@ -102,7 +102,7 @@ def predict(described: dict[str, Any], labels: Any = None, decided: bool = False
     try:
         launch = simulated.Launch(described, labels, decided)
         found = {name: launch.predict(machine).row() for name, machine in MACHINES.items()}
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         found = {"reason": f"{described['kernel']}: {error}"}
     CACHE.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(found))

@@ -20,7 +20,7 @@ import torch
 from bench.simulator import core
 from bench.simulator.launch import Launch
 from bench.simulator.machine import H100
-from segvit_kernels.testing.machine_code import Code, instructions
+from segvit_kernels.testing.machine_code import Code, cuobjdump, instructions
 
 CLOCK = 1.755e9
 """At which the published figures were taken, or thereabouts."""
@@ -55,12 +55,6 @@ def _wanted(flash: Flash) -> re.Pattern[bytes]:
     return re.compile(rf"_ZN\w*{flash.kernel}\w*{traits}{flags}EEv\w+".encode())
 
 
-def _tool() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
 def flash_code(folder: Path, library: Path | None = None) -> dict[str, str]:
     """Machine code of :data:`FLASH` for sm_90 by name, kept in ``folder``; without those that
     torch lacks."""
@@ -72,15 +66,13 @@ def flash_code(folder: Path, library: Path | None = None) -> dict[str, str]:
     if not all(path.is_file() for path in kept.values()):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            command = [_tool(), "-arch", "sm_90", "-xelf", "all", library]
-            subprocess.run(command, cwd=temporary, capture_output=True, check=True)
+            cuobjdump("-arch", "sm_90", "-xelf", "all", library, folder=Path(temporary))
             for cubin in sorted(Path(temporary).glob("*.cubin")):
                 data = cubin.read_bytes()
                 for flash in FLASH:
                     if found := _wanted(flash).search(data):
-                        command = [_tool(), "-res-usage", "-sass", "-fun", found[0].decode(), cubin]
-                        done = subprocess.run(command, capture_output=True, text=True, check=True)
-                        kept[flash.name].write_text(done.stdout)
+                        text = cuobjdump("-res-usage", "-sass", "-fun", found[0].decode(), cubin)
+                        kept[flash.name].write_text(text)
             for path in kept.values():
                 path.touch()  # looked for in vain
     return {name: text for name, path in kept.items() if (text := path.read_text())}

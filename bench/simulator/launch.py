@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -24,7 +25,7 @@ import numpy as np
 from bench.simulator import core, execute
 from bench.simulator.assume import contents
 from bench.simulator.machine import Machine
-from segvit_kernels.testing.machine_code import Code, instructions
+from segvit_kernels.testing.machine_code import Code, disassembled, instructions
 
 KEPT, WARM = (60, 20, 7, 4), (15, 6, 2, 1)
 """Iterations of a loop that are executed, and those of them that its steady state is not taken from: as many
@@ -225,6 +226,13 @@ class Prediction:
         return dataclasses.asdict(self)
 
 
+def _read(described: dict[str, Any]) -> dict[str, Any]:
+    """A launch with its machine code as text (``sass``) and its ``registers`` in place of the cubin."""
+    text = disassembled(described["cubin"])
+    registers = int(re.search(r"REG:(\d+)", text)[1])
+    return {**{k: v for k, v in described.items() if k != "cubin"}, "sass": text, "registers": registers}
+
+
 class Launch:
     """A captured launch: see ``bench/_capture.py`` for ``described``.
 
@@ -242,6 +250,8 @@ class Launch:
         decided: bool = False,
         arch: str = "sm_90",
     ) -> None:
+        if "cubin" in described:
+            described = _read(described)
         self.described, self.decided = described, decided
         self.code = instructions(described["sass"])
         self.parts = execute.blocks(self.code)

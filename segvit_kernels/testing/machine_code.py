@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import tempfile
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 MNEMONICS = (
     "HGMMA",
@@ -200,6 +203,26 @@ class Code:
             "loop_staged": self._count(_STAGED, self.innermost),
             "loop_spills": self._count(_SPILL, self.loops),
         }
+
+
+def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
+    """What the cuobjdump that comes with Triton prints, run in ``folder``.
+
+    Raises:
+        subprocess.CalledProcessError: it fails.
+    """
+    import triton
+
+    command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(cubin: bytes) -> str:
+    """The resources (``REG:``, ``STACK:`` ...) and the instructions of a compiled kernel, as text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return cuobjdump("-res-usage", "-sass", file.name)
 
 
 def serialised(sass: str, ptx: str) -> bool:

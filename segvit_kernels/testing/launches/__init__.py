@@ -15,12 +15,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from segvit_kernels.testing.machine_code import Code, instruction_mix, serialised
+from segvit_kernels.testing.machine_code import Code, disassembled, instruction_mix, serialised
 
 OPERATORS = ("atm", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
 TARGETS = {
@@ -104,8 +103,6 @@ def faults(row: dict[str, Any], arch: str, demand: Demand) -> list[str]:
 
 def resources(compiled: Any) -> dict[str, Any]:
     """Registers, shared memory, spills, instruction mix and loops of a kernel that Triton compiled."""
-    import triton
-
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -117,12 +114,7 @@ def resources(compiled: Any) -> dict[str, Any]:
         stack = find("vgpr_spill_count") + find("private_segment_fixed_size")
         row = {"registers": find("vgpr_count"), "shared": shared, "spills": stack, "stack": stack}
         return {**row, **Code.gcn(text).counts(), "serialised": False}
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [cuobjdump, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = disassembled(compiled.asm["cubin"])
     found, mix = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text)), instruction_mix(text)
     stack = int(found["STACK"]) + int(found["LOCAL"])
     row = {"registers": int(found["REG"]), "shared": shared, "spills": stack + mix["LDL"] + mix["STL"]}
