@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,24 +71,27 @@ def capture(jobs: Sequence[dict[str, Any]], checkout: Path = environment.ROOT) -
     CACHE.mkdir(parents=True, exist_ok=True)
     sources = _digest(_sources(checkout), str(environment.version("triton")), torch.__version__)
     keys = [_digest([], sources, json.dumps(j, sort_keys=True)) for j in jobs]
-    missing = {key: j for key, j in zip(keys, jobs, strict=True) if not (CACHE / f"{key}.pickle").is_file()}
+    kept = {key: CACHE / f"{key}.pickle" for key in keys}
+    found = {key: pickle.loads(path.read_bytes()) for key, path in kept.items() if path.is_file()}
+    missing = {key: j for key, j in zip(keys, jobs, strict=True) if key not in found}
     if missing:
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                "-P",
-                str(CHILD),
-                str(STUB),
-                json.dumps(list(missing.values())),
-                folder,
-            ]
+            what = json.dumps(list(missing.values()))
+            command = [sys.executable, "-P", str(CHILD), str(STUB), what, folder]
             variables = environment.variables_of(checkout)
             done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=checkout)
             if done.returncode:
                 raise ValueError(f"{checkout}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
             for index, key in enumerate(missing):
-                Path(folder, f"{index}.pickle").rename(CACHE / f"{key}.pickle")
-    return [pickle.loads((CACHE / f"{key}.pickle").read_bytes()) for key in keys]
+                written = Path(folder, f"{index}.pickle")
+                found[key] = pickle.loads(written.read_bytes())
+                launches = [*found[key].get("forward", ()), *found[key].get("backward", ())]
+                if not all(launch["cubin"] for launch in launches):
+                    why = "Triton's cache holds an empty kernel, left by another tool: set TRITON_CACHE_DIR"
+                    found[key] = {"reason": why}
+                if "reason" not in found[key]:  # a failure may be the machine's
+                    shutil.move(written, kept[key])
+    return [found[key] for key in keys]
 
 
 # --------------------------------------------------------------------------------------------- predicting
@@ -103,7 +107,8 @@ def predict(described: dict[str, Any], labels: Any = None, decided: bool = False
         launch = simulated.Launch(described, labels, decided)
         found = {name: launch.predict(machine).row() for name, machine in MACHINES.items()}
     except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
-        found = {"reason": f"{described['kernel']}: {error}"}
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        return {"reason": f"{described['kernel']}: {said}"}  # not kept: the machine's own fault, perhaps
     CACHE.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(found))
     return found
