@@ -6,7 +6,7 @@ TESTS ?= tests
 FUZZ_RUNS ?= 2000
 OLD := $(VENV)-triton-3.6
 
-.PHONY: demo test fuzz gate gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
+.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,14 @@ $(OLD)/.installed: $(VENV)/.installed
 
 gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes with torch 2.11
 	$(OLD)/bin/python $(GATE_TEST)
+
+# Full sizes (vit, cityscapes) take the machine too long; large tiles are for the interpreter.
+ptx: $(VENV)/.installed  ## compiled kernels executed without a GPU: the whole Triton battery on sm_80 and sm_90
+	for arch in sm_80 sm_90; do \
+		$(BIN)/python tests/ptx_battery.py $$arch && \
+		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+			-k "not vit and not cityscapes and not architectures" tests/test_*_triton.py || exit; done
+	$(BIN)/python tests/ptx_faults.py
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
 	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/test_fuzz_cli.py

@@ -79,6 +79,12 @@ def ptx_machine() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def device() -> str:
+    """Of tests of compiled kernels: the GPU, or the CPU where the PTX machine is to run them."""
+    return "cpu" if "SEGVIT_PTX" in os.environ else "cuda"
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Reference figures, real images and weights that do not travel with the project."""
@@ -137,6 +143,8 @@ def poisoned():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "SEGVIT_PTX" in os.environ:
+        return
     if not torch.cuda.is_available():
         reason = "needs a CUDA or ROCm device, this machine has none"
     elif os.environ.get("TRITON_INTERPRET") == "1":

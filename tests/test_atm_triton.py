@@ -270,5 +270,5 @@ def test_keys_are_split_until_the_chip_is_full():
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
 @pytest.mark.parametrize("case", (*CASES, *SHAPES), ids=lambda c: c.name)
-def test_on_the_device(case, dtype):
-    _check(case, dtype, device="cuda", deterministic=False)
+def test_on_the_device(case, dtype, device):
+    _check(case, dtype, device=device, deterministic=False)

@@ -380,8 +380,8 @@ def test_rows_of_a_group(height, h, rows):
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
 @pytest.mark.parametrize("case", (*CASES, *SHAPES), ids=lambda c: c.name)
-def test_on_the_device(case, dtype):
-    inputs = case.inputs(dtype, "cuda")
+def test_on_the_device(case, dtype, device):
+    inputs = case.inputs(dtype, device)
     result, grads = with_gradients(mask_loss, inputs, backend="triton")
     truth, truth_grads = oracle(inputs)
     plain, plain_grads = oracle(inputs, dtype=torch.float32)

@@ -28,3 +28,16 @@ def run(script: str, *arguments: str) -> str:
 def test_kernels_of_the_tutorials_kinds_agree_with_pytorch(arch):
     printed = run("ptx_battery.py", arch, "bf16")
     assert "'attention_backward': 1, 'matmul': 2" in printed
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_every_kernel_of_the_operators(arch):
+    """One dtype and few cases; the whole battery: ``make ptx``."""
+    printed = run("ptx_operators.py", arch, "bf16")
+    assert printed.rstrip().endswith("never: []")
+
+
+def test_planted_faults_are_seen():
+    """Each by its own message."""
+    printed = run("ptx_faults.py")
+    assert "MISSED" not in printed and printed.count("seen: ") >= 33

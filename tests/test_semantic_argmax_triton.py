@@ -427,7 +427,7 @@ def test_configurations_are_pure_and_complete(arch):
 )
 @pytest.mark.parametrize("concentrated", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_on_the_device(case, concentrated, dtype):
-    inputs = case.inputs(dtype, "cuda", concentrated=concentrated)
+def test_on_the_device(case, concentrated, dtype, device):
+    inputs = case.inputs(dtype, device, concentrated=concentrated)
     truth, ordinary = oracle(inputs), oracle(inputs, dtype)
     assert_labels(case.name, _run(inputs, config={})[0], truth, ordinary)

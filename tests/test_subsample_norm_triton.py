@@ -181,5 +181,5 @@ def test_configurations_are_pure_and_complete(arch):
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
 )
 @pytest.mark.parametrize("case", (*CASES, *SHAPES), ids=lambda c: c.name)
-def test_on_the_device(case, dtype):
-    _check(case, dtype, device="cuda")
+def test_on_the_device(case, dtype, device):
+    _check(case, dtype, device=device)

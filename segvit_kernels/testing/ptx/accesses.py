@@ -65,8 +65,12 @@ def _ld(emit: Emitter, i: Instruction) -> None:
         return
     if count != len(items):
         raise unknown(i)
-    where = _address(emit, i, source)
-    call = f"m.{_space(i)}.load({emit.site()}, {where}, {size}, {count}, {emit.mask()})"
+    if _space(i) == "shared":  # its offset apart: what is known of the base holds for all of them
+        where = _address(emit, i, Address(source.base))
+        call = f"m.shared.load({emit.site()}, {where}, {size}, {count}, {emit.mask()}, {source.offset})"
+    else:
+        where = _address(emit, i, source)
+        call = f"m.{_space(i)}.load({emit.site()}, {where}, {size}, {count}, {emit.mask()})"
     view = f".view('{dtype}')" if dtype[0] == "i" else ""
     if count == 1:
         emit.set(items[0], dtype, f"{call}[0]{view}")

@@ -121,6 +121,8 @@ class Flow:
     Attributes:
         blocks: of them all.
         bits: register to its bit.
+        ranks: of the blocks, each below all that every way from it leads to (its post-dominators): where
+            threads of the lowest rank go first, the others wait for them where they meet again.
         tracked: registers that may be read where nothing wrote them, or what was computed from them, as bits.
     """
 
@@ -129,6 +131,7 @@ class Flow:
         self.blocks = self._blocks()
         found = {n for b in self.blocks for i in b.instructions for n in (*reads(i), *writes(i))}
         self.bits = {name: 1 << i for i, name in enumerate(sorted(found & kernel.registers.keys()))}
+        self.ranks = self._ranks()
         self._liveness()
         self._definitions()
 
@@ -179,6 +182,31 @@ class Flow:
         block = self.blocks[index]
         found = [index + 1] if block.falls and index + 1 < len(self.blocks) else []
         return found + ([block.target] if block.target is not None else [])
+
+    def _ranks(self) -> list[int]:
+        """Positions in a reverse postorder of the reversed graph, turned round; not the text's order."""
+        end = len(self.blocks)
+        before: list[list[int]] = [[] for _ in range(end + 1)]
+        for index, block in enumerate(self.blocks):
+            last = block.instructions[-1].name if block.instructions else ""
+            after = self.successors(index)
+            for b in after + ([end] if not after or last in ("ret", "exit", "trap") else []):
+                before[b].append(index)
+        seen, finished = {end}, []
+        stack = [(end, iter(before[end]))]
+        while stack:
+            node, rest = stack[-1]
+            fresh = next((b for b in rest if b not in seen), None)
+            if fresh is None:
+                finished.append(node)
+                stack.pop()
+            else:
+                seen.add(fresh)
+                stack.append((fresh, iter(before[fresh])))
+        ranks = [0] * (end + 1)  # blocks from which no way leads out come first
+        for rank, node in enumerate(finished):
+            ranks[node] = rank
+        return ranks
 
     def _liveness(self) -> None:
         uses, kills = [], []

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segvit_kernels.testing.ptx.core import Counts, Span, execute, programs
 from segvit_kernels.testing.ptx.faults import Fault
-from segvit_kernels.testing.ptx.machine import Counts, Span, execute, programs
 
 _SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KiB that a program can have
 _MULTIPROCESSORS = {80: 108, 90: 132}
@@ -154,11 +154,14 @@ class _Utilities:
         }
 
 
+_UTILITIES = _Utilities()
+
+
 def _driver(session: Session) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import GPUDriver
 
-    utilities = _Utilities()
+    utilities = _UTILITIES
 
     class Launcher:
         """In place of the launcher that Triton compiles."""
@@ -177,7 +180,9 @@ def _driver(session: Session) -> Any:
             for size in (self.metadata.global_scratch_size, self.metadata.profile_scratch_size):
                 given.append(torch.empty(size * math.prod(grid), dtype=torch.uint8) if size else None)
             name, text, shared = utilities.binaries[function]
-            session.launch(text, name, grid, 32 * self.metadata.num_warps, given, shared)
+            # Triton keeps launchers with their kernels: this one may be of an earlier session.
+            assert _active is not None, "a launch outside the machine's with block"
+            _active.launch(text, name, grid, 32 * self.metadata.num_warps, given, shared)
             if leave:
                 leave(launch_metadata)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ _ONE = np.uint64(1)
 
 
 _NEVER = 1 << 62
-_LOG = 1024
+_BASES = 64
 
 
 class Recent:
@@ -93,6 +93,16 @@ def _at(address: int, size: int) -> np.ndarray:
     import ctypes
 
     return np.frombuffer((ctypes.c_uint8 * size).from_address(address), "u1")
+
+
+class _Base(NamedTuple):
+    """Addresses of a register in shared memory: as they are, as elements, the least, the most, and whose."""
+
+    address: np.ndarray
+    index: np.ndarray
+    low: int
+    high: int
+    who: np.ndarray
 
 
 class GlobalMemory:
@@ -334,7 +344,8 @@ class SharedMemory:
         self._full: list[tuple[int, int]] = []  # ranges that all blocks have written
         self._writes: list[Recent] = []
         self._reads: list[Recent] = []  # in the shadow
-        self._log: list[tuple[Recent, np.ndarray, int, np.ndarray | None, np.ndarray]] = []  # not yet
+        self._log: list[tuple[Recent, np.ndarray, int, int, np.ndarray | None, np.ndarray]] = []  # not yet
+        self._bases: dict[tuple[int, int], tuple[np.ndarray, _Base | None]] = {}
 
     # Time.
 
@@ -409,11 +420,37 @@ class SharedMemory:
 
     # Access.
 
+    def _base(self, address: np.ndarray, size: int) -> _Base | None:
+        """Where the addresses of a register lie, found once for all its offsets."""
+        key = (id(address), size)
+        known = self._bases.get(key)
+        if known is None or known[0] is not address:
+            low, high = int(address.min()), int(address.max())
+            found = None
+            if high <= self.size and not (address & address.dtype.type(size - 1)).any():
+                placed = spread(address.astype("i8"), (self.blocks, address.shape[1]))
+                index = self.offsets[size] + (placed >> (size.bit_length() - 1))
+                found = _Base(placed, index, low, high, self._who(placed.shape))
+            if len(self._bases) >= _BASES:
+                self._bases.pop(next(iter(self._bases)))
+            known = self._bases[key] = (address, found)
+        return known[1]
+
     def load(
-        self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None
+        self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None, offset: int = 0
     ) -> list[np.ndarray]:
         """``count`` values of ``width`` bytes from each address."""
         size = width * count
+        if mask is None and offset >= 0 and not offset % size:
+            base = self._base(address, size)
+            if base is not None and base.high + offset + size <= self.size:
+                recent = Recent(self.now + 1, base.low + offset, base.high + offset + size)
+                if self._settled(recent):
+                    self.now += 1
+                    self._log.append((recent, base.address, offset, size, None, base.who))
+                    return split(self.views[size][offset // size :].take(base.index), width, count)
+        if offset:
+            address = address + address.dtype.type(offset % 2 ** (8 * address.itemsize))
         address, mask = self.place(site, address, size, mask)
         if mask is not None and not mask.any():
             return [np.zeros((1, 1), _TYPES[width])] * count
@@ -509,9 +546,7 @@ class SharedMemory:
                 late &= mask[..., None]
             if late.any():
                 self._check_read(site, entries, late, w, who)
-        self._log.append((recent, address, size, mask, who))
-        if len(self._log) > _LOG:
-            self._note_log(Recent(0, 0, self.size))
+        self._log.append((recent, address, 0, size, mask, who))
 
     def _settled(self, recent: Recent) -> bool:
         """Whether all of a range was written before everybody's last barrier."""
@@ -539,8 +574,8 @@ class SharedMemory:
             return
         self._log = [item for item in self._log if not recent.meets(item[0])]
         limit = self.limit[:, :, None]
-        for read, address, size, mask, who in met:
-            entries = self._entries(address, size)
+        for read, address, offset, size, mask, who in met:
+            entries = self._entries(address + offset, size)
             who = spread(who[..., None], entries.shape)
             time = np.uint64(read.time << 16)
             new = time | who

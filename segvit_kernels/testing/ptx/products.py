@@ -186,6 +186,21 @@ def _offsets(
     return byte // 16 * stride + byte % 16 + c % 8 * 16 + c // 8 * leading
 
 
+@functools.lru_cache(4096)
+def _pattern(
+    rows: int, depth: int, size: int, transposed: bool, swizzle: int, leading: int, stride: int, start: int,
+    granule: int,
+) -> tuple[np.ndarray, np.ndarray, int, int]:  # fmt: skip
+    """A matrix's elements, the entries of the shadow that it covers, and its first and last byte."""
+    address = start + _offsets(rows, depth, size, transposed, swizzle, leading, stride)
+    if swizzle:
+        address = address ^ ((address >> 7 & {128: 7, 64: 3, 32: 1}[swizzle]) << 4)
+    lines = np.unique(address >> 4)  # all of 16 bytes
+    per = 16 // granule
+    cells = (lines[:, None] * per + np.arange(per)).ravel()
+    return address >> (size.bit_length() - 1), cells, int(lines[0]) * 16, int(lines[-1]) * 16 + 16
+
+
 _WIDTHS = {0: 0, 1: 128, 2: 64, 3: 32}
 
 
@@ -300,50 +315,36 @@ class Products:
         if swizzle is None or (first >> 49) & 7:
             raise NotImplementedError("descriptors with a base offset")
         leading, stride = ((first >> at & 0x3FFF) * 16 for at in (16, 32))
-        offsets = _offsets(rows, depth, size, transposed, swizzle, leading, stride)
-        start = (full & np.uint64(0x3FFF)).astype("i8") * 16
-        start = np.broadcast_to(start, here.shape)
-        if mask is not None:
-            start = np.where(here, start, start[here][0])
-        address = start[:, :, None, None] + offsets  # block, group, row, k
-        if swizzle:
-            bits = {128: 7, 64: 3, 32: 1}[swizzle]
-            address = address ^ ((address >> 7 & bits) << 4)
-        if int(address.max()) + size > shared.size:
-            self.machine.fail(site, "out of bounds", "a matrix outside shared memory", None)
-        self._note(site, address, size, here, reads)
-        block = (np.arange(m.blocks) * (shared.stride // size))[:, None, None, None]
-        bits = shared.views[size].take(block + (address >> (size.bit_length() - 1)))
+        start = np.broadcast_to((full & np.uint64(0x3FFF)).astype("i8") * 16, here.shape)
+        bits = np.zeros((*here.shape, rows, depth), f"u{size}")
+        stored = shared.views[size].reshape(m.blocks, -1)
+        for begin in np.unique(start[here]):
+            chosen = here & (start == begin)
+            pattern = (rows, depth, size, transposed, swizzle, leading, stride, int(begin), shared.granule)
+            elements, cells, low, high = _pattern(*pattern)
+            if high > shared.size:
+                self.machine.fail(site, "out of bounds", "a matrix outside shared memory", None)
+            self._note(site, cells, low, high, chosen.any(axis=1), reads)
+            values = np.broadcast_to(stored.take(elements, axis=1)[:, None], bits.shape)
+            bits = np.where(chosen[:, :, None, None], values, bits) if not chosen.all() else values
         if kind == "tf32":
             return (bits & _TF32).view("f4")
-        return (
-            (bits.astype("u4") << np.uint32(16)).view("f4")
-            if kind == "bf16"
-            else bits.view("f2").astype("f4")
-        )
+        if kind == "bf16":
+            return (bits.astype("u4") << np.uint32(16)).view("f4")
+        return bits.view("f2").astype("f4")
 
-    def _note(self, site: int, address: np.ndarray, size: int, here: np.ndarray, reads: list) -> None:
+    def _note(
+        self, site: int, cells: np.ndarray, low: int, high: int, rows: np.ndarray, reads: list
+    ) -> None:  # fmt: skip
         """Reads by the asynchronous proxy: what was written before, ordered, and fenced."""
-        shared, m = self.machine.shared, self.machine
-        lines = np.unique(address.reshape(m.blocks, here.shape[1], -1)[0, 0] >> 4)
-        if (address != address[:1, :1]).any():
-            g = shared.granule
-            cells = address >> (g.bit_length() - 1)
-            pairs = cells + (np.arange(m.blocks) * (shared.stride // g))[:, None, None, None]
-            flat = np.unique(pairs[here])
-            if g < size:
-                flat = np.unique(flat[:, None] + np.arange(size // g))
-        else:
-            per = max(1, 16 // shared.granule)
-            cells = (lines[:, None] * per + np.arange(per)).ravel()
-            blocks = np.flatnonzero(here.any(axis=1))
-            flat = (blocks[:, None] * (shared.stride // shared.granule) + cells).ravel()
-        block = flat // (shared.stride // shared.granule)
+        shared = self.machine.shared
+        blocks = np.flatnonzero(rows)
+        flat = (blocks[:, None] * (shared.stride // shared.granule) + cells).ravel()
+        block = np.repeat(blocks, len(cells))
         w = shared.written[flat]
         if (w == 0).any():
-            self._fail(
-                site, "uninitialised shared memory", "a product reads what nothing wrote", block, w == 0
-            )
+            detail = "a product reads what nothing wrote"
+            self._fail(site, "uninitialised shared memory", detail, block, w == 0)
         if (w >= PENDING).any():
             detail = "a product reads what an asynchronous copy may still write"
             self._fail(site, "in flight", detail, block, w >= PENDING)
@@ -363,7 +364,7 @@ class Products:
         if bare.any():
             detail = "a product reads what was written without fence.proxy.async after it"
             self._fail(site, "missing proxy fence", detail, block, bare)
-        recent = shared.note_product(flat, int(address.min()), int(address.max()) + size)
+        recent = shared.note_product(flat, low, high)
         reads.append((flat, block, recent))
 
     def _fail(self, site: int, kind: str, detail: str, block: np.ndarray, wrong: np.ndarray) -> None:

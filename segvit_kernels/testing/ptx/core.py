@@ -1,4 +1,8 @@
-"""The machine: blocks of threads in step, one group of threads that stand at the same place after another."""
+"""The machine: blocks of threads in step, one group of threads that stand at the same place after another.
+
+The group of the lowest rank (:attr:`Flow.ranks`) goes first, so that threads that parted meet again as soon
+as they can.
+"""
 
 from __future__ import annotations
 
@@ -301,11 +305,11 @@ class Machine:
         functions, blocks = self.program.functions, self.program.flow.blocks
         registers, groups = self.registers, self.groups
         groups[0] = None if not self.exited.any() else ~self.exited
-        last = len(functions)
+        last, ranks = len(functions), self.program.flow.ranks
         steps: collections.Counter = collections.Counter()
         total = 0
         while groups:
-            pc = min(groups)
+            pc = min(groups, key=ranks.__getitem__) if len(groups) > 1 else next(iter(groups))
             mask = groups.pop(pc)
             if pc >= last:
                 self._leave(mask)
@@ -472,6 +476,7 @@ def granule(program: Program) -> int:
     return min([size for size in found if size] or [4])
 
 
+_MEMORY = ("ld", "st", "atom", "red", "cp")
 _TOUCH = ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")
 
 
@@ -598,6 +603,8 @@ def execute(
     required = program.kernel.required_threads
     if required and required != threads:
         raise Fault("launch", f"{threads} threads a block, compiled for {required}", kernel)
+    if not any(i.name in _MEMORY and "param" not in i.modifiers for i in program.kernel.instructions):
+        raise Fault("empty", "no access to memory in it: compiled to nothing", kernel)
     shared = program.kernel.shared_bytes + shared_bytes
     total = int(np.prod(grid))
     at_once = max(1, min(LANES // threads, SHARED // max(1, shared)))

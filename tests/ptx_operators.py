@@ -1,0 +1,85 @@
+"""Every Triton kernel of the operators on the PTX machine: ``python tests/ptx_operators.py sm_90 bf16``.
+
+The chosen part of the battery that CI runs; all of it: ``SEGVIT_PTX=sm_90 pytest tests/test_*_triton.py``.
+In a process without interpreter. Says which kernels no case launched, and fails where there is one.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+import time
+
+os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+
+import test_atm_triton as atm
+import test_mask_loss_triton as mask_loss
+import test_query_attention_triton as query_attention
+import test_semantic_argmax_triton as semantic_argmax
+import test_subsample_norm_triton as subsample_norm
+import torch
+
+from segvit_kernels.testing import ptx
+from segvit_kernels.testing.launches import OPERATORS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def check_atm(dtype):
+    small = dataclasses.replace(atm.SMALL, batch=1, heads=1)
+    atm._check(small, dtype, fwd={"splits": 2})
+    atm._check(dataclasses.replace(small, keys=33), dtype, fwd={"plan": "heads"}, deterministic=False)
+
+
+def check_query_attention(dtype):
+    query_attention._check(query_attention.BY_NAME["odd"], dtype)
+
+
+def check_mask_loss(dtype):
+    config, few = mask_loss.kernels._config, mask_loss.FEW
+    mask_loss.kernels._config = lambda *arguments: {**config(*arguments), **few}
+    for name in ("stacked", "matched_labels", "bool_masks"):
+        case = next(case for case in mask_loss.CASES if case.name == name)
+        mask_loss.test_on_the_device(case, dtype, "cpu")
+    call = mask_loss.Call.draw(2, 20, [(5, 7)], (21, 37), torch.uint8, 7, dtype=dtype)
+    mask_loss._check_matching(call, dict(few))
+    mask_loss.kernels._config = config
+
+
+def check_semantic_argmax(dtype):
+    for name in ("odd", "sliding"):
+        for concentrated in (False, True):
+            semantic_argmax.test_on_the_device(semantic_argmax.BY_NAME[name], concentrated, dtype, "cpu")
+
+
+def check_subsample_norm(dtype):
+    case = next(case for case in subsample_norm.CASES if case.name == "odd_grid")
+    subsample_norm._check(case, dtype)
+
+
+def main(arch: str, *names: str) -> int:
+    kernels = set()
+    for operator in OPERATORS:
+        members = vars(importlib.import_module(f"segvit_kernels.triton.{operator}"))
+        kernels |= {
+            name for name, value in members.items() if name.endswith("_kernel") and hasattr(value, "run")
+        }
+    failed = 0
+    with ptx.machine(arch) as session:
+        for name in names or DTYPES:
+            for operator in OPERATORS:
+                begin = time.perf_counter()
+                try:
+                    globals()[f"check_{operator}"](DTYPES[name])
+                    result = "ok"
+                except (AssertionError, ptx.Fault, ptx.PTXError) as error:
+                    result, failed = f"FAILED: {error}", failed + 1
+                print(f"{arch} {name} {operator}: {result} ({time.perf_counter() - begin:.1f} s)", flush=True)
+    missing = sorted(kernels - set(session.launches))
+    print(f"{len(session.launches)} kernels, {sum(session.launches.values())} launches; never: {missing}")
+    return failed + len(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
