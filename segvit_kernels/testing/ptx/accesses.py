@@ -59,9 +59,13 @@ def _ld(emit: Emitter, i: Instruction) -> None:
     items = destination.items if isinstance(destination, Vector) else (destination,)
     dtype = NUMPY[kind] if NUMPY[kind][0] == "i" else f"u{size}"
     if "param" in i.modifiers:
-        offset, _ = emit.kernel.parameters[source.base.name]
+        if isinstance(source.base, Symbol):
+            offset, _ = emit.kernel.parameters[source.base.name]
+            offset = str(offset + source.offset)
+        else:
+            offset = f"m.uniform({emit.site()}, {emit.use(source.base, 'u8')}) + {source.offset}"
         for place, item in enumerate(items):
-            emit.set(item, dtype, f"m.parameter({offset + source.offset + place * size}, '{dtype}')")
+            emit.set(item, dtype, f"m.parameter({offset} + {place * size}, '{dtype}')")
         return
     if count != len(items):
         raise unknown(i)

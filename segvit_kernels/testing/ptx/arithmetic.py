@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from segvit_kernels.testing.ptx.parser import Immediate, Instruction, Register, Symbol, Vector
+from segvit_kernels.testing.ptx.parser import Immediate, Instruction, Register, Vector
 from segvit_kernels.testing.ptx.translate import HANDLERS, NUMPY, Emitter, function, instruction, unknown
 
 FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
@@ -379,8 +379,6 @@ def _mov(emit: Emitter, i: Instruction) -> None:
     if i.modifiers[-1] == "b128":
         raise unknown(i)
     dtype = NUMPY[i.modifiers[-1]]
-    if isinstance(source, Symbol) and source.name in emit.kernel.parameters:
-        raise unknown(i)
     emit.set(destination, dtype, emit.use(source, dtype))
 
 

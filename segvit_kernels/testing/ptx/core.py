@@ -215,6 +215,12 @@ class Machine:
             self._parameter_arrays[key] = value
         return self._parameter_arrays[key]
 
+    def uniform(self, site: int, value: np.ndarray) -> int:
+        """The one value that all threads have."""
+        if (value != value.flat[0]).any():
+            self.fail(site, "out of bounds", "parameters at addresses that differ between threads", None)
+        return int(value.flat[0])
+
     def constant_address(self, name: str, offset: int, dtype: str) -> np.ndarray:
         """Of a variable of the module."""
         return np.full((1, 1), self._constants[name].ctypes.data + offset, dtype)

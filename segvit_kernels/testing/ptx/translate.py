@@ -276,6 +276,8 @@ class Emitter:
                 return self.constant(table[operand.name] + operand.offset, dtype)
         if operand.name in self.kernel.constants:
             return self.temporary(f"m.constant_address({operand.name!r}, {operand.offset}, '{dtype}')")
+        if operand.name in self.kernel.parameters:
+            return self.constant(self.kernel.parameters[operand.name][0] + operand.offset, dtype)
         if operand.name == "WARP_SZ":
             return self.constant(32, dtype)
         raise PTXError(f"{self.kernel.name}, PTX line {self.instruction.line}: no variable {operand.name}")
