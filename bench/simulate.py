@@ -34,8 +34,11 @@ CACHE = environment.ROOT / "build" / "simulate"
 ARCH = "sm_90"
 DTYPE, BATCHES = "bfloat16", (16, 1)
 OPERATORS = ("atm", "query_attention", "mask_loss", "mask_matching", "semantic_argmax", "subsample_norm")
-# The test of the semantic argmax depends on the data: not tried at all, or every tile decided by it.
-DATA = {"semantic_argmax": {"test not tried": False, "decided early": True}}
+# What branches on data do: work is done (False), or skipped wherever it may be (True). The truth lies between.
+DATA = {
+    "mask_loss": {"every tile meets its class": False, "no tile does": True},
+    "semantic_argmax": {"test not tried": False, "decided early": True},
+}
 
 
 # ------------------------------------------------------------------------------------------------ capturing
