@@ -34,7 +34,7 @@ CACHE = environment.ROOT / "build" / "simulate"
 ARCH = "sm_90"
 DTYPE, BATCHES = "bfloat16", (16, 1)
 OPERATORS = ("atm", "query_attention", "mask_loss", "mask_matching", "semantic_argmax", "subsample_norm")
-# What branches on data do: work is done (False), or skipped wherever it may be (True). The truth lies between.
+# What branches on data do: work is done (False), or skipped wherever it may be (True); the truth is between.
 DATA = {
     "mask_loss": {"every tile meets its class": False, "no tile does": True},
     "semantic_argmax": {"test not tried": False, "decided early": True},

@@ -25,7 +25,7 @@ def contents(
     found, tensors, numbers = {}, launch["tensors"], launch["numbers"]
     if "pairs_ptr" in tensors and labels and "Q" in numbers:
         found["pairs_ptr"] = _pairs(labels, numbers["Q"], numbers.get("M", numbers["Q"]))
-    if "info_ptr" in tensors and len(tensors["info_ptr"]["shape"]) == 2:
+    if {"info_ptr", "cells_ptr"} <= tensors.keys() and {"PADDED_Q", "BLOCK_Q"} <= launch["constants"].keys():
         found["info_ptr"] = _views(launch, decided)
     return found
 
