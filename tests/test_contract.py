@@ -126,3 +126,15 @@ def test_importing_the_kernels_needs_only_torch_and_numpy():
 def test_setup_does_not_import_torch():
     found = imports_of("setup", (ROOT / "setup.py").read_text(encoding="utf-8"), is_package=False)
     assert not any(name.partition(".")[0] == "torch" for name, inner in found if not inner)
+
+
+def test_moved_modules_are_found_under_their_earlier_names():
+    code = (
+        "import segvit, sys; from importlib import import_module as get\n"
+        "import segvit.model.backbone as new; spec = new.__spec__\n"
+        "from segvit.backbone import VisionTransformer\n"
+        "assert VisionTransformer is segvit.VisionTransformer and new.__spec__ is spec\n"
+        "for name, room in segvit._ROOMS.items():\n"
+        "    assert get(name) is get(f'segvit.{room}.{name.split(\".\")[1]}'), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
