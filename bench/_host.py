@@ -58,11 +58,11 @@ def _launchers() -> Iterator[Subject]:
     labels = torch.ones(1, 32, 32, dtype=torch.uint8)
     numbers, sums, areas = (8, 0.25, 2.0), torch.ones(3, 1, 8, 4), torch.ones(1, 8)
     yield subject(
-        "three outputs, four launches", mask_loss.mask_loss_fwd, logits, labels, None, *numbers, False
+        "three outputs, three launches", mask_loss.mask_loss_fwd, logits, labels, None, *numbers, False
     )
     backward = (sums, logits, labels, None, areas, *numbers, False)
     yield subject("three outputs, two launches", mask_loss.mask_loss_bwd, *backward)
-    yield subject("three launches or four", mask_loss.mask_matching_sums, logits[0], labels, *numbers)
+    yield subject("two launches or four", mask_loss.mask_matching_sums, logits[0], labels, *numbers)
     probs = torch.ones(1, 8, 8, dtype=torch.bfloat16)
     sizes = (1, 32, 32, [1.0, 1.0], True, False, 0.0)
     yield subject("two launches", semantic_argmax.semantic_argmax, logits[:1], probs, [], *sizes)

@@ -44,7 +44,10 @@ _ENTRIES = 4  # of the list of logits, in one launch
 _GROUPS = 16  # the smallest height of a matrix product
 _MAX_ROWS = 16  # of a group, in the forward
 _CLASSES = 1024  # in one histogram
-_COUNTED = 8192  # labels or mask elements of one program
+_COUNTED = 8192  # mask elements of one program
+_TILE = 64  # rows and columns of labels in one program
+_DISTINCT = 6  # classes of a tile that are counted one by one
+_LISTED = 2048  # pairs, or targets, at a time where the list of active pairs is made
 
 
 def _config(name: str, arch: str) -> dict[str, Any]:
@@ -57,22 +60,21 @@ def _config(name: str, arch: str) -> dict[str, Any]:
     Returns:
         ``block``, output columns of a tile; ``programs`` per multiprocessor; ``multiprocessors``;
         ``num_warps``; ``num_stages``; perhaps ``maxnreg``. Forward: ``span``, tiles side by side in one item.
-        Matching: ``block_q`` queries and ``block_m`` targets of a program; whether factors are ``split``.
+        Backward and matching: whether factors of products are ``split`` for tensor cores. Matching:
+        ``block_q`` queries and ``block_m`` targets of a program.
     """
     return {"multiprocessors": pinned(arch)["multiprocessors"], **pinned(arch)[name]}
 
 
 @triton.jit
-def _log1p_exp(e):
-    """log(1 + e) for e in [0, 1]: e times a minimax polynomial, relative error below 1.3e-7."""
-    y = e * 0.005364821292459965 - 0.030065780505537987
-    y = y * e + 0.07920452207326889
-    y = y * e - 0.13753801584243774
-    y = y * e + 0.191536545753479
-    y = y * e - 0.24857163429260254
-    y = y * e + 0.3332132399082184
-    y = y * e - 0.49999648332595825
-    return e * (y * e + 1.0)
+def _log1p(e, root):
+    """log(1 + e) for e in [0, 1]: e times a minimax polynomial in root = (1 + e)^(-1/2), error 2.2e-8."""
+    y = root * -0.07078979077973632 + 0.37277049874695506
+    y = y * root - 0.7856167479721908
+    y = y * root + 0.6612776151423766
+    y = y * root + 0.8971570618647687
+    y = y * root - 0.07479865884513312
+    return e * y
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def _logistic(x):
     larger = root * root
     smaller = e * larger
     positive = x > 0
-    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), _log1p_exp(e)
+    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), _log1p(e, root)
 
 
 @triton.jit
@@ -96,9 +98,16 @@ def _power(m, gamma, GAMMA_TWO: tl.constexpr):
 
 @triton.jit
 def _losses(x, t, alpha, gamma, GAMMA_TWO: tl.constexpr, HARD: tl.constexpr):
-    """Focal, bce, p·t and p of every pixel; ``t`` is boolean if HARD."""
+    """Focal, bce, p·t and p of every pixel; ``t`` is boolean if HARD.
+
+    ``None`` for ``t`` is 0 everywhere: the focal loss is then without its factor 1 − α.
+    """
     p, q, log = _logistic(x)
-    if HARD:
+    if t is None:
+        bce = tl.maximum(x, 0.0) + log
+        focal = _power(p, gamma, GAMMA_TWO) * bce
+        overlap = 0.0
+    elif HARD:
         bce = tl.maximum(tl.where(t, -x, x), 0.0) + log
         m = tl.where(t, q, p)
         focal = tl.where(t, alpha, 1.0 - alpha) * _power(m, gamma, GAMMA_TWO) * bce
@@ -113,9 +122,16 @@ def _losses(x, t, alpha, gamma, GAMMA_TWO: tl.constexpr, HARD: tl.constexpr):
 
 @triton.jit
 def _slopes(x, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO: tl.constexpr, HARD: tl.constexpr):
-    """Derivative of g₀ focal + g₁ bce + g₂ p·t + g₃ p in x."""
+    """Derivative of g₀ focal + g₁ bce + g₂ p·t + g₃ p in x; ``None`` for ``t`` is 0 everywhere."""
     p, q, log = _logistic(x)
-    if HARD:
+    if t is None:
+        focal = (1.0 - alpha) * g0 * (gamma * q * (tl.maximum(x, 0.0) + log) + p)
+        rest = g1 + g3 * q
+        if GAMMA_TWO:
+            return p * (p * focal + rest)
+        else:
+            return _power(p, gamma, GAMMA_TWO) * focal + p * rest
+    elif HARD:
         # With z = −x inside and x outside: bce = softplus(z), m = σ(z), n = 1 − m.
         bce = tl.maximum(tl.where(t, -x, x), 0.0) + log
         m, n = tl.where(t, q, p), tl.where(t, p, q)
@@ -187,6 +203,11 @@ def _wide(label):
 
 
 @triton.jit
+def _lowered(logits, inside):
+    return tl.where(inside, logits, -1e30)
+
+
+@triton.jit
 def _read(
     targets_ptr, y, x, target, H, W, M, logits,
     LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
@@ -203,7 +224,7 @@ def _read(
     else:
         t = tl.load(targets_ptr + offset, mask=inside, other=0)
         if LOWER:
-            logits = tl.where(inside, logits, -1e30)
+            logits = _lowered(logits, inside)
     if LABELS:
         label = _wide(t)
         t = label == target
@@ -261,76 +282,176 @@ def _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS: tl.c
 
 
 @triton.jit
-def _mask_count_kernel(
-    labels_ptr, counts_ptr, pixels, M, stride_b,
-    CLASSES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+def _list(
+    matches_ptr, counts_ptr, areas_ptr, pairs_ptr, total, areas_total, Q, M,
+    LABELS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """counts (B, M) += pixels of every class in CHUNK pixels of one image."""
-    chunks = tl.cdiv(pixels, CHUNK)
-    image = (tl.program_id(0) // chunks).to(tl.int64)
-    start = tl.program_id(0) % chunks * CHUNK
-    labels_ptr += image * stride_b
-    for first in range(0, M, CLASSES):
-        count = tl.zeros([CLASSES], tl.int32)
-        for i in range(0, CHUNK, BLOCK):
-            at = start + i + tl.arange(0, BLOCK)
-            label = _wide(tl.load(labels_ptr + at, mask=at < pixels, other=0))
-            valid = (at < pixels) & (label >= first) & (label < M) & (label < first + CLASSES)
-            index = tl.where(valid, label.to(tl.int32) - first, 0)
-            count += tl.histogram(index, CLASSES, mask=valid)
-        c = tl.arange(0, CLASSES)
-        tl.atomic_add(
-            counts_ptr + image * M + first + c, count, mask=(count > 0) & (c < M - first), sem="relaxed"
-        )
+    """pairs: how many are active, then these in order. With int32 counts also the areas. One program."""
+    i = tl.arange(0, LISTED)
+    if counts_ptr is not None:
+        for start in range(0, areas_total, LISTED):
+            count = tl.load(counts_ptr + start + i, mask=start + i < areas_total, other=0)
+            tl.store(areas_ptr + start + i, count.to(tl.float32), mask=start + i < areas_total)
+    if pairs_ptr is not None:
+        found = tl.zeros([], tl.int32)
+        for start in range(0, total, LISTED):
+            sizes_ptr = areas_ptr if counts_ptr is None else counts_ptr
+            _, active = _target_of(start + i, matches_ptr, sizes_ptr, Q, M, start + i < total, LABELS)
+            one = active.to(tl.int32)
+            tl.store(pairs_ptr + found + tl.cumsum(one, 0), start + i, mask=active)
+            found += tl.sum(one, 0)
+        tl.store(pairs_ptr, found)
+
+
+@triton.jit
+def _mask_labels_kernel(
+    labels_ptr, matches_ptr, counts_ptr, tiles_ptr, codes_ptr, areas_ptr, pairs_ptr,
+    H, W, down, across, stride_b, total, areas_total, Q, M,
+    CLASSES: tl.constexpr, TILE: tl.constexpr, DISTINCT: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """A tile of labels, and in one program the list of active pairs.
+
+    counts (B, M) += pixels of every class, with the number of finished programs behind them. The last one
+    makes areas and list; without counts program 0 makes the list from the areas that are there.
+    tiles (B, down, across): bit c % 32 is set where a pixel has class c, all bits where classes are many.
+    codes (B, H, W): the labels in a narrow dtype, its largest number (its −1) for any that is no class.
+    """
+    if counts_ptr is None:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            _list(matches_ptr, None, areas_ptr, pairs_ptr, total, areas_total, Q, M, True, LISTED)
+    image = (tl.program_id(0) // (down * across)).to(tl.int64)
+    at = tl.arange(0, TILE * TILE)
+    y = tl.program_id(0) % (down * across) // across * TILE + at // TILE
+    x = tl.program_id(0) % across * TILE + at % TILE
+    inside = (y < H) & (x < W)
+    label = _wide(tl.load(labels_ptr + image * stride_b + y * W + x, mask=inside, other=-1))
+    code = tl.where((label >= 0) & (label < M), label, M).to(tl.int32)
+    if codes_ptr is not None:
+        narrow = tl.where(code < M, code, -1).to(codes_ptr.dtype.element_ty)
+        tl.store(codes_ptr + image * H * W + y * W + x, narrow, mask=inside)
+    # Of the few classes that most tiles have, one after the other.
+    word, done = 0, 0
+    lowest = tl.min(code, 0)
+    while (lowest < M) & (done < DISTINCT):
+        here = code == lowest
+        if counts_ptr is not None:
+            count = tl.sum(here.to(tl.int32), 0)
+            tl.atomic_add(counts_ptr + image * M + lowest, count, sem="relaxed")
+        word |= 1 << (lowest % 32)
+        code = tl.where(here, M, code)
+        lowest = tl.min(code, 0)
+        done += 1
+    if lowest < M:
+        word = -1
+        if counts_ptr is not None:
+            for first in range(0, M, CLASSES):
+                valid = (code >= first) & (code < M) & (code < first + CLASSES)
+                count = tl.histogram(tl.where(valid, code - first, 0), CLASSES, mask=valid)
+                c = first + tl.arange(0, CLASSES)
+                tl.atomic_add(counts_ptr + image * M + c, count, mask=(count > 0) & (c < M), sem="relaxed")
+    if tiles_ptr is not None:
+        tl.store(tiles_ptr + tl.program_id(0), word)
+    if counts_ptr is not None:
+        tl.debug_barrier()  # what all threads have added comes before the number of finished programs
+        if tl.atomic_add(counts_ptr + areas_total, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            _list(matches_ptr, counts_ptr, areas_ptr, pairs_ptr, total, areas_total, Q, M, True, LISTED)
+
+
+@triton.jit
+def _met(
+    tiles_ptr, pair, Q, target, y, y_end, x, x_end, down, across, TILE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Whether rows y to y_end and columns x to x_end lie in any tile that may have a pixel of the class."""
+    tiles_ptr += (pair // Q).to(tl.int64) * (down * across)
+    columns = (x // TILE + tl.arange(0, COLUMNS))[None, :]
+    last = tl.minimum((y_end - 1) // TILE, down - 1)
+    words = tl.zeros([8, COLUMNS], tl.int32)
+    for start in range(y // TILE, last + 1, 8):
+        rows = (start + tl.arange(0, 8))[:, None]
+        inside = (rows <= last) & (columns * TILE < x_end)
+        words |= tl.load(tiles_ptr + rows * across + columns, mask=inside, other=0)
+    return tl.max(tl.max((words >> (target % 32)) & 1, 1), 0) > 0
 
 
 @triton.jit
 def _mask_area_kernel(
-    masks_ptr, partial_ptr, pixels, M, stride_b, stride_m,
-    HARD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    masks_ptr, partial_ptr, matches_ptr, pairs_ptr, pixels, total, Q, M, stride_b, stride_m,
+    HARD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """partial (B, M, chunks) = sum of CHUNK elements of one mask."""
+    """partial (B, M, chunks) = sum of CHUNK elements of one mask; program 0 also lists the active pairs."""
+    if pairs_ptr is not None:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            _list(matches_ptr, None, None, pairs_ptr, total, 0, Q, M, False, LISTED)
     chunks = tl.cdiv(pixels, CHUNK)
     mask = tl.program_id(0) // chunks
     start = tl.program_id(0) % chunks * CHUNK
     masks_ptr += (mask // M).to(tl.int64) * stride_b + (mask % M).to(tl.int64) * stride_m
-    total = tl.zeros([BLOCK], tl.float32)
+    total_area = tl.zeros([BLOCK], tl.float32)
     for i in range(0, CHUNK, BLOCK):
         at = start + i + tl.arange(0, BLOCK)
         t = tl.load(masks_ptr + at, mask=at < pixels, other=0)
-        total += (t != 0).to(tl.float32) if HARD else t.to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+        total_area += (t != 0).to(tl.float32) if HARD else t.to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total_area, 0))
 
 
 @triton.jit
 def _mask_pairs_kernel(
-    matches_ptr, counts_ptr, areas_ptr, pairs_ptr, total, areas_total, Q, M,
-    LABELS: tl.constexpr, BLOCK: tl.constexpr,
+    matches_ptr, areas_ptr, pairs_ptr, total, Q, M, LABELS: tl.constexpr, LISTED: tl.constexpr
+):
+    _list(matches_ptr, None, areas_ptr, pairs_ptr, total, 0, Q, M, LABELS, LISTED)
+
+
+@triton.jit
+def _sums(
+    out_ptr, x_ptr, targets_ptr, target, y, x_begin, h, w, rows, H, W, M, alpha, gamma,
+    LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr, GAMMA_TWO: tl.constexpr,
+    EVEN: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+    ABSENT: tl.constexpr,
 ):  # fmt: skip
-    """pairs: how many are active, then these in order. With int32 counts also the areas. One program."""
-    i = tl.arange(0, BLOCK)
-    if counts_ptr is not None:
-        for start in range(0, areas_total, BLOCK):
-            count = tl.load(counts_ptr + start + i, mask=start + i < areas_total, other=0)
-            tl.store(areas_ptr + start + i, count.to(tl.float32), mask=start + i < areas_total)
-    found = tl.zeros([], tl.int32)
-    for start in range(0, total, BLOCK):
-        sizes_ptr = areas_ptr if counts_ptr is None else counts_ptr
-        _, active = _target_of(start + i, matches_ptr, sizes_ptr, Q, M, start + i < total, LABELS)
-        one = active.to(tl.int32)
-        tl.store(pairs_ptr + found + tl.cumsum(one, 0), start + i, mask=active)
-        found += tl.sum(one, 0)
-    tl.store(pairs_ptr, found)
+    """The four sums of GROUPS × rows by SPAN × BLOCK pixels; ABSENT says that no target is there."""
+    row, past, step = _rows(y, h, H)
+    focal = tl.zeros([GROUPS, BLOCK], tl.float32)
+    bce, overlap, total = focal, focal, focal
+    for start in range(x_begin, x_begin + SPAN * BLOCK, BLOCK):
+        x = (start + tl.arange(0, BLOCK))[None, :]
+        column, aside = _columns(x, w, W)
+        v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
+        v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
+        if not HALVES:
+            v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
+        for i in range(rows):
+            f = past + i * step
+            logits = v0 + _between(f) * (v1 - v0)
+            if not HALVES:
+                logits += _between(f - 1.0) * (v2 - v1)
+            if ABSENT:
+                if not EVEN:
+                    logits = _lowered(logits, (y + i < H) & (x < W))
+                a, b, c, d = _losses(logits, None, alpha, gamma, GAMMA_TWO, HARD)
+            else:
+                logits, t = _read(
+                    targets_ptr, y + i, x, target, H, W, M, logits, LABELS, HARD, MASK_IGNORED, EVEN, not EVEN
+                )
+                a, b, c, d = _losses(logits, t, alpha, gamma, GAMMA_TWO, HARD)
+                overlap += c
+            focal += a
+            bce += b
+            total += d
+    weight = 1.0 - alpha if ABSENT else 1.0
+    tl.store(out_ptr, tl.sum(tl.sum(focal, 1), 0) * weight)
+    tl.store(out_ptr + 1, tl.sum(tl.sum(bce, 1), 0))
+    tl.store(out_ptr + 2, 0.0 if ABSENT else tl.sum(tl.sum(overlap, 1), 0))
+    tl.store(out_ptr + 3, tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
 def _mask_loss_fwd_kernel(
-    x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, matches_ptr, pairs_ptr, partial_ptr,
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, tiles_ptr, matches_ptr, pairs_ptr, partial_ptr,
     h0, h1, h2, h3, w0, w1, w2, w3, rows0, rows1, rows2, rows3, begin1, begin2, begin3, tiles,
-    H, W, Q, M, stride_tb, stride_tm, alpha, gamma,
+    H, W, Q, M, down, across, stride_tb, stride_tm, alpha, gamma,
     ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
-    GAMMA_TWO: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-    SPAN: tl.constexpr,
+    GAMMA_TWO: tl.constexpr, EVEN: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partial (B, Q, tiles, 4): sums over GROUPS × rows by SPAN × BLOCK pixels, of active pairs only."""
     items = tl.load(pairs_ptr) * tiles
@@ -359,34 +480,26 @@ def _mask_loss_fwd_kernel(
         rows = tl.where(entry == 0, rows0, tl.where(entry == 1, rows1, tl.where(entry == 2, rows2, rows3)))
         plane_ptr, target = _plane(targets_ptr, matches_ptr, pair, Q, stride_tb, stride_tm, LABELS)
         x_ptr += pair.to(tl.int64) * h * w
-        y = (local // spans * GROUPS + tl.arange(0, GROUPS))[:, None] * rows
-        row, past, step = _rows(y, h, H)
-        focal = tl.zeros([GROUPS, BLOCK], tl.float32)
-        bce, overlap, total = focal, focal, focal
-        for start in range(
-            local % spans * (SPAN * BLOCK), local % spans * (SPAN * BLOCK) + SPAN * BLOCK, BLOCK
-        ):
-            x = (start + tl.arange(0, BLOCK))[None, :]
-            column, aside = _columns(x, w, W)
-            v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
-            v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
-            v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
-            for i in range(rows):
-                f = past + i * step
-                logits = v0 + _between(f) * (v1 - v0) + _between(f - 1.0) * (v2 - v1)
-                logits, t = _read(
-                    plane_ptr, y + i, x, target, H, W, M, logits, LABELS, HARD, MASK_IGNORED, EVEN, not EVEN
-                )
-                a, b, c, d = _losses(logits, t, alpha, gamma, GAMMA_TWO, HARD)
-                focal += a
-                bce += b
-                overlap += c
-                total += d
+        y_begin, x_begin = local // spans * GROUPS * rows, local % spans * (SPAN * BLOCK)
+        y = y_begin + tl.arange(0, GROUPS)[:, None] * rows
         out_ptr = partial_ptr + (pair.to(tl.int64) * tiles + tile) * 4
-        tl.store(out_ptr, tl.sum(tl.sum(focal, 1), 0))
-        tl.store(out_ptr + 1, tl.sum(tl.sum(bce, 1), 0))
-        tl.store(out_ptr + 2, tl.sum(tl.sum(overlap, 1), 0))
-        tl.store(out_ptr + 3, tl.sum(tl.sum(total, 1), 0))
+        met = True
+        if tiles_ptr is not None:
+            met = _met(
+                tiles_ptr, pair, Q, target, y_begin, y_begin + GROUPS * rows,
+                x_begin, tl.minimum(x_begin + SPAN * BLOCK, W), down, across, TILE, COLUMNS,
+            )  # fmt: skip
+        if met:
+            _sums(
+                out_ptr, x_ptr, plane_ptr, target, y, x_begin, h, w, rows, H, W, M, alpha, gamma,
+                LABELS, HARD, MASK_IGNORED, GAMMA_TWO, EVEN, HALVES, GROUPS, BLOCK, SPAN, False,
+            )  # fmt: skip
+        else:
+            if tiles_ptr is not None:
+                _sums(
+                    out_ptr, x_ptr, plane_ptr, target, y, x_begin, h, w, rows, H, W, M, alpha, gamma,
+                    LABELS, HARD, MASK_IGNORED, GAMMA_TWO, EVEN, HALVES, GROUPS, BLOCK, SPAN, True,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -411,6 +524,25 @@ def _mask_loss_sum_kernel(
 
 
 @triton.jit
+def _high(x):
+    """x without the bits that tensor cores would drop."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(f, t, acc, SPLIT: tl.constexpr, EXACT: tl.constexpr):
+    """acc + f t in float32; EXACT says that tensor cores take t as it is."""
+    if SPLIT:
+        f_high, t_high = _high(f), _high(t)
+        acc = tl.dot(f - f_high, t_high, acc, input_precision="tf32")
+        if not EXACT:
+            acc = tl.dot(f_high, t - t_high, acc, input_precision="tf32")
+        return tl.dot(f_high, t_high, acc, input_precision="tf32")
+    else:
+        return tl.dot(f, t, acc, input_precision="ieee")
+
+
+@triton.jit
 def _support(first, owned, cells, size):
     """Output elements between cell ``first`` − 1 and cell ``first + owned``, both left out."""
     begin = ((2 * first - 1) * size + cells) // (2 * cells)
@@ -419,13 +551,40 @@ def _support(first, owned, cells, size):
 
 
 @triton.jit
+def _slope_sums(
+    v0, v1, v2, targets_ptr, target, y, x, past, step, rows, H, W, M, g0, g1, g2, g3, alpha, gamma,
+    LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr, GAMMA_TWO: tl.constexpr,
+    ABSENT: tl.constexpr,
+):  # fmt: skip
+    """What the rows of every group add to three rows of the map; ABSENT says that no target is there."""
+    a0 = tl.zeros_like(v0)
+    a1, a2 = a0, a0
+    for i in range(rows):
+        f = past + i * step
+        c1, c2 = _between(f), _between(f - 1.0)
+        logits = v0 + c1 * (v1 - v0) + c2 * (v2 - v1)
+        if ABSENT:
+            g = _slopes(logits, None, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
+        else:
+            logits, t = _read(
+                targets_ptr, y + i, x, target, H, W, M, logits, LABELS, HARD, MASK_IGNORED, False, False
+            )
+            g = _slopes(logits, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
+        inside = y + i < H
+        a0 += tl.where(inside, 1.0 - c1, 0.0) * g
+        a1 += tl.where(inside, c1 - c2, 0.0) * g
+        a2 += tl.where(inside, c2, 0.0) * g
+    return a0, a1, a2
+
+
+@triton.jit
 def _mask_loss_bwd_kernel(
-    grad_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, matches_ptr, pairs_ptr,
+    grad_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, tiles_ptr, matches_ptr, pairs_ptr,
     dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, tiles,
-    total, H, W, Q, M, stride_tb, stride_tm, alpha, gamma,
+    total, H, W, Q, M, down, across, stride_tb, stride_tm, alpha, gamma,
     ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
     GAMMA_TWO: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of blocks of cells, GROUPS by CELLS or one less, of active pairs."""
     items = tl.load(pairs_ptr) * tiles
@@ -472,76 +631,77 @@ def _mask_loss_bwd_kernel(
         y = y_begin + tl.arange(0, GROUPS)[:, None] * rows
         row, past, step = _rows(y, h, H)
         cell = (first_column + tl.arange(0, CELLS))[None, :]
-        p0 = tl.zeros([GROUPS, CELLS], tl.float32)
-        p1, p2 = p0, p0
+        if SPLIT:
+            p = tl.zeros([4 * GROUPS, CELLS], tl.float32)
+        else:
+            p0 = tl.zeros([GROUPS, CELLS], tl.float32)
+            p1, p2 = p0, p0
         for start in range(x_begin // ALIGN * ALIGN, x_end, BLOCK):
             x = (start + tl.arange(0, BLOCK))[None, :]
             column, aside = _columns(x, w, W)
             v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
             v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
             v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
-            a0 = tl.zeros([GROUPS, BLOCK], tl.float32)
-            a1, a2 = a0, a0
-            for i in range(rows):
-                f = past + i * step
-                c1, c2 = _between(f), _between(f - 1.0)
-                logits = v0 + c1 * (v1 - v0) + c2 * (v2 - v1)
-                logits, t = _read(
-                    plane_ptr, y + i, x, target, H, W, M, logits, LABELS, HARD, MASK_IGNORED, False, False
-                )
-                g = _slopes(logits, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
-                inside = y + i < H
-                a0 += tl.where(inside, 1.0 - c1, 0.0) * g
-                a1 += tl.where(inside, c1 - c2, 0.0) * g
-                a2 += tl.where(inside, c2, 0.0) * g
+            met = True
+            if tiles_ptr is not None:
+                met = _met(
+                    tiles_ptr, pair, Q, target, y_begin, y_end, start, tl.minimum(start + BLOCK, W),
+                    down, across, TILE, COLUMNS,
+                )  # fmt: skip
+            if met:
+                a0, a1, a2 = _slope_sums(
+                    v0, v1, v2, plane_ptr, target, y, x, past, step, rows, H, W, M,
+                    g0, g1, g2, g3, alpha, gamma,
+                    LABELS, HARD, MASK_IGNORED, GAMMA_TWO, False,
+                )  # fmt: skip
+            else:
+                a0, a1, a2 = _slope_sums(
+                    v0, v1, v2, plane_ptr, target, y, x, past, step, rows, H, W, M,
+                    g0, g1, g2, g3, alpha, gamma,
+                    LABELS, HARD, MASK_IGNORED, GAMMA_TWO, True,
+                )  # fmt: skip
             x = (start + tl.arange(0, BLOCK))[:, None]
             column, aside = _columns(x, w, W)
             weight = tl.maximum(1.0 - tl.abs((column - cell).to(tl.float32) + aside), 0.0)  # [BLOCK, CELLS]
             weight = tl.where(x < W, weight, 0.0)
-            p0 = tl.dot(a0, weight, p0, input_precision="ieee")
-            p1 = tl.dot(a1, weight, p1, input_precision="ieee")
-            p2 = tl.dot(a2, weight, p2, input_precision="ieee")
+            if SPLIT:
+                # 48 rows and 16 of padding: as many as wgmma takes.
+                a = tl.join(tl.join(a0, a1), tl.join(a2, tl.zeros_like(a2)))
+                a = tl.reshape(tl.permute(a, (3, 2, 0, 1)), (4 * GROUPS, BLOCK))
+                p = _product(a, weight, p, True, False)
+            else:
+                p0 = tl.dot(a0, weight, p0, input_precision="ieee")
+                p1 = tl.dot(a1, weight, p1, input_precision="ieee")
+                p2 = tl.dot(a2, weight, p2, input_precision="ieee")
         # Which cell (rows) each group's (columns) sums belong to.
         own = (first_row + tl.arange(0, GROUPS))[:, None]
-        above, _, _ = _rows(y_begin + tl.arange(0, GROUPS)[None, :] * rows, h, H)
-        acc = tl.dot((above == own).to(tl.float32), p0, input_precision="ieee")
-        below = tl.minimum(above + 1, h - 1) == own
-        acc = tl.dot(below.to(tl.float32), p1, acc, input_precision="ieee")
-        below = tl.minimum(above + 2, h - 1) == own
-        acc = tl.dot(below.to(tl.float32), p2, acc, input_precision="ieee")  # [GROUPS, CELLS]
+        if SPLIT:
+            k = tl.arange(0, 4 * GROUPS)[None, :]
+            above, _, _ = _rows(y_begin + k % GROUPS * rows, h, H)
+            below = tl.minimum(above + k // GROUPS, h - 1) == own
+            acc = tl.dot(below.to(tl.float32), p, input_precision="ieee")  # [GROUPS, CELLS]
+        else:
+            above, _, _ = _rows(y_begin + tl.arange(0, GROUPS)[None, :] * rows, h, H)
+            acc = tl.dot((above == own).to(tl.float32), p0, input_precision="ieee")
+            below = tl.minimum(above + 1, h - 1) == own
+            acc = tl.dot(below.to(tl.float32), p1, acc, input_precision="ieee")
+            below = tl.minimum(above + 2, h - 1) == own
+            acc = tl.dot(below.to(tl.float32), p2, acc, input_precision="ieee")  # [GROUPS, CELLS]
         inside = (own < h) & (own < first_row + own_rows) & (cell < w) & (cell < first_column + own_columns)
         tl.store(dx_ptr + offset + own * w + cell, acc.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _mask_sum_kernel(partial_ptr, out_ptr, size, parts, inner, BLOCK: tl.constexpr):
-    """out (…, inner) = Σ over parts of partial (…, parts, inner), in fixed order."""
+def _mask_sum_kernel(partial_ptr, out_ptr, size, parts, inner, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """out (…, inner) = Σ over parts of partial (…, parts, inner), PARTS at a time in fixed order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    partial_ptr += i // inner * parts * inner + i % inner
-    acc = tl.zeros([BLOCK], tl.float32)
-    for _ in range(parts):
-        acc += tl.load(partial_ptr, mask=i < size, other=0.0)
-        partial_ptr += inner
-    tl.store(out_ptr + i, acc, mask=i < size)
-
-
-@triton.jit
-def _high(x):
-    """x without the bits that tensor cores would drop."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _product(f, t, acc, SPLIT: tl.constexpr, EXACT: tl.constexpr):
-    """acc + f t in float32; EXACT says that tensor cores take t as it is."""
-    if SPLIT:
-        f_high, t_high = _high(f), _high(t)
-        acc = tl.dot(f - f_high, t_high, acc, input_precision="tf32")
-        if not EXACT:
-            acc = tl.dot(f_high, t - t_high, acc, input_precision="tf32")
-        return tl.dot(f_high, t_high, acc, input_precision="tf32")
-    else:
-        return tl.dot(f, t, acc, input_precision="ieee")
+    part = tl.arange(0, PARTS)[None, :]
+    partial_ptr += (i // inner * parts * inner + i % inner)[:, None]
+    acc = tl.zeros([BLOCK, PARTS], tl.float32)
+    for start in range(0, parts, PARTS):
+        inside = (i < size)[:, None] & (start + part < parts)
+        acc += tl.load(partial_ptr + (start + part) * inner, mask=inside, other=0.0)
+    tl.store(out_ptr + i, tl.sum(acc, 1), mask=i < size)
 
 
 @triton.jit
@@ -647,59 +807,139 @@ def _begins(tiles: list[int]) -> dict[str, int]:
 def _sum_launch(partial: Tensor, out: Tensor, parts: int, inner: int) -> Launch:
     """out (…, inner) = the sum of partial (…, parts, inner) over parts."""
     arguments = {"partial_ptr": partial, "out_ptr": out, "size": out.numel(), "parts": parts, "inner": inner}
-    block = 256
-    programs = cdiv(out.numel(), block)
-    return Launch(_mask_sum_kernel, programs, arguments, {"BLOCK": block}, {"num_warps": 4, "num_stages": 1})
+    constants = {"BLOCK": 8, "PARTS": 128} if inner == 1 else {"BLOCK": 256, "PARTS": 4}
+    programs = cdiv(out.numel(), constants["BLOCK"])
+    return Launch(_mask_sum_kernel, programs, arguments, constants, {"num_warps": 4, "num_stages": 1})
 
 
-def _area_launches(targets: Tensor, num_targets: int) -> tuple[Tensor, Tensor | None, list[Launch]]:
-    """areas (B, M), still empty; the counts they are made from (labels); and the launches that fill them."""
+def _tiles(targets: Tensor) -> tuple[int, int]:
+    """How many tiles of labels lie below each other, and beside each other."""
+    return cdiv(targets.shape[-2], _TILE), cdiv(targets.shape[-1], _TILE)
+
+
+def _narrow(targets: Tensor, num_targets: int) -> Tensor | None:
+    """Room for a copy of labels in the narrowest dtype; ``None`` where they are as narrow."""
+    for dtype in (torch.uint8, torch.int16):
+        if num_targets <= torch.iinfo(dtype).max and targets.element_size() > dtype.itemsize:
+            return targets.new_empty(targets.shape, dtype=dtype)
+    return None
+
+
+def _label_launch(
+    targets: Tensor,
+    matches: Tensor | None,
+    counts: Tensor | None,
+    areas: Tensor,
+    tiles: Tensor | None,
+    codes: Tensor | None,
+    pairs: Tensor | None,
+) -> Launch:
+    """Everything that is made from labels: what is not None, and the areas if there are counts."""
+    (batch, height, width), num_targets = targets.shape, areas.shape[1]
+    (down, across), total = _tiles(targets), 0 if pairs is None else pairs.numel() - 1
+    arguments = {
+        "labels_ptr": targets,
+        "matches_ptr": matches,
+        "counts_ptr": counts,
+        "tiles_ptr": tiles,
+        "codes_ptr": codes,
+        "areas_ptr": areas,
+        "pairs_ptr": pairs,
+        "H": height,
+        "W": width,
+        "down": down,
+        "across": across,
+        "stride_b": targets.stride(0),
+        "total": total,
+        "areas_total": areas.numel(),
+        "Q": total // batch,
+        "M": num_targets,
+    }
+    constants = {
+        "CLASSES": min(_CLASSES, max(32, next_power_of_2(num_targets))),
+        "TILE": _TILE,
+        "DISTINCT": _DISTINCT,
+        "LISTED": _listed(max(total, areas.numel())),
+    }
+    options = {"num_warps": 4, "num_stages": 1}
+    return Launch(_mask_labels_kernel, batch * down * across, arguments, constants, options)
+
+
+def _listed(most: int) -> int:
+    return min(_LISTED, max(256, next_power_of_2(most)))
+
+
+def _target_launches(
+    targets: Tensor, matches: Tensor | None, num_targets: int, queries: int | None, mask_ignored: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Launch]]:
+    """What a forward makes from targets, still empty, and the launches that fill it.
+
+    Returns:
+        areas (B, M); the targets, or labels in a narrow dtype; tiles with a pixel of each class, ``None`` for
+        masks or with ``mask_ignored``; the list of active pairs with its length in front, ``None`` without
+        ``queries``; the launches.
+    """
     batch, pixels = targets.shape[0], targets.shape[-2] * targets.shape[-1]
     areas = targets.new_empty(batch, num_targets, dtype=torch.float32)
     if areas.numel() == 0:
-        return areas, None, []
-    chunks = cdiv(pixels, _COUNTED)
-    options = {"num_warps": 4, "num_stages": 1}
-    common = {"pixels": pixels, "M": num_targets, "stride_b": targets.stride(0)}
-    sizes = {"BLOCK": 1024, "CHUNK": _COUNTED}
+        return areas, targets, None, None, []
+    pairs = None if queries is None else areas.new_empty(1 + batch * queries, dtype=torch.int32)
     if targets.ndim == 3:
-        counts = targets.new_zeros(batch, num_targets, dtype=torch.int32)
-        arguments = {"labels_ptr": targets, "counts_ptr": counts, **common}
-        classes = min(_CLASSES, max(32, next_power_of_2(num_targets)))
-        constants = {"CLASSES": classes, **sizes}
-        return areas, counts, [Launch(_mask_count_kernel, batch * chunks, arguments, constants, options)]
+        counts = targets.new_zeros(areas.numel() + 1, dtype=torch.int32)
+        tiles, codes = None, _narrow(targets, num_targets)
+        if pairs is not None and not mask_ignored:
+            tiles = targets.new_empty(batch, *_tiles(targets), dtype=torch.int32)
+        launches = [_label_launch(targets, matches, counts, areas, tiles, codes, pairs)]
+        return areas, targets if codes is None else codes, tiles, pairs, launches
+    chunks = cdiv(pixels, _COUNTED)
     partial = areas if chunks == 1 else areas.new_empty(areas.numel() * chunks)
-    arguments = {"masks_ptr": targets, "partial_ptr": partial, "stride_m": targets.stride(1), **common}
-    constants = {"HARD": not targets.is_floating_point(), **sizes}
+    arguments = {
+        "masks_ptr": targets,
+        "partial_ptr": partial,
+        "matches_ptr": matches,
+        "pairs_ptr": pairs,
+        "pixels": pixels,
+        "total": batch * (queries or 0),
+        "Q": queries or 0,
+        "M": num_targets,
+        "stride_b": targets.stride(0),
+        "stride_m": targets.stride(1),
+    }
+    constants = {"HARD": not targets.is_floating_point(), "BLOCK": 1024, "CHUNK": _COUNTED}
+    constants["LISTED"] = _listed(batch * (queries or 0))
+    options = {"num_warps": 4, "num_stages": 1}
     launches = [Launch(_mask_area_kernel, areas.numel() * chunks, arguments, constants, options)]
     if chunks > 1:
         launches.append(_sum_launch(partial, areas, chunks, 1))
-    return areas, None, launches
+    return areas, targets, None, pairs, launches
 
 
-def _pairs_launch(
-    matches: Tensor | None, counts: Tensor | None, areas: Tensor, queries: int, labels: bool
-) -> tuple[Tensor, Launch]:
-    """The list of active pairs with its length in front, still empty, and the launch that fills it."""
+def _repeated_launch(
+    targets: Tensor, matches: Tensor | None, areas: Tensor, queries: int, mask_ignored: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Launch]:
+    """Labels, tiles and list of :func:`_target_launches` for a backward, which has the areas."""
     batch, num_targets = areas.shape
+    labels = targets.ndim == 3
     pairs = areas.new_empty(1 + batch * queries, dtype=torch.int32)
-    arguments = {
-        "matches_ptr": matches,
-        "counts_ptr": counts,
-        "areas_ptr": areas,
-        "pairs_ptr": pairs,
-        "total": batch * queries,
-        "areas_total": areas.numel(),
-        "Q": queries,
-        "M": num_targets,
-    }
-    constants = {"LABELS": labels, "BLOCK": 1024}
-    return pairs, Launch(_mask_pairs_kernel, 1, arguments, constants, {"num_warps": 4, "num_stages": 1})
+    tiles = codes = None
+    if labels:
+        codes = _narrow(targets, num_targets)
+        if not mask_ignored:
+            tiles = targets.new_empty(batch, *_tiles(targets), dtype=torch.int32)
+    if tiles is not None or codes is not None:
+        launch = _label_launch(targets, matches, None, areas, tiles, codes, pairs)
+        return targets if codes is None else codes, tiles, pairs, launch
+    arguments = {"matches_ptr": matches, "areas_ptr": areas, "pairs_ptr": pairs}
+    arguments |= {"total": batch * queries, "Q": queries, "M": num_targets}
+    constants = {"LABELS": labels, "LISTED": _listed(batch * queries)}
+    options = {"num_warps": 4, "num_stages": 1}
+    return targets, None, pairs, Launch(_mask_pairs_kernel, 1, arguments, constants, options)
 
 
 def _common(
     group: list[Tensor],
     targets: Tensor,
+    tiles: Tensor | None,
     matches: Tensor | None,
     pairs: Tensor,
     num_targets: int,
@@ -709,18 +949,21 @@ def _common(
     block: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and constants that the forward and the backward kernel share."""
-    labels = targets.ndim == 3
+    labels, (down, across) = targets.ndim == 3, _tiles(targets)
     arguments = {
         **_entries("x{}_ptr", group),
         **_entries("h{}", [logits.shape[2] for logits in group]),
         **_entries("w{}", [logits.shape[3] for logits in group]),
         "targets_ptr": targets,
+        "tiles_ptr": tiles,
         "matches_ptr": matches,
         "pairs_ptr": pairs,
         "H": targets.shape[-2],
         "W": targets.shape[-1],
         "Q": group[0].shape[1],
         "M": num_targets,
+        "down": down,
+        "across": across,
         "stride_tb": targets.stride(0),
         "stride_tm": 0 if labels else targets.stride(1),
         "alpha": focal_alpha,
@@ -734,19 +977,34 @@ def _common(
         "GAMMA_TWO": focal_gamma == 2,
         "GROUPS": _GROUPS,
         "BLOCK": block,
+        "TILE": _TILE,
     }
     return arguments, constants
 
 
-def _options(config: dict[str, Any], crowded: bool = True) -> dict[str, int]:
-    """Compiler options. In a crowded kernel the assembler, left to itself, spills to fit more programs."""
-    names = ("num_warps", "num_stages", "maxnreg") if crowded else ("num_warps", "num_stages")
-    return {name: config[name] for name in names if name in config}
+def _options(config: dict[str, Any], crowd: int = 1) -> dict[str, int]:
+    """Compiler options. In a crowded kernel the assembler, left to itself, spills to fit more programs.
+
+    Args:
+        config: of :func:`_config`.
+        crowd: 0 for a kernel that needs no cap on registers, 2 for one that needs most of them.
+    """
+    names = ("num_warps", "num_stages", "maxnreg") if crowd else ("num_warps", "num_stages")
+    found = {name: config[name] for name in names if name in config}
+    return {**found, "maxnreg": 255} if crowd > 1 and "maxnreg" in found else found
+
+
+def _halves(height: int, h: int, rows: int) -> bool:
+    """Whether groups of ``rows`` never reach across the centre of a cell, so that two rows of the map do."""
+    return height % (2 * h) == 0 and (height // h // 2) % rows == 0
 
 
 def _rows_of_a_group(height: int, h: int) -> int:
-    """As many as three rows of the map can serve; fewer where tiles then end with the image."""
+    """As many as three rows of the map can serve; fewer where two do, or tiles then end with the image."""
     most = min(_MAX_ROWS, cdiv(height, h))
+    for rows in range(most, 3, -1):
+        if height % (_GROUPS * rows) == 0 and _halves(height, h, rows):
+            return rows
     for rows in range(most, most // 2, -1):
         if height % (_GROUPS * rows) == 0:
             return rows
@@ -769,12 +1027,13 @@ def _fwd_launches(
     matches = None if matches is None else matches.contiguous()
     batch, queries = mask_logits[0].shape[:2]
     height, width = targets.shape[-2:]
-    areas, counts, launches = _area_launches(targets, num_classes)
+    some = queries if queries and mask_logits else None
+    areas, targets, tiles_met, pairs, launches = _target_launches(
+        targets, matches, num_classes, some, mask_ignored
+    )
     sums = areas.new_empty(len(mask_logits), batch, queries, 4)
     if sums.numel() == 0 or areas.numel() == 0:
         return (sums.zero_(), areas), launches
-    pairs, launch = _pairs_launch(matches, counts, areas, queries, labels)
-    launches.append(launch)
     block, span = config["block"], config["span"]
     for first in range(0, len(mask_logits), _ENTRIES):
         group = [logits.contiguous() for logits in mask_logits[first : first + _ENTRIES]]
@@ -785,14 +1044,26 @@ def _fwd_launches(
         begins = _begins(tiles)
         partial = sums.new_empty(batch, queries, sum(tiles), 4)
         arguments, constants = _common(
-            group, targets, matches, pairs, num_classes, focal_alpha, focal_gamma, mask_ignored, block
+            group,
+            targets,
+            tiles_met,
+            matches,
+            pairs,
+            num_classes,
+            focal_alpha,
+            focal_gamma,
+            mask_ignored,
+            block,
         )
         arguments |= {"partial_ptr": partial, **_entries("rows{}", rows), **begins}
         even = width % (block * span) == 0 and all(height % (_GROUPS * r) == 0 for r in rows)
-        constants |= {"EVEN": even, "SPAN": span}
+        halves = all(_halves(height, x.shape[2], r) for x, r in zip(group, rows, strict=True))
+        constants |= {"EVEN": even, "HALVES": halves, "SPAN": span}
+        constants["COLUMNS"] = next_power_of_2(block * span // _TILE + 1)
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
-        crowded = focal_gamma != 2 or targets.element_size() > 1 or not even
-        options = _options(config, crowded)
+        wide = targets.element_size() > 1
+        crowd = 2 if wide and not even else int(wide or not (even and halves) or focal_gamma != 2)
+        options = _options(config, crowd)
         launches.append(Launch(_mask_loss_fwd_kernel, programs, arguments, constants, options))
         arguments = {
             "partial_ptr": partial,
@@ -825,14 +1096,14 @@ def _bwd_launches(
     config: dict[str, Any],
 ) -> tuple[list[Tensor], list[Launch]]:
     """The gradients, zero so far, and the launches that fill in those of active pairs."""
-    targets, labels = _addressable(targets), targets.ndim == 3
+    targets = _addressable(targets)
     matches = None if matches is None else matches.contiguous()
     grad_sums, areas = grad_sums.contiguous(), areas.contiguous()
     batch, queries = mask_logits[0].shape[:2]
     gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in mask_logits]
     if grad_sums.numel() == 0 or areas.numel() == 0:
         return gradients, []
-    pairs, launch = _pairs_launch(matches, None, areas, queries, labels)
+    targets, tiles_met, pairs, launch = _repeated_launch(targets, matches, areas, queries, mask_ignored)
     launches = [launch]
     block = config["block"]
     for first in range(0, len(mask_logits), _ENTRIES):
@@ -846,7 +1117,16 @@ def _bwd_launches(
             across = cdiv(w, cells - 1 if w > cells else cells)
             tiles.append(cdiv(h, _GROUPS - 1 if h > _GROUPS else _GROUPS) * across)
         arguments, constants = _common(
-            group, targets, matches, pairs, num_classes, focal_alpha, focal_gamma, mask_ignored, block
+            group,
+            targets,
+            tiles_met,
+            matches,
+            pairs,
+            num_classes,
+            focal_alpha,
+            focal_gamma,
+            mask_ignored,
+            block,
         )
         arguments |= {
             "grad_ptr": grad_sums[first:],
@@ -858,9 +1138,12 @@ def _bwd_launches(
         steps = [divmod(targets.shape[-1], 2 * logits.shape[3]) for logits in group]
         align = 1 if any(rest for _, rest in steps) else math.gcd(8, *(step for step, _ in steps))
         constants |= {"CELLS": cells, "ALIGN": align}
+        # TF32 in two terms loses what rounding to half precision loses anyway.
+        constants["SPLIT"] = config["split"] and group[0].element_size() < 4 and cells == _GROUPS
+        constants["COLUMNS"] = next_power_of_2(block // _TILE + 2)
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
-        crowded = focal_gamma != 2 or targets.element_size() > 1 or cells > _GROUPS
-        options = _options(config, crowded)
+        crowd = 1 if targets.element_size() == 1 and cells == _GROUPS else 2
+        options = _options(config, crowd)
         launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, options))
     return gradients, launches
 
@@ -878,13 +1161,11 @@ def _matching_launches(
     targets, labels = _addressable(targets), targets.ndim == 3
     mask_logits = mask_logits.contiguous()
     (batch, queries, h, w), (height, width) = mask_logits.shape, targets.shape[-2:]
-    areas, counts, launches = _area_launches(targets, num_classes)
+    areas, targets, _, _, launches = _target_launches(targets, None, num_classes, None, True)
     products = areas.new_empty(3, batch, queries, num_classes)
     totals = areas.new_empty(3, batch, queries)
     if totals.numel() == 0:
         return (products, totals, areas), launches
-    if counts is not None:
-        launches.append(_pairs_launch(None, counts, areas, num_classes, labels)[1])
     block_q, block_m = config["block_q"], config["block_m"]
     rows = cdiv(height, cdiv(height, min(_MAX_ROWS, cdiv(height, h))))
     groups = cdiv(height, rows)

@@ -5,9 +5,10 @@ import torch
 from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import mask_loss
 
+# The list of active pairs, made by one program of the first two, has sums over all threads in a loop.
 KERNELS = {
-    "_mask_count_kernel": Demand(24),
-    "_mask_area_kernel": Demand(16, barriers=0),
+    "_mask_labels_kernel": Demand(24),
+    "_mask_area_kernel": Demand(16),
     "_mask_pairs_kernel": Demand(24),
     "_mask_sum_kernel": Demand(12, barriers=0),
     "_mask_loss_fwd_kernel": Demand(64, barriers=0),
