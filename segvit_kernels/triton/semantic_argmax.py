@@ -75,11 +75,12 @@ def _config(
         ``tile_y``, ``tile_x``; ``cells_y``, ``cells_x`` of the footprint, 0 where every pixel loads its own
         four cells; ``parts``, widths of the accumulators; ``turns``; ``block_q`` tokens at a time; ``head``,
         tokens before the test, 0 for no test; ``held``, most bytes of class probabilities to keep in shared
-        memory; ``programs`` that fill the device; ``precision`` of float32 products; ``num_warps``;
-        ``num_stages``; perhaps ``maxnreg``.
+        memory; ``multiprocessors``; ``programs`` that fill them; ``precision`` of float32 products;
+        ``num_warps``; ``num_stages``; perhaps ``maxnreg``.
     """
     config = dict(pinned(arch)["semantic_argmax"]["single" if dtype == torch.float32 else "half"])
-    config["programs"] *= pinned(arch)["multiprocessors"]
+    config["multiprocessors"] = pinned(arch)["multiprocessors"]
+    config["programs"] *= config["multiprocessors"]
     _, _, _, queries, classes = shape
     parts, turns = _parts(classes, config.pop("classes"))
     cells = [_footprint(config[f"tile_{axis}"], r) for axis, r in zip("yx", reach, strict=True)]
@@ -99,47 +100,37 @@ def _config(
 def _class_mass(
     p_ptr, stride_q, stride_c, Q, C, QUERIES: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Of every query's class probabilities: sum, largest magnitude, and how many are negative."""
-    q, c = tl.arange(0, QUERIES), tl.arange(0, BLOCK_C)
-    mass, largest, negative = (tl.zeros([QUERIES], tl.float32),) * 3
-    for start in range(0, C, BLOCK_C):
-        valid = (q[:, None] < Q) & (c[None, :] < C - start)
-        ptrs = p_ptr + q[:, None] * stride_q + (start + c)[None, :] * stride_c
-        p = tl.load(ptrs, mask=valid, other=0.0).to(tl.float32)
-        mass += tl.sum(p, 1)
-        largest = tl.maximum(largest, tl.max(tl.abs(p), 1))
-        negative += tl.sum((p < 0.0).to(tl.float32), 1)
-    # Padding ranks last and is never kept.
-    return tl.where(q < Q, mass, float("-inf")), largest, negative
+    """Sum of every query's class probabilities; their largest magnitude and their least value of all."""
+    q, c = tl.arange(0, QUERIES)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    mass, most, least = (tl.zeros([QUERIES, BLOCK_C], tl.float32),) * 3
+    for start in tl.range(0, C, BLOCK_C, loop_unroll_factor=2):
+        ptrs = p_ptr + q * stride_q + (start + c) * stride_c
+        p = tl.load(ptrs, mask=(q < Q) & (start + c < C), other=0.0).to(tl.float32)
+        mass += p
+        most, least = tl.maximum(most, tl.abs(p)), tl.minimum(least, p)
+    mass = tl.sum(mass, 1)
+    # Padding ranks last, with what is not a number, and neither is ever kept.
+    mass = tl.where((tl.arange(0, QUERIES) < Q) & (mass == mass), mass, float("-inf"))
+    return mass, tl.max(tl.max(most, 1), 0), tl.min(tl.min(least, 1), 0)
 
 
 @triton.jit
-def _rank(mass, QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Place of every query in the order of falling mass; the lower index first among equal ones."""
+def _rank(mass, prune, QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Place of every query in the order of falling mass, as far as the bits left by its number tell."""
     q, block = tl.arange(0, QUERIES), tl.arange(0, BLOCK_Q)
-    rank = tl.zeros([QUERIES], tl.int32)
+    bits = tl.where(mass >= prune, mass, float("-inf")).to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # in the order of the numbers
+    key = (bits & -QUERIES) | (QUERIES - 1 - q)
+    ahead = tl.zeros([QUERIES, BLOCK_Q], tl.int32)
     for start in range(0, QUERIES, BLOCK_Q):
-        other = tl.gather(mass, start + block, 0)
-        before = (other[None, :] > mass[:, None]) | (
-            (other[None, :] == mass[:, None]) & ((start + block)[None, :] < q[:, None])
-        )
-        rank += tl.sum(before.to(tl.int32), 1)
-    return rank
-
-
-@triton.jit
-def _slots(rank, start, Q, QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, ORDER: tl.constexpr):
-    """The queries at places start, start + 1, …; a valid index even past the end and for NaN."""
-    slot = start + tl.arange(0, BLOCK_Q)
-    if ORDER:
-        q = tl.arange(0, QUERIES)
-        slot = tl.sum(tl.where(rank[:, None] == slot[None, :], q[:, None], 0), 0)
-    return tl.minimum(slot, Q - 1)
+        other = tl.gather(key, start + block, 0)
+        ahead += (other[None, :] > key[:, None]).to(tl.int32)
+    return tl.sum(ahead, 1)
 
 
 @triton.jit
 def _prepare_probs(
-    p_ptr, probs_ptr, tails_ptr, info_ptr, unit_ptr, stride_q, stride_c, rank, mass, largest, negative,
+    p_ptr, probs_ptr, tails_ptr, info_ptr, unit_ptr, stride_q, stride_c, rank, mass, largest, least,
     cell, h, w, Q, C, prune, hopeless,
     QUERIES: tl.constexpr, PADDED_Q: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr, HEAD: tl.constexpr, ORDER: tl.constexpr, SCALED: tl.constexpr,
@@ -148,41 +139,36 @@ def _prepare_probs(
     scale, unit = 1.0, 1.0
     if SCALED:
         # The largest to [2^14, 2^15), but by no more than 2^18 and no less than 2^9.
-        exponent = (tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23) - 127
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
         exponent = tl.minimum(tl.maximum(14 - exponent, 9), 18)
         scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
         unit = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     blocks = PADDED_Q // BLOCK_Q
+    kept = tl.arange(0, QUERIES) < Q
     if ORDER:
-        blocks = tl.cdiv(tl.sum((mass >= prune).to(tl.int32), 0), BLOCK_Q)
+        kept = kept & (mass >= prune)
+        blocks = tl.cdiv(tl.sum(kept.to(tl.int32), 0), BLOCK_Q)
     head_most, tail_most = 0.0, 0.0
-    c = tl.arange(0, BLOCK_C)
+    q, kept, slot = tl.arange(0, QUERIES)[:, None], kept[:, None], rank[:, None]
     for first_c in range(0, PADDED_C, BLOCK_C):
-        classes = first_c + c
-        head, tail = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-        for start in range(0, PADDED_Q, BLOCK_Q):
-            slot = start + tl.arange(0, BLOCK_Q)
-            query = _slots(rank, start, Q, QUERIES, BLOCK_Q, ORDER)
-            kept = slot < Q
-            if ORDER:
-                kept = kept & (tl.gather(mass, query, 0) >= prune)
-            ptrs = p_ptr + query[:, None] * stride_q + classes[None, :] * stride_c
-            p = tl.load(ptrs, mask=kept[:, None] & (classes[None, :] < C), other=0.0).to(tl.float32)
-            if SCALED:
-                p = tl.minimum(tl.maximum(p * scale, -65504.0), 65504.0)
-            out = probs_ptr + slot[:, None] * PADDED_C + classes[None, :]
-            tl.store(out, p.to(probs_ptr.dtype.element_ty), mask=classes[None, :] < PADDED_C)
-            if HEAD > 0:
-                head += tl.where(start < HEAD, tl.sum(p, 0), 0.0)
-                tail += tl.where(start < HEAD, 0.0, tl.sum(p, 0))
+        c = first_c + tl.arange(0, BLOCK_C)
+        ptrs = p_ptr + q * stride_q + c[None, :] * stride_c
+        p = tl.load(ptrs, mask=kept & (c[None, :] < C), other=0.0).to(tl.float32)
+        if SCALED:
+            p = tl.minimum(tl.maximum(p * scale, -65504.0), 65504.0)
+        out = probs_ptr + slot * PADDED_C + c[None, :]
+        inside = (slot < PADDED_Q) & (c[None, :] < PADDED_C)
+        tl.store(out, p.to(probs_ptr.dtype.element_ty), mask=inside)
         if HEAD > 0:
-            tl.store(tails_ptr + classes, tail, mask=classes < PADDED_C)
+            head = tl.sum(tl.where(slot < HEAD, p, 0.0), 0)
+            tail = tl.sum(tl.where(slot < HEAD, 0.0, p), 0)
+            tl.store(tails_ptr + c, tail, mask=c < PADDED_C)
             head_most = tl.maximum(head_most, tl.max(head, 0))
             tail_most = tl.maximum(tail_most, tl.max(tail, 0))
     head_blocks = blocks
     if HEAD > 0:
         # Where the tail is worth much no pixel would be decided, and negative values have no bound.
-        worthwhile = (tail_most <= hopeless * head_most) & (tl.sum(negative, 0) == 0.0)
+        worthwhile = (tail_most <= hopeless * head_most) & (least >= 0.0)
         head_blocks = tl.where(worthwhile, tl.minimum(blocks, HEAD // BLOCK_Q), blocks)
     tl.store(info_ptr, cell)
     tl.store(info_ptr + 1, h)
@@ -194,7 +180,7 @@ def _prepare_probs(
 
 @triton.jit
 def _semantic_argmax_prepare_kernel(
-    masks_ptr, p_ptr, cells_ptr, probs_ptr, tails_ptr, info_ptr, units_ptr,
+    masks_ptr, p_ptr, cells_ptr, probs_ptr, tails_ptr, info_ptr, units_ptr, order_ptr,
     stride_mv, stride_mq, stride_mh, stride_mw, stride_pv, stride_pq, stride_pc,
     first_view, first_cell, programs, Q, C, h, w, prune, hopeless,
     QUERIES: tl.constexpr, PADDED_Q: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -209,36 +195,41 @@ def _semantic_argmax_prepare_kernel(
     local = tl.program_id(0) // (programs + 1)
     view = (first_view + local).to(tl.int64)
     p_ptr += view * stride_pv
-    rank, mass, largest, negative = 0, 0.0, 0.0, 0.0
+    q = tl.arange(0, QUERIES)
+    rank, mass, largest, least = q, 0.0, 0.0, 0.0
     if ORDER or SCALED:
-        mass, largest, negative = _class_mass(p_ptr, stride_pq, stride_pc, Q, C, QUERIES, BLOCK_C)
+        mass, largest, least = _class_mass(p_ptr, stride_pq, stride_pc, Q, C, QUERIES, BLOCK_C)
     if ORDER:
-        rank = _rank(mass, QUERIES, BLOCK_Q)
+        rank = _rank(mass, prune, QUERIES, BLOCK_Q)
     cell = first_cell + local * (h * w)
     if index == programs:
         _prepare_probs(
             p_ptr, probs_ptr + view * PADDED_Q * PADDED_C, tails_ptr + view * PADDED_C, info_ptr + view * 5,
-            units_ptr + view, stride_pq, stride_pc, rank, mass, largest, negative,
+            units_ptr + view, stride_pq, stride_pc, rank, mass, largest, least,
             cell, h, w, Q, C, prune, hopeless,
             QUERIES, PADDED_Q, PADDED_C, BLOCK_Q, BLOCK_C, HEAD, ORDER, SCALED,
         )  # fmt: skip
     else:
+        query = q
+        if ORDER:
+            # The permutation inverted, by way of memory that is this program's own.
+            order_ptr += tl.program_id(0) * QUERIES
+            tl.store(order_ptr + rank, q)
+            tl.debug_barrier()
+            query = tl.load(order_ptr + q)
         masks_ptr += local.to(tl.int64) * stride_mv
         cells_ptr += cell.to(tl.int64) * PADDED_Q
-        for start in range(0, PADDED_Q, BLOCK_Q):
-            query = _slots(rank, start, Q, QUERIES, BLOCK_Q, ORDER).to(tl.int64)
-            slot = start + tl.arange(0, BLOCK_Q)
-            for first in range(index * BLOCK_CELLS, h * w, programs * BLOCK_CELLS):
-                i = first + tl.arange(0, BLOCK_CELLS)
-                ptrs = masks_ptr + query[:, None] * stride_mq
-                ptrs += (i // w * stride_mh + i % w * stride_mw)[None, :]
-                valid = (i[None, :] < h * w) & (slot[:, None] < Q)
-                # The hint is for the layout: by itself Triton 3.6 lets threads run over queries where the
-                # width is no multiple of 16. Weights of zero must stay zero beside an infinite logit.
-                x = tl.load(tl.max_contiguous(ptrs, [1, 16]), mask=valid, other=0.0).to(tl.float32)
-                x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(cells_ptr.dtype.element_ty)
-                out = cells_ptr + i.to(tl.int64)[:, None] * PADDED_Q + slot[None, :]
-                tl.store(out, tl.trans(x), mask=i[:, None] < h * w)
+        row_ptrs = masks_ptr + (query.to(tl.int64) * stride_mq)[:, None]
+        for first in range(index * BLOCK_CELLS, h * w, programs * BLOCK_CELLS):
+            i = first + tl.arange(0, BLOCK_CELLS)
+            ptrs = row_ptrs + (i // w * stride_mh + i % w * stride_mw)[None, :]
+            valid = (i[None, :] < h * w) & (q[:, None] < Q)
+            # The hint is for the layout: by itself Triton 3.6 lets threads run over queries where the
+            # width is no multiple of 16. Weights of zero must stay zero beside an infinite logit.
+            x = tl.load(tl.max_contiguous(ptrs, [1, 16]), mask=valid, other=0.0).to(tl.float32)
+            x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(cells_ptr.dtype.element_ty)
+            out = cells_ptr + i.to(tl.int64)[:, None] * PADDED_Q + q[None, :]
+            tl.store(out, tl.trans(x), mask=(i[:, None] < h * w) & (q[None, :] < PADDED_Q))
 
 
 @triton.jit
@@ -256,7 +247,9 @@ def _activate(x, HALF: tl.constexpr, SIGMOID: tl.constexpr):
     """σ, 2¹⁰ times where the products are of float16."""
     if SIGMOID:
         if HALF:
-            x = 1.0 / (0.0009765625 + tl.exp2(x * -1.4426950408889634 - 10.0))
+            # A squared reciprocal root: no range checks, as a division has them.
+            root = tl.rsqrt(0.0009765625 + tl.exp2(x * -1.4426950408889634 - 10.0))
+            x = root * root
         else:
             x = 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
     return x
@@ -571,12 +564,13 @@ def _semantic_argmax_kernel(
 
 @triton.jit
 def _add_held(
-    acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
+    acc, upper, lower, cell, cells_ptr, held, PADDED_Q: tl.constexpr, BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Blocks FIRST to LAST of the tokens of one view into the scores, from class probabilities held."""
     for block in tl.static_range(FIRST, LAST):
-        masks = tl.load(cells_ptr + offsets + block * BLOCK_Q)
+        cols = BLOCKS[block][0] + tl.arange(0, BLOCKS[block][1])
+        masks = tl.load(cells_ptr + cell.to(tl.int64)[:, None] * PADDED_Q + cols[None, :])
         x = tl.dot(upper, masks)
         if SPLIT:
             x = tl.dot(lower, masks, x)
@@ -592,14 +586,13 @@ def _add_held(
 def _semantic_argmax_held_kernel(
     cells_ptr, probs_ptr, tails_ptr, info_ptr, units_ptr, labels_ptr, scores_ptr,
     H, W, step_y, offset_y, step_x, offset_x, C, sigma_scale, run,
-    PADDED_Q: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
+    PADDED_Q: tl.constexpr, BLOCKS: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
     CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     HEAD: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Without views: labels of ``run`` tiles in a row, with the class probabilities of their image held."""
     PIXELS: tl.constexpr = TILE_Y * TILE_X
     PADDED_C: tl.constexpr = N0 + N1 + N2
-    BLOCKS: tl.constexpr = PADDED_Q // BLOCK_Q
     columns = tl.cdiv(W, TILE_X)
     tiles = tl.cdiv(H, TILE_Y) * columns
     runs = tl.cdiv(tiles, run)
@@ -609,17 +602,17 @@ def _semantic_argmax_held_kernel(
     h, w = tl.load(info_ptr + view * 5 + 1), tl.load(info_ptr + view * 5 + 2)
     cells_ptr += tl.load(info_ptr + view * 5).to(tl.int64) * PADDED_Q
     probs_ptr += view * PADDED_Q * PADDED_C
-    rows = tl.arange(0, BLOCK_Q)[:, None] * PADDED_C
     held = ()
-    for block in tl.static_range(BLOCKS):
-        ptrs = probs_ptr + block * BLOCK_Q * PADDED_C + rows
+    for block in tl.static_range(len(BLOCKS)):
+        ptrs = probs_ptr + (BLOCKS[block][0] + tl.arange(0, BLOCKS[block][1]))[:, None] * PADDED_C
         held += (tl.load(ptrs + tl.arange(0, N0)[None, :]),)
         if N1 > 0:
             held += (tl.load(ptrs + N0 + tl.arange(0, N1)[None, :]),)
         if N2 > 0:
             held += (tl.load(ptrs + N0 + N1 + tl.arange(0, N2)[None, :]),)
 
-    pixel, cols = tl.arange(0, PIXELS), tl.arange(0, BLOCK_Q)
+    tested = tl.load(info_ptr + view * 5 + 3) < tl.load(info_ptr + view * 5 + 4)
+    pixel = tl.arange(0, PIXELS)
     last_tile = tl.minimum(first_tile + run, tiles)
     # What could move out of this loop would take the registers of the scores.
     for tile in tl.range(first_tile, last_tile, num_stages=1, disable_licm=True):
@@ -641,25 +634,24 @@ def _semantic_argmax_held_kernel(
         lower = upper
         if SPLIT:
             lower = (weight - upper.to(tl.float32)).to(tl.float16)
-        offsets = cell.to(tl.int64)[:, None] * PADDED_Q + cols[None, :]
         acc = _zeros(PIXELS, N0, N1, N2)
-        FIRST: tl.constexpr = HEAD // BLOCK_Q if HEAD > 0 else BLOCKS
-        acc = _add_held(acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q, 0, FIRST, SPLIT, SIGMOID)
+        FIRST: tl.constexpr = HEAD // BLOCKS[0][1] if HEAD > 0 else len(BLOCKS)
+        acc = _add_held(acc, upper, lower, cell, cells_ptr, held, PADDED_Q, BLOCKS, 0, FIRST, SPLIT, SIGMOID)
         label = tl.full([PIXELS], 2048, tl.int32)
         best = tl.full([PIXELS], 0.0, tl.float32)
         more = 1
         if HEAD > 0:
-            tails, any_tail = _tails(
-                tails_ptr, info_ptr, units_ptr, None, b, b + 1, y0, x0, 1.0,
-                PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
-            )  # fmt: skip
-            if any_tail != 0:
+            if tested:
+                tails, _ = _tails(
+                    tails_ptr, info_ptr, units_ptr, None, b, b + 1, y0, x0, 1.0,
+                    PADDED_C, TILE_Y, TILE_X, N0, N1, N2,
+                )  # fmt: skip
                 label = _decide(acc, tails, None, sigma_scale)
             more = (tl.max(label, 0) >= 2048).to(tl.int32)
         # A loop of one pass or none: Triton 3.6 fails on products under a condition inside a loop.
         for _ in tl.range(0, more, num_stages=1, disable_licm=True):
             acc = _add_held(
-                acc, upper, lower, offsets, cells_ptr, held, BLOCK_Q, FIRST, BLOCKS, SPLIT, SIGMOID
+                acc, upper, lower, cell, cells_ptr, held, PADDED_Q, BLOCKS, FIRST, len(BLOCKS), SPLIT, SIGMOID
             )
             best, label = _top(acc, C)
         outputs = view * H * W + y * W + x
@@ -688,6 +680,13 @@ def _holds(
     bytes_held = 2 * padded_q * sum(config["parts"])
     whole = dtype == torch.float16 and config["turns"] == 1 and config["cells_y"] > 0
     return whole and not views and prune <= 0 and bytes_held <= config["held"]
+
+
+def _blocks(padded_q: int, head: int, block_q: int) -> tuple[tuple[int, int], ...]:
+    """First token and number of every block. Without a test there are registers for blocks twice as wide."""
+    wide = 0 if head else padded_q // (2 * block_q) * (2 * block_q)
+    found = [(start, 2 * block_q) for start in range(0, wide, 2 * block_q)]
+    return (*found, *((start, block_q) for start in range(wide, padded_q, block_q)))
 
 
 def _run_length(config: dict[str, Any], batch: int, tiles: int) -> int:
@@ -736,8 +735,9 @@ def _launches(
         "PADDED_Q": padded_q,
         "PADDED_C": padded_c,
         "BLOCK_Q": block_q,
-        "BLOCK_C": 16,
-        "BLOCK_CELLS": 64,
+        # A program holds all queries, of which more leave registers for less of each.
+        "BLOCK_C": max(8, min(32, 8192 // block_queries)),
+        "BLOCK_CELLS": max(16, min(64, 16384 // block_queries)),
         "HEAD": head,
         "ORDER": head > 0 or prune > 0,
         "SCALED": not single,
@@ -749,7 +749,12 @@ def _launches(
         if views_here == 0:
             continue
         masks = _in_rows(_addressable(masks, 2))
-        programs = min(cdiv(h * w, constants["BLOCK_CELLS"]), cdiv(config["programs"], views_here))
+        # With the one for class probabilities as many as run at once.
+        programs = min(cdiv(h * w, constants["BLOCK_CELLS"]), config["multiprocessors"] // views_here - 1)
+        programs = max(1, programs)
+        order = None
+        if constants["ORDER"]:
+            order = class_probs.new_empty(views_here * (programs + 1), block_queries, dtype=torch.int32)
         arguments = {
             "masks_ptr": masks,
             "p_ptr": class_probs,
@@ -758,6 +763,7 @@ def _launches(
             "tails_ptr": tails,
             "info_ptr": info,
             "units_ptr": units,
+            "order_ptr": order,
             **{f"stride_m{axis}": s for axis, s in zip("vqhw", masks.stride(), strict=True)},
             **{f"stride_p{axis}": s for axis, s in zip("vqc", class_probs.stride(), strict=True)},
             "first_view": first_view,
@@ -831,9 +837,10 @@ def _launches(
         programs = batch * cdiv(tiles, run)
         for name in ("starts_ptr", "layout_ptr", "affine_ptr", "probs_scale"):
             del arguments[name]
-        for name in ("TURNS", "TAILS", "PRECISION", "STAGES"):
+        for name in ("TURNS", "TAILS", "PRECISION", "STAGES", "BLOCK_Q"):
             del constants[name]
         arguments["run"], constants["HEAD"] = run, head
+        constants["BLOCKS"] = _blocks(padded_q, head, block_q)
     launches.append(Launch(kernel, programs, arguments, constants, options))
     return (labels, scores), launches
 
