@@ -134,13 +134,13 @@ def _subsample_norm_bwd_kernel(
             )
             mean = tl.load(mean_ptr + rows, mask=rows < rows_total, other=0.0)
             rstd = tl.load(rstd_ptr + rows, mask=rows < rows_total, other=0.0)
-            g = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
             if dn_ptr is not None:
                 ptrs = (dn_ptr + b * stride_gb + token * stride_gn)[:, None] + c[None, :]
-                g += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+                g = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
             if dn_sub_ptr is not None:
                 ptrs = (dn_sub_ptr + b * stride_sb + place * stride_sn)[:, None] + c[None, :]
-                g += tl.load(ptrs, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+                sub = tl.load(ptrs, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+                g = sub if dn_ptr is None else g + sub
             xhat = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
             wg = g
             if weight_ptr is not None:
