@@ -1,23 +1,26 @@
 r"""Mask loss on a GPU: how :mod:`segvit_kernels.ops.mask_loss` runs in Triton.
 
-Pairs. Labels are counted by image and class (histograms in shared memory, then int32 atomics: repeatable).
-One program writes the list of active pairs and its length. The main kernels are persistent: a fixed number of
-programs walks the items (active pair, entry of the list, tile), whose number is read from memory. Inactive
-pairs cost nothing, and the host learns nothing.
+Pairs. Labels are counted by image and class (int32 atomics: repeatable), copied in few bytes; every tile of
+64 × 64 gets a word that says which classes it may have. One program writes the list of active pairs and its
+length. The main kernels are persistent: a fixed number of programs walks the items (active pair, entry of the
+list, tile), whose number is read from memory; where no tile under an item has the class, a shorter path needs
+no labels. Inactive pairs cost nothing, and the host learns nothing.
 
 Interpolation. A tile is 16 groups of R ≤ ⌈scale⌉ output rows, times BLOCK columns. The rows of a group touch
 three rows of the low-resolution map, which are loaded and interpolated along x once; then
 
     x = v₀ + clamp(f) (v₁ − v₀) + clamp(f − 1) (v₂ − v₁),    f = position below v₀, clamp to [0, 1]:
 
-two multiply-adds a pixel at any scale. The adjoint is three multiply-adds into sums that stay in registers.
+two multiply-adds a pixel at any scale, one where no group reaches across the centre of a cell. The adjoint is
+three multiply-adds into sums that stay in registers.
 The kernels walk the R rows of all groups at once.
 
 Forward: four sums of every tile, written as partials and added in fixed order by a second launch.
 
 Backward, a gather: a program owns a block of cells and walks the output columns in their support. The sums
 over rows go through two small products: with the weights along x, and with the matrix that says which cell a
-sum of a group belongs to. Borders of blocks are computed by both neighbours. No atomics.
+sum of a group belongs to; with ``split`` the former run on tensor cores. Both neighbours compute borders of
+blocks. No atomics.
 
 Matching: the same walk with queries in place of groups; three products of (queries × pixels) and
 (pixels × targets) on tensor cores, targets read or made from the labels on the fly, split over rows. Factors

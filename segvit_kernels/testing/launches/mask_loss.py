@@ -9,7 +9,7 @@ from segvit_kernels.triton import mask_loss
 KERNELS = {
     "_mask_labels_kernel": Demand(24),
     "_mask_area_kernel": Demand(16),
-    "_mask_pairs_kernel": Demand(24),
+    "_mask_pairs_kernel": Demand(16),
     "_mask_sum_kernel": Demand(12, barriers=0),
     "_mask_loss_fwd_kernel": Demand(64, barriers=0),
     "_mask_loss_sum_kernel": Demand(12, barriers=0),
