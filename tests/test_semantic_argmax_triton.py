@@ -148,12 +148,12 @@ def test_ties_go_to_the_lower_class(poisoned):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Counts the blocks of tokens of which programs compute σ."""
+    """One for every 32 tokens of which programs compute σ."""
     calls, activate = [], kernels._activate
 
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return activate(*args, **kwargs)
+    def counted(x, *args, **kwargs):
+        calls.extend([1] * (int(x.shape[1]) // 32))
+        return activate(x, *args, **kwargs)
 
     monkeypatch.setattr(kernels, "_activate", counted)
     return calls
