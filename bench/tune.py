@@ -59,10 +59,16 @@ SPACES: dict[str, tuple[Space, ...]] = {
             {"tiles": (1, 2, 3), "block_n": (32, 64, 128), "num_warps": _WARPS, "num_stages": _STAGES},
         ),
         Space(
-            ("atm_bwd", "half", "32"),
+            ("atm_bwd_key", "half", "32"),
             "ade_vit_l",
             "forward_backward",
-            {"block_m": (32, 64), "block_n": (64, 128), "num_warps": _WARPS, "maxnreg": (0, 128)},
+            {"block_m": (32, 64), "block_n": (64, 128), "num_warps": _WARPS, "maxnreg": (0, 128, 168)},
+        ),
+        Space(
+            ("atm_bwd_query", "half", "32"),
+            "ade_vit_l",
+            "forward_backward",
+            {"tiles": (1, 3), "block_n": (32, 64), "num_stages": (2, 3), "maxnreg": (0, 168)},
         ),
     ),
     "query_attention": (
@@ -76,7 +82,13 @@ SPACES: dict[str, tuple[Space, ...]] = {
             ("query_attention_bwd_key", "half", "32"),
             "qu_self",
             "forward_backward",
-            {"block_m": (32, 64), "block_n": (64, 128), "num_warps": _WARPS, "maxnreg": (0, 128)},
+            {"block_m": (32, 64), "block_n": (64, 128), "num_warps": _WARPS, "maxnreg": (0, 128, 168)},
+        ),
+        Space(
+            ("query_attention_bwd_query", "half", "32"),
+            "qu_self",
+            "forward_backward",
+            {"tiles": (1, 2, 3), "block_n": (32, 64), "num_stages": (2, 3), "maxnreg": (0, 128)},
         ),
     ),
     "mask_loss": (

@@ -95,10 +95,7 @@ def test_the_rehearsal_leaves_the_files_of_a_run(rehearsed):
         assert "**Not a measurement**" in report.document(found, "x")
     tables = report.tables(result)
     assert "| tiny, 1, float32, forward + backward |" in tables["atm-speed"]
-    assert (
-        "| memcheck | ok |" in tables["sanitizer"]
-        and "atm forward, registers capped at 168" in tables["candidates"]
-    )
+    assert "| memcheck | ok |" in tables["sanitizer"] and "atm forward, 64 keys" in tables["candidates"]
 
 
 # Functions of which the rehearsal leaves lines out, and why.
@@ -438,10 +435,10 @@ def test_a_candidate_replaces_and_takes_away():
 
     configs = pinned("sm_90")
     before = json.dumps(configs)
-    changes = {"mask_loss_fwd": {"maxnreg": None, "programs": 3}, "atm_fwd half 32": {"block_n": 32}}
+    changes = {"mask_loss_fwd": {"maxnreg": None, "programs": 3}, "atm_fwd half 32": {"block_n": 16}}
     with tune.applied({"changes": changes}, configs):
         assert "maxnreg" not in configs["mask_loss_fwd"] and configs["mask_loss_fwd"]["programs"] == 3
-        assert configs["atm_fwd"]["half"]["32"]["block_n"] == 32
+        assert configs["atm_fwd"]["half"]["32"]["block_n"] == 16
     assert json.dumps(configs) == before
 
 

@@ -11,7 +11,6 @@ from segvit_kernels.ops._philox import keep_mask
 from segvit_kernels.testing.query_attention import CASES, INPUTS, SHAPES, QueryAttentionCase, oracle
 from segvit_kernels.triton import query_attention
 
-PLANS = ("repeatable", "atomics")
 BY_NAME = {case.name: case for case in CASES}
 
 # Tiles of a few hundred elements keep the interpreter quick; the pinned tiles are those of test_case.
@@ -35,8 +34,8 @@ def _forward(case, inputs, config=None, seed=None):
     return query_attention.query_attention_fwd(*(inputs[n] for n in INPUTS), *options, config=config)
 
 
-def _check(case, dtype, *, fwd=None, bwd=None, plans=PLANS, device="cpu"):
-    """Forward, and backward by the plans, of one case within the error budget; inputs unchanged."""
+def _check(case, dtype, *, fwd=None, bwd=None, device="cpu"):
+    """Forward and backward of one case within the error budget; inputs unchanged."""
     inputs, grad = case.inputs(dtype, device), case.gradient(dtype, device)
     seed = torch.tensor([0x1234_5678_9ABC_DEF0], device=device) if case.dropout_p else None
     truth, true_grads = oracle(case, inputs, grad, seed=seed)
@@ -50,30 +49,26 @@ def _check(case, dtype, *, fwd=None, bwd=None, plans=PLANS, device="cpu"):
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)
 
-    for plan in plans:
-        found = query_attention.query_attention_bwd(
-            grad, *(inputs[name] for name in INPUTS), output, lse, seed, case.head_dim**-0.5, case.dropout_p,
-            plan == "repeatable", config=bwd,
-        )  # fmt: skip
-        for name, gradient in zip(INPUTS, found, strict=True):
-            assert gradient.is_contiguous() and gradient.dtype == dtype
-            if case.keys == 1 and name != "value":
-                # Softmax over one key: dP and δ cancel, and what is left is their rounding.
-                error = (gradient.double() - true_grads[name]).abs().max()
-                assert error <= 128 * case.queries**0.5 * torch.finfo(dtype).eps, (
-                    f"{plan}, {name}: {error:.3g}"
-                )
-                continue
-            what = f"{plan}: gradient of {name}"
-            testing.assert_within_budget(what, gradient, true_grads[name], plain_grads[name])
+    found = query_attention.query_attention_bwd(
+        grad, *(inputs[name] for name in INPUTS), output, lse, seed, case.head_dim**-0.5, case.dropout_p,
+        False, config=bwd,
+    )  # fmt: skip
+    for name, gradient in zip(INPUTS, found, strict=True):
+        assert gradient.is_contiguous() and gradient.dtype == dtype
+        if case.keys == 1 and name != "value":
+            # Softmax over one key: dP and δ cancel, and what is left is their rounding.
+            error = (gradient.double() - true_grads[name]).abs().max()
+            assert error <= 128 * case.queries**0.5 * torch.finfo(dtype).eps, f"{name}: {error:.3g}"
+            continue
+        testing.assert_within_budget(f"gradient of {name}", gradient, true_grads[name], plain_grads[name])
     for name, tensor in before.items():
         assert torch.equal(inputs[name], tensor), f"{name} was changed"
 
 
-def _tiles(bwd=None, **changes):
+def _tiles(tiles=1, splits=1, **changes):
     """Launch parameters of the backward with small tiles in both of its kernels."""
-    tiles = {**SMALL, "num_warps": 4, "num_stages": 1, **changes}
-    return {"key": tiles, "query": tiles, **(bwd or {})}
+    small = {**SMALL, "num_warps": 4, "num_stages": 1, **changes}
+    return {"key": small, "query": {**small, "tiles": tiles, "splits": splits}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -96,7 +91,6 @@ def test_pinned_tiles_of_other_architectures(arch, head_dim, poisoned):
     case = QueryAttentionCase("", 1, 150, 170, 1, head_dim)
     shape = (case.batch, case.queries, case.keys, case.heads, case.head_dim)
     bwd = query_attention._bwd_config(shape, torch.float16, arch)
-    del bwd["plan"]
     _check(case, torch.float16, fwd=query_attention._fwd_config(shape, torch.float16, arch), bwd=bwd)
 
 
@@ -105,7 +99,8 @@ def test_pinned_tiles_of_other_architectures(arch, head_dim, poisoned):
 def test_key_splits(splits, keys, poisoned):
     """Ragged, whole and full smaller last tiles, which may be all that the last split has."""
     case = QueryAttentionCase("", 2, 21, keys, 2, 16, dropout_p=0.2 if keys == 100 else 0.0)
-    _check(case, torch.float32, fwd={"splits": splits, "block_m": 16, "block_n": 32}, plans=())
+    fwd = {"splits": splits, "block_m": 16, "block_n": 32}
+    _check(case, torch.float32, fwd=fwd, bwd=_tiles(2, splits, block_m=16))
 
 
 def test_dropout_bits_are_those_of_the_eager_operator():
@@ -129,25 +124,21 @@ def test_dropout_bits_are_those_of_the_eager_operator():
     assert not torch.equal(other != 0, output != 0)
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("scale", [4.0, -0.5, 0.0])
-def test_any_scale(scale, plan, poisoned):
+def test_any_scale(scale, poisoned):
     """Large logits do not overflow; a negative or zero scale is taken at its word."""
     case = BY_NAME["odd"]
     inputs, grad = case.inputs(torch.float32), case.gradient(torch.float32)
     truth, true_grads = oracle(case, inputs, grad, scale=scale)
     tensors = [inputs[name] for name in INPUTS]
     output, lse = query_attention.query_attention_fwd(*tensors, None, scale, 0.0)
-    found = query_attention.query_attention_bwd(
-        grad, *tensors, output, lse, None, scale, 0.0, plan == "repeatable"
-    )
+    found = query_attention.query_attention_bwd(grad, *tensors, output, lse, None, scale, 0.0, False)
     assert testing.relative_error(output, truth) < 1e-5
     for name, gradient in zip(INPUTS, found, strict=True):
         assert testing.relative_error(gradient, true_grads[name]) < 2e-5
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_strides(plan, poisoned):
+def test_strides(poisoned):
     """Heads before tokens, the gradient of a sum, queries expanded over the batch, rows with a gap."""
     case = QueryAttentionCase("", 2, 40, 37, 2, 32)
     plain, grad = case.inputs(torch.float32), case.gradient(torch.float32)
@@ -169,7 +160,7 @@ def test_strides(plan, poisoned):
     def everything(inputs, grad):
         output, lse = _forward(case, inputs)
         tensors = [inputs[name] for name in INPUTS]
-        options = (output, lse, None, case.head_dim**-0.5, 0.0, plan == "repeatable")
+        options = (output, lse, None, case.head_dim**-0.5, 0.0, False)
         return output, *query_attention.query_attention_bwd(grad, *tensors, *options)
 
     expected = everything(plain, grad)
@@ -179,25 +170,16 @@ def test_strides(plan, poisoned):
 
 
 @pytest.mark.parametrize("broadcast", [False, True])
-def test_repeatable_when_deterministic(broadcast):
+def test_repeatable(broadcast):
     case = dataclasses.replace(BY_NAME["broadcast"], broadcast=broadcast)
     inputs, grad = case.inputs(torch.float32), case.gradient(torch.float32)
     output, lse = _forward(case, inputs)
-    tensors = [inputs[name] for name in INPUTS]
-    config = _tiles({"plan": "repeatable"})
-    arguments = (grad, *tensors, output, lse, None, case.head_dim**-0.5, 0.0, True)
-    first, second = (query_attention.query_attention_bwd(*arguments, config=config) for _ in range(2))
+    arguments = (grad, *(inputs[name] for name in INPUTS), output, lse, None, case.head_dim**-0.5, 0.0, False)
+    first, second = (
+        query_attention.query_attention_bwd(*arguments, config=_tiles(splits=2)) for _ in range(2)
+    )
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    # Nothing but atomics could add in another order, and the deterministic plan has none.
-    _, launches = query_attention._bwd_launches(*arguments[:-1], None, config)
-    assert all(
-        launch.arguments.get("dq_ptr") is None for launch in launches if "key" in launch.kernel.__name__
-    )
-    shape = (64, 1600, 8192, 16, 32)
-    for deterministic, plan in ((True, "repeatable"), (False, "atomics")):
-        found = query_attention._bwd_config(shape, torch.float16, "sm_90", deterministic=deterministic)
-        assert found["plan"] == plan
 
 
 def test_empty_batch():
@@ -242,12 +224,12 @@ def test_programs_fill_the_chip():
         shape = (batch, queries, keys, 16, dim)
         bwd = query_attention._bwd_config(shape, torch.bfloat16, "sm_90")
         splits = query_attention._fwd_config(shape, torch.bfloat16, "sm_90")["splits"]
-        return splits, bwd["key"]["block_n"], bwd["query"]["block_m"]
+        return splits, bwd["key"]["block_n"], bwd["query"]["tiles"], bwd["query"]["splits"]
 
-    assert found(1, 1600, 1600, 32) == (1, 128, 64)
-    assert found(1, 400, 1600, 64) == (2, 128, 64)
-    assert found(1, 1600, 400, 32) == (1, 64, 64)
-    assert found(16, 400, 1600, 64) == (1, 128, 64)
+    assert found(1, 1600, 1600, 32) == (1, 64, 2, 1)
+    assert found(1, 400, 1600, 64) == (2, 64, 2, 4)
+    assert found(1, 1600, 400, 32) == (1, 64, 2, 1)
+    assert found(16, 400, 1600, 64) == (1, 64, 2, 1)
 
 
 @pytest.mark.gpu
