@@ -83,6 +83,9 @@ def _bwd_config(
     key, query = (_pinned(f"{operator}_bwd_{name}", shape, dtype, arch, costly) for name in ("key", "query"))
     if costly:
         query["block_n"] = max(16, query["block_n"] // 2)
+        key["num_stages"] = min(2, key["num_stages"])
+        if key["num_warps"] == 4:
+            key["block_n"] = min(64, key["block_n"])
     _filling(key, "block_n", batch * heads, keys, arch)
     _filling(query, "block_m", batch * heads, queries, arch)
     tiles = cdiv(queries, query["block_m"])
@@ -665,7 +668,7 @@ def _bwd_launches(
     launches.append(Launch(_attention_bwd_key_kernel, programs, arguments, constants, options))
 
     if parts > 1:
-        block, block_p = 256, 8
+        block, block_p = 512, 8  # a thread adds all parts of its elements
         arguments = {"dq_ptr": partial, "out_ptr": grad_query, "size": size, "parts": parts, "scale": scale}
         programs, options = query_batch * cdiv(size, block), {"num_warps": 4, "num_stages": 1}
         constants = {"BLOCK": block, "BLOCK_P": block_p}

@@ -7,14 +7,25 @@ from segvit_kernels.triton import atm
 
 # Where ptxas waits after every wgmma. dK and dV: at 168 registers three programs fit a multiprocessor, and
 # by a simulation of the machine code 62 µs become 78 with two programs without such waits.
-_KEY = ("ade_vit_l batch 1", "ade_vit_l", "pc_vit_l", "coco_vit_l", "output only", "dim 16")
+_KEY = (
+    *(
+        "ade_vit_l batch 1",
+        "ade_vit_l",
+        "pc_vit_l",
+        "coco_vit_l",
+        "cityscapes_like",
+        "output only",
+        "masks only",
+    ),
+    *("dim 16", "dim 64", "dim 128", "dropout", "padding"),
+)
 
 KERNELS = {
     "_atm_fwd_kernel": Demand(32, tensor=3, serialised=("dropout",)),
-    "_attention_combine_kernel": Demand(12, barriers=2),
+    "_attention_combine_kernel": Demand(12),
     "_attention_bwd_query_kernel": Demand(32, tensor=3, serialised=("dropout", "pc_vit_l")),
     "_attention_bwd_key_kernel": Demand(32, tensor=4, stack=64, serialised=_KEY),
-    "_attention_bwd_sum_kernel": Demand(4, barriers=0),
+    "_attention_bwd_sum_kernel": Demand(4),
     "_atm_fwd_heads_kernel": Demand(32, tensor=2, everywhere=False),
 }
 

@@ -14,10 +14,10 @@ _KEY = ("dim 128", "dropout", "key splits", "qd_vit_l", "qd_vit_l batch 1")
 
 KERNELS = {
     "_query_attention_fwd_kernel": Demand(32, tensor=2, serialised=_FORWARD),
-    "_attention_combine_kernel": Demand(12, barriers=2),
+    "_attention_combine_kernel": Demand(12),
     "_attention_bwd_query_kernel": Demand(32, tensor=3, serialised=("dropout", *_TAIL)),
     "_attention_bwd_key_kernel": Demand(32, tensor=4, stack=16, serialised=_KEY),
-    "_attention_bwd_sum_kernel": Demand(4, barriers=0),
+    "_attention_bwd_sum_kernel": Demand(4),
 }
 
 # name: (batch, queries, keys, heads, head dim), dtype, options
