@@ -41,7 +41,7 @@ def _forward(case, inputs, config=None, need_masks=True, seed=None):
     return atm.atm_fwd(query, key, value, *options, config=config)
 
 
-def _check(case, dtype, *, fwd=None, bwd=None, unused=None, deterministic=False, device="cpu"):
+def _check(case, dtype, *, fwd=None, bwd=None, unused=None, device="cpu"):
     """Forward and backward of one case within the error budget."""
     inputs, grads = case.inputs(dtype, device), list(case.gradients(dtype, device))
     if unused is not None:
@@ -61,7 +61,7 @@ def _check(case, dtype, *, fwd=None, bwd=None, unused=None, deterministic=False,
 
     found = atm.atm_bwd(
         *grads, *(inputs[name] for name in GRADIENTS), output, lse, seed, case.head_dim**-0.5, case.dropout_p,
-        deterministic, config=bwd,
+        False, config=bwd,
     )  # fmt: skip
     for name, grad in zip(GRADIENTS, found, strict=True):
         if case.keys == 1 and name != "value":
