@@ -176,7 +176,7 @@ class _Parser:
         if first == "%":
             if "|" in text:
                 return Vector(tuple(self.operand(part.strip()) for part in text.split("|")))
-            return Register(text)
+            return Register(next((scope[text] for scope in reversed(self.scopes) if text in scope), text))
         if first == "{":
             return Vector(tuple(self.operand(part) for part in _split(text[1:-1])))
         if first == "[":
