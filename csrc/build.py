@@ -27,9 +27,8 @@ X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
-X86["avx512_bf16"] = [*X86["avx512"], "-mavx512bf16"]
 # For these sources alone, where the compiler knows it (GCC 12, Clang 14).
-FP16, FP16_SOURCES = [*X86["avx512_bf16"], "-mavx512fp16"], ("linear_kernels",)
+FP16, FP16_SOURCES = [*X86["avx512"], "-mavx512bf16", "-mavx512fp16"], ("linear_kernels",)
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = "75;80;90a"

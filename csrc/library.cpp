@@ -84,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(segvit_native, CUDA, m) { bind_cuda(m); }
 // For segvit_kernels/_native.py: what is inside.
 #define SEGVIT_EXPORT extern "C" __attribute__((visibility("default")))
 SEGVIT_EXPORT const char* segvit_native_isa() { return segvit::isa_name(segvit::isa()); }
+SEGVIT_EXPORT const char* segvit_native_isas() { return segvit::isa_names(); }
 SEGVIT_EXPORT const char* segvit_native_cuda_archs() { return SEGVIT_CUDA_ARCHS; }
 // From build.py: hashes of the schemas it was built for and of the sources.
 SEGVIT_EXPORT const char* segvit_native_schemas() { return SEGVIT_SCHEMAS; }

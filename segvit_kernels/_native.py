@@ -22,6 +22,9 @@ LIBRARY_VARIABLE = "SEGVIT_KERNELS_LIBRARY"
 EMULATOR_VARIABLE = "SEGVIT_KERNELS_CUDA_EMULATOR"
 """Environment variable: path of the CUDA kernels built to run on the CPU, for tests."""
 
+ISA_VARIABLE = "SEGVIT_KERNELS_ISA"
+"""Environment variable: the instruction set of the CPU kernels, one that this processor runs."""
+
 BUILD = (
     "build it with `make native` in a source tree, or `SEGVIT_KERNELS_NATIVE=1 pip install "
     "--no-build-isolation segvit-kernels`"
@@ -64,6 +67,7 @@ class _Library:
         self.path = path
         self.reason: str | None = None
         self.isa = self.cuda_archs = ""
+        self.isas: list[str] = []
         if not path.is_file():
             self.reason = missing
             return
@@ -75,6 +79,11 @@ class _Library:
         inside = ctypes.CDLL(str(path))
         self.reason = _stale(path, inside)
         self.isa = _text(inside, "isa")
+        self.isas = _text(inside, "isas").split()
+        asked = os.environ.get(ISA_VARIABLE)
+        if self.reason is None and asked and asked not in self.isas:
+            here = ", ".join(self.isas)
+            self.reason = f"{ISA_VARIABLE} is {asked!r}, expected what this processor runs: {here}"
         self.cuda_archs = _text(inside, "cuda_archs")
 
 
@@ -95,6 +104,18 @@ def _emulator() -> _Library:
     return _Library(Path(path or ""), missing if path else "runs on CUDA tensors, not on CPU tensors")
 
 
+def _contains(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a library for ``archs`` has code for a GPU: machine code of its own chip ("90a"), of its family
+    ("100f"), of an earlier one of its generation, or PTX, which csrc/build.py adds for the newest without a
+    letter."""
+    gpu = capability[0] * 10 + capability[1]
+    exact = {int(arch[:-1]) for arch in archs if arch.endswith("a")}
+    family = [int(arch[:-1]) for arch in archs if arch.endswith("f")]
+    plain = [int(arch) for arch in archs if arch.isdigit()]
+    same = any(arch // 10 == gpu // 10 and arch <= gpu for arch in family + plain)
+    return gpu in exact or same or (bool(plain) and max(plain) <= gpu)
+
+
 def why_not(name: str, device: torch.device, capability: tuple[int, int] | None) -> str | None:
     """Why the native backend ``name``, "cpu" or "cuda", cannot run on tensors of ``device``.
 
@@ -112,8 +133,7 @@ def why_not(name: str, device: torch.device, capability: tuple[int, int] | None)
         return "runs on NVIDIA GPUs"
     if not found.cuda_archs:
         return "the native library was built without nvcc: install the CUDA toolkit and build it again"
-    lowest = min(int(arch.rstrip("af")) for arch in found.cuda_archs.split(";"))
-    if capability is not None and capability[0] * 10 + capability[1] < lowest:
+    if capability is not None and not _contains(found.cuda_archs.split(";"), capability):
         return f"built for {found.cuda_archs}, this GPU has {capability[0]}.{capability[1]}"
     return None
 

@@ -17,6 +17,7 @@ from segvit_kernels import (
 ROOT = Path(__file__).resolve().parents[1]
 REASON = _native.library().reason
 built = pytest.mark.skipif(REASON is not None, reason=f"backend cpu: {REASON}")
+RUNS = _native.library().isas
 ON_X86 = os.uname().machine in ("x86_64", "AMD64")
 
 
@@ -87,11 +88,42 @@ def test_double_precision_runs_on_eager_unless_asked_for():
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa):
     """The batteries' first cases on code for lesser processors than this one."""
+    if isa not in RUNS:
+        pytest.skip(f"this processor runs {', '.join(RUNS)}")
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_*_native.py"))
     command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_case and cpu", *files]
     result = run(command, SEGVIT_KERNELS_ISA=isa, PYTEST_ADDOPTS="")
     assert result.returncode == 0, result.stdout[-3000:]
     script = "from segvit_kernels import _native; print(_native.library().isa)"
     found = run(["-c", script], SEGVIT_KERNELS_ISA=isa).stdout.strip()
-    order = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16"]
-    assert order.index(found) == min(order.index(isa), order.index(_native.library().isa))
+    assert found == isa
+
+
+@built
+@pytest.mark.parametrize("isa", ["avx3", "AVX2", "avx512_fp16"])
+def test_an_instruction_set_that_is_none_or_not_here_is_refused(isa):
+    if isa in RUNS:
+        pytest.skip(f"this processor runs {isa}")
+    script = (
+        "import torch, segvit_kernels as k; q = torch.randn(1, 2, 1, 16); k.fused_atm(q, q, q, backend='cpu')"
+    )
+    result = run(["-c", script], SEGVIT_KERNELS_ISA=isa)
+    last = result.stderr.strip().splitlines()[-1]
+    assert f"SEGVIT_KERNELS_ISA is {isa!r}, expected what this processor runs: portable" in last
+    assert isa not in last.partition("expected")[2]
+
+
+@pytest.mark.parametrize(
+    "archs, runs, does_not",
+    [
+        ("75;80;90a", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 0)]),
+        ("90a", [(9, 0)], [(8, 0), (10, 0), (12, 0)]),  # of that chip alone, without PTX
+        ("80;90a", [(8, 6), (9, 0), (12, 1)], [(7, 5)]),
+        ("100f", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+    ],
+)
+def test_which_gpus_a_build_has_code_for(archs, runs, does_not):
+    known = archs.split(";")
+    assert all(_native._contains(known, gpu) for gpu in runs)
+    assert not any(_native._contains(known, gpu) for gpu in does_not)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def test_one_wheel_for_every_python(wheel):
     assert [n for n in names if n.startswith("segvit_kernels/libsegvit_native")]
     assert "segvit_kernels/triton/atm.py" in names and "segvit/cli.py" in names
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
+
+
+def test_the_source_distribution_can_build_it(tmp_path):
+    """Everything that `SEGVIT_KERNELS_NATIVE=1 pip install` of it compiles is inside."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(
+        [*command, "sdist", "--dist-dir", str(tmp_path)], cwd=ROOT, check=True, capture_output=True
+    )
+    (packed,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".pyc"}
+    assert sources <= names and {"setup.py", "segvit_kernels/_native.py"} <= names
 
 
 def test_runs_where_it_is_unpacked(wheel, tmp_path):

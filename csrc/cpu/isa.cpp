@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#include <string>
 
 namespace segvit {
 
@@ -18,29 +18,43 @@ Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
     best = Isa::avx512;
-  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
 #ifdef SEGVIT_AVX512_FP16
-  if (best == Isa::avx512_bf16 && __builtin_cpu_supports("avx512fp16")) best = Isa::avx512_fp16;
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512fp16"))
+    best = Isa::avx512_fp16;
 #endif
 #endif
-  if (const char* wanted = std::getenv("SEGVIT_KERNELS_ISA"))
-    for (Isa less : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-      if (less < best && !std::strcmp(wanted, isa_name(less))) best = less;
   return best;
 }
+
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_fp16};
 
 }  // namespace
 
 Isa isa() {
-  static const Isa best = detect();
-  return best;
+  static const Isa chosen = [] {
+    Isa best = detect();
+    if (const char* wanted = std::getenv("SEGVIT_KERNELS_ISA"))
+      for (Isa less : kIsas)
+        if (less < best && !std::strcmp(wanted, isa_name(less))) best = less;
+    return best;
+  }();
+  return chosen;
+}
+
+const char* isa_names() {
+  static const std::string names = [] {
+    std::string found;
+    for (Isa one : kIsas)
+      if (one <= detect()) found += (found.empty() ? "" : " ") + std::string(isa_name(one));
+    return found;
+  }();
+  return names.c_str();
 }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
-    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512_fp16: return "avx512_fp16";
     default: return "portable";
   }
