@@ -18,7 +18,7 @@ from segvit_kernels.testing.ptx import accesses, arithmetic, floating, products,
 from segvit_kernels.testing.ptx.accesses import Copies, shared_width
 from segvit_kernels.testing.ptx.faults import Fault, PTXError, place
 from segvit_kernels.testing.ptx.flow import Flow
-from segvit_kernels.testing.ptx.memory import GlobalMemory, SharedMemory, in_turn
+from segvit_kernels.testing.ptx.memory import GlobalMemory, SharedMemory, joined, split
 from segvit_kernels.testing.ptx.parser import parse
 from segvit_kernels.testing.ptx.products import Products
 from segvit_kernels.testing.ptx.translate import Program
@@ -509,8 +509,6 @@ class _Local:
         return (self.begin + address) >> (size.bit_length() - 1)
 
     def load(self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None) -> list:
-        from segvit_kernels.testing.ptx.memory import split
-
         size = width * count
         kind = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}[size]
         return split(self.data.view(kind).take(self._index(site, address, size, mask)), width, count)
@@ -518,8 +516,6 @@ class _Local:
     def store(
         self, site: int, address: np.ndarray, values: Sequence, width: int, mask: np.ndarray | None
     ) -> None:
-        from segvit_kernels.testing.ptx.memory import joined
-
         size = width * len(values)
         kind = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}[size]
         index, data = self._index(site, address, size, mask), joined(values, width, self.machine.shape)
@@ -621,4 +617,4 @@ def execute(
     return counts
 
 
-__all__ = ["Counts", "Machine", "Span", "execute", "in_turn", "programs"]
+__all__ = ["Counts", "Machine", "Span", "execute", "programs"]

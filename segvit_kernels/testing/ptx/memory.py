@@ -126,7 +126,6 @@ class GlobalMemory:
             elif size:
                 self.intervals.append(_Interval(start, start + size, keep, writable, name))
         self.starts = [interval.start for interval in self.intervals]
-        self.bytes_read = self.bytes_written = 0
 
     def _place(
         self, site: int, address: np.ndarray, size: int, mask: np.ndarray | None, write: bool
@@ -196,9 +195,6 @@ class GlobalMemory:
         if at >= interval.end - size and at >= interval.start:
             return f"{what}, {at + size - interval.end} bytes behind the end of {interval.name}"
         return f"{what}, {interval.start - at} bytes before {interval.name}"
-
-    def _several(self, index: np.ndarray, address: np.ndarray) -> bool:
-        return index is address
 
     def load(
         self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None

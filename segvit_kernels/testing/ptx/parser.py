@@ -266,7 +266,7 @@ class _Parser:
                             kernel, source, line = None, "", ""
                         continue
                     if match := re.match(r"([\w$%]+):(?!:)\s*", line):
-                        kernel.body.append(self.label(match[1]))
+                        kernel.body.append(match[1])
                         line = line[match.end() :]
                         continue
                 if ";" not in line:
@@ -279,9 +279,6 @@ class _Parser:
             if statement and kernel is not None and statement.lstrip().startswith((".pragma", ".file")):
                 statement = ""
         return self.kernels
-
-    def label(self, name: str) -> str:
-        return name
 
     def entry(self, head: str) -> Kernel:
         match = re.search(r"\.entry\s+([\w$]+)\s*(?:\((.*)\))?(.*)$", head, re.DOTALL)
