@@ -25,7 +25,7 @@ def contents(
     found, tensors, numbers = {}, launch["tensors"], launch["numbers"]
     if "pairs_ptr" in tensors and labels and "Q" in numbers:
         found["pairs_ptr"] = _pairs(labels, numbers["Q"], numbers.get("M", numbers["Q"]))
-    if {"info_ptr", "cells_ptr"} <= tensors.keys() and {"PADDED_Q", "BLOCK_Q"} <= launch["constants"].keys():
+    if {"info_ptr", "cells_ptr"} <= tensors.keys() and "H" in numbers and "PADDED_Q" in launch["constants"]:
         found["info_ptr"] = _views(launch, decided)
     return found
 
@@ -45,9 +45,10 @@ def _views(launch: dict[str, Any], decided: bool) -> np.ndarray:
     count, width = tensors["info_ptr"]["shape"]
     cells = tensors["cells_ptr"]["shape"][0] // count
     ratio = numbers.get("step_y", 1.0) / numbers.get("step_x", 1.0)
-    h = round((cells * ratio * numbers["H"] / numbers["W"]) ** 0.5) if "H" in numbers else 0
-    blocks = constants["PADDED_Q"] // constants["BLOCK_Q"]
-    head = max(1, constants.get("HEAD", 32) // constants["BLOCK_Q"]) if decided else blocks
+    h = round((cells * ratio * numbers["H"] / numbers["W"]) ** 0.5)
+    block = constants.get("BLOCK_Q", 32)
+    blocks = -(-constants["PADDED_Q"] // block)
+    head = max(1, constants.get("HEAD", 32) // block) if decided else blocks
     rows = np.zeros((count, width), dtype=np.int32)
     rows[:, 0] = cells * np.arange(count)
     rows[:, 1:5] = (h, cells // max(h, 1), head, blocks)
