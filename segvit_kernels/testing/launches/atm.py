@@ -5,8 +5,7 @@ import torch
 from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import atm
 
-# Where ptxas waits after every wgmma. dK and dV: at 168 registers three programs fit a multiprocessor, and
-# by a simulation of the machine code 62 µs become 78 with two programs without such waits.
+# Where ptxas waits after every wgmma; the last product, of the gradient of the masks, makes it.
 _KEY = (
     *(
         "ade_vit_l batch 1",
