@@ -285,6 +285,16 @@ def test_data_check(tmp_path, capsys):
     assert ["sky", "0", "33.33%", "4"] in [line.split() for line in out.splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("splits", "decided"), [(("training", "validation"), True), (("train", "val"), False)]
+)
+def test_zero_that_never_occurs_in_folders_named_as_ade20ks(tmp_path, capsys, splits, decided):
+    root = folder(tmp_path / "data", SKY % 2 + 1, splits=splits)
+    code, out, err = check(capsys, root, "--sheet", "null")
+    assert code == (0 if decided else 2) and ("two ways" in err) is not decided
+    assert ("1 is sky, 2 is road" in out) is decided
+
+
 def test_data_check_where_the_user_must_choose(tmp_path, capsys):
     root = folder(tmp_path / "data", SKY % 2)
     sheet = tmp_path / "sheet.png"

@@ -96,6 +96,12 @@ def test_what_the_values_leave_open_is_for_the_user(values, names, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("values", "names"), [({0, 1}, THINGS), ({1, 2}, ANIMALS), ({0, 2}, 3)])
+def test_folders_named_as_ade20ks_decide_nothing_that_would_drop_a_pixel(values, names):
+    with pytest.raises(ValueError, match="two ways"):
+        read(values, names, zero="ignored if absent")
+
+
 @pytest.mark.parametrize(
     ("values", "names", "options", "expected"),
     [
@@ -112,6 +118,7 @@ def test_what_the_values_leave_open_is_for_the_user(values, names, message):
             {"zero": "ignored"},
             PLAIN,
         ),  # its names, but labels that are reduced already
+        ({1, 2}, THINGS, {"zero": "ignored if absent"}, REDUCED),  # ADE20K's folders
         ({0, 1, 255}, 19, {"zero": "class"}, PLAIN),  # Cityscapes' labelTrainIds
         ({0, 1, 2, 3}, THINGS, {"ignore_index": 3}, PLAIN),  # void last
         ({0, 1, -1}, BINARY, {"ignore_index": -1}, PLAIN),

@@ -211,7 +211,7 @@ class SegmentationFolder(Dataset):
         """Whether what a split's values mean may depend on another's: training and evaluation must agree."""
         if self._mapping is not None or self._wanted is True:
             return False
-        return self.num_classes == 2 or (self._wanted == "auto" and self._zero is None)
+        return self.num_classes == 2 or (self._wanted == "auto" and self._zero not in ("class", "ignored"))
 
     def _inspect(self, pairs: Sequence[tuple[Path, Path]]) -> list[Facts]:
         return inspect(pairs, self.root, channels=self.channels, progress=self.progress)

@@ -107,7 +107,7 @@ def decide(
             say. With False, values 0 and 255 alone and two classes, 255 is the second class.
         mapping: stored value -> class or None, in place of that.
         ignore_index: as a stored value ignored, and so is 255 where it is no class.
-        zero: what the data set's own convention says of 0: "class", "ignored" or None.
+        zero: what the data set's own convention says of 0: "class", "ignored", "ignored if absent" or None.
         where: a file for each value, for messages.
         source: what a message is about where it is about no single file.
 
@@ -190,6 +190,8 @@ def _choose(
         return min((plain, reduced), key=lambda reading: len(seen - reading.table.keys()))
     if complete or (named_zero and 0 in seen):
         return plain
+    if zero == "ignored if absent" and 0 not in seen and not named_zero:
+        return reduced
     title = names[0] if names else "class 0"
     raise ValueError(
         f"{source}: values {spans(sorted(seen))} can be read in two ways with {num_classes} classes; say "

@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Layout:
     """Patterns of pictures and label maps below a folder, and a file that lists a split's names, if there is.
 
     Attributes:
-        zero: what the layout's own convention says of stored 0: "class", "ignored", or None.
+        zero: what its own convention says of stored 0: "class", "ignored", "ignored if absent" or None.
     """
 
     root: Path
@@ -81,6 +81,17 @@ class Layout:
             if fits and not name.startswith(".") and path.is_dir() != bool(self.split_list):
                 found.append(name[len(start) : len(name) - len(end)])
         return sorted(found)
+
+    def like_ade20k(self) -> Layout:
+        """This layout, with ADE20K's convention where it has the folders of ADE20K.
+
+        Others use these folders with other values, so it decides only what does not concern a pixel: that 0,
+        where it never occurs, is not the first class.
+        """
+        ade20k = (self.images, self.labels) == ("images/{split}/**/*", "annotations/{split}/**/*")
+        if not ade20k or self.split_list or not set(self.splits()) <= {"training", "validation"}:
+            return self
+        return replace(self, zero="ignored if absent")
 
     def resolve(self, split: str) -> str | None:
         """The split's name on disk: the same, or another usual one (train, val, train2017, ...).
@@ -227,10 +238,10 @@ def find_layout(
                 "--image-pattern and --label-pattern"
             )
         if fitting:
-            return fitting[0]
+            return fitting[0].like_ade20k()
     plain = Layout(root, "images/{split}/**/*", "annotations/{split}/**/*", split_list)
     if plain.splits():
-        return plain
+        return plain.like_ade20k()
     expected = "images/SPLIT and annotations/SPLIT, or --image-pattern and --label-pattern"
     missing = next((path for path in (root / "images", root / "annotations") if not path.is_dir()), None)
     if missing is None:
