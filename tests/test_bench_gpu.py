@@ -506,7 +506,7 @@ def test_a_cache_made_here_is_hit_from_another_checkout(tmp_path):
     said = cache.precompile(archive, ["subsample_norm"], smoke=True)
     assert "3 kernels for sm_90, " in said and archive.stat().st_size < 2**20
     other = tmp_path / "elsewhere"
-    for package in ("bench", "segvit", "segvit_kernels"):
+    for package in ("bench", "csrc", "segvit", "segvit_kernels"):
         shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     with cache.unpacked(archive) as line:
         assert line.endswith("3 kernels for sm_90")
