@@ -67,7 +67,7 @@ def test_a_sound_kernel_has_no_fault(planted):
 
 
 SOUND = {"case": "a", "registers": 64, "wgmma": True, "tensor": 8, "HGMMA": 8, "stack": 0, "loop_spills": 0}
-SOUND |= {"loop_barriers": 0, "loop_staged": 0, "serialised": False, "shared": 227 * 1024}
+SOUND |= {"loop_barriers": 0, "loop_staged": 0, "serialised": False, "undefined": 0, "shared": 227 * 1024}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,7 @@ SOUND |= {"loop_barriers": 0, "loop_staged": 0, "serialised": False, "shared": 2
         ({"stack": 8}, None),
         ({"stack": 16}, "16 bytes spilled"),
         ({"stack": 8, "loop_spills": 1}, "1 instructions of it in loops"),
+        ({"undefined": 6}, "6 registers are read that nothing wrote"),
         ({"serialised": True}, "C7515"),
         ({"serialised": True, "case": "allowed"}, None),
         ({"shared": 227 * 1024 + 1}, "sm_90 has 227 KiB"),

@@ -332,23 +332,22 @@ def _mask_labels_kernel(
     if codes_ptr is not None:
         narrow = tl.where(code < M, code, -1).to(codes_ptr.dtype.element_ty)
         tl.store(codes_ptr + image * H * W + y * W + x, narrow, mask=inside)
-    # Of the few classes that most tiles have, one after the other.
+    # Of the few classes that most tiles have, one after the other. The loop changes no tensor: of one that it
+    # changes, LLVM's SLP vectorizer in Triton 3.6 loses elements.
     word, done = 0, 0
     lowest = tl.min(code, 0)
     while (lowest < M) & (done < DISTINCT):
-        here = code == lowest
         if counts_ptr is not None:
-            count = tl.sum(here.to(tl.int32), 0)
+            count = tl.sum((code == lowest).to(tl.int32), 0)
             tl.atomic_add(counts_ptr + image * M + lowest, count, sem="relaxed")
         word |= 1 << (lowest % 32)
-        code = tl.where(here, M, code)
-        lowest = tl.min(code, 0)
+        lowest = tl.min(tl.where(code > lowest, code, M), 0)
         done += 1
     if lowest < M:
         word = -1
         if counts_ptr is not None:
             for first in range(0, M, CLASSES):
-                valid = (code >= first) & (code < M) & (code < first + CLASSES)
+                valid = (code >= tl.maximum(lowest, first)) & (code < M) & (code < first + CLASSES)
                 count = tl.histogram(tl.where(valid, code - first, 0), CLASSES, mask=valid)
                 c = first + tl.arange(0, CLASSES)
                 tl.atomic_add(counts_ptr + image * M + c, count, mask=(count > 0) & (c < M), sem="relaxed")

@@ -94,6 +94,8 @@ def faults(row: dict[str, Any], arch: str, demand: Demand) -> list[str]:
         found.append(f"{row['loop_barriers']} barriers in an innermost loop, {demand.barriers} expected")
     if demand.barriers == 0 and row["loop_staged"]:
         found.append(f"{row['loop_staged']} writes to shared memory in an innermost loop: a change of layout")
+    if row["undefined"]:
+        found.append(f"{row['undefined']} registers are read that nothing wrote: values that LLVM lost?")
     if row["serialised"] and row["case"] not in demand.serialised:
         found.append("wgmma instructions are serialised (ptxas C7515)")
     if row["shared"] > SHARED_MEMORY[arch] * 1024:
@@ -113,13 +115,15 @@ def resources(compiled: Any) -> dict[str, Any]:
         # Scalar registers spill to lanes of a vector register; only scratch is memory.
         stack = find("vgpr_spill_count") + find("private_segment_fixed_size")
         row = {"registers": find("vgpr_count"), "shared": shared, "spills": stack, "stack": stack}
-        return {**row, **Code.gcn(text).counts(), "serialised": False}
+        return {**row, **Code.gcn(text).counts(), "serialised": False, "undefined": 0}
     text = disassembled(compiled.asm["cubin"])
     found, mix = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text)), instruction_mix(text)
     stack = int(found["STACK"]) + int(found["LOCAL"])
     row = {"registers": int(found["REG"]), "shared": shared, "spills": stack + mix["LDL"] + mix["STL"]}
-    loops = Code.sass(text).counts()
-    return {**row, "stack": stack, **mix, **loops, "serialised": serialised(text, compiled.asm["ptx"])}
+    row |= {"stack": stack, **mix, **Code.sass(text).counts()}
+    ptx = compiled.asm["ptx"]
+    # What LLVM says of a register that nothing wrote before it is read.
+    return {**row, "serialised": serialised(text, ptx), "undefined": ptx.count("// implicit-def: ")}
 
 
 def compiled(operators: str | Sequence[str], arch: str, cases: Sequence[str] = ()) -> list[dict[str, Any]]:
