@@ -528,7 +528,8 @@ def test_pinned_files_keep_their_form(tmp_path):
         assert tune.dumps(json.loads(text)) + "\n" == text, path.name
         for spaces in tune.SPACES.values():
             for space in spaces:
-                assert set(space.values) - {"maxnreg"} <= set(tune.entry(json.loads(text), space.path))
+                pinned = tune.entry(json.loads(text), space.path)
+                assert set(space.values) - {"maxnreg", "tiles"} <= set(pinned)
     copied = tmp_path / "sm_90.json"
     copied.write_text((tune.CONFIGS / "sm_90.json").read_text())
     old = json.loads(copied.read_text())

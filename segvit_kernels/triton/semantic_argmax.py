@@ -776,7 +776,8 @@ def _launches(
             "prune": prune if prune > 0 else -torch.finfo(torch.float32).max,
             "hopeless": _HOPELESS,
         }
-        options = {"num_warps": max(4, min(16, block_queries // 8)), "num_stages": 1}
+        most = 16 if masks.dtype.itemsize == 2 else 8  # of 128 registers float32 spills in a loop
+        options = {"num_warps": max(4, min(most, block_queries // 8)), "num_stages": 1}
         launch = Launch(
             _semantic_argmax_prepare_kernel, views_here * (programs + 1), arguments, constants, options
         )

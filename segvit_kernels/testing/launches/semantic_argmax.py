@@ -7,7 +7,7 @@ from segvit_kernels.triton import semantic_argmax
 
 # With views Triton 3.6 has ptxas wait after every wgmma: scores stay in registers from view to view.
 KERNELS = {
-    "_semantic_argmax_prepare_kernel": Demand(24, stack=8),
+    "_semantic_argmax_prepare_kernel": Demand(20, stack=8),
     "_semantic_argmax_kernel": Demand(32, tensor=2, serialised=("ade_vit_l views", "stride 4 views")),
     "_semantic_argmax_held_kernel": Demand(32, tensor=2, everywhere=False),
 }
