@@ -137,6 +137,8 @@ def why_not_packed(weight: Tensor) -> str | None:
         return f"packed weights are for the CPU, not {weight.device.type}"
     if weight.numel() == 0:
         return "the weight is empty"
+    if weight.dtype == torch.bfloat16 and _library.torch_has_amx():
+        return "PyTorch's own bfloat16 products use AMX, which is faster than AVX512-FP16"
     return _library.why_not_operator("linear", "cpu", weight.device)
 
 
