@@ -120,7 +120,7 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=what)
         p.set_defaults(run=functools.partial(_own, name))
         if command == name:  # its module imports torch, which --help need not wait for
-            importlib.import_module(f"bench.{name}").add_arguments(p)
+            importlib.import_module(f"bench.suites.{name}").add_arguments(p)
 
     p = commands.add_parser("flops", help="multiply-accumulates, parameters, memory of published models")
     p.set_defaults(run=_flops)
@@ -207,11 +207,11 @@ def _device(options: argparse.Namespace) -> str:
 def _default_out(prefix: str, device: str) -> Path:
     import torch
 
-    from bench import environment, report
+    from bench.measure import environment, results
 
     on_gpu = device == "cuda" and torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if on_gpu else f"cpu {environment.cpu_model()}"
-    return RESULTS / f"{report.stem(f'{prefix} {machine}')}.json"
+    return RESULTS / f"{results.stem(f'{prefix} {machine}')}.json"
 
 
 def _check_out(path: Path | None, smoke: bool = False) -> None:
@@ -239,13 +239,14 @@ def _finish(result: dict, options: argparse.Namespace, default: Path, partial: o
     """Print a result and write it to ``--out``, or to its ``default`` place if it is not ``partial``; 1 if
     anything of it is wrong."""
     from bench import report
+    from bench.measure import results
 
     path = options.out or (None if partial else default)
     print(report.document(result, (path or default).stem))
     if path is None:
         print("a part of the benchmark only, and no --out: not written")
     else:
-        report.dump(path, result)
+        results.dump(path, result)
         print(f"written to {path}")
     print(report.verdict(result))
     return 0 if report.sound(result) else 1
@@ -257,7 +258,8 @@ def _kernels(options: argparse.Namespace) -> int:
         # Triton reads this when it is imported, in the children too.
         os.environ["TRITON_INTERPRET"] = "1"
     if _device(options) == "cuda":
-        from bench import gpu, operators
+        from bench.subjects import operators
+        from bench.suites import gpu
 
         operators.check_peers("triton", options.peers)
         plan = gpu.Plan(options.smoke, _checked_dtypes(), options.peers)
@@ -268,7 +270,7 @@ def _kernels(options: argparse.Namespace) -> int:
             raise OptionError("kernels: nothing ran: no worker could describe this machine")
         (result,) = found
     else:
-        from bench import cpu
+        from bench.suites import cpu
 
         result = cpu.run(
             budget_s=options.budget,
@@ -284,13 +286,14 @@ def _checked_dtypes() -> tuple[str, ...]:
     """Triton's interpreter computes bfloat16 wrongly, so a smoke run on a CPU leaves it out."""
     import torch
 
-    from bench import gpu
+    from bench.suites import gpu
 
     return gpu.DTYPES if torch.cuda.is_available() else gpu.DTYPES[1:]
 
 
 def _gpu(options: argparse.Namespace) -> int:
-    from bench import cache, gpu, report, tune
+    from bench import report
+    from bench.suites import cache, gpu, tune
 
     folder = options.out
     _check_names("--stages", options.stages, list(gpu.STAGES), "stage")
@@ -345,7 +348,8 @@ def _written(paths: Iterable[Path]) -> int:
 def _precompile(options: argparse.Namespace) -> int:
     if not options.out.resolve().parent.is_dir():
         raise OptionError(f"--out {options.out}: folder {options.out.resolve().parent} does not exist")
-    from bench import cache, operators
+    from bench.subjects import operators
+    from bench.suites import cache
 
     _check_names("--operators", options.operators, list(operators.by_name()), "operator")
     try:
@@ -357,7 +361,8 @@ def _precompile(options: argparse.Namespace) -> int:
 
 def _scaling(options: argparse.Namespace) -> int:
     _check_out(options.out, options.smoke)
-    from bench import operators, scaling
+    from bench.subjects import operators
+    from bench.suites import scaling
 
     _check_names("--operators", options.operators, list(operators.by_name()), "operator")
     device = _device(options)
@@ -373,9 +378,10 @@ def _scaling(options: argparse.Namespace) -> int:
 
 def _flops(options: argparse.Namespace) -> int:
     _check_out(options.out)
-    from bench import flops
+    from bench.subjects.published import MODELS
+    from bench.suites import flops
 
-    _check_names("--models", options.models, [model.name for model in flops.MODELS], "model")
+    _check_names("--models", options.models, [model.name for model in MODELS], "model")
     result = flops.run(names=options.models)
     return _finish(result, options, RESULTS / "flops.json", options.models)
 
@@ -383,7 +389,7 @@ def _flops(options: argparse.Namespace) -> int:
 def _own(name: str, options: argparse.Namespace) -> int:
     smoke = getattr(options, "smoke", False)
     _check_out(options.out, smoke)
-    module = importlib.import_module(f"bench.{name}")
+    module = importlib.import_module(f"bench.suites.{name}")
     try:
         result = module.main(options)
     except ValueError as error:
@@ -395,7 +401,8 @@ def _own(name: str, options: argparse.Namespace) -> int:
 
 def _static(options: argparse.Namespace) -> int:
     _check_out(options.out)
-    from bench import operators, static
+    from bench.subjects import operators
+    from bench.suites import static
 
     _check_names("--operators", options.operators, list(operators.by_name()), "operator")
     result = static.run(kernels=options.kernels, names=options.operators)
@@ -405,11 +412,13 @@ def _static(options: argparse.Namespace) -> int:
 def _simulate(options: argparse.Namespace) -> int:
     _check_out(options.out)
     _check_before(options.before)
-    from bench import environment, report, simulate, tune
+    from bench.measure import environment, results
+    from bench.subjects import parameters
+    from bench.suites import simulate
 
     _check_names("OPERATOR", options.operators, list(simulate.OPERATORS), "operator")
     try:
-        changes = tune.load_changes(options.config) if options.config else None
+        changes = parameters.load_changes(options.config) if options.config else None
         result = simulate.run(
             names=options.operators,
             batches=options.batch,
@@ -420,7 +429,7 @@ def _simulate(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise OptionError(str(error)) from None
     version = ".".join(str(environment.version("triton")).split(".")[:2])
-    default = RESULTS / f"{report.stem(f'simulate {simulate.ARCH}')}-triton-{version}.json"
+    default = RESULTS / f"{results.stem(f'simulate {simulate.ARCH}')}-triton-{version}.json"
     partial = options.operators or options.config or options.no_calibration or options.batch != [16, 1]
     return _finish(result, options, default, partial)
 
@@ -433,7 +442,7 @@ def _check_before(folder: Path | None) -> None:
 def _host(options: argparse.Namespace) -> int:
     _check_out(options.out)
     _check_before(options.before)
-    from bench import host
+    from bench.suites import host
 
     try:
         result = host.run(before=options.before, rounds=options.rounds, seconds=options.seconds)
@@ -444,7 +453,7 @@ def _host(options: argparse.Namespace) -> int:
 
 def _inference(options: argparse.Namespace) -> int:
     _check_out(options.out)
-    from bench import inference
+    from bench.suites import inference
 
     try:
         result = inference.run(
@@ -456,13 +465,13 @@ def _inference(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from bench import tune
+    from bench.suites import tune
 
     return tune.main(options.operator, dry_run=options.dry_run, simulate=options.simulate)
 
 
 def _all(options: argparse.Namespace) -> int:
-    from bench import everything
+    from bench.suites import everything
 
     return everything.run(options.budget, options.threads, plan_only=options.plan)
 
@@ -487,22 +496,22 @@ def _report(options: argparse.Namespace) -> int:
 def _worker(arguments: list[str]) -> int | None:
     """What the benchmarks start themselves in; ``None`` for a user's command."""
     if arguments[:1] == ["_worker"]:
-        from bench import gpu
+        from bench.suites import gpu
 
         _, section, folder, text = arguments
         options = json.loads(text)
         plan, printed = gpu.Plan(**options.pop("plan")), Path(options.pop("printed"))
         return gpu.work(section, Path(folder), plan, printed=printed, **options)
     if arguments[:1] == ["_odd"]:
-        from bench import gpu
+        from bench.suites import gpu
 
         _, dtypes, backend, smoke = arguments
         return gpu.odd(json.loads(dtypes), backend, json.loads(smoke))
     if arguments[:1] == ["_fill"]:
-        from bench import cache
+        from bench.suites import cache
 
         return cache.fill(*json.loads(arguments[1]))
-    if arguments[:1] == ["_call"]:  # see environment.isolated
+    if arguments[:1] == ["_call"]:  # see measure/peaks.py
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))
         return 0

@@ -11,7 +11,8 @@ import dataclasses
 import pytest
 import torch
 
-from bench import operators, timing
+from bench.measure import timing
+from bench.subjects import operators
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = operators.kernels_backend(DEVICE)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import segvit_kernels
-from bench import operators, timing
+from bench.measure import timing
+from bench.subjects import operators
 from segvit import SegViT, SegViTConfig, SegViTLoss
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -56,6 +56,15 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("names", "", "ground library ops layers"),
         Floor("entrances", "__main__", "ground library names"),
     ],
+    "bench": [
+        Floor("measure", "measure"),
+        Floor("simulator", "simulator"),
+        Floor("subjects", "subjects", "measure"),
+        Floor("report", "report", "measure subjects"),
+        Floor("suites", "suites", "measure simulator subjects"),
+        Floor("entrances", "__main__ test_kernels test_model", "measure subjects report suites"),
+        Floor("names", ""),
+    ],
 }
 
 

@@ -74,7 +74,8 @@ def compile_nothing() -> None:
 
 def pass_for_right() -> None:
     """What no kernel computed is wrong; the rows still say so, in ``reason``."""
-    from bench import model, operators
+    from bench.subjects import operators
+    from bench.suites import model
 
     def right(rows: list[dict]) -> list[dict]:
         good = {"failed": "ok", "invalid": "ok"}
@@ -115,9 +116,10 @@ def main() -> int:
     import torch._dynamo  # before torch.cuda is not what it was
 
     import bench.__main__
-    from bench import gpu, timing
+    from bench.measure import peaks
+    from bench.suites import gpu
 
-    torch._dynamo.reset = timing.gc.collect = lambda: None  # seconds each, for nothing here
+    torch._dynamo.reset = peaks.gc.collect = lambda: None  # seconds each, for nothing here
 
     gpu.COMMAND = (sys.executable, str(Path(__file__).resolve()))
     with tempfile.TemporaryDirectory() as folder, pretended(there):

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cpu, everything, flops, gpu, operators, report, scaling
+from bench import report
 from bench.__main__ import main
+from bench.subjects import counts, operators
+from bench.subjects.published import MODELS
+from bench.suites import cpu, everything, flops, gpu, scaling
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = [(name, mode) for name, op in operators.by_name().items() for mode in op.modes]
@@ -205,11 +208,11 @@ def test_counters_agree(shrunk):
     torch.manual_seed(0)
     model = SegViT(SegViTConfig.preset("vit_tiny", 7, **sizes, **options)).eval().requires_grad_(False)
     images = torch.zeros(1, 3, 64, 64)
-    with flops.plain_operators():
-        eager, _ = flops.count_fvcore(flops.EagerForm(model), images)
-    form = flops.FusedForm(model)
-    fused, _ = flops.count_fvcore(form, images)
-    assert flops.count_torch(form.to("meta"), images.to("meta")) == pytest.approx(
+    with counts.plain_operators():
+        eager, _ = counts.count_fvcore(counts.EagerForm(model), images)
+    form = counts.FusedForm(model)
+    fused, _ = counts.count_fvcore(form, images)
+    assert counts.count_torch(form.to("meta"), images.to("meta")) == pytest.approx(
         sum(fused.values()), rel=1e-3
     )
     assert eager["conv"] == fused["conv"]
@@ -223,7 +226,7 @@ def test_counters_agree(shrunk):
 def test_kept_counts_are_the_papers():
     """What bench/results keeps, and what today's code counts for the smallest of these models."""
     kept = json.loads((ROOT / "bench/results/flops.json").read_text())["models"]
-    assert [row["model"] for row in kept] == [model.name for model in flops.MODELS]
+    assert [row["model"] for row in kept] == [model.name for model in MODELS]
     for row in kept:
         assert row["eager"]["fvcore"] / 1e9 == pytest.approx(row["paper_gflops"], abs=0.1)
         assert row["fused"]["torch"] == pytest.approx(row["fused"]["fvcore"], rel=1e-3)

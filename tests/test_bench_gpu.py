@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cache, gpu, operators, report, targets, timing, tune
+from bench import report
 from bench.__main__ import main
-from bench.gpu import sanitizer
+from bench.measure import timing
+from bench.report import targets
+from bench.subjects import operators, parameters
+from bench.suites import cache, gpu, tune
+from bench.suites.gpu import sanitizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
@@ -103,39 +107,42 @@ ELSEWHERE = "runs in other tests"
 NO_GPU = "a machine without a GPU"
 FULL_SIZE = "the smoke run has one size; runs in other tests"
 LEFT_OUT = {
-    "bench/gpu.py": {
+    "bench/suites/gpu.py": {
         "_context": NO_GPU,
         "_timing_groups": FULL_SIZE,
         "odd": FULL_SIZE,
         "launches": "bench precompile",
         **dict.fromkeys(("Compiled._count", "_lost", "work", "_log", "_Section"), ELSEWHERE),
     },
-    "bench/tune.py": {
+    "bench/suites/tune.py": {
         **dict.fromkeys(("Space.candidates", "dumps", "pin", "_begin", "main"), "bench tune"),
-        **dict.fromkeys(("ranked", "_best", "load_changes"), "bench tune and bench simulate"),
-        **dict.fromkeys(("load", "load.fail", "_check_changes", "choose", "_case"), ELSEWHERE),
+        **dict.fromkeys(("ranked", "_best"), "bench tune and bench simulate"),
+        **dict.fromkeys(("load", "load.fail", "choose", "_case"), ELSEWHERE),
         "_sampler": "a machine without a GPU, and wrong results",
         "launch": "bench precompile",
         "compare": "what is pinned does not run",
     },
-    "bench/operators/__init__.py": {
+    "bench/subjects/operators/__init__.py": {"check_peers": "bench kernels"},
+    "bench/subjects/operators/base.py": {
         **dict.fromkeys(("truth_and_ordinary", "checked", "_cannot", "floor"), ELSEWHERE),
         "kernels_backend": "bench scaling",
-        "check_peers": "bench kernels",
     },
-    "bench/operators/atm.py": {"check_cases": FULL_SIZE, "_used": ELSEWHERE, "launch": ELSEWHERE},
-    "bench/operators/attention.py": {"_xformers": "not installed", "peers": NO_GPU},
-    "bench/operators/mask_loss.py": {"check_cases": FULL_SIZE, "pair_losses": "masks are timed at full size"},
-    "bench/operators/mask_matching.py": {
+    "bench/subjects/operators/atm.py": {"check_cases": FULL_SIZE, "_used": ELSEWHERE, "launch": ELSEWHERE},
+    "bench/subjects/operators/attention.py": {"_xformers": "not installed", "peers": NO_GPU},
+    "bench/subjects/operators/mask_loss.py": {
+        "check_cases": FULL_SIZE,
+        "pair_losses": "masks are timed at full size",
+    },
+    "bench/subjects/operators/mask_matching.py": {
         "check_cases": FULL_SIZE,
         "products": "labels are timed at full size",
     },
-    "bench/operators/query_attention.py": {"check_cases": FULL_SIZE},
-    "bench/operators/semantic_argmax.py": {
+    "bench/subjects/operators/query_attention.py": {"check_cases": FULL_SIZE},
+    "bench/subjects/operators/semantic_argmax.py": {
         "check_cases": FULL_SIZE,
         **dict.fromkeys(("Case.pixels", "plain"), "views are timed at full size"),
     },
-    "bench/operators/subsample_norm.py": {"check_cases": FULL_SIZE},
+    "bench/subjects/operators/subsample_norm.py": {"check_cases": FULL_SIZE},
 }
 LINES_LEFT_OUT = {
     "return",  # a mode that no peer of the kind has
@@ -230,8 +237,8 @@ def test_candidates_are_of_cases_and_entries_that_are_and_differ_from_these():
         case = tune._case(op, candidate, False)
         assert case.batch == 16 and all(getattr(case, k) == v for k, v in candidate["sizes"].items())
         for place, changes in candidate["changes"].items():
-            pinned = tune.entry(configs, place.split())
-            assert tune.changed(pinned, changes) != pinned, candidate["name"]
+            pinned = parameters.entry(configs, place.split())
+            assert parameters.changed(pinned, changes) != pinned, candidate["name"]
         assert candidate["changes"] or candidate["arguments"]
 
 
@@ -436,7 +443,7 @@ def test_a_candidate_replaces_and_takes_away():
     configs = pinned("sm_90")
     before = json.dumps(configs)
     changes = {"mask_loss_fwd": {"maxnreg": None, "programs": 3}, "atm_fwd half 32": {"block_n": 16}}
-    with tune.applied({"changes": changes}, configs):
+    with parameters.applied({"changes": changes}, configs):
         assert "maxnreg" not in configs["mask_loss_fwd"] and configs["mask_loss_fwd"]["programs"] == 3
         assert configs["atm_fwd"]["half"]["32"]["block_n"] == 16
     assert json.dumps(configs) == before

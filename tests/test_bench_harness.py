@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cpu, figures, kernels, operators, report, scaling, static, timing, tune
+from bench import report
 from bench.__main__ import main
-from bench.operators import atm
+from bench.measure import peaks, timing
+from bench.report import figures
+from bench.report.tables import kernels as tables
+from bench.simulator.machine import MULTIPROCESSORS
+from bench.subjects import operators, parameters
+from bench.subjects.operators import atm, comparison
+from bench.suites import cpu, kernels, scaling, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,14 +166,14 @@ def check_row(**changes) -> dict:
 
 def test_speeds_and_targets_of_a_proved_operator():
     result = assembled([check_row()])
-    assert kernels.schema_problem(result) is None and result["correct"]
+    assert tables.schema_problem(result) is None and result["correct"]
     fused = result["timings"][0]
     # 64.9 MB of minimal traffic at 4 TB/s; exponentials and products need less.
     width, tokens = 16 * 32, 2 * 150 + 2 * 1600
     floor = 16 * (tokens * width + 150 * 1600) * 2 / 4e12
     assert fused["floor_s"] == pytest.approx(floor) and result["costs"][0]["bound_by"] == "bytes"
     assert fused["share_of_floor"] == pytest.approx(floor / 20e-6)
-    found = {e["target"].name: e for e in kernels.targets(result, "atm")}
+    found = {e["target"].name: e for e in comparison.targets(result, atm.OPERATOR)}
     eager = found["forward against plain PyTorch"]
     assert eager["measured"] == pytest.approx(15) and eager["met"]  # the faster of eager and reference
     memory = found["training memory against plain PyTorch"]
@@ -194,7 +200,7 @@ def test_speeds_are_refused_without_proof(checks):
     assert result["correct"] == any(c["status"] == "ok" for c in checks if len(checks) == 1)
     text = report.document(result, "x")
     assert "20 µs" not in text and "invalid" in text
-    assert all(e["met"] is None for e in kernels.targets(result, "atm"))
+    assert all(e["met"] is None for e in comparison.targets(result, atm.OPERATOR))
 
 
 # ------------------------------------------------------------------------------ planted bugs
@@ -340,7 +346,7 @@ def test_cpu_peaks_see_what_a_call_holds():
         return scratch[: 2**20] + 1
 
     # And a few bytes for the scalar operand.
-    assert timing.allocator_peak(call) == pytest.approx(4 * (2**22 + 2**20), abs=64)
+    assert peaks.allocator_peak(call) == pytest.approx(4 * (2**22 + 2**20), abs=64)
 
 
 def test_poison_is_taken_back():
@@ -514,24 +520,24 @@ def test_candidates_begin_with_what_is_pinned_and_reach_every_launch():
     configs, shape = pinned("sm_90"), (16, 1600, 1600, 16, 32)
     (space, *_) = tune.SPACES["query_attention"]
     before = copy.deepcopy(configs)
-    first, second, *_ = space.candidates(tune.entry(configs, space.path))
-    assert first == tune.entry(configs, space.path) != second
-    with tune.replaced(configs, space.path, second | {"block_m": 64}):
+    first, second, *_ = space.candidates(parameters.entry(configs, space.path))
+    assert first == parameters.entry(configs, space.path) != second
+    with parameters.replaced(configs, space.path, second | {"block_m": 64}):
         derived = query_attention._fwd_config(shape, torch.bfloat16, "sm_90")
         assert derived["block_m"] == 64
     assert configs == before
 
 
 def test_pinned_files_keep_their_form(tmp_path):
-    for path in tune.CONFIGS.glob("*.json"):
+    for path in parameters.CONFIGS.glob("*.json"):
         text = path.read_text()
         assert tune.dumps(json.loads(text)) + "\n" == text, path.name
         for spaces in tune.SPACES.values():
             for space in spaces:
-                pinned = tune.entry(json.loads(text), space.path)
+                pinned = parameters.entry(json.loads(text), space.path)
                 assert set(space.values) - {"maxnreg", "tiles"} <= set(pinned)
     copied = tmp_path / "sm_90.json"
-    copied.write_text((tune.CONFIGS / "sm_90.json").read_text())
+    copied.write_text((parameters.CONFIGS / "sm_90.json").read_text())
     old = json.loads(copied.read_text())
     tune.pin(copied, ("atm_fwd", "half", "32"), {"tiles": 1}, {"gpu": "G", "torch": "2", "threads": 2})
     new = json.loads(copied.read_text())
@@ -552,4 +558,4 @@ def test_pinned_files_keep_their_form(tmp_path):
     ],
 )
 def test_how_many_programs_fit_a_multiprocessor(warps, registers, shared, programs):
-    assert static.MULTIPROCESSORS["sm_90"].fitting(warps, registers, shared) == programs
+    assert MULTIPROCESSORS["sm_90"].fitting(warps, registers, shared) == programs

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from bench import __main__ as command
-from bench import environment, host, report
+from bench import report
+from bench.measure import environment
+from bench.suites import host
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import decoders, flops, memory, model, peers, subjects
+from bench.report.tables import memory as memory_tables
+from bench.report.tables import model as model_tables
+from bench.subjects import decoders, models, peers
+from bench.subjects.published import BY_FORMULA, DECODER_GFLOPS, MODELS, TINY
+from bench.suites import memory, model
 from segvit import SegViTConfig
 from segvit_kernels import modules
 
 CPU = torch.device("cpu")
-TINY = model.TINY
 WIDTH, DEPTH, HEADS = 192, 12, 3
 GRID = TINY.size // 16
 TOKENS, CLASSES, PIXELS = GRID**2, TINY.classes, TINY.size**2
@@ -31,8 +34,8 @@ def no_processes(monkeypatch):
 
 @pytest.fixture
 def only_segvit(monkeypatch):
-    found = subjects.on_one_backbone()[:4]
-    monkeypatch.setattr(subjects, "on_one_backbone", lambda: found)
+    found = models.on_one_backbone()[:4]
+    monkeypatch.setattr(models, "on_one_backbone", lambda: found)
 
 
 def run(**options) -> dict:
@@ -107,29 +110,29 @@ HEAD_MACS = {
 
 @pytest.mark.parametrize("name", decoders.NAMES)
 def test_macs_of_the_heads(name):
-    (subject,) = (s for s in subjects.on_one_backbone() if s.name == name)
-    counted, parameters = subjects.macs(subject, TINY)
+    (subject,) = (s for s in models.on_one_backbone() if s.name == name)
+    counted, parameters = models.macs(subject, TINY)
     backbone = 3 * 16**2 * WIDTH * TOKENS + DEPTH * block(TOKENS)
     # Fusing at one size resizes nothing there; those upsamplings still run and still count.
     assert counted - backbone == pytest.approx(HEAD_MACS[name], rel=1e-9)
-    built = subjects.build(subject, TINY, CPU)
+    built = models.build(subject, TINY, CPU)
     assert parameters == sum(p.numel() for p in built.parameters())
 
 
 def test_counts_are_those_that_papers_print():
     """SegViT's tables; DPT there has a readout token, which this backbone does not run."""
-    spec = next(m for m in flops.MODELS if m.name == "vit_b_ade20k_512")
-    found = {s.name: s for s in subjects.on_one_backbone()}
+    spec = next(m for m in MODELS if m.name == "vit_b_ade20k_512")
+    found = {s.name: s for s in models.on_one_backbone()}
     for name, tolerance in (
-        ("SegViT" + subjects.BY_FORMULA, 1e-3),
-        ("Shrunk SegViT" + subjects.BY_FORMULA, 1e-3),
+        ("SegViT" + BY_FORMULA, 1e-3),
+        ("Shrunk SegViT" + BY_FORMULA, 1e-3),
         ("SETR-naive", 2e-3),
         ("SETR-MLA", 1e-3),
         ("Segmenter", 2e-3),
         ("DPT", 3e-2),
     ):
-        printed = decoders.PUBLISHED[name.removesuffix(subjects.BY_FORMULA), "vit_base", 512]
-        assert subjects.macs(found[name], spec)[0] / 1e9 == pytest.approx(float(printed), rel=tolerance), name
+        printed = DECODER_GFLOPS[name.removesuffix(BY_FORMULA), "vit_base", 512]
+        assert models.macs(found[name], spec)[0] / 1e9 == pytest.approx(float(printed), rel=tolerance), name
 
 
 @pytest.mark.parametrize("name", decoders.NAMES)
@@ -154,18 +157,18 @@ def test_scores_and_gradients_of_the_heads(name, size):
 
 def test_label_maps_have_something_in_them():
     """With initial weights one class wins everywhere, and no two label maps would differ."""
-    for build in (subjects.segvit, subjects.shrunk):
-        subject = dataclasses.replace(subjects.PUBLISHED, build=build)
-        built = subjects.build(subject, TINY, CPU)
+    for build in (models.segvit, models.shrunk):
+        subject = dataclasses.replace(models.PUBLISHED, build=build)
+        built = models.build(subject, TINY, CPU)
         with torch.inference_mode():
-            labels = subjects.published_labels(built, subjects.inputs(TINY, 1, CPU)[0])
+            labels = models.published_labels(built, models.inputs(TINY, 1, CPU)[0])
         assert labels.flatten().bincount().sort().values[-2] > 0.05 * labels.numel()
 
 
 def test_every_table(no_processes):
     result = run(dtypes=("bfloat16",), sections=("ways", "decoders"))
     result["rows"] = [row for row in result["rows"] if "engine" not in row["way"]]  # has tests of its own
-    assert not result["measurement"] and model.sound(result)
+    assert not result["measurement"] and model_tables.sound(result)
     ways = by_name(result, table="ways", dtype="bfloat16")
     assert {"published", "published, SDPA", "eager", "fused"} <= set(ways)
     for row in result["rows"]:
@@ -176,12 +179,10 @@ def test_every_table(no_processes):
     (base,) = (r for r in result["rows"] if r["table"] == "ways" and r["dtype"] == "float32")
     assert base["way"] == "published" and base["agreement"] == 1.0
     trained = by_name(result, table="decoders", mode="training")
-    assert set(trained) == {s.name for s in subjects.on_one_backbone()}
-    assert trained["SegViT"]["loss"] == pytest.approx(
-        trained["SegViT" + subjects.BY_FORMULA]["loss"], rel=2e-2
-    )
+    assert set(trained) == {s.name for s in models.on_one_backbone()}
+    assert trained["SegViT"]["loss"] == pytest.approx(trained["SegViT" + BY_FORMULA]["loss"], rel=2e-2)
 
-    tables = model.tables(result)
+    tables = model_tables.tables(result)
     ratio = f"{base['median_s'] / ways['fused']['median_s']:.2f}×"
     assert any("| fused |" in line and ratio in line for line in tables["models"].splitlines())
     (segmenter,) = (line for line in tables["decoders"].splitlines() if "Segmenter" in line)
@@ -190,10 +191,10 @@ def test_every_table(no_processes):
 
 def test_models_of_libraries(monkeypatch, no_processes):
     """All but Mask2Former, whose least backbone takes its time."""
-    found = [s for s in subjects.libraries() if "Mask2Former" not in s.name]
-    monkeypatch.setattr(subjects, "libraries", lambda compiled: found)
+    found = [s for s in models.libraries() if "Mask2Former" not in s.name]
+    monkeypatch.setattr(models, "libraries", lambda compiled: found)
     result = run(sections=("libraries",))
-    assert [r["way"] for r in result["rows"]] == [s.name for s in found] and model.sound(result)
+    assert [r["way"] for r in result["rows"]] == [s.name for s in found] and model_tables.sound(result)
     for row in result["rows"]:
         if row["status"] == "skipped":
             assert row["reason"].partition(":")[0] in ("transformers", "segmentation_models_pytorch")
@@ -214,7 +215,7 @@ def test_the_quick_selection_says_what_it_leaves_out(monkeypatch, no_processes):
 def test_decoders_of_published_sizes_stand_beside_the_papers_counts():
     row = {"table": "decoders", "model": "vit_b_ade20k_512", "batch": 1, "dtype": "float32", "status": "ok"}
     row |= {"mode": "inference", "macs": 129.46e9, "parameters": 1, "median_s": 0.5, "way": "Segmenter"}
-    (line,) = (x for x in model.tables({"rows": [row]})["decoders"].splitlines() if "Segmenter" in x)
+    (line,) = (x for x in model_tables.tables({"rows": [row]})["decoders"].splitlines() if "Segmenter" in x)
     assert line.startswith("| Segmenter | 129.5 | 129.6 |") and "| 500 ms | 2.00 |" in line
 
 
@@ -237,8 +238,8 @@ def test_a_wrong_kernel_is_refused(monkeypatch, no_processes, only_segvit):
         assert "labels as published" in rows[name]["reason"]
     step = by_name(result, table="decoders", mode="training")
     assert step["SegViT"]["status"] == "invalid" and step["Shrunk SegViT"]["status"] == "ok"
-    assert not model.sound(result)
-    (line,) = (x for x in model.tables(result)["models"].splitlines() if "| fused |" in x)
+    assert not model_tables.sound(result)
+    (line,) = (x for x in model_tables.tables(result)["models"].splitlines() if "| fused |" in x)
     assert "invalid" in line and " ms" not in line
 
 
@@ -261,14 +262,14 @@ def test_a_step_without_its_reference_is_refused(monkeypatch, no_processes):
     def failing(*_):
         raise torch.OutOfMemoryError("no room")
 
-    found = subjects.on_one_backbone()[:2]
+    found = models.on_one_backbone()[:2]
     found[0] = dataclasses.replace(found[0], loss=failing)
-    monkeypatch.setattr(subjects, "on_one_backbone", lambda: found)
+    monkeypatch.setattr(models, "on_one_backbone", lambda: found)
     result = run(sections=("decoders",))
     step = by_name(result, mode="training")
-    assert step["SegViT" + subjects.BY_FORMULA]["status"] == "failed"
+    assert step["SegViT" + BY_FORMULA]["status"] == "failed"
     assert step["SegViT"]["status"] == "invalid" and "to compare with" in step["SegViT"]["reason"]
-    (line,) = (x for x in model.tables(result)["decoders"].splitlines() if x.startswith("| SegViT |"))
+    (line,) = (x for x in model_tables.tables(result)["decoders"].splitlines() if x.startswith("| SegViT |"))
     assert "invalid" in line
 
 
@@ -278,16 +279,16 @@ def test_labels_that_are_none_are_refused(monkeypatch, no_processes, wrong):
         size = images.shape[-1] // (2 if wrong == "shape" else 1)
         return torch.full((len(images), size, size), CLASSES if wrong == "classes" else 0)
 
-    subject = next(s for s in subjects.on_one_backbone() if s.name == "linear")
-    monkeypatch.setattr(subjects, "on_one_backbone", lambda: [dataclasses.replace(subject, labels=labels)])
-    monkeypatch.setattr(subjects, "macs", lambda *_: (1.0, 1))
+    subject = next(s for s in models.on_one_backbone() if s.name == "linear")
+    monkeypatch.setattr(models, "on_one_backbone", lambda: [dataclasses.replace(subject, labels=labels)])
+    monkeypatch.setattr(models, "macs", lambda *_: (1.0, 1))
     row = by_name(run(sections=("decoders",)), mode="inference")["linear"]
     assert row["status"] == "invalid" and "expected (1, 64, 64)" in row["reason"]
 
 
 def test_low_precision_may_differ_twice_as_much_as_the_reference(monkeypatch):
     """The bound moves with the reference's own error in that dtype, and no further."""
-    images = subjects.inputs(TINY, 1, CPU)[0]
+    images = models.inputs(TINY, 1, CPU)[0]
     maps = {"float32": torch.zeros(1, 64, 64), "bfloat16": torch.zeros(1, 64, 64)}
     maps["bfloat16"].view(-1)[:40] = 1
     checks = model.Checks(TINY, CPU)
@@ -300,7 +301,7 @@ def test_low_precision_may_differ_twice_as_much_as_the_reference(monkeypatch):
     ):
         labels = torch.zeros(1, 64, 64)
         labels.view(-1)[-differing:] = 1
-        row = checks.inference(subjects.FUSED, lambda labels=labels: labels, images, dtype)
+        row = checks.inference(models.FUSED, lambda labels=labels: labels, images, dtype)
         assert row["status"] == status, (differing, dtype)
         assert row["agreement"] == pytest.approx(1 - differing / 4096)
 
@@ -318,11 +319,11 @@ def test_missing_libraries_are_skipped_with_the_reason(monkeypatch, no_processes
 
     monkeypatch.setattr(peers.importlib, "import_module", without)
     result = run(sections=("libraries",))
-    assert {r["status"] for r in result["rows"]} == {"skipped"} and model.sound(result)
+    assert {r["status"] for r in result["rows"]} == {"skipped"} and model_tables.sound(result)
     reasons = {r["way"]: r["reason"] for r in result["rows"]}
     assert reasons["EoMT"] == "transformers: No module named 'transformers'"
     assert "segmentation_models_pytorch" in reasons["DPT, smp"]
-    assert "skipped: transformers: No module named" in model.tables(result)["models"]
+    assert "skipped: transformers: No module named" in model_tables.tables(result)["models"]
 
 
 def test_nothing_begins_after_the_budget(no_processes, only_segvit):
@@ -334,13 +335,13 @@ def test_a_peer_that_fails_does_not_stop_the_others(monkeypatch, no_processes):
     def broken(spec):
         raise RuntimeError("out of\nmemory")
 
-    linear = next(s for s in subjects.on_one_backbone() if s.name == "linear")
+    linear = next(s for s in models.on_one_backbone() if s.name == "linear")
     found = [dataclasses.replace(linear, name="broken", build=broken), linear]
-    monkeypatch.setattr(subjects, "on_one_backbone", lambda: found)
+    monkeypatch.setattr(models, "on_one_backbone", lambda: found)
     result = run(sections=("decoders",))
     rows = by_name(result, mode="inference")
     assert rows["broken"]["status"] == "failed" and rows["linear"]["status"] == "ok"
-    assert rows["broken"]["reason"] == "RuntimeError: out of memory" and model.sound(result)
+    assert rows["broken"]["reason"] == "RuntimeError: out of memory" and model_tables.sound(result)
 
 
 # ------------------------------------------------------------------------------ memory
@@ -360,11 +361,11 @@ def test_peaks_of_a_tiny_model():
 def test_a_dead_process_fails_what_it_had_left(monkeypatch):
     out = '{"name": "published", "status": "ok", "extra_bytes": 5}\n'
     done = subprocess.CompletedProcess([], 137, stdout=out, stderr="first\nKilled\n")
-    monkeypatch.setattr(memory.environment, "memory_process", lambda *_: done)
+    monkeypatch.setattr(memory.peaks, "memory_process", lambda *_: done)
     rows = list(memory.rows("forms", ("published", "fused"), TINY, "training", 1, "float32", CPU))
     assert rows[0]["extra_bytes"] == 5
     assert rows[1] == {"name": "fused", "status": "failed", "reason": "exit code 137: Killed"}
-    assert not memory.sound({"rows": rows})
+    assert not memory_tables.sound({"rows": rows})
 
 
 def test_memory_table():
@@ -375,7 +376,7 @@ def test_memory_table():
         {**key, "mode": "training", "name": "published", "status": "failed", "reason": "out of memory"},
         {**key, "mode": "training", "name": "fused", "extra_bytes": 3e9},
     ]
-    line = memory.tables({"rows": rows})["models"].splitlines()[-1]
+    line = memory_tables.tables({"rows": rows})["models"].splitlines()[-1]
     assert line == "| m, batch 2, float32 | 400.0 MB | 100.0 MB | 25 % | failed | 3.00 GB | – |"
 
 
@@ -404,4 +405,4 @@ def test_kept_results_still_give_their_table():
     import json
 
     for path in (Path(model.__file__).parent / "results").glob("model-*.json"):
-        assert "| fused |" in model.tables(json.loads(path.read_text()))["models"]
+        assert "| fused |" in model_tables.tables(json.loads(path.read_text()))["models"]

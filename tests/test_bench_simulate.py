@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import _capture, environment, report, simulate, tune
+from bench import report
+from bench.measure import environment
 from bench.simulator import calibration
+from bench.suites import _capture, simulate, tune
 from tests.test_simulator import _sass
 
 ROOT = Path(simulate.__file__).resolve().parents[1]
@@ -48,7 +50,9 @@ def captured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(simulate, "capture", capture)
     monkeypatch.setattr(simulate, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(calibration, "rows", lambda folder, progress: [{"name": "known", "status": "ok"}])
+    monkeypatch.setattr(
+        calibration, "rows", lambda folder, describe, progress: [{"name": "known", "status": "ok"}]
+    )
     return asked
 
 
@@ -139,8 +143,8 @@ def test_flash_attention_is_found_in_a_library_or_missed(tmp_path, monkeypatch):
         other = flags.replace("Lb0E", "Lb1E", 1)
         assert not calibration._wanted(flash).search(f"{names[flash.name]}{other}EEvNS_6paramsE".encode())
     monkeypatch.setattr(calibration, "flash_code", lambda folder: {})
-    monkeypatch.setattr(calibration, "_product_row", lambda: {"status": "ok"})
-    first, second, _ = calibration.rows(tmp_path, print)
+    monkeypatch.setattr(calibration, "_product_row", lambda describe: {"status": "ok"})
+    first, second, _ = calibration.rows(tmp_path, dict, print)
     assert first["status"] == second["status"] == "skipped"
     assert "holds no such kernel" in first["reason"]
 
@@ -179,7 +183,7 @@ def test_parameters_lie_at_multiples_of_their_size():
 CAPTURE = """
 import json, sys
 sys.path.insert(0, {root!r})
-from bench import _capture
+from bench.suites import _capture
 _capture._install({stub!r}, "sm_90", 132)
 job = {{"operator": "subsample_norm", "shape": "tiny", "batch": 1, "dtype": "bfloat16", "arch": "sm_90",
        "mode": "forward_backward"}}

@@ -55,7 +55,7 @@ for stream in (7, 8):
     traces.append([[r.name for r in records], {r.stream for r in records} == {stream}, *inputs])
 device = torch.device("cuda", 0)
 with pretended(gpu):
-    from bench import timing
+    from bench.measure import timing
     x = torch.ones(3, device=device).to("cuda")
     graph = timing.capture(lambda: x + 1)
     graph.replay()

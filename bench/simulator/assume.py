@@ -15,7 +15,7 @@ import numpy as np
 def contents(
     launch: dict[str, Any], labels: Sequence[Sequence[int]] | None, decided: bool
 ) -> dict[str, np.ndarray]:
-    """Arrays by argument, for a launch as ``bench/_capture.py`` describes it.
+    """Arrays by argument, for a launch as ``bench/suites/_capture.py`` describes it.
 
     Args:
         launch: the launch.

@@ -234,7 +234,7 @@ def _read(described: dict[str, Any]) -> dict[str, Any]:
 
 
 class Launch:
-    """A captured launch: see ``bench/_capture.py`` for ``described``.
+    """A captured launch: see ``bench/suites/_capture.py`` for ``described``.
 
     Args:
         described: the launch.

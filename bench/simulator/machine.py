@@ -48,7 +48,7 @@ class Machine:
     unit: Multiprocessor = MULTIPROCESSORS["sm_90"]
 
     def rates(self) -> dict[str, float]:
-        """What :func:`bench.operators.floor` divides by: a copy, products as libraries reach them, MUFU."""
+        """What the floors of operators are divided by: a copy, products as libraries reach them, MUFU."""
         exponentials = self.multiprocessors * 16 * self.clock
         return {
             "copy_bytes_per_s": self.memory,

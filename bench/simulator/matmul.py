@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import triton
 import triton.language as tl
+
+from segvit_kernels.triton._launch import Launch
 
 
 @triton.jit
@@ -30,17 +31,11 @@ def _matmul_kernel(
     tl.store(c_ptr + m[:, None] * N + n[None, :], acc.to(c_ptr.dtype.element_ty))
 
 
-def described(size: int) -> dict[str, Any]:
-    """Its launch on square matrices in bfloat16, as ``bench/_capture.py`` describes one."""
-    import torch
-
-    from bench import _capture
-    from segvit_kernels.triton._launch import Launch
-
+def launch(size: int) -> Launch:
+    """Its launch on square matrices in bfloat16."""
     with torch.device("meta"):
         a, b, c = (torch.empty(size, size, dtype=torch.bfloat16) for _ in range(3))
     arguments = {"a_ptr": a, "b_ptr": b, "c_ptr": c, "M": size, "N": size, "K": size}
     constants = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8}
     programs = (size // 128) * (size // 256)
-    options = {"num_warps": 8, "num_stages": 3}
-    return _capture.describe(Launch(_matmul_kernel, programs, arguments, constants, options), "sm_90")
+    return Launch(_matmul_kernel, programs, arguments, constants, {"num_warps": 8, "num_stages": 3})

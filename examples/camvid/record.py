@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from bench import timing
-from bench.environment import describe, isolated
-from bench.flops import count_torch
-from bench.report import size
+from bench.measure import timing
+from bench.measure.environment import describe
+from bench.measure.peaks import isolated, resident_peak
+from bench.measure.text import size
+from bench.subjects.counts import count_torch
 from segvit.config import SegViTConfig
 from segvit.model.heads import load_model
 from segvit.model.linear_head import CrossEntropy, LinearSegmenter
@@ -93,7 +94,7 @@ WORK = {"inference": _inference, "training": _training}
 def peak(kind: str, run: str) -> int | None:
     """Peak memory of one call beyond the weights; in a process of its own."""
     torch.set_num_threads(THREADS)
-    return timing.resident_peak(WORK[kind](load_model(run)))
+    return resident_peak(WORK[kind](load_model(run)))
 
 
 def costs(runs: dict[str, str]) -> None:

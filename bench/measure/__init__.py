@@ -1,0 +1,1 @@
+"""How things are measured: time, memory, the machine and its ceilings, result files."""

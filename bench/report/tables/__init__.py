@@ -1,0 +1,17 @@
+"""Tables of each kind of result: a module has ``tables(result)``, and perhaps ``sound(result)`` and
+``schema_problem(result)``."""
+
+from bench.report.tables import flops, host, inference, kernels, memory, model, scaling, simulate, static
+
+KINDS = {
+    "cpu": kernels,
+    "gpu": kernels,
+    "flops": flops,
+    "host": host,
+    "inference": inference,
+    "memory": memory,
+    "model": model,
+    "scaling": scaling,
+    "simulate": simulate,
+    "static": static,
+}

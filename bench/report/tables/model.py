@@ -1,0 +1,91 @@
+"""Tables of ``bench model``."""
+
+from __future__ import annotations
+
+from bench.measure.text import markdown, seconds, size
+from bench.subjects.published import BY_FORMULA, DECODER_GFLOPS, MODELS, QUICK, TINY
+
+SECTIONS = ("ways", "libraries", "decoders")
+
+
+def sound(result: dict) -> bool:
+    """Whether nothing of ours failed and nothing at all was refused. A peer may fail."""
+    ours = ("fused", "eager", "engine, ", "SegViT", "Shrunk SegViT")
+    for row in result["rows"]:
+        way = row["way"]
+        own = way.startswith(ours) and not way.endswith(BY_FORMULA)
+        if row["status"] == "invalid" or (own and row["status"] == "failed"):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def _key(row: dict) -> tuple:
+    return row["model"], row["batch"], row["dtype"]
+
+
+def _not_measured(row: dict) -> str:
+    return f"{row['status']}: {row['reason']}"
+
+
+def _models(rows: list[dict]) -> str:
+    """Ways to run SegViT and models of libraries, speed against the published formula in float32."""
+    published = {
+        _key(row)[:2]: row["median_s"]
+        for row in reversed(rows)
+        if row["way"] == "published" and row["status"] == "ok" and row["dtype"] == "float32"
+    }
+    lines = []
+    for row in rows:
+        line = ["{}, batch {}, {}".format(*_key(row)), row["way"]]
+        if row["status"] == "ok":
+            base = published.get(_key(row)[:2])
+            line += [seconds(row["median_s"]), f"{row['batch'] / row['median_s']:.2f}"]
+            line.append(f"{base / row['median_s']:.2f}×" if base else "–")
+        else:
+            line += [_not_measured(row), "–", "–"]
+        line.append(f"{100 * row['agreement']:.2f} %" if "agreement" in row else "–")
+        line.append(f"{row['macs'] / 1e9:.1f}" if "macs" in row else "–")
+        line.append(f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else "–")
+        line.append(size(row["extra_bytes"]) if "extra_bytes" in row else "–")
+        lines.append(line)
+    header = ["model", "way", "image to labels", "images/s", "against published, float32"]
+    header += ["labels as published, float32", "GMACs", "parameters", "memory"]
+    return markdown(header, lines)
+
+
+def _decoders(rows: list[dict]) -> str:
+    """One line for each decoder: counts, inference, training step."""
+    lines = []
+    for name in dict.fromkeys(row["way"] for row in rows):
+        found = {row["mode"]: row for row in rows if row["way"] == name}
+        first = next(iter(found.values()))
+        spec = next((m for m in (*MODELS, QUICK, TINY) if m.name == first["model"]), TINY)
+        line = [
+            name,
+            f"{first['macs'] / 1e9:.1f}" if "macs" in first else "–",
+            DECODER_GFLOPS.get((name.removesuffix(BY_FORMULA), spec.preset, spec.size), "–"),
+            f"{first['parameters'] / 1e6:.1f} M" if "parameters" in first else "–",
+        ]
+        for mode in ("inference", "training"):
+            row = found.get(mode, {"status": "–", "reason": ""})
+            if row["status"] == "ok":
+                line += [seconds(row["median_s"]), f"{row['batch'] / row['median_s']:.2f}"]
+            else:
+                line += [_not_measured(row) if row["reason"] else "–", "–"]
+            line.append(size(row["extra_bytes"]) if "extra_bytes" in row else "–")
+        lines.append(line)
+    header = ["decoder", "GMACs", "paper", "parameters", "image to labels", "images/s", "memory"]
+    header += ["training step", "images/s", "memory"]
+    return markdown(header, lines)
+
+
+def tables(result: dict) -> dict[str, str]:
+    """Markdown: ``models`` (ways and libraries) and ``decoders``, where they were measured."""
+    by = {name: [r for r in result["rows"] if r.get("table", "ways") == name] for name in SECTIONS}
+    found = {"models": _models(by["ways"] + by["libraries"])}
+    if by["decoders"]:
+        found["decoders"] = _decoders(by["decoders"])
+    return found

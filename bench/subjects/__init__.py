@@ -1,0 +1,1 @@
+"""What is measured: operators and their peers, whole models, decoders, published counts."""

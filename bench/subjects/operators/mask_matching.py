@@ -1,0 +1,149 @@
+"""The costs of matching every query with every target: peers, checks and costs. Timed are focal, BCE and dice
+together, as Hungarian matching asks for them; there is no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import timing
+from bench.subjects.operators.base import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    budget_row,
+    by_image,
+    compilations,
+    truth_and_ordinary,
+)
+from segvit_kernels import mask_matching_cost, mask_matching_cost_reference
+from segvit_kernels.testing.mask_loss import MaskLossCase
+
+BATCHES = (16, 1, 4)
+SHAPES = (
+    MaskLossCase("mask2former", 1, 100, ((160, 160),), (640, 640), "bool", 20),
+    MaskLossCase("ade_vit_l", 1, 150, ((40, 40),), (640, 640)),
+)
+TINY = MaskLossCase("tiny", 1, 5, ((4, 4),), (24, 20), "bool", 3)
+# Elements (query × target × pixel) that the plain formula may hold of one map.
+MOST = 2**25
+
+
+def _costs(costs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (torch.stack(tuple(costs)),)
+
+
+def _arguments(drawn: dict[str, Any]) -> dict[str, Any]:
+    """Of the operator: labels need the number of classes, masks have theirs."""
+    found = {name: drawn[name] for name in ("mask_logits", "targets")}
+    return found | ({"num_classes": drawn["num_classes"]} if "num_classes" in drawn else {})
+
+
+def products(mask_logits: Tensor, targets: Tensor, num_classes: int | None = None) -> tuple[Tensor, ...]:
+    """The costs as matchers compute them: maps at full size, and one product with the targets for each."""
+    pixels = targets.shape[-2] * targets.shape[-1]
+    if targets.ndim == 3:
+        targets = targets[:, None] == torch.arange(num_classes, device=targets.device)[:, None, None]
+    t = targets.flatten(2).to(mask_logits.dtype)
+    x = F.interpolate(mask_logits, size=targets.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
+    p, inside, outside = x.sigmoid(), F.softplus(-x), F.softplus(x)
+    positive, negative = 0.25 * (1 - p) ** 2 * inside, 0.75 * p**2 * outside
+    focal = (positive @ t.mT + negative @ (1 - t).mT) / pixels
+    bce = (inside @ t.mT + outside @ (1 - t).mT) / pixels
+    dice = 1 - (2 * p @ t.mT + 1) / (p.sum(2)[..., None] + t.sum(2)[:, None] + 1)
+    return focal, bce, dice
+
+
+def peers(backend: str) -> list[Peer]:
+    def ours(name: str) -> Peer:
+        what = f"mask_matching_cost, backend {name}"
+        return Peer(
+            name,
+            what,
+            lambda x: _costs(mask_matching_cost(**_arguments(x), backend=name)),
+            modes=("forward",),
+        )
+
+    what = "maps at full size, products with the targets"
+    return [
+        replace(ours(backend), name="fused"),
+        *([ours("eager")] if backend != "eager" else []),
+        Peer("plain", what, lambda x: _costs(products(**_arguments(x))), modes=("forward",)),
+        *compilations(
+            products,
+            f"torch.compile: {what}",
+            call=lambda f, x: _costs(f(**_arguments(x))),
+            modes=("forward",),
+            dynamic=False,
+        ),
+    ]
+
+
+def inputs(case: MaskLossCase, dtype: torch.dtype, device: torch.device) -> tuple[dict, tuple]:
+    return case.inputs(dtype, device, seed=torch.randint(2**31, (1,)).item()), ()
+
+
+def costs(case: MaskLossCase, itemsize: int, mode: str) -> list[Cost]:
+    pixels, count = case.batch * case.size[0] * case.size[1], case.num_targets or case.queries
+    ((h, w),) = case.grids
+    read = case.batch * case.queries * h * w * itemsize + pixels * (8 if case.targets == "labels" else count)
+    written = 3 * case.batch * case.queries * count * 4
+    # Of every query and pixel an exponential and a logarithm; three products with the targets.
+    return [Cost(read + written, 6 * pixels * case.queries * count, 2 * pixels * case.queries)]
+
+
+def check_cases(tiny: bool) -> list[tuple[str, MaskLossCase]]:
+    if tiny:
+        labels = replace(TINY, name="tiny_labels", queries=4, targets="labels", num_targets=None)
+        return [
+            ("values", TINY),
+            ("values", labels),
+            ("values", replace(TINY, name="tiny_soft", targets="soft")),
+        ]
+    labels = MaskLossCase("labels", 3, 150, ((40, 40),), (160, 160))
+    soft = MaskLossCase("odd_soft", 2, 109, ((7, 5),), (101, 37), "soft", 41)
+    main, *others = SHAPES
+    checks = [("values", replace(main, batch=2)), ("values", labels), ("values", soft)]
+    odd = MaskLossCase("odd", 3, 19, ((9, 4),), (33, 47))
+    few = MaskLossCase("odd_bool", 1, 1, ((5, 5),), (64, 64), "bool", 1)
+    checks += [("values", odd), ("values", few), ("repeat", replace(main, batch=2))]
+    return checks + [("values", replace(case, batch=b)) for case in (main, *others) for b in BATCHES]
+
+
+def draw(check: Check, device: torch.device) -> dict[str, Any]:
+    return inputs(check.case, getattr(torch, check.dtype), device)[0]
+
+
+def launch(check: Check, drawn: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    with timing.poisoned():
+        return mask_matching_cost(**_arguments(drawn), backend=backend)._asdict()
+
+
+def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
+    case, arguments = check.case, _arguments(drawn)
+    held = (case.num_targets or case.queries) * case.size[0] * case.size[1]
+
+    def expected(dtype: torch.dtype) -> dict[str, Tensor]:
+        def one(cut: Any) -> dict[str, Tensor]:
+            own = {**arguments, "targets": cut(arguments["targets"])}
+            logits = cut(arguments["mask_logits"]).to(dtype).split(max(1, MOST // held), 1)
+            found = [mask_matching_cost_reference(**{**own, "mask_logits": part}) for part in logits]
+            return {n: torch.cat([getattr(f, n) for f in found], 1) for n in results}
+
+        return by_image(case.batch, one)
+
+    truth, ordinary = truth_and_ordinary(expected, getattr(torch, check.dtype))
+    return [budget_row(n, v, truth[n], ordinary[n].to(v.dtype)) for n, v in results.items()]
+
+
+OPERATOR = Operator.of(
+    globals(),
+    name="mask_matching",
+    cpu_shapes=(("ade_vit_l", 1),),
+    modes=("forward",),
+)
