@@ -19,7 +19,7 @@ from bench.simulator import calibration
 from bench.suites import _capture, simulate, tune
 from tests.test_simulator import _sass
 
-ROOT = Path(simulate.__file__).resolve().parents[1]
+ROOT = environment.ROOT
 
 
 def _described(exponentials: int, registers: int = 32) -> dict:
