@@ -27,8 +27,10 @@ X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
-# For these sources alone, where the compiler knows it (GCC 12, Clang 14).
-FP16, FP16_SOURCES = [*X86["avx512"], "-mavx512bf16", "-mavx512fp16"], ("linear_kernels",)
+# For these sources alone, where the compiler knows them (GCC 12, Clang 14).
+FP16 = [*X86["avx512"], "-mavx512bf16", "-mavx512fp16"]
+AMX = [*FP16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+SPECIAL = {"linear_kernels": ("avx512_fp16", FP16), "linear_amx_kernels": ("amx", AMX)}
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = "75;80;90a"
@@ -109,7 +111,7 @@ def _plan(
     def sources_in(folder: str, pattern: str) -> list[Path]:
         left_out = set(OPERATORS) - set(chosen)
         found = sorted((HERE / folder).glob(pattern))
-        return [p for p in found if p.stem.removesuffix("_kernels") not in left_out]
+        return [p for p in found if p.stem.removesuffix("_kernels").removesuffix("_amx") not in left_out]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
     library = HERE / "library.cpp"
@@ -122,13 +124,17 @@ def _plan(
         ]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    fp16 = {"avx512_fp16": FP16} if x86 and _compiles(cxx[0], FP16) else {}
-    cxx += ["-DSEGVIT_AVX512_FP16"] if fp16 else []
+    known = {isa for isa, flags in SPECIAL.values() if x86 and _compiles(cxx[0], flags)}
+    if platform.system() != "Linux":
+        known.discard("amx")  # which asks the kernel for permission
+    cxx += [f"-DSEGVIT_{isa.upper()}" for isa in sorted(known)]
     plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
     for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):
-            every = X86 if x86 else {"portable": []}
-            for isa, flags in (fp16 if source.stem in FP16_SOURCES else every).items():
+            every = list(X86.items()) if x86 else [("portable", [])]
+            if source.stem in SPECIAL:
+                every = [SPECIAL[source.stem]] if SPECIAL[source.stem][0] in known else []
+            for isa, flags in every:
                 command = [*cxx, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
                 name = f"{source.stem}_{isa}.o"
                 plan.append((source, name, [*command, f"-DSEGVIT_ISA={isa}", "-c", str(source)]))

@@ -142,6 +142,11 @@ def why_not(name: str, device: torch.device | str) -> str | None:
     return f"no Triton kernels for {device.type} tensors: use eager"
 
 
+def runs_isa(isa: str) -> bool:
+    """Whether the native CPU kernels in use are those of an instruction set or of a greater one."""
+    return _native.runs_isa(isa)
+
+
 def torch_has_amx() -> bool:
     """Whether PyTorch multiplies bfloat16 on matrix units (AMX), where ``SEGVIT_KERNELS_ISA`` asks for no
     lesser instruction set."""

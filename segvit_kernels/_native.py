@@ -143,13 +143,19 @@ def _qualified(name: str, operator: str, device: torch.device) -> str:
     return f"{'segvit_emulated' if emulated else 'segvit_native'}::{operator}"
 
 
+def runs_isa(isa: str) -> bool:
+    """Whether the CPU kernels in use are those of an instruction set or of a greater one."""
+    found = library()
+    return found.reason is None and isa in found.isas[: found.isas.index(found.isa) + 1]
+
+
 def why_not_operator(name: str, operator: str, device: torch.device, isa: str | None) -> str | None:
     """Why a loaded library cannot run one operator: it may be older than this package, or built in part, or
     the operator's CPU code is for processors with ``isa`` alone."""
     key = device.type.upper()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(_qualified(name, operator, device), key):
         return f"the native library has no {operator} for {device.type} tensors: {BUILD}"
-    if name == "cpu" and isa not in (None, library().isa):
+    if name == "cpu" and isa is not None and not runs_isa(isa):
         return f"{operator} needs {isa}; the CPU code in use is {library().isa}"
     return None
 

@@ -702,9 +702,25 @@ class PackedLinear(nn.Linear):
         self.training = module.training
         self.packed = Folded([module.weight], pack_weight(module.weight))
 
-    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
-        """(..., in_features) -> (..., out_features), through the exact GELU if asked for."""
-        return linear(input, self.weight, self.bias, packed=self.packed.get([self.weight]), gelu=gelu)
+    def forward(
+        self,
+        input: Tensor,
+        gelu: bool = False,
+        norm: nn.LayerNorm | None = None,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """(..., in_features) -> (..., out_features), with what stands around it as in :func:`linear`."""
+        return linear(
+            input,
+            self.weight,
+            self.bias,
+            packed=self.packed.get([self.weight]),
+            gelu=gelu,
+            norm=norm and (norm.weight, norm.bias, norm.eps),
+            scale=scale,
+            residual=residual,
+        )
 
     def unpack(self) -> nn.Linear:
         """The plain layer, with the same parameters."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 
 def unpacked(packed, shape):
     """What the documented layout says that the weights were, in float64."""
+    if packed.isa == "amx":
+        values = torch.zeros(len(packed.panels) * 32, packed.panels.shape[1] * 32, dtype=torch.float64)
+        for panel, part, half, row in itertools.product(*map(range, packed.panels.shape[:4])):
+            first = 32 * panel + 16 * half, 32 * part + 2 * row
+            tile = packed.panels[panel, part, half, row].view(16, 2)
+            values[first[0] : first[0] + 16, first[1] : first[1] + 2] = tile
+        assert not values[shape[0] :].any() and not values[:, shape[1] :].any()
+        return values[: shape[0], : shape[1]]
     panels, pairs = packed.panels.shape[:2]
     values = torch.zeros(panels * 48, pairs * 2, dtype=torch.float64)
     for pair in range(pairs):
@@ -50,16 +59,21 @@ def packs(monkeypatch, without_amx):
 @pytest.mark.parametrize("shape", [(1, 1), (48, 32), (49, 33), (7, 3), (150, 384), (96, 130)], ids=str)
 def test_packed_weights_are_the_weights(shape, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed = pack_weight(weight)
+    packed = pack_weight(weight, "avx512_fp16")
     assert packed.panels.dtype == torch.float16 and packed.panels.abs().max() < 16
     assert torch.equal(unpacked(packed, shape), weight.double())
+    if dtype == torch.bfloat16:
+        packed = pack_weight(weight, "amx")
+        assert packed.panels.dtype == dtype and packed.exponents is None
+        assert torch.equal(unpacked(packed, shape), weight.double())
 
 
 def test_weights_of_every_magnitude():
     smallest, largest = 2.0**-133, torch.finfo(torch.bfloat16).max
     weight = torch.tensor([[smallest, 0], [largest, -1e36], [1e30, 1e20], [0, 0], [3, 3 * 2.0**-18]])
     weight = weight.bfloat16()
-    found = unpacked(pack_weight(weight), weight.shape)
+    assert torch.equal(unpacked(pack_weight(weight, "amx"), weight.shape), weight.double())
+    found = unpacked(pack_weight(weight, "avx512_fp16"), weight.shape)
     expected = weight.double()
     expected[2, 1] = 0  # 2^-33 of the largest of its row
     assert torch.equal(found, expected)
@@ -70,6 +84,12 @@ def test_infinite_weights_do_not_touch_the_others():
     torch.testing.assert_close(
         unpacked(pack_weight(weight), weight.shape), weight.double(), rtol=0, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("isa, dtype", [("amx", torch.float16), ("avx2", torch.bfloat16)])
+def test_what_no_kernel_is_for(isa, dtype):
+    with pytest.raises(ValueError, match=f"isa is '{isa}', weight {dtype}; expected 'amx'"):
+        pack_weight(torch.ones(2, 2, dtype=dtype), isa)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +137,23 @@ def _tensors(**changes):
             {"packed": pack_weight(torch.ones(4, 40).half())},
             ValueError,
             r"packed has panels of shape \(1, 32, 48, 2\); expected \(1, 16, 48, 2\)",
+        ),
+        ({"norm": (torch.ones(3).half(), None)}, TypeError, "norm is no tuple of three"),
+        (
+            {"norm": (torch.ones(4).half(), None, 1e-5)},
+            ValueError,
+            r"norm's weight has shape \(4,\); expected \(3,\)",
+        ),
+        (
+            {"norm": (torch.ones(3).half(), torch.ones(3), 0.0)},
+            TypeError,
+            "norm's bias has dtype torch.float32",
+        ),
+        ({"scale": torch.ones(3).half()}, ValueError, r"scale has shape \(3,\); expected \(4,\)"),
+        (
+            {"residual": torch.ones(2, 3).half()},
+            ValueError,
+            r"residual has shape \(2, 3\); expected \(2, 4\)",
         ),
         ({"backend": "cudnn"}, ValueError, "argument 'backend' is 'cudnn'"),
         ({"backend": "triton"}, RuntimeError, "backend 'triton' is not available: linear has no kernel"),
@@ -195,10 +232,11 @@ def test_why_not_packed(packs, monkeypatch):
     assert pack_linears(model) == 0 and type(model[0]) is torch.nn.Linear
 
 
-def test_with_amx_bfloat16_is_torchs_and_float16_is_packed(packs, monkeypatch):
+def test_with_amx_in_torch_alone_bfloat16_is_torchs_and_float16_is_packed(packs, monkeypatch):
     monkeypatch.delenv("SEGVIT_KERNELS_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     monkeypatch.setattr("segvit.model.backbone.why_not", lambda *_: None)
+    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa != "amx")
     for dtype, ours in ((torch.bfloat16, False), (torch.float16, True), (torch.float32, False)):
         model = segvit().to(dtype).fuse()
         assert (packed_parts(model) != set()) == ours

@@ -9,20 +9,31 @@ from torch.nn import functional as F
 
 import segvit_kernels
 from segvit import SegViT, SegViTConfig
-from segvit_kernels import PackedLinear, linear, pack_weight, testing, why_not_packed
+from segvit_kernels import PackedLinear, _native, linear, pack_weight, testing
+from segvit_kernels.ops.linear import linear_reference
 from segvit_kernels.testing.linear import CASES, SHAPES, LinearCase, oracle
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 
-@pytest.fixture(params=["cpu"])
-def kernel(request):
-    """``linear`` on packed weights by the native library; skips where it cannot run."""
-    if reason := why_not_packed(torch.empty(1, 1, dtype=torch.float16)):
-        pytest.skip(f"backend cpu: {reason}")
+@pytest.fixture(params=["avx512_fp16", "amx"], ids=lambda isa: f"cpu_{isa}")
+def isa(request):
+    """The instruction set of a kernel that runs here; float16 has none on AMX."""
+    if not _native.runs_isa(request.param):
+        pytest.skip(f"backend cpu: no kernels for {request.param} here")
+    arguments = getattr(request.node, "callspec", None)
+    if request.param == "amx" and arguments and arguments.params.get("dtype") == torch.float16:
+        pytest.skip("AMX has no products of float16")
+    return request.param
 
-    def call(input, weight, bias=None, gelu=False):
-        return linear(input, weight, bias, packed=pack_weight(weight), gelu=gelu, backend=request.param)
+
+@pytest.fixture
+def kernel(isa):
+    """``linear`` on packed weights by the native library; skips where it cannot run."""
+
+    def call(input, weight, bias=None, gelu=False, **around):
+        packed = pack_weight(weight, isa)
+        return linear(input, weight, bias, packed=packed, gelu=gelu, **around, backend="cpu")
 
     return call
 
@@ -81,24 +92,29 @@ def test_rows_and_columns_of_every_magnitude(power, kernel, poisoned):
     assert torch.equal(found.double(), expected.double() * 2.0 ** (power + -power // 2))
 
 
-def test_each_row_has_its_own_magnitude(kernel, poisoned):
+def test_each_row_has_its_own_magnitude(isa, kernel, poisoned):
     scales = torch.tensor([1e30, 1e-30, 1.0, 0.0, 1e-38, 1e36, 3e-39, 1.0, 1e10])[:, None]
     x = (torch.randn(9, 65, generator=torch.Generator().manual_seed(0)) * scales).bfloat16()
     weight = torch.randn(50, 65, generator=torch.Generator().manual_seed(1)).bfloat16()
     found, truth = kernel(x, weight), F.linear(x.double(), weight.double())
     for i, scale in enumerate(scales.flatten().tolist()):
-        # Relative, but for results that bfloat16 cannot hold as exactly: its smallest number is 2^-133.
+        # Relative, but for results that bfloat16 cannot hold as exactly: its smallest number is 2^-133. AMX
+        # takes what is below its smallest normal number, 2^-126, for zero.
         error = (found[i].double() - truth[i]).abs()
-        assert (error <= 2.0**-8 * truth[i].abs() + 2e-3 * truth[i].abs().max() + 2.0**-133).all(), scale
+        smallest = (
+            2.0**-133 if isa != "amx" else 2.0**-126 * (1 + weight[:, x[i].abs() < 2.0**-126].abs().sum(1))
+        )
+        assert (error <= 2.0**-8 * truth[i].abs() + 2e-3 * truth[i].abs().max() + smallest).all(), scale
     assert torch.equal(found[3], torch.zeros(50).bfloat16())
 
 
-def test_largest_and_smallest_of_a_row(kernel):
-    """A number counts down to 2^-28 of the largest beside it."""
+def test_largest_and_smallest_of_a_row(isa, kernel):
+    """A number counts down to 2^-28 of the largest beside it, on AMX always."""
     x = torch.tensor([[1.0, 2.0**-15, 2.0**-20, 2.0**-26, 2.0**-40]]).bfloat16()
     weight = torch.eye(5).bfloat16()
     found = kernel(x, weight)
-    assert torch.equal(found, x.where(x > 2.0**-28, 0))
+    smallest = 2.0**-28 if isa == "avx512_fp16" else 0
+    assert torch.equal(found, x.where(x > smallest, 0))
 
 
 @DTYPES
@@ -130,19 +146,54 @@ def test_what_is_not_finite_stays_in_its_row(dtype, kernel):
 
 
 @DTYPES
-def test_gelu_of_every_number(dtype, kernel):
+def test_gelu_of_every_number(dtype, isa, kernel):
     """Relative to the result, far into the tail, where 1 + erf would have nothing left."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype)
     x = x[x.isfinite()][:, None]
     found = kernel(x, torch.ones(1, 1, dtype=dtype), gelu=True).double()
     truth = x.double() * 0.5 * torch.special.erfc(-x.double() * 0.5**0.5)
-    step = 2.0**-24 if dtype == torch.float16 else 2.0**-133
+    step = 2.0**-24 if dtype == torch.float16 else 2.0**-133 if isa != "amx" else 2.0**-125
     limit = (0.5 * torch.finfo(dtype).eps + 1.2e-4) * truth.abs() + 0.5 * step
     assert ((found - truth).abs() <= limit).all()
     special = torch.tensor([[torch.inf], [torch.nan]], dtype=dtype)
     found = kernel(special, torch.ones(1, 1, dtype=dtype), gelu=True).flatten()
     assert found[0] == torch.inf and found[1].isnan()
+
+
+def _around(case, inputs, dtype=torch.bfloat16):
+    """LayerNorm, LayerScale and residual for a case, of the width of its tokens."""
+    draw = torch.Generator().manual_seed(1)
+    norm = (torch.rand(case.depth, generator=draw) + 0.5, torch.randn(case.depth, generator=draw))
+    scale = torch.rand(case.outputs, generator=draw)
+    residual = torch.randn(*inputs["input"].shape[:-1], case.outputs, generator=draw)
+    norm, scale, residual = tuple(t.to(dtype) for t in norm), scale.to(dtype), residual.to(dtype)
+    return {"norm": (*norm, 1e-5), "scale": scale, "residual": residual}
+
+
+@pytest.mark.parametrize("part", ["norm", "norm without bias", "scale", "residual", "all"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_what_stands_around_a_layer(case, part, kernel, poisoned):
+    """LayerNorm before it; scale and residual behind it. Far from zero the deviations count."""
+    inputs = case.inputs(torch.bfloat16)
+    around = _around(case, inputs)
+    if part == "norm without bias":
+        part, around = "norm", {"norm": (around["norm"][0], None, 1e-5)}
+    around = around if part == "all" else {part: around[part]}
+    if "norm" in around:
+        inputs["input"] = 8 + inputs["input"]
+    found = kernel(**inputs, gelu=case.gelu, **around)
+
+    def reference(dtype):
+        def cast(value):
+            if isinstance(value, tuple):
+                return tuple(map(cast, value))
+            return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+        given = {name: cast(value) for name, value in {**inputs, **around}.items()}
+        return linear_reference(**given, gelu=case.gelu)
+
+    testing.assert_within_budget(part, found, reference(torch.float64), reference(torch.bfloat16))
 
 
 @DTYPES
@@ -194,27 +245,39 @@ def test_threads_and_runs_give_equal_bits(case, kernel, poisoned):
     assert torch.equal(kernel(**one, gelu=True), results[0][:, 5:6])
 
 
-def test_refusals(kernel):
+def test_refusals(isa, kernel, monkeypatch):
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
     with pytest.raises(TypeError, match=r"backend 'cpu' takes float16 and bfloat16; input is torch\.float32"):
         linear(x, weight, backend="cpu")
     with pytest.raises(ValueError, match="packed is None: see pack_weight"):
         linear(x.half(), weight.half(), backend="cpu")
-    panels, exponents = pack_weight(torch.ones(60, 3).half())
+    packed = pack_weight(torch.ones(70, 3).bfloat16(), isa)
+    x, weight = x.bfloat16(), weight.bfloat16()
     with pytest.raises(RuntimeError, match="not those of this layer"):
-        torch.ops.segvit.linear(x.half(), weight.half(), None, panels, exponents, False, backend="cpu")
+        torch.ops.segvit.linear(x, weight, None, *packed, False, backend="cpu")
+    if isa == "amx":
+        with monkeypatch.context() as patch:  # a packed weight from another machine
+            patch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa != "amx")
+            with pytest.raises(ValueError, match="packed is for AMX, and the CPU code in use is not"):
+                linear(x, weight, packed=pack_weight(weight, isa), backend="cpu")
+            with segvit_kernels.record_backends() as taken:
+                linear(x, weight, packed=pack_weight(weight, isa))
+            assert taken == {"linear": {"eager"}}
+    with pytest.raises(TypeError, match=r"packed is for AMX, of bfloat16 numbers; input is torch\.float16"):
+        linear(x.half(), weight.half(), packed=pack_weight(weight, "amx"), backend="cpu")
 
 
-def test_without_a_choice_it_runs(kernel, monkeypatch):
+def test_without_a_choice_it_runs(isa, kernel, monkeypatch):
     monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
     case = next(c for c in CASES if c.name == "deep")
     inputs = case.inputs(torch.bfloat16)
     layer = PackedLinear(torch.nn.Linear(case.depth, case.outputs).bfloat16()).requires_grad_(False)
     layer.weight.copy_(inputs["weight"]), layer.bias.copy_(inputs["bias"])
     layer = PackedLinear(layer)
-    with torch.inference_mode():
+    layer.packed.value = pack_weight(layer.weight, isa)
+    with torch.inference_mode(), segvit_kernels.record_backends() as taken:
         found = layer(inputs["input"])
-    assert torch.equal(found, kernel(**inputs)) and not torch.equal(found, F.linear(**inputs))
+    assert torch.equal(found, kernel(**inputs)) and taken == {"linear": {"cpu"}}
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(lambda x: layer(x, gelu=True), fullgraph=True, backend="aot_eager")

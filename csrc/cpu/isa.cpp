@@ -4,9 +4,26 @@
 #include <cstring>
 #include <string>
 
+#if defined(SEGVIT_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace segvit {
 
 namespace {
+
+#if defined(SEGVIT_AMX)
+// Whether the processor has tiles of bfloat16 and int8, and Linux lets this process use them.
+bool tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa detect() {
   Isa best = Isa::portable;
@@ -22,11 +39,14 @@ Isa detect() {
   if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512fp16"))
     best = Isa::avx512_fp16;
 #endif
+#ifdef SEGVIT_AMX
+  if (best == Isa::avx512_fp16 && tiles()) best = Isa::amx;
+#endif
 #endif
   return best;
 }
 
-constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_fp16};
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_fp16, Isa::amx};
 
 }  // namespace
 
@@ -56,6 +76,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_fp16: return "avx512_fp16";
+    case Isa::amx: return "amx";
     default: return "portable";
   }
 }

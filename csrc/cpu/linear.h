@@ -4,34 +4,50 @@
 
 namespace segvit {
 
-// A panel of packed weights: so many columns of the result, all of the depth. The layout stands in
-// segvit_kernels/ops/linear.py.
-constexpr int64_t kPanelColumns = 48;
-// What the depth is padded to, and the granule of the rows that are packed together.
-constexpr int64_t kPackedDepth = 32, kPackedRows = 8;
-
 struct Linear {
   const char *input, *bias;  // elements of `type`; bias may be null
   int64_t outer_stride, row_stride, rows_per_outer;  // of the input, whose last stride is 1; in elements
   Type type;
-  const uint16_t* panels;  // float16: panel, pair of the depth, column, element of the pair
-  const float* exponents;  // of every column, padded to panels
+  const uint16_t* panels;  // packed weights, the layout of which stands in segvit_kernels/ops/linear.py
+  const float* exponents;  // of every column, padded to panels; with AVX512-FP16
   char* output;            // contiguous
   int64_t depth, columns;
   bool gelu;
+  // With AMX; each of these may be null, and has elements of `type`.
+  const char *norm_weight, *norm_bias;  // LayerNorm of the input's rows, where there is a weight
+  float norm_eps;
+  const char *scale, *residual;  // of every column; contiguous as the output
+  bool stream;                   // past the caches, where the output is larger than they are
 };
+
+// With AVX512-FP16: a panel of packed weights is so many columns of the result, all of the depth.
+constexpr int64_t kPanelColumns = 48;
+// What the depth is padded to, and the granule of the rows that are packed together.
+constexpr int64_t kPackedDepth = 32, kPackedRows = 8;
 
 inline int64_t linear_scratch_bytes(int64_t rows, int64_t depth) {
   int64_t padded = (depth + kPackedDepth - 1) / kPackedDepth * kPackedDepth;
   return rows * padded * 2 + (rows + 15) / 16 * 64 + kPackedRows * kPanelColumns * 2 * 4;
 }
 
+// With AMX: columns of a panel, of which two go together; the granule of rows.
+constexpr int64_t kTilePanel = 32, kTileGroup = 32;
+
+inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
+  int64_t padded = (depth + 31) / 32 * 32;
+  return rows * padded * 2 + rows * 2 * kTilePanel * 4;
+}
+
 }  // namespace segvit
 
+// Rows and panels first...last of the result. `scratch`: the bytes above, of the rows rounded up to their granule.
 #if defined(SEGVIT_AVX512_FP16)
 namespace segvit::avx512_fp16 {
-// Rows and panels first...last of the result. `scratch`: linear_scratch_bytes of the rows, rounded up to
-// kPackedRows.
 void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::avx512_fp16
+#endif
+#if defined(SEGVIT_AMX)
+namespace segvit::amx {
+void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
+}  // namespace segvit::amx
 #endif

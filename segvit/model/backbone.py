@@ -41,8 +41,16 @@ _ACTIVATIONS = {
 }
 
 
+Around = tuple[dict[str, Any], dict[str, Any]]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with packed projections: (B, N, C) -> (B, N, C)."""
+    """Multi-head self-attention with packed projections: (B, N, C) -> (B, N, C).
+
+    `around` is what stands around it in a fused block: arguments of the first and of the last layer.
+    """
+
+    plain = True  # for is_plain
 
     def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -51,16 +59,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+    def forward(self, x: Tensor, around: Around = ({}, {})) -> Tensor:
+        query, key, value = self.qkv(x, **around[0]).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if self.native and x.device.type == "cpu":
-            return self.proj(query_attention(query, key, value).flatten(2))
+            return self.proj(query_attention(query, key, value).flatten(2), **around[1])
         x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(x.transpose(1, 2).flatten(2), **around[1])
 
 
 class Mlp(nn.Module):
-    """Feed-forward part: (B, N, C) -> (B, N, C). SwiGLU packs gate and value, in this order, into fc1."""
+    """Feed-forward part: (B, N, C) -> (B, N, C). SwiGLU packs gate and value, in this order, into fc1.
+
+    `around` as in `Attention`.
+    """
+
+    plain = True  # for is_plain
 
     def __init__(self, width: int, ratio: float, kind: str) -> None:
         super().__init__()
@@ -69,17 +82,20 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden // 2 if self.gated else hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Around = ({}, {})) -> Tensor:
+        first, last = around
         if self.gated:
-            gate, value = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * value)
+            gate, value = self.fc1(x, **first).chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value, **last)
         if self.kind == "gelu" and isinstance(self.fc1, PackedLinear) and is_plain(self.fc1):
-            return self.fc2(self.fc1(x, gelu=True))
-        return self.fc2(_ACTIVATIONS[self.kind](self.fc1(x)))
+            return self.fc2(self.fc1(x, gelu=True, **first), **last)
+        return self.fc2(_ACTIVATIONS[self.kind](self.fc1(x, **first)), **last)
 
 
 class LayerScale(nn.Module):
     """A learned factor for each channel."""
+
+    plain = True  # for is_plain
 
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
@@ -91,6 +107,8 @@ class LayerScale(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth: drop the whole branch of an image with probability `rate` while training."""
+
+    plain = True  # for is_plain
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -117,10 +135,29 @@ class Block(nn.Module):
         self.mlp = Mlp(width, config.mlp_ratio, config.mlp)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.drop_path2 = DropPath(drop_path)
+        self.folded: Folded | None = (
+            None  # after fuse(), where norms and residuals are the linear layers' own
+        )
+
+    def fuse(self) -> None:
+        """Leave norms, scales and residuals to the packed linear layers."""
+        self.folded = Folded.make(self._parts(), lambda: True)
+
+    def _parts(self) -> list[nn.Module]:
+        layers = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+        return [*self.children(), *layers]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.folded and isinstance(self.mlp.fc2, PackedLinear) and self.folded.get(self._parts()):
+            x = self.attn(x, ({"norm": self.norm1}, _last(self.ls1, x)))
+            return self.mlp(x, ({"norm": self.norm2}, _last(self.ls2, x)))
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _last(scale: nn.Module, residual: Tensor) -> dict[str, Any]:
+    """Arguments of the last layer of a branch."""
+    return {"scale": getattr(scale, "gamma", None), "residual": residual}
 
 
 class PatchEmbed(nn.Module):
@@ -203,6 +240,8 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.native = not amx and why_not("cpu", self.pos_embed.device) is None
+            if isinstance(module, Block):
+                module.fuse()
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
@@ -211,6 +250,8 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.native = False
+            if isinstance(module, Block):
+                module.folded = None
 
     def fold_grid(self, grid: tuple[int, int]) -> None:
         """Store the position embedding for another grid, where a parametrization would not make it again."""

@@ -1,20 +1,26 @@
 r"""A linear layer with packed weights: half-precision models on CPUs with half-precision arithmetic.
 
 .. math::
-    Y = X W^\top + b, \qquad \text{or} \quad Y = \text{GELU}(X W^\top + b), \quad
+    Z = R + \gamma \, \text{GELU}(X W^\top + b), \quad X = \text{LN}(X_0), \quad
     \text{GELU}(x) = x \, \Phi(x)
 
-Layout is (..., features). bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
+LayerNorm before it, and GELU, LayerScale γ and residual R behind it, each where it is asked for. Layout is
+(..., features). Nothing is kept for a backward: where a gradient is asked for, and under autocast, the layer
+is PyTorch's own. W is packed once, in the order of the kernel that this processor has (:func:`pack_weight`).
+
+**AMX**, bfloat16: products of bfloat16 numbers added in float32, and all that follows in float32; the result
+and a normalised X are rounded once. Numbers below the normal range count as zero. W lies in panels of 32
+outputs, a part of 32 of the depth after the other, in two tiles of 16 outputs: row i of a tile holds elements
+2i and 2i + 1 of the depth of every output.
+
+**AVX512-FP16**: bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
 units, but float16 multiply-adds are, by two. The kernel runs on these: rows of X and columns of Wᵀ are scaled
 by powers of two, so that nothing leaves the range of float16. Products are added in float16 in chains of 32
 and groups of four such chains, and these in float32: the error, 2⁻¹⁰ of a typical result, is half of the
 rounding of a bfloat16 result and four times that of a float16 result. A number of X or W is exact down to
-2⁻²⁰ (float16: 2⁻¹⁷) of the largest finite one in its row, and below errs by 2⁻²⁸ of that at most.
-
-Packed once, W in the kernel's order (:func:`pack_weight`): panels of 48 outputs, float16. The depth goes by
-pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5, …, which transposing X in registers gives.
-
-Nothing is kept for a backward: where a gradient is asked for, and under autocast, the layer is PyTorch's own.
+2⁻²⁰ (float16: 2⁻¹⁷) of the largest finite one in its row, and below errs by 2⁻²⁸ of that at most. W lies in
+panels of 48 outputs, float16. The depth goes by pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5,
+…, which transposing X in registers gives. LayerNorm, LayerScale and residual are PyTorch's there.
 """
 
 from __future__ import annotations
@@ -29,34 +35,45 @@ from segvit_kernels import _library
 from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transformed
 
 _HALVES = (torch.float16, torch.bfloat16)
-_PANEL = 48  # outputs, as in csrc/cpu/linear.h
+_PANELS = {"amx": 32, "avx512_fp16": 48}  # outputs, as in csrc/cpu/linear.h
 _DEPTH = 32
 _TOP = 3  # scaled numbers lie below 2^4
+
+Norm = tuple[Tensor, Tensor | None, float]
+"""Weight, bias and epsilon of a LayerNorm."""
 
 
 @_library.exportable
 class PackedWeight(NamedTuple):
-    """A weight (N, K) for the kernel.
+    """A weight (N, K) for one of the kernels.
 
     Attributes:
-        panels: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
-        exponents: e of every output, float32, (⌈N/48⌉·48,): weights are 2^(e - 3) times those in ``panels``.
+        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). AVX512-FP16: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
+        exponents: ``None``; AVX512-FP16: e of every output, float32, (⌈N/48⌉·48,): weights are 2^(e - 3)
+            times those in ``panels``.
     """
 
     panels: Tensor
-    exponents: Tensor
+    exponents: Tensor | None
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of its kernel."""
+        return "amx" if self.panels.dtype == torch.bfloat16 else "avx512_fp16"
 
 
 @torch.no_grad()
-def pack_weight(weight: Tensor) -> PackedWeight:
-    """A weight in the kernel's order, for the argument ``packed`` of :func:`linear`.
+def pack_weight(weight: Tensor, isa: str | None = None) -> PackedWeight:
+    """A weight in a kernel's order, for the argument ``packed`` of :func:`linear`.
 
     Args:
         weight: (N, K), float16 or bfloat16.
+        isa: of the kernel, ``"amx"`` (bfloat16 alone) or ``"avx512_fp16"``; by default the best that the
+            native library runs here.
 
     Raises:
         TypeError: another dtype.
-        ValueError: another shape.
+        ValueError: another shape or instruction set.
     """
     if not isinstance(weight, Tensor) or weight.dtype not in _HALVES:
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -65,29 +82,51 @@ def pack_weight(weight: Tensor) -> PackedWeight:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
         )
+    if isa is None:
+        isa = "amx" if weight.dtype == torch.bfloat16 and _library.runs_isa("amx") else "avx512_fp16"
+    if isa not in _PANELS or (isa == "amx" and weight.dtype != torch.bfloat16):
+        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected 'amx' (bfloat16) or 'avx512_fp16'")
+    panel, (outputs, depth) = _PANELS[isa], weight.shape
+    panels, groups = -(-outputs // panel), -(-depth // _DEPTH)
+    padding = (0, groups * _DEPTH - depth, 0, panels * panel - outputs)
+    if isa == "amx":
+        tiles = F.pad(weight, padding).view(panels, 2, 16, groups, 16, 2)  # half, output; part, pair, element
+        return PackedWeight(tiles.permute(0, 3, 1, 4, 2, 5).reshape(panels, groups, 2, 16, 32), None)
     values = weight.float()
     largest = values.abs().nan_to_num(posinf=0).amax(1)
     exponents = torch.where(largest > 0, torch.frexp(largest).exponent - 1, 0)
     # In float64, which holds the power of two for the smallest numbers too.
     values = (values.double() * torch.exp2(_TOP - exponents.double())[:, None]).half()
-    (outputs, depth), (panels, groups) = (
-        weight.shape,
-        (-(-weight.shape[0] // _PANEL), -(-weight.shape[1] // _DEPTH)),
-    )
-    values = F.pad(values, (0, groups * _DEPTH - depth, 0, panels * _PANEL - outputs))
-    pairs = values.view(torch.int32).view(panels, _PANEL, groups, 4, 4).permute(0, 2, 4, 3, 1).contiguous()
+    values = F.pad(values, padding)
+    pairs = values.view(torch.int32).view(panels, panel, groups, 4, 4).permute(0, 2, 4, 3, 1).contiguous()
     return PackedWeight(
-        pairs.view(torch.float16).view(panels, groups * _DEPTH // 2, _PANEL, 2),
-        F.pad(exponents.float(), (0, panels * _PANEL - outputs)),
+        pairs.view(torch.float16).view(panels, groups * _DEPTH // 2, panel, 2),
+        F.pad(exponents.float(), (0, panels * panel - outputs)),
     )
 
 
 def linear_reference(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The meaning of :func:`linear` in ordinary PyTorch."""
-    output = F.linear(input, weight, bias)
-    return F.gelu(output) if gelu else output
+    output = F.linear(_normalised(input, norm), weight, bias)
+    return _finished(F.gelu(output) if gelu else output, scale, residual)
+
+
+def _normalised(input: Tensor, norm: Norm | None) -> Tensor:
+    return input if norm is None else F.layer_norm(input, input.shape[-1:], *norm)
+
+
+def _finished(output: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    output = output if scale is None else output * scale
+    return output if residual is None else residual + output
 
 
 def _eager(
@@ -97,8 +136,14 @@ def _eager(
     panels: Tensor | None,
     exponents: Tensor | None,
     gelu: bool,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return linear_reference(input, weight, bias, gelu=gelu)
+    norm = None if norm_weight is None else (norm_weight, norm_bias, norm_eps)
+    return linear_reference(input, weight, bias, gelu=gelu, norm=norm, scale=scale, residual=residual)
 
 
 def _fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -114,12 +159,15 @@ def _refuse(backend: str, input: Tensor, weight: Tensor, bias: Any, panels: Any,
         return TypeError(f"backend {backend!r} takes float16 and bfloat16; input is {input.dtype}")
     if panels is None:
         return ValueError(f"backend {backend!r} takes packed weights; packed is None: see pack_weight")
+    if panels.dtype == torch.bfloat16 and not _library.runs_isa("amx"):
+        return ValueError("packed is for AMX, and the CPU code in use is not")
     return None
 
 
 _linear = _library.define(
-    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? panels, Tensor? exponents, bool gelu) "
-    "-> Tensor output",
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? panels, Tensor? exponents, bool gelu, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, Tensor? scale=None, "
+    "Tensor? residual=None) -> Tensor output",
     eager=_eager,
     fake=_fake,
     macs=_macs,
@@ -137,8 +185,8 @@ def why_not_packed(weight: Tensor) -> str | None:
         return f"packed weights are for the CPU, not {weight.device.type}"
     if weight.numel() == 0:
         return "the weight is empty"
-    if weight.dtype == torch.bfloat16 and _library.torch_has_amx():
-        return "PyTorch's own bfloat16 products use AMX, which is faster than AVX512-FP16"
+    if weight.dtype == torch.bfloat16 and not _library.runs_isa("amx") and _library.torch_has_amx():
+        return "PyTorch's own bfloat16 products use AMX, and the native library in use does not"
     return _library.why_not_operator("linear", "cpu", weight.device)
 
 
@@ -149,12 +197,15 @@ def linear(
     *,
     packed: PackedWeight | None = None,
     gelu: bool = False,
+    norm: Norm | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``F.linear``, followed by the exact GELU if asked for, in one pass where there are packed weights.
+    """``F.linear`` with what stands around it in a transformer, in one pass where there are packed weights.
 
-    Packed weights are used for half-precision tensors on CPUs with AVX512-FP16, without autograd and without
-    autocast; in all other cases, and on the backend ``eager``, this is PyTorch's own layer. How it is
+    Packed weights are used for half-precision tensors on CPUs with AVX512-FP16 or AMX, without autograd and
+    without autocast; in all other cases, and on the backend ``eager``, this is PyTorch's own layer. How it is
     computed, and how exactly, stands at the top of this module.
 
     Args:
@@ -163,6 +214,9 @@ def linear(
         bias: (N,), dtype of ``input``, or ``None``.
         packed: of :func:`pack_weight`, made from this very weight.
         gelu: apply the exact (erf) GELU.
+        norm: weight (K,), bias (K,) or ``None``, and epsilon of a LayerNorm of the input, which comes first.
+        scale: (N,), what the result is multiplied by, after the GELU.
+        residual: (..., N), what is added in the end.
         backend: ``"eager"`` or ``"cpu"``; chosen by device unless given.
 
     Returns:
@@ -174,22 +228,35 @@ def linear(
             unknown.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    autograd = transformed(backend) or differentiable(input, weight, bias)
+    around = {"norm": norm, "scale": scale, "residual": residual}
+    autograd = transformed(backend) or differentiable(input, weight, bias, *(norm or ())[:2], scale, residual)
     autocast = autocast_dtype(input.device) is not None
     if backend is None and (packed is None or autograd or autocast or input.dtype not in _HALVES):
-        return linear_reference(input, weight, bias, gelu=gelu)
-    _validate(input, weight, bias, packed)
+        return linear_reference(input, weight, bias, gelu=gelu, **around)
+    _validate(input, weight, bias, packed, **around)
     if autograd and backend == "eager":
-        return linear_reference(input, weight, bias, gelu=gelu)
+        return linear_reference(input, weight, bias, gelu=gelu, **around)
     if autograd and backend in _library.BACKENDS:
         raise _library.BackendUnavailableError(
             f"segvit::linear: backend {backend!r} has no derivative: use eager, or torch.no_grad()"
         )
-    panels, exponents = (None, None) if packed is None else packed
-    return _linear(input, weight, bias, panels, exponents, gelu, backend)
+    nothing, packing = (None, None, 0.0), packed or (None, None)
+    if packed is not None and packed.isa != "amx":  # the kernel knows nothing of what stands around it
+        input = _normalised(input, norm)
+        output = _linear(input, weight, bias, *packing, gelu, *nothing, None, None, backend)
+        return _finished(output, scale, residual)
+    return _linear(input, weight, bias, *packing, gelu, *(norm or nothing), scale, residual, backend)
 
 
-def _validate(input: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> None:
+def _validate(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: PackedWeight | None,
+    norm: Norm | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> None:
     if not input.is_floating_point():
         raise TypeError(f"input has dtype {input.dtype}; expected a floating dtype")
     if weight.ndim != 2:
@@ -197,17 +264,33 @@ def _validate(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed
     outputs, depth = weight.shape
     if input.ndim < 1 or input.shape[-1] != depth:
         raise ValueError(f"input has shape {tuple(input.shape)}; expected (..., {depth}), as weight has")
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {(outputs,)}, the outputs of weight")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
+    if norm is not None and (not isinstance(norm, tuple) or len(norm) != 3):
+        raise TypeError("norm is no tuple of three; expected weight, bias and epsilon of a LayerNorm")
+    norm_weight, norm_bias, _ = norm or (None, None, 0.0)
+    for name, tensor, shape in (
+        ("weight", weight, (outputs, depth)),
+        ("bias", bias, (outputs,)),
+        ("norm's weight", norm_weight, (depth,)),
+        ("norm's bias", norm_bias, (depth,)),
+        ("scale", scale, (outputs,)),
+        ("residual", residual, (*input.shape[:-1], outputs)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor.dtype != input.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {input.dtype}, the dtype of input")
-        if tensor is not None and tensor.device != input.device:
+        if tensor.device != input.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {input.device}, the device of input")
-    if packed is not None:
-        panels = -(-outputs // _PANEL)
-        shape = (panels, -(-depth // _DEPTH) * _DEPTH // 2, _PANEL, 2)
-        if tuple(packed.panels.shape) != shape or tuple(packed.exponents.shape) != (panels * _PANEL,):
-            raise ValueError(
-                f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"
-            )
+    if packed is None:
+        return
+    if packed.isa == "amx" and input.dtype != torch.bfloat16:
+        raise TypeError(f"packed is for AMX, of bfloat16 numbers; input is {input.dtype}")
+    panel, parts = _PANELS[packed.isa], -(-depth // _DEPTH)
+    panels = -(-outputs // panel)
+    shape = (panels, parts, 2, 16, 32) if packed.isa == "amx" else (panels, parts * _DEPTH // 2, panel, 2)
+    if tuple(packed.panels.shape) != shape:
+        raise ValueError(
+            f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"
+        )
