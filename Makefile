@@ -58,11 +58,12 @@ gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes wi
 	$(OLD)/bin/python $(GATE_TEST)
 
 # Full sizes (vit, cityscapes) take the machine too long; large tiles are for the interpreter.
-ptx: $(VENV)/.installed  ## compiled kernels executed without a GPU: the whole Triton battery on sm_80 and sm_90
+ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Triton and CUDA C++ on sm_80 and sm_90
 	for arch in sm_80 sm_90; do \
 		$(BIN)/python tests/ptx_battery.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-			-k "not vit and not cityscapes and not architectures" tests/test_*_triton.py || exit; done
+			-k "not vit and not cityscapes and not architectures" tests/test_*_triton.py && \
+		$(BIN)/python tests/ptx_native.py $$arch || exit; done
 	$(BIN)/python tests/ptx_faults.py
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED

@@ -53,7 +53,7 @@ def objects() -> dict[str, Path]:
     return {name.removeprefix("cuda_").removesuffix(".o"): path for name, path in found.items()}
 
 
-def _demangled(names: list[str]) -> list[str]:
+def demangled(names: list[str]) -> list[str]:
     """``kernel<float, 32>`` for a mangled name: without namespaces, result and parameters."""
     command, text = ["c++filt", "--no-params"], "\n".join(names)
     result = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
@@ -61,6 +61,19 @@ def _demangled(names: list[str]) -> list[str]:
         re.sub(r"^void |segvit::(cuda::)?|\(anonymous namespace\)::", "", s)
         for s in result.stdout.splitlines()
     ]
+
+
+def ptx(arch: str) -> list[str]:
+    """The PTX of each CUDA source for one plain architecture, "80"."""
+    args = build.parse([])
+    if arch != max((a for a in args.archs.split(";") if a.isdigit()), default=None, key=int):
+        args.archs = arch  # a fat binary has PTX of the newest plain one alone
+    found = []
+    for path in build.objects(args, "cuda_").values():
+        command = [find_cuobjdump(), "-ptx", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found.append(text[text.find(".version") :])
+    return found
 
 
 def kernels(source: str, path: Path) -> list[Kernel]:
@@ -76,7 +89,7 @@ def kernels(source: str, path: Path) -> list[Kernel]:
         elif "REG:" in line:
             use = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
             found.append((function, arch, use["REG"], use["SHARED"], use["STACK"] + use["LOCAL"]))
-    names = _demangled([function for function, *_ in found])
+    names = demangled([function for function, *_ in found])
     return [Kernel(source, name, *rest) for name, (_, *rest) in zip(names, found, strict=True)]
 
 
@@ -85,7 +98,7 @@ def functions(path: Path, arch: str) -> dict[str, str]:
     command = [find_cuobjdump(), "-sass", "-arch", arch, str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names, bodies = re.findall(r"Function : (\w+)", text), re.split(r"Function : \w+", text)[1:]
-    return dict(zip(_demangled(names), bodies, strict=True))
+    return dict(zip(demangled(names), bodies, strict=True))
 
 
 def instructions(path: Path, arch: str, *mnemonics: str) -> dict[str, dict[str, int]]:
@@ -104,7 +117,7 @@ def most_threads(path: Path, arch: str) -> dict[str, int]:
     for name, body in re.findall(r"^\.nv\.info\.(\w+)\n(.*?)(?=^\.\w|\Z)", text, re.DOTALL | re.MULTILINE):
         if match := re.search(r"EIATTR_MAX_THREADS.*?Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", body, re.DOTALL):
             found[name] = math.prod(int(side, 16) for side in match.groups())
-    return dict(zip(_demangled(list(found)), found.values(), strict=True)) if found else {}
+    return dict(zip(demangled(list(found)), found.values(), strict=True)) if found else {}
 
 
 def main() -> int:

@@ -66,16 +66,22 @@ def compiled_on_a_gpu(request: pytest.FixtureRequest) -> None:
         assert_compiled()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def ptx_machine() -> Iterator[None]:
-    """With ``SEGVIT_PTX=sm_90`` every Triton kernel is compiled and runs on the PTX machine."""
+@pytest.fixture(scope="module", autouse=True)
+def ptx_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``SEGVIT_PTX=sm_90`` compiled kernels run on the PTX machine: those of Triton, and in tests of the
+    native library those of nvcc."""
     arch = os.environ.get("SEGVIT_PTX")
     if arch is None:
         yield
         return
-    from segvit_kernels.testing import ptx
+    if request.module.__name__.endswith("_native"):
+        import ptx_native as machines
 
-    with ptx.machine(arch):
+        if reason := machines.missing():
+            pytest.skip(reason)
+    else:
+        from segvit_kernels.testing import ptx as machines
+    with machines.machine(arch):
         yield
 
 

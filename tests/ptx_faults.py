@@ -5,6 +5,7 @@ before a fault is planted in it; one that the machine did not see is printed as 
 """
 
 import dataclasses
+import functools
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_kernels as kernels
+import ptx_native
 
 from segvit_kernels.testing import ptx, relative_error
 from segvit_kernels.testing.ptx import core
@@ -74,6 +76,20 @@ def matmul_in_one_stage():
     matmul(1)
 
 
+def nvcc_norm():
+    x, w, b = torch.randn(2, 15, 520), torch.ones(520), torch.zeros(520)
+    out, *_ = torch.ops.segvit.subsample_norm_fwd(x, w, b, 5, 3, 2, 0, 1e-6, x.dtype, backend="cuda")
+    assert relative_error(out, torch.nn.functional.layer_norm(x.double(), (520,))) < 1e-5
+
+
+def nvcc_attention():
+    shape = (3, 1, 150, 1, 32)
+    q, k, v = torch.randn(shape).bfloat16()
+    out, _ = torch.ops.segvit.query_attention_fwd(q, k, v, None, 0.2, 0.0, backend="cuda")
+    scores = q[:, :, 0].double() @ k[:, :, 0].double().mT * 0.2
+    assert relative_error(out[:, :, 0], scores.softmax(-1) @ v[:, :, 0].double()) < 8e-3
+
+
 @dataclasses.dataclass(frozen=True)
 class Plant:
     """A fault.
@@ -84,6 +100,7 @@ class Plant:
         expected: a kind of fault, :data:`WRONG`, or part of the message of a ``PTXError``.
         pattern, new: a regular expression in the PTX and what it becomes.
         occurrence: which match of the pattern: 0 the first, -1 the last, ``None`` all.
+        machine: for kernels of Triton, or of nvcc.
     """
 
     run: Callable[[], None]
@@ -92,15 +109,19 @@ class Plant:
     pattern: str
     new: str = ""
     occurrence: int | None = 0
+    machine: Callable = ptx.machine
 
     def edit(self, kernel: str, text: str) -> str:
         """The PTX with the fault; fails where there is nothing to plant it in."""
+        begin = text.index(f".entry {kernel}(") + len(kernel)
+        end = text.find(".entry ", begin)
+        head, text, tail = text[:begin], text[begin:end], text[end:] if end >= 0 else ""
         matches = list(re.finditer(self.pattern, text))
         assert matches, f"{kernel}: no {self.pattern}"
         chosen = matches if self.occurrence is None else [matches[self.occurrence]]
         for match in reversed(chosen):
             text = text[: match.start()] + match.expand(self.new) + text[match.end() :]
-        return text
+        return head + text + tail
 
 
 BARRIER, A, B = r"bar\.sync\s+0;", "sm_80", "sm_90"
@@ -192,6 +213,27 @@ PLANTS = {
         add, A, "does not know frob.f32", r"\tret;", "\tfrob.f32 %r1, %r2;\n\tret;"
     ),
 }  # fmt: skip
+if ptx_native.missing() is None:
+    plant = functools.partial(Plant, arch=A, machine=ptx_native.machine)
+    PLANTS |= {
+        "nvcc: a barrier less": plant(nvcc_norm, expected="race", pattern=BARRIER),
+        "nvcc: a barrier less after a wait": plant(nvcc_attention, expected="race", pattern=BARRIER),
+        "nvcc: a wait for copies less": plant(
+            nvcc_attention, expected="in flight", pattern=r"cp\.async\.wait_group 0;"
+        ),
+        "nvcc: shared memory that nothing wrote": plant(
+            nvcc_norm, expected="uninitialised shared memory", pattern=r"st\.shared[^;]*;"
+        ),
+        "nvcc: a row behind the end": plant(
+            nvcc_norm, expected="out of bounds", pattern=r"%ctaid\.x", new="%nctaid.x"
+        ),
+        "nvcc: keys behind the end": plant(
+            nvcc_attention, expected="out of bounds", pattern=r"16, %r\d+;", new="16, 16;", occurrence=None
+        ),
+        "nvcc: a product of another type": plant(
+            nvcc_attention, expected=WRONG, pattern="bf16.bf16", new="f16.f16", occurrence=None
+        ),
+    }
 
 
 def outcome(plant: Plant) -> str:
@@ -202,8 +244,11 @@ def outcome(plant: Plant) -> str:
         return found.replace("\tret;", "$L_after:\n\tret;", 1) if "$L_after" in found else found
 
     try:
-        with ptx.machine(plant.arch, edit=edit):
+        with plant.machine(plant.arch, edit=edit):
+            torch.manual_seed(0)
             plant.run()
+    except RuntimeError as error:  # a fault that came through C++
+        return str(error).split("Fault: ")[-1]
     except ptx.Fault as fault:
         assert fault.kernel and (fault.line or fault.kind in ("empty", "launch")), fault
         return str(fault)
@@ -220,8 +265,8 @@ def main(*parts: str) -> int:
     core.STEPS = 100
     missed, begin = [], time.process_time()
     chosen = {n: p for n, p in PLANTS.items() if not parts or any(part in n for part in parts)}
-    for run, arch in sorted({(p.run, p.arch) for p in chosen.values()}, key=lambda pair: pair[0].__name__):
-        with ptx.machine(arch):
+    for run, arch, machine in {(p.run, p.arch, p.machine): None for p in chosen.values()}:
+        with machine(arch):
             run()  # right as it was compiled
     for name, plant in chosen.items():
         found = outcome(plant)

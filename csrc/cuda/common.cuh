@@ -43,6 +43,7 @@ using Stream = void*;
 // Device and stream of a tensor for as long as this lives.
 struct Device {
   explicit Device(const Tensor&) {}
+  ~Device() { emulator::memory.clear(); }
   // Compute capability times ten; SEGVIT_KERNELS_EMULATED_CAPABILITY chooses another one.
   int capability() const {
     const char* chosen = std::getenv("SEGVIT_KERNELS_EMULATED_CAPABILITY");
@@ -55,11 +56,24 @@ struct Device {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream, Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  std::string error = emulator::run([&] { kernel(args...); }, grid, block, shared_bytes);
+  std::string error = emulator::hook
+                          ? emulator::hand_over<Params...>(kernel, grid, block, shared_bytes, args...)
+                          : emulator::run([&] { kernel(args...); }, grid, block, shared_bytes);
   STD_TORCH_CHECK(error.empty(), "segvit: emulated kernel: ", error);
 }
 
 SEGVIT_DEVICE char* shared_memory() { return emulator::machine.shared; }
+
+// As in cpu/common.h; notes what memory the operator has.
+template <class T>
+T* data(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  if (tensor.numel()) emulator::memory.push_back({tensor.data_ptr(), (last + 1) * tensor.element_size()});
+  return segvit::data<T>(tensor);
+}
+template <class T>
+T* data(const std::optional<Tensor>& tensor) { return tensor ? data<T>(*tensor) : nullptr; }
 #else
 }  // namespace segvit::cuda
 

@@ -5,6 +5,8 @@
 // shows. Errors: threads that wait for others that never come (divergence), lanes of a warp in different
 // collectives, a matrix load off its alignment, a write past the end of shared memory. Shared memory is NaN
 // before every block. Blocks run one after another, in order. GCC only.
+//
+// A hook takes launches away from the fibers: so tests/ptx_native.py runs what nvcc made of the same kernels.
 #pragma once
 
 #include <sys/mman.h>
@@ -249,7 +251,43 @@ std::string run(const F& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   return {};
 }
 
+// What a hook is told of a launch, and of the tensors that the operator has looked at. It returns what went
+// wrong, or null.
+struct Memory {
+  const void* address;
+  int64_t bytes;
+};
+struct Launch {
+  const void* kernel;
+  unsigned grid[3], block[3];
+  uint64_t shared_bytes;
+  const void* const* parameters;
+  const uint64_t* sizes;
+  uint64_t parameter_count;
+  const Memory* memory;
+  uint64_t memory_count;
+};
+using Hook = const char* (*)(const Launch*);
+inline Hook hook = nullptr;
+inline thread_local std::vector<Memory> memory;
+
+template <class... Params>
+std::string hand_over(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                      const Params&... values) {
+  std::vector<const void*> parameters{&values...};
+  std::vector<uint64_t> sizes{sizeof(values)...};
+  Launch launch{reinterpret_cast<const void*>(kernel), {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+                shared_bytes, parameters.data(), sizes.data(), sizes.size(), memory.data(), memory.size()};
+  const char* error = hook(&launch);
+  return error ? error : "";
+}
+
 }  // namespace segvit::emulator
+
+extern "C" __attribute__((visibility("default"), used)) inline void segvit_emulator_hook(
+    segvit::emulator::Hook hook) {
+  segvit::emulator::hook = hook;
+}
 
 inline void __syncthreads() {
   auto& m = segvit::emulator::machine;

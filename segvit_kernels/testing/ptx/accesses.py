@@ -59,13 +59,14 @@ def _ld(emit: Emitter, i: Instruction) -> None:
     items = destination.items if isinstance(destination, Vector) else (destination,)
     dtype = NUMPY[kind] if NUMPY[kind][0] == "i" else f"u{size}"
     if "param" in i.modifiers:
-        if isinstance(source.base, Symbol):
-            offset, _ = emit.kernel.parameters[source.base.name]
-            offset = str(offset + source.offset)
-        else:
-            offset = f"m.uniform({emit.site()}, {emit.use(source.base, 'u8')}) + {source.offset}"
         for place, item in enumerate(items):
-            emit.set(item, dtype, f"m.parameter({offset} + {place * size}, '{dtype}')")
+            if isinstance(source.base, Symbol):
+                offset = emit.kernel.parameters[source.base.name][0] + source.offset + place * size
+                found = f"m.parameter({offset}, '{dtype}')"
+            else:
+                base, offset = emit.use(source.base, "u8"), source.offset + place * size
+                found = f"m.parameters_at({emit.site()}, {base}, {offset}, '{dtype}', {emit.mask()})"
+            emit.set(item, dtype, found)
         return
     if count != len(items):
         raise unknown(i)

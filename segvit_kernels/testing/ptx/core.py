@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,16 @@ import numpy as np
 
 from segvit_kernels.testing.ptx import accesses, arithmetic, floating, products, warps  # noqa: F401
 from segvit_kernels.testing.ptx.accesses import Copies, shared_width
-from segvit_kernels.testing.ptx.faults import Fault, PTXError, place
+from segvit_kernels.testing.ptx.faults import Fault, place
 from segvit_kernels.testing.ptx.flow import Flow
-from segvit_kernels.testing.ptx.memory import GlobalMemory, SharedMemory, joined, split
-from segvit_kernels.testing.ptx.parser import parse
+from segvit_kernels.testing.ptx.memory import GlobalMemory, SharedMemory, joined, reduced, split
+from segvit_kernels.testing.ptx.parser import Kernel, parse
 from segvit_kernels.testing.ptx.products import Products
 from segvit_kernels.testing.ptx.translate import Program
 from segvit_kernels.testing.ptx.warps import shuffle
 
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}
+"""KiB that a block can have, by architecture."""
 LANES = 8192
 """Threads that run at once, at least one block's."""
 SHARED = 32 << 20
@@ -31,19 +34,15 @@ SHARED = 32 << 20
 STEPS = 5_000_000
 """Basic blocks that a group of blocks of threads may execute before it counts as endless."""
 
-_programs: dict[str, dict[str, Program]] = {}
 
-
-def programs(text: str) -> dict[str, Program]:
-    """The kernels of a module by name, made ready once.
+@functools.cache
+def program(text: str, kernel: str) -> Program:
+    """A kernel of a module, made ready once.
 
     Raises:
-        PTXError: an instruction that the machine does not know.
+        PTXError: there is none, or an instruction that the machine does not know.
     """
-    key = hashlib.sha256(text.encode()).hexdigest()
-    if key not in _programs:
-        _programs[key] = {name: Program(Flow(kernel)) for name, kernel in parse(text).items()}
-    return _programs[key]
+    return Program(Flow(parse(text, kernel)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,11 +214,19 @@ class Machine:
             self._parameter_arrays[key] = value
         return self._parameter_arrays[key]
 
-    def uniform(self, site: int, value: np.ndarray) -> int:
-        """The one value that all threads have."""
-        if (value != value.flat[0]).any():
-            self.fail(site, "out of bounds", "parameters at addresses that differ between threads", None)
-        return int(value.flat[0])
+    def parameters_at(
+        self, site: int, place: np.ndarray, offset: int, dtype: str, mask: np.ndarray | None
+    ) -> np.ndarray:
+        """Kernel parameters at offsets that differ between threads: an array that is one."""
+        size, place = int(dtype[1]), place.astype("i8") + offset
+        wrong = (place < 0) | (place > len(self._parameters) - size) | (place % size != 0)
+        if mask is not None:
+            wrong &= reduced(mask, wrong.shape)
+        if wrong.any():
+            detail = f"{size} bytes of the kernel's parameters, which have {len(self._parameters)}"
+            self.fail(site, "out of bounds", detail, wrong)
+        table = np.frombuffer(self._parameters.ljust(-(-len(self._parameters) // 8) * 8, b"\0"), dtype)
+        return table.take(place // size, mode="clip")
 
     def constant_address(self, name: str, offset: int, dtype: str) -> np.ndarray:
         """Of a variable of the module."""
@@ -575,6 +582,18 @@ class _Generic:
         return found
 
 
+def _refused(kernel: Kernel, grid: tuple[int, int, int], threads: int, shared: int) -> str | None:
+    """Why the hardware does not take a launch."""
+    if kernel.required_threads and kernel.required_threads != threads:
+        return f"{threads} threads a block, compiled for {kernel.required_threads}"
+    if threads > kernel.most_threads:
+        return f"{threads} threads a block, at most {kernel.most_threads}"
+    if max(grid[1:]) > 65535 or grid[0] >= 1 << 31:
+        return f"a grid of {grid}"
+    most = 1024 * SHARED_MEMORY.get(kernel.target, 227)
+    return f"{shared} bytes of shared memory, a block has {most} at most" if shared > most else None
+
+
 def execute(
     text: str,
     kernel: str,
@@ -598,23 +617,20 @@ def execute(
         Fault: the kernel did what it must not do.
         PTXError: it holds something that the machine does not know.
     """
-    program = programs(text).get(kernel)
-    if program is None:
-        raise PTXError(f"no kernel {kernel}")
-    threads, counts = int(np.prod(block)), Counts()
-    required = program.kernel.required_threads
-    if required and required != threads:
-        raise Fault("launch", f"{threads} threads a block, compiled for {required}", kernel)
-    if not any(i.name in _MEMORY and "param" not in i.modifiers for i in program.kernel.instructions):
+    made = program(text, kernel)
+    threads, counts = math.prod(block), Counts()
+    shared = made.kernel.shared_bytes + shared_bytes
+    if refused := _refused(made.kernel, grid, threads, shared):
+        raise Fault("launch", refused, kernel)
+    if not any(i.name in _MEMORY and "param" not in i.modifiers for i in made.kernel.instructions):
         raise Fault("empty", "no access to memory in it: compiled to nothing", kernel)
-    shared = program.kernel.shared_bytes + shared_bytes
-    total = int(np.prod(grid))
+    total = math.prod(grid)
     at_once = max(1, min(LANES // threads, SHARED // max(1, shared)))
     with np.errstate(all="ignore"):
         for begin in range(0, total, at_once):
             numbers = np.arange(begin, min(begin + at_once, total))
-            Machine(program, grid, block, numbers, parameters, spans, shared, counts).run()
+            Machine(made, grid, block, numbers, parameters, spans, shared, counts).run()
     return counts
 
 
-__all__ = ["Counts", "Machine", "Span", "execute", "programs"]
+__all__ = ["Counts", "Machine", "Span", "execute", "program"]

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit_kernels.testing.ptx.core import Counts, Span, execute, programs
+from segvit_kernels.testing.ptx.core import SHARED_MEMORY, Counts, Span, execute, program
 from segvit_kernels.testing.ptx.faults import Fault
 
-_SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KiB that a program can have
 _MULTIPROCESSORS = {80: 108, 90: 132}
 _active: Session | None = None
 
@@ -54,11 +53,12 @@ class Session:
         threads: int | tuple[int, int, int],
         arguments: Sequence[Any],
         shared_bytes: int,
+        memory: Sequence[Tensor] = (),
     ) -> None:
-        """One launch; arguments are tensors and numbers in the kernel's order."""
+        """One launch, as of :func:`run_ptx`."""
         if self.edit is not None:
             text = self.edit(kernel, text)
-        counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes)
+        counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes, memory)
         self.launches[kernel] += 1
         total = self.counts.setdefault(kernel, Counts())
         total.instructions += counts.instructions
@@ -80,6 +80,7 @@ def run_ptx(
     threads: int | tuple[int, int, int],
     arguments: Sequence[Any],
     shared_bytes: int = 0,
+    memory: Sequence[Tensor] = (),
 ) -> Counts:
     """Run a kernel of PTX text on CPU tensors.
 
@@ -91,6 +92,7 @@ def run_ptx(
         arguments: tensors (their addresses are passed), ints, floats, ``None`` (a null pointer), or bytes for
             a parameter of any other type; in the order of the kernel's parameters. What is not given is zero.
         shared_bytes: dynamic shared memory.
+        memory: tensors that it may touch besides, whose addresses stand in ``bytes`` or in other tensors.
 
     Returns:
         what was executed.
@@ -99,12 +101,12 @@ def run_ptx(
         Fault: the kernel did what it must not do.
         PTXError: it holds something that the machine does not know.
     """
-    parsed = programs(text)[kernel].kernel
+    parsed = program(text, kernel).kernel
     names = list(parsed.parameters)
     if len(arguments) > len(names):
         raise Fault("launch", f"{len(arguments)} arguments for {len(names)} parameters", kernel)
     data = bytearray(max((o + s for o, s in parsed.parameters.values()), default=0))
-    spans = []
+    spans = [Span(*extent(tensor), f"memory {index}", tensor) for index, tensor in enumerate(memory)]
     for index, (name, value) in enumerate(zip(names, arguments, strict=False)):
         offset, size = parsed.parameters[name]
         if isinstance(value, Tensor):
@@ -147,7 +149,7 @@ class _Utilities:
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
-            "max_shared_mem": 1024 * _SHARED_MEMORY.get(device, 99),
+            "max_shared_mem": 1024 * SHARED_MEMORY.get(device, 99),
             "multiprocessor_count": _MULTIPROCESSORS.get(device, 108),
             "warpSize": 32,
             "max_num_regs": 65536,

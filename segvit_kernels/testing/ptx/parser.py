@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from segvit_kernels.testing.ptx.faults import PTXError
@@ -97,6 +99,8 @@ class Kernel:
         constants: name of a ``.global`` or ``.const`` variable to its bytes.
         body: instructions, and labels as strings.
         required_threads: ``.reqntid``, 0 if there is none.
+        most_threads: of a block, by ``.maxntid`` or of any.
+        target: 90 for ``.target sm_90a``.
     """
 
     name: str
@@ -109,6 +113,8 @@ class Kernel:
     constants: dict[str, bytes] = dataclasses.field(default_factory=dict)
     body: list[Instruction | str] = dataclasses.field(default_factory=list)
     required_threads: int = 0
+    most_threads: int = 1024
+    target: int = 0
     text: str = ""
 
     @property
@@ -123,6 +129,9 @@ _VARIABLE = re.compile(
     re.DOTALL,
 )
 _PARAMETER = re.compile(r"\.param\s+(.*?)([\w$]+)(?:\[(\d+)\])?$", re.DOTALL)
+_TARGET = re.compile(r"^\.target\s+sm_(\d+)", re.MULTILINE)
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)")
+_THREADS = re.compile(r"\.(reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$", re.DOTALL)
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s*,.*)?$', re.MULTILINE)
@@ -161,8 +170,8 @@ def _octal(digits: str) -> bool:
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, wanted: str) -> None:
+        self.text, self.wanted = text, wanted
         self.lines = text.splitlines()
         self.files = {int(number): name.rsplit("/", 1)[-1] for number, name in _FILE.findall(text)}
         self.kernels: dict[str, Kernel] = {}
@@ -212,7 +221,8 @@ class _Parser:
         kernel: Kernel | None = None
         depth, source, statement, begin = 0, "", "", 0
         header = False
-        for number, raw in enumerate(self.lines, 1):
+        lines = enumerate(self.lines, 1)
+        for number, raw in lines:
             line = raw.split("//", 1)[0].strip() if "//" in raw else raw.strip()
             if not line:
                 continue
@@ -224,7 +234,10 @@ class _Parser:
                     source = f"{self.files.get(int(match[1]), '?')}:{match[2]}"
                 continue
             if kernel is None and not header:
-                if ".entry" in line:
+                if match := _ENTRY.search(line):
+                    if match[1] != self.wanted:
+                        self.skip(lines, line)
+                        continue
                     header, statement, begin = True, "", number
                 elif ".func" in line:
                     raise PTXError(f"PTX line {number}: functions are not taken: {line}")
@@ -280,9 +293,21 @@ class _Parser:
                 statement = ""
         return self.kernels
 
+    @staticmethod
+    def skip(lines: Iterator[tuple[int, str]], line: str) -> None:
+        """To the end of an entry's body."""
+        depth, inside = 0, False
+        while not inside or depth:
+            depth += line.count("{") - line.count("}")
+            inside |= "{" in line
+            if not inside or depth:
+                line = next(lines)[1]
+
     def entry(self, head: str) -> Kernel:
         match = re.search(r"\.entry\s+([\w$]+)\s*(?:\((.*)\))?(.*)$", head, re.DOTALL)
         kernel, offset = Kernel(match[1], text=self.text), 0
+        if found := _TARGET.search(self.text):
+            kernel.target = int(found[1])
         for text in _split(match[2] or ""):
             found = _PARAMETER.match(text)
             words = re.findall(r"\.(\w+)(?:\s+(\d+))?", found[1])
@@ -295,8 +320,11 @@ class _Parser:
             offset = -(-offset // align) * align
             kernel.parameters[found[2]] = (offset, size)
             offset += size
-        if found := re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", match[3] or ""):
-            kernel.required_threads = int(found[1]) * int(found[2] or 1) * int(found[3] or 1)
+        for directive, *sizes in _THREADS.findall(match[3] or ""):
+            threads = math.prod(int(size) for size in sizes if size)
+            kernel.most_threads = min(kernel.most_threads, threads)
+            if directive == "reqntid":
+                kernel.required_threads = threads
         self.kernels[kernel.name] = kernel
         return kernel
 
@@ -369,10 +397,13 @@ class _Parser:
                 kernel.registers[name] = kind
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a module by name.
+def parse(text: str, kernel: str) -> Kernel:
+    """One kernel of a module, by its name.
 
     Raises:
-        PTXError: something that is not PTX, or not taken: functions.
+        PTXError: it is not there, is not PTX, or has what is not taken: functions.
     """
-    return _Parser(text).module()
+    found = _Parser(text, kernel).module().get(kernel)
+    if found is None:
+        raise PTXError(f"no kernel {kernel}")
+    return found
