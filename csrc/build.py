@@ -30,7 +30,11 @@ X86 = {
 # For these sources alone, where the compiler knows them (GCC 12, Clang 14).
 FP16 = [*X86["avx512"], "-mavx512bf16", "-mavx512fp16"]
 AMX = [*FP16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-SPECIAL = {"linear_kernels": ("avx512_fp16", FP16), "linear_amx_kernels": ("amx", AMX)}
+SPECIAL = {
+    "linear_kernels": ("avx512_fp16", FP16),
+    "linear_amx_kernels": ("amx", AMX),
+    "attention_amx_kernels": ("amx", AMX),
+}
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = "75;80;90a"

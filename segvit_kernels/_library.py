@@ -147,12 +147,6 @@ def runs_isa(isa: str) -> bool:
     return _native.runs_isa(isa)
 
 
-def torch_has_amx() -> bool:
-    """Whether PyTorch multiplies bfloat16 on matrix units (AMX), where ``SEGVIT_KERNELS_ISA`` asks for no
-    lesser instruction set."""
-    return torch.cpu.get_capabilities().get("amx_bf16", False) and not os.environ.get(_native.ISA_VARIABLE)
-
-
 def _device(args: Sequence[Any]) -> torch.device:
     """The device of the first tensor among arguments that are tensors, lists of them, or something else."""
     for arg in args:

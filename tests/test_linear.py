@@ -47,7 +47,7 @@ def unpacked(packed, shape):
 
 
 @pytest.fixture
-def packs(monkeypatch, without_amx):
+def packs(monkeypatch):
     """As on a machine whose processor gains from packed weights."""
     monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: None)
 
@@ -230,20 +230,6 @@ def test_why_not_packed(packs, monkeypatch):
     assert why_not_packed(torch.ones(2, 2).half()) == "no such processor"
     model = torch.nn.Sequential(torch.nn.Linear(2, 2)).half()
     assert pack_linears(model) == 0 and type(model[0]) is torch.nn.Linear
-
-
-def test_with_amx_in_torch_alone_bfloat16_is_torchs_and_float16_is_packed(packs, monkeypatch):
-    monkeypatch.delenv("SEGVIT_KERNELS_ISA", raising=False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    monkeypatch.setattr("segvit.model.backbone.why_not", lambda *_: None)
-    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa != "amx")
-    for dtype, ours in ((torch.bfloat16, False), (torch.float16, True), (torch.float32, False)):
-        model = segvit().to(dtype).fuse()
-        assert (packed_parts(model) != set()) == ours
-        native = dtype != torch.bfloat16
-        assert all(block.attn.native == native for block in model.backbone.blocks)
-    monkeypatch.setenv("SEGVIT_KERNELS_ISA", "avx512_fp16")
-    assert why_not_packed(torch.ones(2, 2).bfloat16()) is None
 
 
 def test_compile_and_export():

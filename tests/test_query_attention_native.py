@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from segvit_kernels import query_attention, testing
+from segvit_kernels import _library, query_attention, query_attention_reference, testing
 from segvit_kernels.ops import query_attention as module
 from segvit_kernels.ops._philox import keep_mask
 from segvit_kernels.testing.query_attention import (
@@ -99,6 +99,39 @@ def test_case(case, dtype, native_backend, poisoned):
 @pytest.mark.parametrize("case", SIZES, ids=lambda c: c.name)
 def test_sizes(case, native_backend, poisoned):
     _check(case, torch.float16 if case.heads == 3 else torch.float32, native_backend)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=lambda c: c.name)
+def test_sizes_in_bfloat16(case, poisoned):
+    """On AMX too: on both sides of its tiles (16, 32) and of the keys that go together (256)."""
+    if reason := _library.why_not("cpu", "cpu"):
+        pytest.skip(f"backend cpu: {reason}")
+    _check(case, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+def test_scales_in_bfloat16(scale, poisoned):
+    """Any factor of the scores; with 2 they are large enough that most weights vanish."""
+    if reason := _library.why_not("cpu", "cpu"):
+        pytest.skip(f"backend cpu: {reason}")
+    inputs = SMALL.inputs(torch.bfloat16)
+    found = query_attention(**inputs, scale=scale, backend="cpu")
+    truth = query_attention_reference(**{n: t.double() for n, t in inputs.items()}, scale=scale)
+    plain = query_attention_reference(**inputs, scale=scale)
+    testing.assert_within_budget("output", found, truth, plain)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_in_bfloat16(name, value, poisoned):
+    """Is in the results where the formula has it, and nowhere else."""
+    if reason := _library.why_not("cpu", "cpu"):
+        pytest.skip(f"backend cpu: {reason}")
+    inputs = dataclasses.replace(SMALL, keys=300).inputs(torch.bfloat16)
+    inputs[name][1, 7, 1, 3] = value
+    found = query_attention(**inputs, backend="cpu")
+    truth = query_attention_reference(**{n: t.double() for n, t in inputs.items()})
+    assert torch.equal(found.isnan(), truth.isnan()) and torch.equal(found.isinf(), truth.isinf())
 
 
 @pytest.mark.parametrize("keys", [30, 300])

@@ -85,6 +85,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, con
                     masks_of(masks),
                     masks_of(previous),
                     data<float>(lse)};
+#if defined(SEGVIT_AMX)
+  if (isa() >= Isa::amx && args.query.type == Type::bf16 && !need_masks && shape.dropout.threshold == 0) {
+    // A task packs keys and values of its head: as few tasks for each head as keep the threads busy.
+    int64_t wanted = (4 * torch::stable::get_num_threads() + batch * heads - 1) / (batch * heads);
+    int64_t block = round_up((queries + wanted - 1) / wanted, kAmxQueries), blocks = (queries + block - 1) / block;
+    parallel(batch * heads * blocks, [&](int64_t task) {
+      int64_t item = task / blocks, first = task % blocks * block;
+      Scratch scratch(amx_scratch_bytes(keys, dim));
+      amx::attention(args, item / heads, item % heads, first, std::min(first + block, queries), scratch.as<char>());
+    });
+    return results;
+  }
+#endif
   int64_t together = need_masks ? heads : 1, groups = heads / together;
   // Chunks of equal size, small enough that the state of all heads stays in the second-level cache.
   int64_t most =

@@ -81,7 +81,21 @@ constexpr int64_t bwd_scratch_size(int64_t heads, int64_t queries, int64_t dim) 
          kTileKeys * (columns + 2 * padded_dim(dim) + 2 * row + 3 * kTileQueries);
 }
 
+// With AMX: queries that go together, keys of a tile of scores, and the bytes of a task's scratch.
+constexpr int64_t kAmxQueries = 32, kAmxKeys = 256;
+constexpr int64_t amx_scratch_bytes(int64_t keys, int64_t dim) {
+  int64_t row = round_up_to(dim, 32);
+  return (2 * round_up_to(keys, 32) + kAmxQueries) * row * 2 + (kAmxKeys + row + 3) * kAmxQueries * 4;
+}
+
 }  // namespace segvit
+
+#if defined(SEGVIT_AMX)
+namespace segvit::amx {
+// Attention of some queries of one head over all keys, in bfloat16, without masks and dropout.
+void attention(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t query_end, char* scratch);
+}  // namespace segvit::amx
+#endif
 
 // Attention of some queries over some keys, of one batch item and some heads: all heads where there are
 // masks. `state` is made from nothing.

@@ -236,10 +236,9 @@ class VisionTransformer(nn.Module):
         self.unfuse()
         self.keep_positions = True
         self.patch_embed.fuse()
-        amx = self.pos_embed.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
         for module in self.modules():
             if isinstance(module, Attention):
-                module.native = not amx and why_not("cpu", self.pos_embed.device) is None
+                module.native = why_not("cpu", self.pos_embed.device) is None
             if isinstance(module, Block):
                 module.fuse()
 

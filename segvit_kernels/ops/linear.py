@@ -185,8 +185,6 @@ def why_not_packed(weight: Tensor) -> str | None:
         return f"packed weights are for the CPU, not {weight.device.type}"
     if weight.numel() == 0:
         return "the weight is empty"
-    if weight.dtype == torch.bfloat16 and not _library.runs_isa("amx") and _library.torch_has_amx():
-        return "PyTorch's own bfloat16 products use AMX, and the native library in use does not"
     return _library.why_not_operator("linear", "cpu", weight.device)
 
 

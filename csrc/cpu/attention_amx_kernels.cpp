@@ -1,0 +1,258 @@
+// Attention of bfloat16 numbers on AMX, forward, without masks and dropout: one head, all of its keys.
+//
+// Scores lie transposed, S^T = K Q^T: a key a row, queries side by side in vectors, so that the statistics of the
+// softmax are vectors too. A product takes its left factor by rows and its right one by pairs of rows, so keys are
+// taken as they are, and the weights of two keys, rounded to bfloat16, lie as pairs where O^T += V^T P^T wants
+// them. Queries and values are transposed when they are packed, the output when it is written.
+//
+// 32 queries go over 256 keys at a time: scores (32 KB; the weights take their place), output and queries stay in
+// the first-level cache, keys and values in the second-level cache. Of 32 x 32 scores with 64 channels: 128 cycles
+// of products each for S and O, 128 for moving S, and about 6 for each of 64 vectors of exponentials, which decide.
+#include "amx.h"
+#include "attention.h"
+#include "transpose.h"
+
+namespace segvit::SEGVIT_ISA {
+
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kUnseen = -1e38f;  // the largest score of a query that has seen none
+constexpr int64_t kColumns = kAmxQueries, kRowBytes = kColumns * 4;
+
+// 2^v, relative error 4e-6: weights are rounded to 2^-9, and log-sum-exp errs by no more.
+SEGVIT_INLINE Vec exp2_of(Vec v) {
+  Vec r = (Vec)_mm512_reduce_ps((__m512)v, 9);  // v - floor(v)
+  Vec p = splat(1.353417e-2f);
+  p = p * r + 5.201146e-2f;
+  p = p * r + 2.414428e-1f;
+  p = p * r + 6.930038e-1f;
+  p = p * r + 1.0000026f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)v);
+}
+
+const bf16* row_of(const HeadsView& view, int64_t batch, int64_t token, int64_t head) {
+  return reinterpret_cast<const bf16*>(view.data) + batch * view.batch_stride + token * view.token_stride +
+         head * view.head_stride;
+}
+
+SEGVIT_INLINE __m512i load_row(const bf16* row, int64_t d, int64_t dim) {
+  return _mm512_maskz_loadu_epi16(first_of_32(dim - d), row + d);
+}
+
+// Squares of 32-bit elements to rows of 64 bytes.
+SEGVIT_INLINE void store_transposed(__m512i (&rows)[16], char* to) {
+  Vec v[kWidth];
+  for (int i = 0; i < kWidth; ++i) v[i] = (Vec)rows[i];
+  transpose(v);
+  for (int i = 0; i < kWidth; ++i) _mm512_store_si512(to + i * 64, (__m512i)v[i]);
+}
+
+// Keys to (16 keys, 32 channels, key, channel), values to (32 keys, 16 channels, channel, key); zeros behind both.
+// `token(i)` is the i-th of `keys` tokens; they are asked for in turn.
+template <class F>
+void pack_keys(const AttentionFwd& args, int64_t batch, int64_t head, int64_t keys, const F& token, char* key_tiles,
+               char* value_tiles) {
+  int64_t dim = args.shape.dim;
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  __m512i first = _mm512_load_si512(kFirst), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  for (int64_t i = 0; i < keys; i += 32) {
+    const bf16 *key[32] = {}, *value[32] = {};
+    for (int64_t j = 0; j < min_of<int64_t>(32, keys - i); ++j) {
+      int64_t at = token(i + j);
+      key[j] = row_of(args.key, batch, at, head);
+      value[j] = row_of(args.value, batch, at, head);
+    }
+    auto part = [&](const bf16* row, int64_t d) { return row ? load_row(row, d, dim) : _mm512_setzero_si512(); };
+    for (int64_t d = 0; d < dim; d += 32) {
+      for (int j = 0; j < 32; ++j) {
+        char* tile = key_tiles + (i + j / 16 * 16) * round_up_to(dim, 32) * 2 + d / 32 * kTileBytes;
+        _mm512_store_si512(tile + j % 16 * 64, part(key[j], d));
+      }
+      __m512i low[16], high[16];
+      for (int j = 0; j < 16; ++j) {
+        __m512i even = part(value[2 * j], d), odd = part(value[2 * j + 1], d);
+        low[j] = _mm512_permutex2var_epi16(even, first, odd);
+        high[j] = _mm512_permutex2var_epi16(even, second, odd);
+      }
+      char* tile = value_tiles + i * round_up_to(dim, 32) * 2 + d / 16 * kTileBytes;
+      store_transposed(low, tile);
+      store_transposed(high, tile + kTileBytes);
+    }
+  }
+}
+
+// Queries to (32 channels, 16 queries, pair of channels, query), negated if asked for; zeros behind.
+void pack_queries(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t queries, bool negate,
+                  char* tiles) {
+  __m512i sign = _mm512_set1_epi16(negate ? int16_t{-0x8000} : int16_t{0});
+  for (int64_t d = 0; d < args.shape.dim; d += 32)
+    for (int64_t q = 0; q < kColumns; q += 16, tiles += kTileBytes) {
+      __m512i rows[16];
+      for (int64_t i = 0; i < 16; ++i)
+        rows[i] = q + i < queries
+                      ? _mm512_xor_si512(load_row(row_of(args.query, batch, query + q + i, head), d, args.shape.dim), sign)
+                      : _mm512_setzero_si512();
+      store_transposed(rows, tiles);
+    }
+}
+
+// Four tiles, side by side and one below the other, rows `stride` bytes apart.
+SEGVIT_INLINE void load_four(const char* at, int64_t stride) {
+  _tile_loadd(0, at, stride);
+  _tile_loadd(1, at + 64, stride);
+  _tile_loadd(2, at + kTileRows * stride, stride);
+  _tile_loadd(3, at + kTileRows * stride + 64, stride);
+}
+SEGVIT_INLINE void store_four(char* at, int64_t stride) {
+  _tile_stored(0, at, stride);
+  _tile_stored(1, at + 64, stride);
+  _tile_stored(2, at + kTileRows * stride, stride);
+  _tile_stored(3, at + kTileRows * stride + 64, stride);
+}
+// Two tiles of rows times two of columns.
+SEGVIT_INLINE void multiply(const char* upper, const char* lower, const char* left, const char* right, int64_t stride) {
+  _tile_loadd(4, upper, 64);
+  _tile_loadd(6, left, stride);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, right, stride);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, lower, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// scores (keys, kColumns) of whole tiles of keys.
+__attribute__((noinline)) void score(const char* key_tiles, const char* query_tiles, int64_t keys, int64_t parts,
+                                     char* scores) {
+  for (int64_t i = 0; i < keys; i += 32) {
+    const char* upper = key_tiles + i / 16 * parts * kTileBytes;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < parts; ++k) {
+      const char* right = query_tiles + k * 2 * kTileBytes;
+      multiply(upper + k * kTileBytes, upper + (parts + k) * kTileBytes, right, right + kTileBytes, 64);
+    }
+    store_four(scores + i * kRowBytes, kRowBytes);
+  }
+}
+
+// output (channels, kColumns) += values times weights, which lie where the scores were, a pair of keys in the first
+// of two rows.
+__attribute__((noinline)) void accumulate(const char* value_tiles, const char* weights, int64_t keys, int64_t parts,
+                                          char* output) {
+  for (int64_t part = 0; part < parts; ++part) {
+    load_four(output + part * 32 * kRowBytes, kRowBytes);
+    for (int64_t i = 0; i < keys; i += 32) {
+      const char *upper = value_tiles + (i / 32 * parts + part) * 2 * kTileBytes, *pairs = weights + i * kRowBytes;
+      multiply(upper, upper + kTileBytes, pairs, pairs + 64, 2 * kRowBytes);
+    }
+    store_four(output + part * 32 * kRowBytes, kRowBytes);
+  }
+}
+
+// Scores of `keys` keys to weights, for 16 queries, zeros up to `padded` keys. Returns what sums so far are to be
+// multiplied by.
+SEGVIT_INLINE Vec softmax(float* scores, int64_t keys, int64_t padded, float scale, float* largest, float* sums) {
+  alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i pairs = _mm512_load_si512(kPairs);
+  Vec most[4];
+  for (auto& m : most) m = load(scores);
+  int64_t i = 0;
+  for (; i + 4 <= keys; i += 4)
+    for (int j = 0; j < 4; ++j) most[j] = vmax(most[j], load(scores + (i + j) * kColumns));
+  for (; i < keys; ++i) most[0] = vmax(most[0], load(scores + i * kColumns));
+  Vec before = load(largest), now = vmax(vmax(most[0], most[1]), vmax(most[2], most[3])) * scale;
+  now = vmax(before, now);
+  Vec total{}, total2{};
+  for (i = 0; i < padded; i += 2) {
+    float* at = scores + i * kColumns;
+    Vec first = i < keys ? exp2_of(load(at) * scale - now) : Vec{};
+    Vec second = i + 1 < keys ? exp2_of(load(at + kColumns) * scale - now) : Vec{};
+    total += first, total2 += second;
+    _mm512_store_si512(at, _mm512_permutexvar_epi16(pairs, to_bf16(first, second)));
+  }
+  Vec factor = before == now ? splat(1) : exp2_of(before - now);
+  store(largest, now);
+  store(sums, load(sums) * factor + (total + total2));
+  return factor;
+}
+
+// Output and log-sum-exp of the queries.
+void write(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t queries, const float* output,
+           const float* largest, const float* sums) {
+  int64_t dim = args.shape.dim;
+  float factors[kColumns];
+  float* lse = args.lse + (batch * args.shape.heads + head) * args.shape.queries + query;
+  for (int64_t i = 0; i < queries; ++i) {
+    bool unseen = args.shape.padding && largest[i] == kUnseen;
+    lse[i] = unseen ? -__builtin_inff() : largest[i] * kLn2 + __builtin_logf(sums[i]);
+    factors[i] = unseen ? 0 : 1 / sums[i];
+  }
+  for (int64_t q = 0; q < queries; q += kWidth)
+    for (int64_t d = 0; d < dim; d += 32) {
+      Vec low[kWidth], high[kWidth];
+      for (int r = 0; r < kWidth; ++r) {
+        low[r] = load(output + (d + r) * kColumns + q);
+        high[r] = load(output + (d + 16 + r) * kColumns + q);
+      }
+      transpose(low), transpose(high);
+      for (int64_t i = 0; i < min_of<int64_t>(kWidth, queries - q); ++i) {
+        auto* to = const_cast<bf16*>(row_of(args.output, batch, query + q + i, head));
+        __m512i row = to_bf16(low[i] * factors[q + i], high[i] * factors[q + i]);
+        _mm512_mask_storeu_epi16(to + d, first_of_32(dim - d), row);
+      }
+    }
+}
+
+}  // namespace
+
+void attention(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t query_end, char* scratch) {
+  Tiles tiles;
+  const AttentionShape& shape = args.shape;
+  int64_t row = round_up_to(shape.dim, 32), parts = row / 32, bytes = round_up_to(shape.keys, 32) * row * 2;
+  char *key_tiles = scratch, *value_tiles = key_tiles + bytes, *query_tiles = value_tiles + bytes;
+  char* scores = query_tiles + kColumns * row * 2;
+  char* output = scores + kAmxKeys * kRowBytes;
+  auto *largest = reinterpret_cast<float*>(output + row * kRowBytes), *sums = largest + kColumns;
+  int64_t keys = 0;
+  if (const bool* padding = shape.padding ? shape.padding + batch * shape.keys : nullptr) {
+    // What no query sees is not packed.
+    int64_t token = 0;
+    for (int64_t i = 0; i < shape.keys; ++i) keys += !padding[i];
+    pack_keys(args, batch, head, keys, [&](int64_t) {
+      while (padding[token]) ++token;
+      return token++;
+    }, key_tiles, value_tiles);
+  } else {
+    keys = shape.keys;
+    pack_keys(args, batch, head, keys, [](int64_t i) { return i; }, key_tiles, value_tiles);
+  }
+  float scale = shape.scale < 0 ? -shape.scale : shape.scale;
+  for (; query < query_end; query += kColumns) {
+    int64_t queries = min_of(kColumns, query_end - query);
+    pack_queries(args, batch, head, query, queries, shape.scale < 0, query_tiles);
+    __builtin_memset(output, 0, row * kRowBytes);
+    for (int64_t i = 0; i < kColumns; ++i) largest[i] = kUnseen, sums[i] = 0;
+    for (int64_t key = 0; key < keys; key += kAmxKeys) {
+      int64_t n = min_of(kAmxKeys, keys - key), padded = round_up_to(n, 32);
+      score(key_tiles + key * row * 2, query_tiles, padded, parts, scores);
+      auto* tile = reinterpret_cast<float*>(scores);
+      auto* sum = reinterpret_cast<float*>(output);
+      Vec first = softmax(tile, n, padded, scale * kLog2e, largest, sums);
+      Vec second = softmax(tile + kWidth, n, padded, scale * kLog2e, largest + kWidth, sums + kWidth);
+      for (int64_t i = 0; i < row; ++i, sum += kColumns) {
+        store(sum, load(sum) * first);
+        store(sum + kWidth, load(sum + kWidth) * second);
+      }
+      accumulate(value_tiles + key * row * 2, scores, padded, parts, output);
+    }
+    write(args, batch, head, query, queries, reinterpret_cast<const float*>(output), largest, sums);
+  }
+}
+
+}  // namespace segvit::SEGVIT_ISA
