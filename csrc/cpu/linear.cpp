@@ -85,7 +85,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
   int64_t blocks = (rows + most - 1) / most;
   int64_t block_rows = round_up((rows + blocks - 1) / blocks, granule.rows);
   blocks = (rows + block_rows - 1) / block_rows;
-  int64_t parts = threads == 1 ? 1 : (4 * threads + blocks - 1) / blocks;
+  int64_t parts = threads == 1 ? 1 : ((tiles ? 2 : 4) * threads + blocks - 1) / blocks;
   int64_t part = round_up((count + parts - 1) / parts, std::min(granule.panels, count));
   parts = (count + part - 1) / part;
   int64_t bytes = tiles ? linear_amx_scratch_bytes(block_rows, depth) : linear_scratch_bytes(block_rows, depth);

@@ -30,12 +30,12 @@ inline int64_t linear_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded * 2 + (rows + 15) / 16 * 64 + kPackedRows * kPanelColumns * 2 * 4;
 }
 
-// With AMX: columns of a panel, of which two go together; the granule of rows.
-constexpr int64_t kTilePanel = 32, kTileGroup = 32;
+// With AMX: columns of a panel, and of the two that go together; the granule of rows.
+constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32;
 
 inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
   int64_t padded = (depth + 31) / 32 * 32;
-  return rows * padded * 2 + rows * 2 * kTilePanel * 4;
+  return rows * padded * 2 + 2 * rows * kTileWide * 4;
 }
 
 }  // namespace segvit

@@ -20,7 +20,6 @@ namespace {
 
 constexpr int64_t kStep = 2 * kTileBytes;  // bytes of a step, of rows and of a panel alike
 constexpr int64_t kPart = 16;              // steps whose weights stay in the first-level cache
-constexpr int64_t kWide = 2 * kTilePanel;  // columns of a row of sums
 
 // ---- the input ----
 
@@ -83,49 +82,6 @@ void pack(const Linear& args, int64_t row, int64_t row_end, int64_t steps, char*
   }
 }
 
-// ---- the product ----
-
-// sums (rows, kWide) = rows times a panel. The next panel is brought into the second-level cache.
-__attribute__((noinline)) void product(const char* packed, int64_t groups, const char* panel, int64_t steps,
-                                       float* sums, bool ahead) {
-  constexpr int64_t kStride = kWide * 4;
-  int64_t lines = ahead ? (kStep / 64 + groups - 1) / groups : 0;
-  const char* next = panel + steps * kStep;
-  for (int64_t begin = 0; begin < steps; begin += kPart) {
-    int64_t end = min_of(begin + kPart, steps);
-    for (int64_t group = 0; group < groups; ++group) {
-      char* c = reinterpret_cast<char*>(sums + group * kTileGroup * kWide);
-      if (begin == 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      } else {
-        _tile_loadd(0, c, kStride);
-        _tile_loadd(1, c + 64, kStride);
-        _tile_loadd(2, c + kTileRows * kStride, kStride);
-        _tile_loadd(3, c + kTileRows * kStride + 64, kStride);
-      }
-      const char *a = packed + (group * steps + begin) * kStep, *b = panel + begin * kStep;
-      for (int64_t k = begin; k < end; ++k, a += kStep, b += kStep) {
-        _tile_stream_loadd(4, a, 64);  // rows pass; the panel stays
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + kTileBytes, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_stream_loadd(5, a + kTileBytes, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-      }
-      _tile_stored(0, c, kStride);
-      _tile_stored(1, c + 64, kStride);
-      _tile_stored(2, c + kTileRows * kStride, kStride);
-      _tile_stored(3, c + kTileRows * kStride + 64, kStride);
-    }
-  }
-}
-
 // ---- results ----
 
 SEGVIT_INLINE __m512i part_of(const char* row, int64_t column, __mmask32 inside) {
@@ -157,6 +113,66 @@ SEGVIT_INLINE void finish(const Linear& args, const float* sums, int64_t row, in
     _mm512_mask_storeu_epi16(to, inside, result);
 }
 
+// Sums of two panels that wait to be finished: a few at a time, beside the products of the next panels, whose tiles
+// keep another unit of the processor busy.
+struct Waiting {
+  const Linear& args;
+  const float* sums = nullptr;
+  int64_t row = 0, rows = 0, column = 0, halves = 0, done = 0;
+
+  inline __attribute__((always_inline)) void some(int64_t count) {
+    for (; count > 0 && done < rows * halves; --count, ++done) {
+      int64_t r = done / halves, half = done % halves * kTilePanel;
+      finish(args, sums + r * kTileWide + half, row + r, column + half);
+    }
+  }
+};
+
+// ---- the product ----
+
+// sums (rows, kTileWide) = rows times a panel. The next panel is brought into the second-level cache, and what waits is
+// finished, `share` a step.
+__attribute__((noinline)) void product(const char* packed, int64_t groups, const char* panel, int64_t steps,
+                                       float* sums, bool ahead, Waiting& waiting, int64_t share) {
+  constexpr int64_t kStride = kTileWide * 4;
+  int64_t lines = ahead ? (kStep / 64 + groups - 1) / groups : 0;
+  const char* next = panel + steps * kStep;
+  for (int64_t begin = 0; begin < steps; begin += kPart) {
+    int64_t end = min_of(begin + kPart, steps);
+    for (int64_t group = 0; group < groups; ++group) {
+      char* c = reinterpret_cast<char*>(sums + group * kTileGroup * kTileWide);
+      if (begin == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      } else {
+        _tile_loadd(0, c, kStride);
+        _tile_loadd(1, c + 64, kStride);
+        _tile_loadd(2, c + kTileRows * kStride, kStride);
+        _tile_loadd(3, c + kTileRows * kStride + 64, kStride);
+      }
+      const char *a = packed + (group * steps + begin) * kStep, *b = panel + begin * kStep;
+      for (int64_t k = begin; k < end; ++k, a += kStep, b += kStep) {
+        _tile_stream_loadd(4, a, 64);  // rows pass; the panel stays
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + kTileBytes, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_stream_loadd(5, a + kTileBytes, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        waiting.some(share);
+      }
+      _tile_stored(0, c, kStride);
+      _tile_stored(1, c + 64, kStride);
+      _tile_stored(2, c + kTileRows * kStride, kStride);
+      _tile_stored(3, c + kTileRows * kStride + 64, kStride);
+    }
+  }
+}
+
 }  // namespace
 
 void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch) {
@@ -164,16 +180,21 @@ void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int
   int64_t steps = (args.depth + kTileDepth - 1) / kTileDepth, groups = (row_end - row + kTileGroup - 1) / kTileGroup;
   auto* sums = reinterpret_cast<float*>(scratch + groups * steps * kStep);
   pack(args, row, row_end, steps, scratch);
-  for (; panel < panel_end; panel += 2) {
-    int64_t end = min_of(panel + 2, panel_end);
-    for (int64_t p = panel; p < end; ++p) {
-      const char* weights = reinterpret_cast<const char*>(args.panels) + p * steps * kStep;
-      product(scratch, groups, weights, steps, sums + (p - panel) * kTilePanel, p + 1 < panel_end);
+  Waiting waiting{args};
+  for (bool odd = false; panel < panel_end; panel += 2, odd = !odd) {
+    int64_t halves = min_of<int64_t>(2, panel_end - panel);
+    float* current = sums + odd * groups * kTileGroup * kTileWide;
+    // So that all of it is done at the end of these panels.
+    int64_t share = (waiting.rows * waiting.halves + groups * steps * halves - 1) / (groups * steps * halves);
+    for (int64_t p = 0; p < halves; ++p) {
+      const char* weights = reinterpret_cast<const char*>(args.panels) + (panel + p) * steps * kStep;
+      product(scratch, groups, weights, steps, current + p * kTilePanel, panel + p + 1 < panel_end, waiting, share);
     }
-    for (int64_t r = row; r < row_end; ++r)
-      for (int64_t p = panel; p < end; ++p)
-        finish(args, sums + (r - row) * kWide + (p - panel) * kTilePanel, r, p * kTilePanel);
+    waiting.some(waiting.rows * waiting.halves);
+    waiting.sums = current, waiting.row = row, waiting.rows = row_end - row, waiting.column = panel * kTilePanel;
+    waiting.halves = halves, waiting.done = 0;
   }
+  waiting.some(waiting.rows * waiting.halves);
   if (args.stream) _mm_sfence();
 }
 
