@@ -34,8 +34,9 @@ TARGETS = {
 """Arguments of Triton's ``GPUTarget``. Those without a file of their own take the parameters of another."""
 
 ALIKE = ("sm_120", "gfx90a")
-"""Compiled with the parameters of sm_89 and gfx942. The gate takes one launch of each kernel here, and
-everywhere but on sm_90, unless ``SEGVIT_GATE`` is ``all``; there too where it is ``quick``."""
+"""Compiled with the parameters of sm_89 and gfx942: the gate takes one launch of each kernel, and only with
+``SEGVIT_GATE=all``. With that it takes every launch elsewhere; else on sm_90 those that show every flag and
+every width of numbers of every kernel, and one of each kernel on the others (``quick``: on sm_90 too)."""
 
 SHARED_MEMORY = {
     "sm_80": 163,

@@ -3,25 +3,41 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
 
 from segvit_kernels.testing.launches import ALIKE, TARGETS, faults, module, resources
+from segvit_kernels.triton._launch import Launch
+
+Features = Callable[[Launch], set[Hashable]]
 
 
-def rows(operator: str, arch: str, names: Sequence[str], once: bool) -> list[dict[str, Any]]:
-    """A row for every launch of an operator's cases, or with ``once`` for the first one of each kernel."""
+def kernel_of(launch: Launch) -> set[Hashable]:
+    return {launch.kernel.__name__}
+
+
+def code_of(launch: Launch) -> set[Hashable]:
+    """What decides which code a kernel is made of: each flag, what it is not given, widths of its numbers."""
+    kernel, tensors = launch.kernel.__name__, [v for v in launch.arguments.values() if hasattr(v, "dtype")]
+    values = [*launch.constants.items(), *((name, v) for name, v in launch.arguments.items() if v is None)]
+    flags = {(kernel, name, v) for name, v in values if v is None or isinstance(v, (bool, str))}
+    return {(kernel, *sorted({t.element_size() for t in tensors if t.is_floating_point()})), *flags}
+
+
+def rows(operator: str, arch: str, names: Sequence[str], features: Features | None) -> list[dict[str, Any]]:
+    """A row for every launch of an operator's cases, or for those with a feature that none before has."""
     found = module(operator)
     gate = {**found.EVERYWHERE, **(found.MORE if arch == "sm_90" else {})}
     cases = {name: {**found.EVERYWHERE, **found.MORE}[name] for name in names} or gate
-    rows, seen, kernels = [], {}, set()
+    rows, seen, kernels, taken = [], {}, set(), set()
     for name, case in cases.items():
         for launch in found.launches(case, arch):
-            kernel = launch.kernel.__name__
-            if once and kernel in kernels:
+            kernel, own = launch.kernel.__name__, features(launch) if features else set()
+            if features and own <= taken:
                 continue
+            taken |= own
             kernels.add(kernel)
             compiled = launch.compile(GPUTarget(*TARGETS[arch]))
             if compiled.hash not in seen:
@@ -42,9 +58,11 @@ def rows(operator: str, arch: str, names: Sequence[str], once: bool) -> list[dic
 
 def main(operators: str, arch: str, *names: str) -> None:
     asked = os.environ.get("SEGVIT_GATE", "")
-    every = asked == "all" or (asked != "quick" and arch == "sm_90")
-    once = not names and (arch in ALIKE or not every)
-    found = [rows(operator, arch, names, once) for operator in operators.split(",")]
+    if names or (asked == "all" and arch not in ALIKE):
+        features = None
+    else:
+        features = code_of if arch == "sm_90" and asked != "quick" else kernel_of
+    found = [rows(operator, arch, names, features) for operator in operators.split(",")]
     print(json.dumps([row for some in found for row in some]))
 
 
