@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,8 @@ import torch
 
 from bench import report
 from bench.__main__ import main
-from bench.subjects import counts, operators
-from bench.subjects.published import MODELS
+from bench.subjects import counts, models, operators
+from bench.subjects.published import MODELS, TINY
 from bench.suites import cpu, everything, flops, gpu, scaling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,12 +22,6 @@ MODES = [(name, mode) for name, op in operators.by_name().items() for mode in op
 def no_environment(monkeypatch):
     monkeypatch.delenv("SEGVIT_BENCH_SMOKE", raising=False)
     monkeypatch.delenv("SEGVIT_COMMIT", raising=False)
-
-
-def bench(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -49,8 +40,17 @@ def test_the_gpu_script_stands_behind_kernels_too(tmp_path, monkeypatch):
     assert {(r["operator"], r["mode"]) for r in result["timings"]} == set(MODES)
 
 
-def test_cpu_script_runs_whole_on_tiny_shapes(tmp_path):
-    path = tmp_path / "cpu.json"
+def test_cpu_script_runs_whole_on_tiny_shapes(tmp_path, monkeypatch):
+    """Memory of one operator in a process of its own, as of all; of the others here."""
+    path, isolated = tmp_path / "cpu.json", cpu.peaks.isolated
+
+    def some_here(module: str, function: str, operator: str, *values: object) -> object:
+        if operator == "subsample_norm":
+            return isolated(module, function, operator, *values)
+        return cpu.measure_memory(operator, *values)
+
+    monkeypatch.setattr(cpu.peaks, "isolated", some_here)
+    monkeypatch.setattr(cpu, "_keep_freed_memory", lambda: None)  # of this process, for good
     arguments = (
         "kernels",
         "--smoke",
@@ -63,8 +63,11 @@ def test_cpu_script_runs_whole_on_tiny_shapes(tmp_path):
         "--out",
         str(path),
     )
-    done = bench(*arguments)
-    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    try:
+        assert main(list(arguments)) == 0
+    finally:
+        torch.set_num_threads(threads)
     result = report.load(path)
     assert {r["mode"] for r in result["timings"]} == {"forward", "backward", "forward_backward"}
     assert all(r["status"] == "ok" and r["result_bytes"] > 0 for r in result["memory"])
@@ -76,8 +79,11 @@ def test_cpu_script_runs_whole_on_tiny_shapes(tmp_path):
 
 def test_scaling_runs_on_tiny_shapes(tmp_path):
     path = tmp_path / "scaling.json"
-    done = bench("scaling", "--smoke", "--threads", "1", "--out", str(path))
-    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    try:
+        assert main(["scaling", "--smoke", "--threads", "1", "--out", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
     result = report.load(path)
     assert {(r["operator"], r["axis"]) for r in result["rows"]} == {
         (a.operator, a.name) for a in scaling.TINY
@@ -96,8 +102,7 @@ def test_a_budget_that_is_used_up_skips_with_a_reason(monkeypatch):
 def test_static_evidence_of_one_operator(tmp_path):
     path = tmp_path / "static.json"
     arguments = ("static", "--kernels", "triton", "--operators", "subsample_norm", "--out", str(path))
-    done = bench(*arguments)
-    assert done.returncode == 0, done.stderr
+    assert main(list(arguments)) == 0
     result = report.load(path)
     assert {r["kernel"] for r in result["rows"]} >= {
         "_subsample_norm_fwd_kernel",
@@ -230,9 +235,26 @@ def test_kept_counts_are_the_papers():
     for row in kept:
         assert row["eager"]["fvcore"] / 1e9 == pytest.approx(row["paper_gflops"], abs=0.1)
         assert row["fused"]["torch"] == pytest.approx(row["fused"]["fvcore"], rel=1e-3)
-    (fresh,) = flops.run(names=[kept[0]["model"]], progress=lambda line: None)["models"]
-    assert fresh["eager"]["by_operator"] == kept[0]["eager"]["by_operator"]
-    assert fresh["fused"]["fvcore"] == kept[0]["fused"]["fvcore"]
+    with torch.device("meta"):
+        model = MODELS[0].build().requires_grad_(False)
+        images = torch.zeros(1, 3, MODELS[0].size, MODELS[0].size)
+    with counts.plain_operators():
+        eager = counts.count_torch(counts.EagerForm(model), images)
+    assert eager == pytest.approx(kept[0]["eager"]["fvcore"], rel=1e-3)
+    assert counts.count_torch(counts.FusedForm(model), images) == kept[0]["fused"]["torch"]
+
+
+def test_a_model_and_its_decoders_are_counted(monkeypatch):
+    monkeypatch.setattr(flops, "MODELS", (TINY,))
+    monkeypatch.setattr(flops, "DECODERS", ("tiny",))
+    some = [s for s in models.on_one_backbone() if s.name in ("SegViT", "DPT")]
+    monkeypatch.setattr(models, "on_one_backbone", lambda: some)
+    result = flops.run(progress=lambda line: None)
+    (row,) = result["models"]
+    assert row["eager"]["fvcore"] > row["fused"]["fvcore"] == pytest.approx(row["fused"]["torch"], rel=1e-3)
+    found = {row["decoder"]: row["macs"] for row in result["decoders"]}
+    assert found.keys() == {"SegViT", "DPT"} and min(found.values()) > 0
+    assert "| tiny |" in report.tables(result)["models"] and "| DPT |" in report.tables(result)["decoders"]
 
 
 def test_kept_counts_are_those_measured_on_published_models(shared_dir):

@@ -39,6 +39,13 @@ def only_segvit(monkeypatch):
     monkeypatch.setattr(models, "on_one_backbone", lambda: found)
 
 
+@pytest.fixture
+def without_engines(monkeypatch):
+    """They have tests of their own."""
+    ways = models.ways
+    monkeypatch.setattr(models, "ways", lambda *given: [s for s in ways(*given) if "engine" not in s.name])
+
+
 def run(**options) -> dict:
     defaults = {"dtypes": ("float32",), "threads": 1, "rounds": 1, "smoke": True}
     return model.run(**{**defaults, "progress": lambda line: None, **options})
@@ -166,9 +173,8 @@ def test_label_maps_have_something_in_them():
         assert labels.flatten().bincount().sort().values[-2] > 0.05 * labels.numel()
 
 
-def test_every_table(no_processes):
+def test_every_table(no_processes, without_engines):
     result = run(dtypes=("bfloat16",), sections=("ways", "decoders"))
-    result["rows"] = [row for row in result["rows"] if "engine" not in row["way"]]  # has tests of its own
     assert not result["measurement"] and model_tables.sound(result)
     ways = by_name(result, table="ways", dtype="bfloat16")
     assert {"published", "published, SDPA", "eager", "fused"} <= set(ways)
@@ -207,6 +213,9 @@ def test_models_of_libraries(monkeypatch, no_processes):
 
 def test_the_quick_selection_says_what_it_leaves_out(monkeypatch, no_processes):
     monkeypatch.setattr(model, "QUICK", TINY)
+    named = ("SETR-naive", *model.NOT_QUICK["decoders", "training"])
+    found = [subject for subject in models.on_one_backbone() if subject.name in named]
+    monkeypatch.setattr(models, "on_one_backbone", lambda: found)
     quick = run(sections=("decoders",), quick=True, smoke=False)
     left_out = {r["way"] for r in quick["rows"] if r.get("reason") == "not in the quick selection"}
     assert left_out == set(model.NOT_QUICK["decoders", "training"])
@@ -223,7 +232,7 @@ def test_decoders_of_published_sizes_stand_beside_the_papers_counts():
 # ------------------------------------------------------------------------------ what is refused
 
 
-def test_a_wrong_kernel_is_refused(monkeypatch, no_processes, only_segvit):
+def test_a_wrong_kernel_is_refused(monkeypatch, no_processes, without_engines, only_segvit):
     """Masks that forget the earlier stages: the reference is computed without the kernel and stays right."""
     right = modules.fused_atm
 

@@ -140,6 +140,7 @@ def test_case(case, poisoned):
         assert_within_budget(f"gradient {i}", g, t, p.to(g.dtype))
 
 
+# Beside those of CASES.
 SIZES = {
     "1x1 to 1x1": Call.draw(3, 2, [(1, 1)], (1, 1), present=2),
     "1x1": Call.draw(1, 2, [(1, 1)], (100, 37), present=2),
@@ -147,18 +148,8 @@ SIZES = {
     "several blocks of cells": Call.draw(1, 2, [(40, 40)], (160, 200), present=1),
     "support of one row more than groups": Call.draw(1, 1, [(17, 3)], (19, 5), present=1),
     "whole tiles": Call.draw(1, 1, [(8, 16)], (64, 128), present=1),
-    "down-scaling": Call.draw(1, 3, [(40, 70)], (13, 17)),
-    "same size": Call.draw(1, 3, [(21, 70)], (21, 70)),
-    "19 classes": Call.draw(1, 19, [(3, 4)], (33, 50)),
-    "150 classes": Call.draw(1, 150, [(2, 3)], (20, 21)),
-    "300 classes": Call.draw(1, 300, [(3, 2)], (20, 21), targets=torch.int16),
     "2000 classes": Call.draw(1, 2000, [(2, 2)], (9, 130), targets=torch.int32, present=3),
-    "matched labels": Call.draw(1, 9, [(5, 5)], (30, 31), num_targets=7, matched=True),
-    "ignored": Call.draw(2, 3, [(5, 5), (6, 9)], (30, 31), mask_ignored=True, present=2),
-    "gamma 0": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=0.0, alpha=0.6),
     "gamma 1.5": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=1.5),
-    "bool": Call.draw(2, 4, [(7, 5)], (50, 70), torch.bool, 3, matched=True),
-    "soft": Call.draw(2, 4, [(7, 5)], (50, 70), torch.float32, 3, matched=True),
     "large masks": Call.draw(1, 2, [(2, 2)], (100, 120), torch.float32, 1, matched=True, seed=3),
     "soft fp16, gamma 0.5": Call.draw(2, 4, [(7, 5)], (50, 70), torch.float16, 3, matched=True, gamma=0.5),
 }
@@ -173,9 +164,9 @@ def test_half_precision_logits(poisoned):
     check(Call.draw(1, 3, [(7, 5), (20, 20)], (100, 37), dtype=torch.float16, mask_ignored=True))
 
 
-@pytest.mark.parametrize("entries", [1, 3, 5])
-def test_every_entry_of_a_list_is_as_if_alone(entries, poisoned):
-    grids = [(7, 5), (1, 1), (20, 33), (3, 17), (2, 2)][:entries]
+def test_every_entry_of_a_list_is_as_if_alone(poisoned):
+    """One more than a launch takes."""
+    grids = [(7, 5), (1, 1), (20, 33), (3, 17), (2, 2)]
     call = Call.draw(1, 3, grids, (41, 52), torch.bool, 4, matched=True)
     sums, areas, grads = check(call)
     grad_sums = call.grad_sums()
@@ -186,7 +177,7 @@ def test_every_entry_of_a_list_is_as_if_alone(entries, poisoned):
         torch.testing.assert_close(alone.backward(grad_sums[i : i + 1], areas)[0], grads[i])
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int64])  # int32: test_sizes
 def test_labels_of_any_integer_dtype(dtype, poisoned):
     call = Call.draw(1, 5, [(4, 6)], (23, 40), mask_ignored=True, present=2)
     labels = torch.where(call.targets == 255, -1, call.targets.long()).to(dtype)
@@ -216,7 +207,7 @@ def test_classes_in_some_tiles_of_labels(split, poisoned):
     """Tiles without the class of a pair; with one that has its number modulo 32; with many classes."""
     call = Call.draw(1, 36, [(9, 12)], (70, 200), dtype=torch.float16)
     call.targets[..., :64], call.targets[..., 64:] = 0, 33
-    call.targets[0, 66:, 130:] = torch.arange(70, dtype=torch.uint8) % 12
+    call.targets[0, 66:, 130:] = torch.arange(70, dtype=torch.uint8) % 4
     call.targets[0, :3, :2] = torch.tensor([1, 32], dtype=torch.uint8)
     check(call, {"split": split})
 

@@ -31,10 +31,9 @@ def test_kernels_of_the_tutorials_kinds_agree_with_pytorch(arch):
     assert "'attention_backward': 1, 'matmul': 2" in printed
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_every_kernel_of_the_operators(arch):
-    """One dtype and few cases; the whole battery: ``make ptx``."""
-    printed = run("ptx_operators.py", arch, "bf16")
+def test_every_kernel_of_the_operators():
+    """One dtype and few cases, on the GPU of most instructions; the whole battery on both: ``make ptx``."""
+    printed = run("ptx_operators.py", "sm_90", "bf16")
     assert printed.rstrip().endswith("never: []")
 
 
