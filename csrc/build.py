@@ -11,6 +11,7 @@ import ast
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
 OPERATORS = ("atm", "linear", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
 # One entry per instruction set, in csrc/cpu/isa.h too.
 X86 = {
@@ -38,10 +38,12 @@ SPECIAL = {
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = "75;80;90a"
+# The oldest compilers that the sources are built and tested with.
+LEAST = {"GCC": 11, "Clang": 14}
 
 
 def library_name(emulate: bool = False) -> str:
-    return f"libsegvit_{'emulated' if emulate else 'native'}{SUFFIX}"
+    return f"libsegvit_{'emulated' if emulate else 'native'}.so"
 
 
 def sources_hash() -> str:
@@ -88,15 +90,35 @@ def _gencode(archs: str) -> list[str]:
     return flags + ([f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else [])
 
 
+def _cxx() -> str:
+    return os.environ.get("CXX", "c++")
+
+
 def _nvcc(args: argparse.Namespace) -> str | None:
     """nvcc, where CUDA kernels are wanted and it is there."""
     return None if args.cpu_only or args.emulate or not args.archs else find_nvcc()
 
 
-def _compiles(cxx: str, flags: list[str]) -> bool:
+def _knows(compiler: str, flags: list[str], language: str = "c++") -> bool:
     """Whether a compiler knows these flags."""
-    command = [cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return bool(shutil.which(cxx)) and subprocess.run(command, capture_output=True).returncode == 0
+    command = [compiler, *flags, "-x", language, "-E", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _identity(cxx: str) -> str:
+    """Version of the C++ compiler.
+
+    Raises:
+        RuntimeError: there is none, or it is too old.
+    """
+    text = _run([cxx, "-x", "c++", "-dM", "-E", os.devnull])
+    macros = dict(re.findall(r"#define (\w+) (.*)", text))
+    name, major = ("Clang", "__clang_major__") if "__clang__" in macros else ("GCC", "__GNUC__")
+    if (version := int(macros.get(major, 0))) < LEAST[name]:
+        raise RuntimeError(
+            f"{cxx} is {name} {version}; the least is GCC {LEAST['GCC']} or Clang {LEAST['Clang']}"
+        )
+    return macros["__VERSION__"]
 
 
 def _plan(
@@ -104,9 +126,16 @@ def _plan(
 ) -> list[tuple[Path, str, list[str]]]:
     """(source, name of the object, command without output) of everything to compile."""
     include = ["-isystem", str(torch_folder / "include")]
-    cxx = [os.environ.get("CXX", "c++"), "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O3", "-g1"]
+    cxx = [_cxx(), "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O3"]
     # GCC's own headers of intrinsics would warn of what they mean to leave uninitialised.
-    cxx += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", TORCH_VERSION]
+    cxx += [
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        "-Wno-unknown-warning-option",
+    ]
+    cxx += [TORCH_VERSION, *["-g1"] * args.debug]
     if args.sanitize:
         cxx += [f"-fsanitize={args.sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     chosen = args.only.split(",") if args.only else list(OPERATORS)
@@ -120,7 +149,7 @@ def _plan(
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
     library = HERE / "library.cpp"
     if args.emulate:
-        flags = [*cxx, *include, "-DSEGVIT_EMULATE", "-x", "c++"]
+        flags = [*cxx, *include, "-Wno-unknown-pragmas", "-DSEGVIT_EMULATE", "-x", "c++"]
         sources = [library, HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
         return [
             (source, f"emulated_{source.stem}.o", [*flags, *stamp * (source == library), "-c", str(source)])
@@ -128,9 +157,7 @@ def _plan(
         ]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    known = {isa for isa, flags in SPECIAL.values() if x86 and _compiles(cxx[0], flags)}
-    if platform.system() != "Linux":
-        known.discard("amx")  # which asks the kernel for permission
+    known = {isa for isa, flags in SPECIAL.values() if x86 and _knows(cxx[0], flags)}
     cxx += [f"-DSEGVIT_{isa.upper()}" for isa in sorted(known)]
     plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
     for source in sources_in("cpu", "*.cpp"):
@@ -145,7 +172,17 @@ def _plan(
         else:
             plan.append((source, f"cpu_{source.stem}.o", [*cxx, *include, "-c", str(source)]))
     if nvcc:
-        flags = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "--threads=2"]
+        flags = [
+            nvcc,
+            "-std=c++20",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "--threads=2",
+            *["-lineinfo"] * args.debug,
+        ]
+        flags += [
+            f for f in ["--compress-mode=size"] if _knows(nvcc, [f], "cu")
+        ]  # a fifth; CUDA 12.8 and later
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012", TORCH_VERSION, "-DUSE_CUDA"]
         flags += [*include, *_gencode(args.archs)]
         for source in sources_in("cuda", "*.cu"):
@@ -162,6 +199,7 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
     import torch
 
     nvcc = _nvcc(args)
+    compilers = _identity(_cxx()), nvcc and _run([nvcc, "--version"])
     plan = [item for item in _plan(args, Path(torch.__file__).parent, nvcc) if item[1].startswith(prefix)]
     headers = b"".join(p.read_bytes() for p in sorted(HERE.rglob("*.h")) + sorted(HERE.rglob("*.cuh")))
     folder = ROOT / "build" / "native"
@@ -169,7 +207,7 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
 
     def compile_one(item: tuple[Path, str, list[str]]) -> Path:
         source, name, command = item
-        content = headers + source.read_bytes() + repr((command, torch.__version__)).encode()
+        content = headers + source.read_bytes() + repr((command, compilers, torch.__version__)).encode()
         target = folder / f"{hashlib.sha256(content).hexdigest()[:16]}_{name}"
         if not target.exists():
             temporary = target.with_suffix(".part")
@@ -185,8 +223,12 @@ def build(args: argparse.Namespace) -> Path:
     """Compile what has changed, link, and return the path of the library.
 
     Raises:
-        RuntimeError: a compiler fails or is missing.
+        RuntimeError: a compiler fails, is missing or too old, or this is not Linux.
     """
+    if platform.system() != "Linux":
+        raise RuntimeError(
+            "the native library is for Linux; elsewhere its operators run on the eager backend"
+        )
     import torch
 
     torch_folder = Path(torch.__file__).parent
@@ -199,7 +241,7 @@ def build(args: argparse.Namespace) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.part")
     # nvcc links, where it is, since it knows where its runtime lies.
-    command = [nvcc, "-cudart=static"] if nvcc else [os.environ.get("CXX", "c++")]
+    command = [nvcc, "-cudart=static"] if nvcc else [_cxx()]
     command += ["-shared", "-o", str(temporary), *map(str, compiled.values()), f"-L{torch_folder / 'lib'}"]
     # libtorch.so itself is empty; through it the CUDA part is found where torch has one.
     for option in ("--no-as-needed", "-ltorch", "-ltorch_cpu", "--as-needed"):
@@ -211,7 +253,8 @@ def build(args: argparse.Namespace) -> Path:
     return library
 
 
-def _run(command: list[str], verbose: bool) -> None:
+def _run(command: list[str], verbose: bool = False) -> str:
+    """What a command prints."""
     if verbose:
         print(" ".join(command), flush=True)
     try:
@@ -222,6 +265,7 @@ def _run(command: list[str], verbose: bool) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     if result.stderr.strip() and verbose:
         print(result.stderr, file=sys.stderr, flush=True)
+    return result.stdout
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -235,10 +279,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
     parser.add_argument("--only", default="", help="operators to build, with commas between")
-    parser.add_argument("--sanitize", default="", help="e.g. address,undefined")
+    parser.add_argument("--sanitize", default="", help="e.g. address,undefined; implies --debug")
+    parser.add_argument("--debug", action="store_true", help="with line numbers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.debug |= bool(args.sanitize)
+    return args
 
 
 def main() -> int:

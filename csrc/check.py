@@ -48,7 +48,7 @@ def built(timeout: float) -> dict:
         return {
             "name": "build",
             "status": "ok",
-            "summary": str(build.build(build.parse(["--archs", "native"]))),
+            "summary": str(build.build(build.parse(["--archs", "native", "--debug"]))),
         }
     except RuntimeError as error:
         reason = " ".join(str(error).split())

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
-import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,13 +26,13 @@ ISA_VARIABLE = "SEGVIT_KERNELS_ISA"
 """Environment variable: the instruction set of the CPU kernels, one that this processor runs."""
 
 BUILD = (
-    "build it with `make native` in a source tree, or `SEGVIT_KERNELS_NATIVE=1 pip install "
+    "it is for Linux"
+    if sys.platform != "linux"
+    else "build it with `make native` in a source tree, or `SEGVIT_KERNELS_NATIVE=1 pip install "
     "--no-build-isolation segvit-kernels`"
 )
 SCHEMAS: dict[str, str] = {}
 """The operators' schemas by name, as `segvit_kernels._library` registers them."""
-
-_SUFFIX = {"Darwin": ".dylib", "Windows": ".dll"}.get(platform.system(), ".so")
 
 
 def _text(library: ctypes.CDLL, what: str) -> str:
@@ -93,7 +93,7 @@ def library() -> _Library:
     path = os.environ.get(LIBRARY_VARIABLE)
     if path:
         return _Library(Path(path), f"{LIBRARY_VARIABLE} is {path}, and there is no such file")
-    own = Path(__file__).with_name(f"libsegvit_native{_SUFFIX}")
+    own = Path(__file__).with_name("libsegvit_native.so")
     return _Library(own, f"the native library is not built: {BUILD}")
 
 

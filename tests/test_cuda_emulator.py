@@ -72,6 +72,19 @@ __global__ void missing_barrier(int* out) {
   out[threadIdx.x] = shared[(threadIdx.x + 32) % 64];
 }
 
+__global__ void copied(const int* in, int* out, bool waits, bool both) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  copy_async16(shared + 4 * threadIdx.x, in + 4 * threadIdx.x, true);
+  copy_commit();
+  copy_async16(shared + 128 + 4 * threadIdx.x, in, false);
+  copy_commit();
+  if (waits) copy_wait<1>();  // for the first one
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = shared[4 * threadIdx.x + i];
+  if (both) copy_wait();
+  out[128 + threadIdx.x] = shared[128 + threadIdx.x];
+}
+__global__ void copy_outside(const int* in) { copy_async16(shared_memory() + 64, in, true); }
+
 template <class T>
 void try_product(const char* name) {
   T a[256], b[256], bt[256];
@@ -110,6 +123,14 @@ void main() {
   expect("different_collectives", &different_collectives, dim3(1), dim3(64), size_t{0}, Stream{});
   expect("past_the_end", &past_the_end, dim3(1), dim3(32), size_t{70}, Stream{});
   expect("off_alignment", &off_alignment, dim3(1), dim3(32), size_t{1024}, Stream{});
+  alignas(16) int from[128], to[160];
+  for (int i = 0; i < 128; ++i) from[i] = i;
+  expect("copy_outside", &copy_outside, dim3(1), dim3(32), size_t{64}, Stream{}, from);
+  expect("never_waits", &copied, dim3(1), dim3(32), size_t{1024}, Stream{}, from, to, true, false);
+  for (bool waits : {false, true}) {
+    launch(&copied, 1, 32, 1024, Stream{}, from, to, waits, true);
+    std::printf("copied %d: %d %d %d\n", waits, to[0], to[127], to[128]);
+  }
   launch(&sum, 4, 64, 8, Stream{}, in, out, 200);  // and kernels run after all this
   std::printf("sum: %g\n", out[0] + out[1] + out[2] + out[3]);
   try_product<half>("half");
@@ -130,6 +151,10 @@ EXPECTED = {
     "different_collectives": "lanes of a warp are in",
     "past_the_end": "a write past the end of shared memory",
     "off_alignment": "not aligned to 16 bytes",
+    "copy_outside": "outside shared memory",
+    "never_waits": "an asynchronous copy that nobody waited for",
+    "copied 0": "-1 -1 0",
+    "copied 1": "0 127 0",
     "sum": "19900",
     "product half 0": "right",
     "product half 1": "right",
@@ -198,6 +223,19 @@ def test_atm_without_tensor_cores(case, dtype, without_tensor_cores):
 @pytest.mark.parametrize("case", query_attention.CASES, ids=lambda c: c.name)
 def test_query_attention_without_tensor_cores(case, dtype, without_tensor_cores):
     check_query_attention(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("capability", ["75", "90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_huge_logits(dtype, capability, scale, emulated, monkeypatch):
+    """Their rounding is no small number: that of the largest must be the one that is taken away from it."""
+    monkeypatch.setenv("SEGVIT_KERNELS_EMULATED_CAPABILITY", capability)
+    torch.manual_seed(0)
+    query, key, value = ((torch.randn(1, 70, 1, 32) * size).to(dtype) for size in (3e7, 3e7, 1))
+    fwd = torch.ops.segvit.query_attention_fwd
+    found, expected = (fwd(query, key, value, None, scale, 0.0, backend=b)[0] for b in ("cuda", "eager"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("capability", ["75", "90"])

@@ -1,5 +1,6 @@
 """The native library itself: found, refused with a reason, on every instruction set, on random inputs."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -66,6 +67,63 @@ def test_a_library_built_for_something_else_is_refused(monkeypatch, tmp_path):
     assert "was built from other sources" in reason and "make native" in reason
 
 
+@pytest.fixture(scope="module")
+def build():
+    """The module csrc/build.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "csrc")
+        return importlib.import_module("build")
+
+
+def _compiler(path, macros):
+    path.write_text(
+        "#!/bin/sh\n" + "".join(f"echo '#define {name} {value}'\n" for name, value in macros.items())
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the native library is for Linux")
+@pytest.mark.parametrize(
+    "macros, said",
+    [
+        ({"__GNUC__": 10}, "is GCC 10; the least is GCC 11 or Clang 14"),
+        (
+            {"__GNUC__": 4, "__clang__": 1, "__clang_major__": 13},
+            "is Clang 13; the least is GCC 11 or Clang 14",
+        ),
+        ({"__GNUC__": 11}, None),
+        ({"__GNUC__": 4, "__clang__": 1, "__clang_major__": 14}, None),
+    ],
+)
+def test_compilers_that_are_too_old_are_refused(build, tmp_path, macros, said):
+    compiler = _compiler(tmp_path / "c++", macros | {"__VERSION__": '"some version"'})
+    if said is None:
+        assert build._identity(compiler) == '"some version"'
+    else:
+        with pytest.raises(RuntimeError, match=f"{tmp_path}.* {said}"):
+            build._identity(compiler)
+
+
+def test_only_linux_builds(build, monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    with pytest.raises(RuntimeError, match="the native library is for Linux"):
+        build.build(build.parse([]))
+
+
+def test_objects_of_another_compiler_are_not_used(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "_plan", lambda *_: [(ROOT / "csrc/cpu/isa.cpp", "isa.o", ["compiler"])])
+    monkeypatch.setattr(
+        build, "_run", lambda command, *_: Path(command[-1]).write_text("") if "-o" in command else ""
+    )
+    names = []
+    for version in ("one", "two", "one"):
+        monkeypatch.setattr(build, "_identity", lambda _, version=version: version)
+        names.append(build.objects(build.parse(["--cpu-only"]))["isa.o"].name)
+    assert names[0] == names[2] != names[1]
+
+
 @built
 def test_what_the_report_says():
     report = run(["-m", "segvit_kernels"]).stdout
@@ -87,11 +145,21 @@ def test_double_precision_runs_on_eager_unless_asked_for():
 @pytest.mark.skipif(not ON_X86, reason="one instruction set only, this is no x86 processor")
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa):
-    """The batteries' first cases on code for lesser processors than this one."""
+    """The batteries' first cases, and near ties, on code for lesser processors than this one."""
     if isa not in RUNS:
         pytest.skip(f"this processor runs {', '.join(RUNS)}")
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_*_native.py"))
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_case and cpu", *files]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "(test_case or NearTies) and cpu",
+        *files,
+    ]
     result = run(command, SEGVIT_KERNELS_ISA=isa, PYTEST_ADDOPTS="")
     assert result.returncode == 0, result.stdout[-3000:]
     script = "from segvit_kernels import _native; print(_native.library().isa)"

@@ -120,15 +120,6 @@ SEGVIT_INLINE void with_type(Type type, const F& f) {
   type == Type::f32 ? f(float{}) : type == Type::f16 ? f(f16{}) : f(bf16{});
 }
 
-template <class T>
-SEGVIT_INLINE Vec load_up_to(const T* p, int64_t n) {
-  return n >= kWidth ? load(p) : load_some(p, n);
-}
-template <class T>
-SEGVIT_INLINE void store_up_to(T* p, int64_t n, Vec v) {
-  n >= kWidth ? store(p, v) : store_some(p, n, v);
-}
-
 // n rows of `dim` elements, `stride` apart, to rows of ld floats with zeros behind.
 void copy_rows(Type type, const char* data, int64_t stride, int64_t n, int64_t dim, float* to, int64_t ld) {
   with_type(type, [&](auto element) {

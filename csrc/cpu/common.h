@@ -28,6 +28,7 @@ inline Type type_of(ScalarType type) {
     default: STD_TORCH_CHECK(false, "segvit: expected float32, float16 or bfloat16");
   }
 }
+constexpr int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 inline Type type_of(const Tensor& tensor) { return type_of(tensor.scalar_type()); }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, std::optional<ScalarType> type = {}) {

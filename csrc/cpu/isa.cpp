@@ -4,8 +4,10 @@
 #include <cstring>
 #include <string>
 
-#if defined(SEGVIT_AMX)
+#ifdef SEGVIT_X86
 #include <cpuid.h>
+#endif
+#ifdef SEGVIT_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,7 +16,21 @@ namespace segvit {
 
 namespace {
 
-#if defined(SEGVIT_AMX)
+#ifdef SEGVIT_X86
+// What Clang's __builtin_cpu_supports does not know before version 19: F16C, AVX512-BF16, AVX512-FP16.
+enum class Feature { f16c, avx512_bf16, avx512_fp16 };
+
+bool supports(Feature feature) {
+  unsigned a, b, c, d;
+  switch (feature) {
+    case Feature::f16c: return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+    case Feature::avx512_bf16: return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+    default: return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 23 & 1;
+  }
+}
+#endif
+
+#ifdef SEGVIT_AMX
 // Whether the processor has tiles of bfloat16 and int8, and Linux lets this process use them.
 bool tiles() {
   unsigned a, b, c, d;
@@ -29,14 +45,14 @@ Isa detect() {
   Isa best = Isa::portable;
 #ifdef SEGVIT_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports(Feature::f16c))
     best = Isa::avx2;
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
     best = Isa::avx512;
 #ifdef SEGVIT_AVX512_FP16
-  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512fp16"))
+  if (best == Isa::avx512 && supports(Feature::avx512_bf16) && supports(Feature::avx512_fp16))
     best = Isa::avx512_fp16;
 #endif
 #ifdef SEGVIT_AMX

@@ -32,26 +32,6 @@ SEGVIT_INLINE Vec select(Mask mask, Vec a, Vec b) { return mask ? a : b; }
 SEGVIT_INLINE Mask differ(Mask a, Mask b) { return a ^ b; }
 SEGVIT_INLINE Vec where(Mask mask, Vec v) { return select(mask, v, Vec{}); }
 
-SEGVIT_INLINE IVec load_ints(const int32_t* p) {
-  IVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-SEGVIT_INLINE void store_ints(int32_t* p, IVec v) { __builtin_memcpy(p, &v, sizeof v); }
-
-// v[index], index below kWidth.
-SEGVIT_INLINE Vec permute(Vec v, IVec index) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
-#else
-  Vec result;
-  for (int i = 0; i < kWidth; ++i) result[i] = v[index[i]];
-  return result;
-#endif
-}
-
 SEGVIT_INLINE Vec lowered(Vec y) { return (Vec)((UVec)y | 0x80000000u); }
 
 // 2^y of y <= 0.

@@ -57,7 +57,7 @@ class Mixing {
   // Intervals around 8-bit scores. With p = step·k + r and 255 σ = σ8 + d, |d| ≤ 1/2, it is
   // 255 Σ p σ = step Σ k σ8 + Σ r σ8 + Σ p d: the last sum is at most half the class mass, the one before
   // lies between 255 times the sums of the negative and of the positive r. k is the nearest integer: r is small.
-  void pack() {
+  void pack(int32_t largest_k) {
     if (!bounded_) return;
     int64_t groups = (classes_ + kArgmaxClasses - 1) / kArgmaxClasses, quads = (queries() + 3) / 4;
     int64_t padded = groups * kArgmaxClasses;
@@ -69,12 +69,12 @@ class Mixing {
     for (int64_t c = 0; c < classes_; ++c) {
       const float* p = rows_.get() + c * stride;
       float most = *std::max_element(p, p + queries());
-      double step = most / 255.0, mass = 0, below = 0, above = 0;
+      double step = static_cast<double>(most) / largest_k, mass = 0, below = 0, above = 0;
       int64_t group = c / kArgmaxClasses, row = c % kArgmaxClasses;
       uint8_t* values = values_.data() + (group * quads * kArgmaxClasses + row) * 4;
       for (int64_t q = 0; q < queries(); ++q) {
         int32_t k = step > 0 ? static_cast<int32_t>(p[q] / step + 0.5) : 0;
-        k = std::min(k, 255);
+        k = std::min(k, largest_k);
         double r = p[q] - step * k;
         (r < 0 ? below : above) += r;
         mass += p[q];
@@ -205,8 +205,7 @@ std::tuple<Tensor, Tensor> semantic_argmax(
     for (int64_t i = 0; i < stack.size(0); ++i) {
       SemanticView view{};
       view.height = static_cast<int32_t>(stack.size(2)), view.width = static_cast<int32_t>(stack.size(3));
-      Type type = type_of(stack);
-      view.mask = data<char>(stack) + i * stack.stride(0) * (type == Type::f32 ? 4 : 2);
+      view.mask = data<char>(stack) + i * stack.stride(0) * size_of(type_of(stack));
       view.query_stride = stack.stride(1), view.row_stride = stack.stride(2);
       given.push_back(view);
     }
@@ -258,7 +257,7 @@ std::tuple<Tensor, Tensor> semantic_argmax(
       most = std::max(most, std::min((pixels - 1) * std::fabs(view.affine[2]) + 2, double(view.width)));
     return round_up(static_cast<int64_t>(most) + 1, 32) + 16;
   };
-  bool bytes = isa() >= Isa::avx512 && sigmoid && std::max(queries, classes) <= kMostBytes;
+  bool bytes = isa() >= Isa::avx2 && sigmoid && std::max(queries, classes) <= kMostBytes;
   args.chunk = std::min(kLongest, round_up(width, kArgmaxTile));
   auto too_much = [&](int64_t held) {
     return held * cells_of(args.chunk) > kCellsHeld || args.turn * args.chunk > kScoresHeld;
@@ -271,7 +270,7 @@ std::tuple<Tensor, Tensor> semantic_argmax(
   std::vector<Mixing> mixings(count);
   parallel(count, [&](int64_t i) {
     mixings[i].prepare(data<float>(probs) + source[i] * queries * classes, queries, classes, prune, sigmoid);
-    if (bytes) mixings[i].pack();
+    if (bytes) mixings[i].pack(isa() >= Isa::avx512 ? 255 : 127);
     mixings[i].show(sorted[i]);
   });
   std::vector<SemanticImage> images(batch);

@@ -8,7 +8,7 @@ namespace segvit {
 // is the sum of these sums, in order, whichever way it is computed); classes of one 8-bit product.
 constexpr int kArgmaxTile = 64, kArgmaxBlock = 64, kArgmaxClasses = 6;
 
-// Class probabilities in 8 bits: p[c][q] ≈ step[c]·k[q], 0 ≤ k ≤ 255, and the score of class c lies in
+// Class probabilities in 8 bits: p[c][q] ≈ step[c]·k[q], 0 ≤ k ≤ 255 (AVX2: 127), and the score of class c lies in
 // [scale·Σk·σ8 + low, ... + width] for σ8 = round(255 σ).
 struct SemanticBytes {
   const uint8_t* values;  // [class / 6][query / 4][6][4]; null: none

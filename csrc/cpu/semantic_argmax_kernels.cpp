@@ -4,8 +4,8 @@
 // with pixels in the lanes: σ lies as [query][pixel], in float32. Three ways lead from there to a label, all
 // to the class whose float32 score is the first largest:
 //   - accumulate: float32 products with the probabilities of every class, 6 classes by 4 registers of pixels;
-//   - solve_by_bounds: σ and probabilities in 8 bits, four times as fast (VNNI), with a proven interval for
-//     every score. Only classes whose interval reaches the best lower end are computed in float32, for 16
+//   - solve_by_bounds: σ and probabilities in 8 bits, four times as fast (VNNI; AVX2: 7 bits of probabilities),
+//     with a proven interval for every score. Only classes whose interval reaches the best lower end are computed in float32, for 16
 //     pixels each;
 //   - the head: float32 products over the few tokens and classes that have nearly all class mass. Pixels
 //     where the rest could change the winner are collected and go one of the other ways.
@@ -16,7 +16,7 @@
 #include "simd.h"
 
 // Unrolled early enough for arrays of registers to stay in registers.
-#define SEGVIT_UNROLL _Pragma("GCC unroll 8")
+#define SEGVIT_UNROLL_8 _Pragma("GCC unroll 8")
 
 namespace segvit::SEGVIT_ISA {
 
@@ -28,31 +28,11 @@ constexpr int kTile = kArgmaxTile, kBlock = kArgmaxBlock, kClasses = kArgmaxClas
 constexpr int kVectors = kWidth == 16 ? 4 : 2;  // registers of pixels in a product
 static_assert(kTile % (kVectors * kWidth) == 0);
 
-SEGVIT_INLINE IVec load_index(const int32_t* p) {
-  IVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-SEGVIT_INLINE void store_index(int32_t* p, IVec v) { __builtin_memcpy(p, &v, sizeof v); }
-
 SEGVIT_INLINE Vec gather(const float* table, IVec index) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_i32gather_ps((__m512i)index, table, 4);
 #elif defined(__AVX2__)
   return (Vec)_mm256_i32gather_ps(table, (__m256i)index, 4);
-#else
-  Vec v;
-  for (int i = 0; i < kWidth; ++i) v[i] = table[index[i]];
-  return v;
-#endif
-}
-
-// Elements of a register, by index below kWidth.
-SEGVIT_INLINE Vec permute(Vec table, IVec index) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
-#elif defined(__AVX2__)
-  return (Vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
 #else
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = table[index[i]];
@@ -211,13 +191,13 @@ void fill(const Work& work, const SemanticView& view, int64_t q0, int64_t q1) {
 template <bool kSigmoid, bool kWindow, bool kBytes>
 [[gnu::noinline]] void sigma_of(const float* rows, int64_t stride, int64_t queries, const Pixels& pixels,
                                 int64_t first, int32_t base, float* sigma, int8_t* bytes) {
-  IVec left = load_index(pixels.taps + first) - base, right = left + 1;
+  IVec left = load_ints(pixels.taps + first) - base, right = left + 1;
   Vec share = load(pixels.fractions + first);
   Vec weight = pixels.weights ? load(pixels.weights + first) : splat(1);
   rows += base;
   for (int64_t q = 0; q < queries; q += 4, bytes += 4 * kTile) {
     IVec word{};
-    SEGVIT_UNROLL for (int i = 0; i < 4; ++i, rows += stride, sigma += kTile) {
+    SEGVIT_UNROLL_8 for (int i = 0; i < 4; ++i, rows += stride, sigma += kTile) {
       Vec a, b;
       if (kWindow) {
         Vec cells = load(rows);
@@ -232,7 +212,7 @@ template <bool kSigmoid, bool kWindow, bool kBytes>
       // The sum with 2^23 has round(255 σ) in its low byte and 0x4b in the highest.
       if (kBytes) word ^= (IVec)(v * 255.0f + 0x1p23f) << (8 * i);
     }
-    if (kBytes) store_index(reinterpret_cast<int32_t*>(bytes), word ^ (0x4b000000 ^ (int32_t)0x80808080));
+    if (kBytes) store_ints(reinterpret_cast<int32_t*>(bytes), word ^ (0x4b000000 ^ (int32_t)0x80808080));
   }
 }
 
@@ -258,12 +238,12 @@ template <int kRows, int kCount>
   Vec sums[kRows][kCount] = {};
   for (int64_t q = 0; q < queries; ++q, sigma += kTile) {
     Vec s[kCount];
-    SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) s[v] = load(sigma + v * kWidth);
-    SEGVIT_UNROLL for (int r = 0; r < kRows; ++r)
-      SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) sums[r][v] += probs[r][q] * s[v];
+    SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) s[v] = load(sigma + v * kWidth);
+    SEGVIT_UNROLL_8 for (int r = 0; r < kRows; ++r)
+      SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) sums[r][v] += probs[r][q] * s[v];
   }
-  SEGVIT_UNROLL for (int r = 0; r < kRows; ++r)
-    SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) {
+  SEGVIT_UNROLL_8 for (int r = 0; r < kRows; ++r)
+    SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) {
       float* score = scores + r * stride + v * kWidth;
       store(score, load(score) + sums[r][v]);
     }
@@ -363,18 +343,30 @@ void join_maximum(const Work& work, int64_t count, int64_t c0, int64_t classes, 
                   int32_t* labels) {
   for (int64_t i = 0; i < count; i += kWidth) {
     Vec value = load(best + i);
-    IVec label = load_index(labels + i);
+    IVec label = load_ints(labels + i);
     for (int64_t c = 0; c < classes; ++c) {
       Vec score = load(work.scratch.scores + c * work.args.chunk + i);
       label = score > value ? IVec{} + static_cast<int32_t>(c0 + c) : label;
       value = vmax(score, value);
     }
     store(best + i, value);
-    store_index(labels + i, label);
+    store_ints(labels + i, label);
   }
 }
 
+#if defined(__AVX2__)
+
+// sum += k·σ8 of four queries, for every pixel.
+SEGVIT_INLINE void add_products(IVec& sum, IVec k, IVec sigma) {
 #if defined(__AVX512VNNI__)
+  // As an instruction: of the intrinsic, GCC 12 copies and spills every sum.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(k), "v"(sigma));
+#else
+  // Two by two in 16 bits, which holds them since k is at most 127.
+  __m256i pairs = _mm256_maddubs_epi16((__m256i)k, (__m256i)sigma);
+  sum += (IVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
 
 // Upper ends of the intervals of all classes at kCount registers of pixels, their maxima over six classes,
 // and the largest lower end.
@@ -382,40 +374,39 @@ template <int kCount>
 [[gnu::noinline]] void bound(const SemanticBytes& p, const int8_t* sigma, int64_t quads, int64_t groups,
                              float* upper, float* group_upper, Vec* best) {
   Vec lower[kCount];
-  SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) lower[v] = splat(-kInfinity);
+  SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) lower[v] = splat(-kInfinity);
   const uint8_t* values = p.values;
   for (int64_t g = 0; g < groups; ++g, upper += kClasses * kTile, group_upper += kTile) {
-    __m512i sums[kClasses][kCount];
-    SEGVIT_UNROLL for (int r = 0; r < kClasses; ++r)
-      SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) sums[r][v] = _mm512_set1_epi32(p.bias[g * kClasses + r]);
+    IVec sums[kClasses][kCount];
+    SEGVIT_UNROLL_8 for (int r = 0; r < kClasses; ++r)
+      SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) sums[r][v] = IVec{} + p.bias[g * kClasses + r];
     const int8_t* at = sigma;
     for (int64_t q = 0; q < quads; ++q, at += 4 * kTile, values += 4 * kClasses) {
-      __m512i s[kCount];
-      SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) s[v] = _mm512_load_si512(at + v * 64);
-      SEGVIT_UNROLL for (int r = 0; r < kClasses; ++r) {
+      IVec s[kCount];
+      SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v)
+        s[v] = load_ints(reinterpret_cast<const int32_t*>(at) + v * kWidth);
+      SEGVIT_UNROLL_8 for (int r = 0; r < kClasses; ++r) {
         int32_t four;
         __builtin_memcpy(&four, values + 4 * r, 4);
-        __m512i k = _mm512_set1_epi32(four);
-        // As an instruction: of the intrinsic, GCC 12 copies and spills every sum.
-        SEGVIT_UNROLL for (int v = 0; v < kCount; ++v)
-          asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][v]) : "v"(k), "v"(s[v]));
+        IVec k = IVec{} + four;
+        SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) add_products(sums[r][v], k, s[v]);
       }
     }
     Vec most[kCount];
-    SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) most[v] = splat(-kInfinity);
-    SEGVIT_UNROLL for (int r = 0; r < kClasses; ++r) {
+    SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) most[v] = splat(-kInfinity);
+    SEGVIT_UNROLL_8 for (int r = 0; r < kClasses; ++r) {
       int64_t c = g * kClasses + r;
-      SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) {
-        Vec low = (Vec)_mm512_cvtepi32_ps(sums[r][v]) * p.scale[c] + p.low[c];
+      SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) {
+        Vec low = __builtin_convertvector(sums[r][v], Vec) * p.scale[c] + p.low[c];
         Vec high = low + p.width[c];
         lower[v] = vmax(lower[v], low);
         most[v] = vmax(most[v], high);
         store(upper + r * kTile + v * kWidth, high);
       }
     }
-    SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) store(group_upper + v * kWidth, most[v]);
+    SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) store(group_upper + v * kWidth, most[v]);
   }
-  SEGVIT_UNROLL for (int v = 0; v < kCount; ++v) best[v] = lower[v];
+  SEGVIT_UNROLL_8 for (int v = 0; v < kCount; ++v) best[v] = lower[v];
 }
 
 constexpr int kTogether = 4;
@@ -423,7 +414,7 @@ constexpr int kTogether = 4;
 // Float32 scores of some classes at one register of pixels, summed in the order of `accumulate`: blocks of
 // queries, two of them at a time so that there are enough sums to wait for.
 [[gnu::noinline]] void exact(const float* sigma, int64_t queries, const float* const* probs, Vec* scores) {
-  SEGVIT_UNROLL for (int r = 0; r < kTogether; ++r) scores[r] = Vec{};
+  SEGVIT_UNROLL_8 for (int r = 0; r < kTogether; ++r) scores[r] = Vec{};
   for (int64_t q = 0; q < queries; q += 2 * kBlock) {
     int64_t first = min_of<int64_t>(kBlock, queries - q);
     int64_t second = max_of<int64_t>(0, min_of<int64_t>(kBlock, queries - q - kBlock));
@@ -431,16 +422,16 @@ constexpr int kTogether = 4;
     int64_t i = 0;
     for (; i < second; ++i) {
       Vec s = load(sigma + (q + i) * kTile), t = load(sigma + (q + kBlock + i) * kTile);
-      SEGVIT_UNROLL for (int r = 0; r < kTogether; ++r) {
+      SEGVIT_UNROLL_8 for (int r = 0; r < kTogether; ++r) {
         a[r] += probs[r][q + i] * s;
         b[r] += probs[r][q + kBlock + i] * t;
       }
     }
     for (; i < first; ++i) {
       Vec s = load(sigma + (q + i) * kTile);
-      SEGVIT_UNROLL for (int r = 0; r < kTogether; ++r) a[r] += probs[r][q + i] * s;
+      SEGVIT_UNROLL_8 for (int r = 0; r < kTogether; ++r) a[r] += probs[r][q + i] * s;
     }
-    SEGVIT_UNROLL for (int r = 0; r < kTogether; ++r) scores[r] = (scores[r] + a[r]) + b[r];
+    SEGVIT_UNROLL_8 for (int r = 0; r < kTogether; ++r) scores[r] = (scores[r] + a[r]) + b[r];
   }
 }
 
@@ -456,13 +447,12 @@ void solve_by_bounds(Work& work, const SemanticView& view, const int32_t* chosen
   for (int64_t tile = 0; tile < count; tile += kTile) {
     int64_t vectors = (min_of<int64_t>(kTile, count - tile) + kWidth - 1) / kWidth;
     for (int64_t v = 0; v < vectors; ++v) sigma_at<true>(work, queries, pixels, tile + v * kWidth, v);
-    Vec lower[kVectors];
-    if (vectors == kVectors) {
-      bound<kVectors>(view.bytes, s.bytes, quads, groups, s.scores, s.upper, lower);
-    } else {
-      for (int64_t v = 0; v < vectors; ++v)
-        bound<1>(view.bytes, s.bytes + v * 64, quads, groups, s.scores + v * kWidth, s.upper + v * kWidth,
-                 lower + v);
+    Vec lower[kTile / kWidth];
+    for (int64_t v = 0; v < vectors;) {
+      bool several = v + kVectors <= vectors;
+      (several ? &bound<kVectors> : &bound<1>)(view.bytes, s.bytes + v * 4 * kWidth, quads, groups,
+                                               s.scores + v * kWidth, s.upper + v * kWidth, lower + v);
+      v += several ? kVectors : 1;
     }
     for (int64_t v = 0; v < vectors; ++v) {
       int64_t rivals = 0;
@@ -475,7 +465,7 @@ void solve_by_bounds(Work& work, const SemanticView& view, const int32_t* chosen
       }
       int64_t i = tile + v * kWidth;
       if (rivals == 1 && !work.args.scores) {
-        store_index(labels + i, IVec{} + s.list[0]);
+        store_ints(labels + i, IVec{} + s.list[0]);
         continue;
       }
       Vec value = splat(-kInfinity);
@@ -493,7 +483,7 @@ void solve_by_bounds(Work& work, const SemanticView& view, const int32_t* chosen
         }
       }
       store(best + i, value);
-      store_index(labels + i, label);
+      store_ints(labels + i, label);
     }
   }
 }
@@ -517,7 +507,7 @@ int64_t decide(const Work& work) {
       rivals -= rival;
       label = rival ? IVec{} + head.index[c] : label;
     }
-    store_index(s.labels + i, label);
+    store_ints(s.labels + i, label);
     IVec undecided = (rivals != 1) | (threshold <= head.outside);
     for (int64_t j = 0; j < min_of<int64_t>(kWidth, work.count - i); ++j)
       if (undecided[j]) s.open[open++] = static_cast<int32_t>(i + j);
@@ -527,12 +517,12 @@ int64_t decide(const Work& work) {
 
 void solve(Work& work, const SemanticView* only, const int32_t* chosen, int64_t count, float* best,
            int32_t* labels) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   if (only && only->bytes.values) return solve_by_bounds(work, *only, chosen, count, best, labels);
 #endif
   for (int64_t i = 0; i < count; i += kWidth) {
     store(best + i, splat(-kInfinity));
-    store_index(labels + i, IVec{});
+    store_ints(labels + i, IVec{});
   }
   for (int64_t c = 0; c < work.args.classes; c += work.args.turn) {
     int64_t classes = min_of<int64_t>(work.args.turn, work.args.classes - c);

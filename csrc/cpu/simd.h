@@ -130,6 +130,31 @@ SEGVIT_INLINE void store_some(T* p, int64_t n, Vec v) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
+template <class T>
+SEGVIT_INLINE Vec load_up_to(const T* p, int64_t n) { return n >= kWidth ? load(p) : load_some(p, n); }
+template <class T>
+SEGVIT_INLINE void store_up_to(T* p, int64_t n, Vec v) { n >= kWidth ? store(p, v) : store_some(p, n, v); }
+
+SEGVIT_INLINE IVec load_ints(const int32_t* p) {
+  IVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+SEGVIT_INLINE void store_ints(int32_t* p, IVec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Elements of a register, by index below kWidth.
+SEGVIT_INLINE Vec permute(Vec table, IVec index) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = table[index[i]];
+  return v;
+#endif
+}
+
 SEGVIT_INLINE float load_one(const float* p) { return *p; }
 template <class T>
 SEGVIT_INLINE float load_one(const T* p) { return load_some(p, 1)[0]; }

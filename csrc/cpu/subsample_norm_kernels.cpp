@@ -26,8 +26,6 @@ SEGVIT_INLINE void for_row(int64_t channels, const F& f) {
   for (; i + kWidth <= channels; i += kWidth) f(i, int64_t{kWidth});
   if (i < channels) f(i, channels - i);
 }
-SEGVIT_INLINE Vec load_up_to(const float* p, int64_t n) { return n == kWidth ? load(p) : load_some(p, n); }
-SEGVIT_INLINE void store_up_to(float* p, int64_t n, Vec v) { n == kWidth ? store(p, v) : store_some(p, n, v); }
 
 int64_t round_up(int64_t n) { return (n + 15) / 16 * 16; }
 

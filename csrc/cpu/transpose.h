@@ -16,6 +16,13 @@ namespace segvit::SEGVIT_ISA {
 #define SEGVIT_HIGH 2, 6, 3, 7
 #endif
 
+// Elements of a and b side by side. GCC knows Clang's builtin from version 12 on.
+#if defined(__clang__)
+#define SEGVIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SEGVIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IVec){__VA_ARGS__})
+#endif
+
 // Rows become columns: perfect shuffles, as often as halving takes to get from kWidth to 1.
 SEGVIT_INLINE void transpose(Vec (&v)[kWidth]) {
 #pragma GCC unroll 4
@@ -23,8 +30,8 @@ SEGVIT_INLINE void transpose(Vec (&v)[kWidth]) {
     Vec w[kWidth];
 #pragma GCC unroll 8
     for (int i = 0; i < kWidth / 2; ++i) {
-      w[2 * i] = __builtin_shufflevector(v[i], v[i + kWidth / 2], SEGVIT_LOW);
-      w[2 * i + 1] = __builtin_shufflevector(v[i], v[i + kWidth / 2], SEGVIT_HIGH);
+      w[2 * i] = SEGVIT_SHUFFLE(v[i], v[i + kWidth / 2], SEGVIT_LOW);
+      w[2 * i + 1] = SEGVIT_SHUFFLE(v[i], v[i + kWidth / 2], SEGVIT_HIGH);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) v[i] = w[i];

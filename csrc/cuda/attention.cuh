@@ -79,29 +79,6 @@ inline Attention attention(const Tensor& query, const Tensor& key, const Tensor&
   return a;
 }
 
-SEGVIT_DEVICE float read(const char* data, int64_t index, Type type) {
-  switch (type) {
-    case Type::f32:
-      return reinterpret_cast<const float*>(data)[index];
-    case Type::f16:
-      return to_float(reinterpret_cast<const half*>(data)[index]);
-    default:
-      return to_float(reinterpret_cast<const bf16*>(data)[index]);
-  }
-}
-SEGVIT_DEVICE void write(char* data, int64_t index, Type type, float value) {
-  switch (type) {
-    case Type::f32:
-      reinterpret_cast<float*>(data)[index] = value;
-      break;
-    case Type::f16:
-      reinterpret_cast<half*>(data)[index] = from_float<half>(value);
-      break;
-    default:
-      reinterpret_cast<bf16*>(data)[index] = from_float<bf16>(value);
-  }
-}
-
 // -----------------------------------------------------------------------------------------------------------
 // Engines
 
@@ -110,9 +87,9 @@ struct Fragment {  // 16 rows of a warp by `columns`
   float at[columns / 8][4];
 
   SEGVIT_DEVICE void fill(float value) {
-    SEGVIT_UNROLL
+#pragma unroll
     for (int j = 0; j < columns / 8; ++j) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) at[j][i] = value;
     }
   }
@@ -143,11 +120,11 @@ struct Engine {
     int lane = lane_index();
     rows += lane % 16 * kStride + lane / 16 * 8;
     tile += (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
-    SEGVIT_UNROLL
+#pragma unroll
     for (int k = 0; k < D; k += 16) {
       uint32_t a[4], b[4];
       ldmatrix_x4(a, rows + k);
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < columns / 8; j += 2) {
         ldmatrix_x4(b, tile + j * 8 * kStride + k);
         mma_m16n8k16(s.at[j], a, {b[0], b[1]}, s.at[j], T{});
@@ -161,11 +138,11 @@ struct Engine {
   static SEGVIT_DEVICE void add(Fragment<columns>& s, const T* tile, float factor) {
     int lane = lane_index();
     tile += lane % 16 * (columns + kPadding) + lane / 16 * 8;
-    SEGVIT_UNROLL
+#pragma unroll
     for (int j = 0; j < columns / 8; j += 2) {
       uint32_t x[4];
       ldmatrix_x4(x, tile + j * 8);
-      SEGVIT_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) add_pair(s.at[j + i / 2], i % 2, x[i], factor);
     }
   }
@@ -174,11 +151,11 @@ struct Engine {
   static SEGVIT_DEVICE void add_transposed(Fragment<columns>& s, const T* tile, float factor) {
     int lane = lane_index();
     tile += (lane / 16 * 8 + lane % 8) * (kRows + kPadding) + lane / 8 % 2 * 8;
-    SEGVIT_UNROLL
+#pragma unroll
     for (int j = 0; j < columns / 8; j += 2) {
       uint32_t x[4];
       ldmatrix_x4_trans(x, tile + j * 8 * (kRows + kPadding));
-      SEGVIT_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) add_pair(s.at[j + i / 2], i % 2, x[i], factor);
     }
   }
@@ -193,12 +170,12 @@ struct Engine {
   static SEGVIT_DEVICE void product_nn(Fragment<D>& o, const Fragment<inner>& weights, const T* tile) {
     int lane = lane_index();
     tile += lane % 16 * kStride + lane / 16 * 8;
-    SEGVIT_UNROLL
+#pragma unroll
     for (int k = 0; k < inner; k += 16) {
       const float (&first)[4] = weights.at[k / 8], (&second)[4] = weights.at[k / 8 + 1];
       uint32_t a[4] = {pack2<T>(first[0], first[1]), pack2<T>(first[2], first[3]),
                        pack2<T>(second[0], second[1]), pack2<T>(second[2], second[3])};
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < D / 8; j += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, tile + k * kStride + j * 8);
@@ -231,12 +208,12 @@ struct Engine<float, D> {
     for (int k = 0; k < D; k += 4) {
       float4 a[2] = {*reinterpret_cast<const float4*>(rows + k),
                      *reinterpret_cast<const float4*>(rows + 8 * kStride + k)};
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < columns / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 2; ++i) {
           float4 b = *reinterpret_cast<const float4*>(tile + (8 * j + i) * kStride + k);
-          SEGVIT_UNROLL
+#pragma unroll
           for (int r = 0; r < 2; ++r)
             s.at[j][2 * r + i] += a[r].x * b.x + a[r].y * b.y + a[r].z * b.z + a[r].w * b.w;
         }
@@ -246,18 +223,18 @@ struct Engine<float, D> {
 
   template <int columns>
   static SEGVIT_DEVICE void add(Fragment<columns>& s, const float* tile, float factor) {
-    SEGVIT_UNROLL
+#pragma unroll
     for (int j = 0; j < columns / 8; ++j) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i)
         s.at[j][i] += factor * tile[fragment_row(i) * (columns + kPadding) + fragment_column(j, i)];
     }
   }
   template <int columns>
   static SEGVIT_DEVICE void add_transposed(Fragment<columns>& s, const float* tile, float factor) {
-    SEGVIT_UNROLL
+#pragma unroll
     for (int j = 0; j < columns / 8; ++j) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i)
         s.at[j][i] += factor * tile[fragment_column(j, i) * (kRows + kPadding) + fragment_row(i)];
     }
@@ -267,16 +244,16 @@ struct Engine<float, D> {
   template <int inner>
   static SEGVIT_DEVICE void product_nn(Fragment<D>& o, const Fragment<inner>& weights, const float* tile) {
     tile += fragment_column(0, 0);
-    SEGVIT_UNROLL
+#pragma unroll
     for (int k = 0; k < inner / 8; ++k) {
       for (int t = 0; t < 4; ++t) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 2; ++i) {
           int from = (lane_index() & ~3) | t;
           float first = __shfl_sync(kAllLanes, weights.at[k][i], from);
           float second = __shfl_sync(kAllLanes, weights.at[k][2 + i], from);
           const float* row = tile + (8 * k + 2 * t + i) * kStride;
-          SEGVIT_UNROLL
+#pragma unroll
           for (int j = 0; j < D / 8; ++j) {
             float2 b = *reinterpret_cast<const float2*>(row + 8 * j);
             o.at[j][0] += first * b.x;
@@ -349,7 +326,7 @@ SEGVIT_DEVICE void load_tile(typename E::Element* tile, const Rows& from, int64_
     const Element* source =
         reinterpret_cast<const Element*>(from.data) + offset + (start + row) * from.row + column;
     Element* target = tile + row * kStride + column;
-    SEGVIT_UNROLL
+#pragma unroll
     for (int i = 0; i < count; i += kRows) {
       copy_async16(target + i * kStride, source, i < rows_left && !(padding && padding[start + row + i]));
       source += kRows * from.row;
@@ -369,7 +346,7 @@ SEGVIT_DEVICE void load_tile(typename E::Element* tile, const Rows& from, int64_
 template <class E, int columns>
 SEGVIT_DEVICE void store_row(char* data, int64_t offset, int left, Type type, const Fragment<columns>& x,
                              int r, float factor) {
-  SEGVIT_UNROLL
+#pragma unroll
   for (int j = 0; j < columns / 8; ++j) {
     int column = fragment_column(j, 0);
     float first = x.at[j][2 * r] * factor, second = x.at[j][2 * r + 1] * factor;

@@ -78,7 +78,7 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
   const auto* values = shared.second + warp_index() * 16 * E::kStride;
   const float mask_factor = 1.0f / a.heads;
   bool hidden[2];
-  SEGVIT_UNROLL
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     int key = n_start + warp_index() * 16 + fragment_row(2 * r);
     hidden[r] = padding && key < a.keys && padding[key];
@@ -111,9 +111,9 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
       weights.fill(0);
       E::product_nt(weights, keys, stage.first);
       E::product_nt(grad_scores, values, stage.second);
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           int query = fragment_column(j, i);
           float weight = fast_exp(fmaf(weights.at[j][i], a.scale, -stage.lse[query]));
@@ -133,9 +133,9 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
     }
     if (g.masks.data) E::add_transposed(grad_scores, stage.masks + warp_index() * 16, mask_factor);
     if (padding) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i)
           if (hidden[i / 2]) grad_scores.at[j][i] = 0;
       }
@@ -143,7 +143,7 @@ SEGVIT_DEVICE void key_value(const Attention& a, const AttentionGradients& g) {
     E::product_nn(grad_key, grad_scores, stage.first);
   });
 
-  SEGVIT_UNROLL
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     int key = n_start + warp_index() * 16 + fragment_row(2 * r);
     if (key >= a.keys) continue;
@@ -178,7 +178,7 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
   const float mask_factor = 1.0f / a.heads;
   float lse[2] = {INFINITY, INFINITY}, delta[2] = {0, 0};
   if (has_output) {
-    SEGVIT_UNROLL
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
       int query = row + fragment_row(2 * r);
       if (query >= a.queries) continue;
@@ -210,9 +210,9 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
       weights.fill(0);
       E::product_nt(weights, queries, stage.first);
       E::product_nt(grad_scores, grads, stage.second);
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           float weight = fast_exp(fmaf(weights.at[j][i], a.scale, -lse[i / 2])), grad = grad_scores.at[j][i];
           if (a.seed) {
@@ -223,9 +223,9 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
         }
       }
       if (left < kTile) {  // there the weight may be infinite
-        SEGVIT_UNROLL
+#pragma unroll
         for (int j = 0; j < kTile / 8; ++j) {
-          SEGVIT_UNROLL
+#pragma unroll
           for (int i = 0; i < 4; ++i)
             if (fragment_column(j, i) >= left) grad_scores.at[j][i] = 0;
         }
@@ -234,9 +234,9 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
     if (g.masks.data)
       E::add(grad_scores, stage.masks + warp_index() * 16 * (kTile + E::kPadding), mask_factor);
     if (padding) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           int key = fragment_column(j, i);
           if (key < left && padding[tile * kTile + key]) grad_scores.at[j][i] = 0;
@@ -246,7 +246,7 @@ SEGVIT_DEVICE void query(const Attention& a, const AttentionGradients& g) {
     E::product_nn(grad_query, grad_scores, stage.first);
   });
 
-  SEGVIT_UNROLL
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     int query = row + fragment_row(2 * r);
     if (query >= a.queries) continue;

@@ -59,10 +59,9 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
   load_tile<E, D, E::kRows>(shared.query, a.query, query_offset, m_start, a.queries, a.dim, a.type);
   if (E::kStages > 1) load(0);
 
-  // Logits in units of log 2 save an instruction and cost float32 a rounding. Not zero: infinity times zero
-  // is NaN.
+  // Logits in units of log 2 save an instruction and cost float32 a rounding.
   constexpr float kUnit = E::kTensorCores ? kLn2 : 1, kToLog2 = E::kTensorCores ? 1 : kLog2e;
-  const float scale = fmaxf(E::kTensorCores ? fabsf(a.scale) * kLog2e : fabsf(a.scale), 1e-37f);
+  const float scale = E::kTensorCores ? a.scale * kLog2e : a.scale;
   Fragment<D> o;
   o.fill(0);
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
@@ -79,52 +78,51 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
     Fragment<kTile> s;
     s.fill(0);
     E::product_nt(s, shared.query + warp_index() * 16 * E::kStride, stage.key);
-    if (a.scale < 0) {
-      SEGVIT_UNROLL
-      for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
-        for (int i = 0; i < 4; ++i) s.at[j][i] = -s.at[j][i];
-      }
+    // Rounded before the largest is taken away: with a fused multiply-add, the largest of huge ones would not give 0.
+#pragma unroll
+    for (int j = 0; j < kTile / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s.at[j][i] = __fmul_rn(s.at[j][i], scale);
     }
     if (int left = a.keys - tile * kTile; left < kTile || padding) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           int key = fragment_column(j, i);
           if (key >= left || (padding && padding[tile * kTile + key])) s.at[j][i] = -INFINITY;
         }
       }
     }
-    SEGVIT_UNROLL
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
       float now = -INFINITY;
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) now = fmaxf(now, fmaxf(s.at[j][2 * r], s.at[j][2 * r + 1]));
-      now = fmaxf(largest[r], warp_max<4>(now) * scale);
+      now = fmaxf(largest[r], warp_max<4>(now));
       if (padding) now = fmaxf(now, -1e38f);  // minus infinity less itself is NaN
       float shrink = fast_exp2((largest[r] - now) * kToLog2);
       largest[r] = now;
       total[r] *= shrink;
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < D / 8; ++j) {
         o.at[j][2 * r] *= shrink;
         o.at[j][2 * r + 1] *= shrink;
       }
     }
-    SEGVIT_UNROLL
+#pragma unroll
     for (int j = 0; j < kTile / 8; ++j) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float weight = fast_exp2(fmaf(s.at[j][i], scale, -largest[i / 2]) * kToLog2);
+        float weight = fast_exp2((s.at[j][i] - largest[i / 2]) * kToLog2);
         total[i / 2] += weight;
         s.at[j][i] = weight;
       }
     }
     if (a.seed) {
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t bits = stage.keep[(warp_index() * 16 + fragment_row(i)) * (kTile / 8) + j];
           if (!(bits >> (fragment_column(0, i)) & 1)) s.at[j][i] = 0;
@@ -134,7 +132,7 @@ SEGVIT_DEVICE void forward(const Attention& a, char* output, float* lse) {
     E::product_nn(o, s, stage.value);
   }
 
-  SEGVIT_UNROLL
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     int query = row + fragment_row(2 * r);
     total[r] = warp_sum<4>(total[r]);
@@ -183,15 +181,15 @@ SEGVIT_DEVICE void head_mean(const Attention& a, const Rows& previous, char* mas
   }
 
   const float factor = a.scale / a.heads;
-  SEGVIT_UNROLL
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     int query = m_start + warp_index() * 16 + fragment_row(2 * r);
     if (query >= a.queries) continue;
     if (previous.data) {
       int64_t offset = image * previous.batch + query * previous.row + n_start;
-      SEGVIT_UNROLL
+#pragma unroll
       for (int j = 0; j < kTile / 8; ++j) {
-        SEGVIT_UNROLL
+#pragma unroll
         for (int i = 2 * r; i < 2 * r + 2; ++i) {
           int key = fragment_column(j, i);
           float x = n_start + key < a.keys ? E::read_global(previous.data, offset + key, a.type) : 0;

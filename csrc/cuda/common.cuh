@@ -26,11 +26,6 @@
 #endif
 
 #define SEGVIT_DEVICE __device__ __forceinline__
-#if defined(SEGVIT_EMULATE)
-#define SEGVIT_UNROLL
-#else
-#define SEGVIT_UNROLL _Pragma("unroll")
-#endif
 
 namespace segvit::cuda {
 
@@ -207,6 +202,21 @@ SEGVIT_DEVICE float fast_rcp(float x) {
 }
 #endif
 
+// Elements of a type that is known when the kernel runs.
+SEGVIT_DEVICE float read(const char* data, int64_t index, Type type) {
+  if (type == Type::f32) return reinterpret_cast<const float*>(data)[index];
+  if (type == Type::f16) return to_float(reinterpret_cast<const half*>(data)[index]);
+  return to_float(reinterpret_cast<const bf16*>(data)[index]);
+}
+SEGVIT_DEVICE void write(char* data, int64_t index, Type type, float value) {
+  if (type == Type::f32)
+    reinterpret_cast<float*>(data)[index] = value;
+  else if (type == Type::f16)
+    reinterpret_cast<half*>(data)[index] = from_float<half>(value);
+  else
+    reinterpret_cast<bf16*>(data)[index] = from_float<bf16>(value);
+}
+
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 SEGVIT_DEVICE float fast_exp(float x) { return fast_exp2(x * kLog2e); }
@@ -244,13 +254,13 @@ SEGVIT_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
 // Over `lanes` neighbouring lanes, a power of two; every one of them gets the result.
 template <int lanes = 32>
 SEGVIT_DEVICE float warp_sum(float x) {
-  SEGVIT_UNROLL
+#pragma unroll
   for (int bits = lanes / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kAllLanes, x, bits);
   return x;
 }
 template <int lanes = 32>
 SEGVIT_DEVICE float warp_max(float x) {
-  SEGVIT_UNROLL
+#pragma unroll
   for (int bits = lanes / 2; bits > 0; bits /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, bits));
   return x;
 }
@@ -350,8 +360,16 @@ SEGVIT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 // 16 bytes from global to shared memory, both aligned to 16; zeros where not `valid`, and then nothing is
 // read. Asynchronous where there is hardware for it: a group of copies ends with copy_commit, and
 // copy_wait<n> returns when all groups but the last n of this thread have arrived.
+#if defined(SEGVIT_EMULATE)
+inline void copy_async16(void* shared, const void* global, bool valid) {
+  emulator::copy_async(shared, valid ? global : nullptr);
+}
+inline void copy_commit() { ++emulator::machine.fibers[emulator::machine.current].groups; }
+template <int pending = 0>
+inline void copy_wait() { emulator::copy_wait(pending); }
+#else
 SEGVIT_DEVICE void copy_async16(void* shared, const void* global, bool valid) {
-#if SEGVIT_HAS_MMA && !defined(SEGVIT_EMULATE)
+#if SEGVIT_HAS_MMA
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(global), "r"(valid ? 16 : 0)
@@ -363,15 +381,16 @@ SEGVIT_DEVICE void copy_async16(void* shared, const void* global, bool valid) {
 #endif
 }
 SEGVIT_DEVICE void copy_commit() {
-#if SEGVIT_HAS_MMA && !defined(SEGVIT_EMULATE)
+#if SEGVIT_HAS_MMA
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 template <int pending = 0>
 SEGVIT_DEVICE void copy_wait() {
-#if SEGVIT_HAS_MMA && !defined(SEGVIT_EMULATE)
+#if SEGVIT_HAS_MMA
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
 }
+#endif
 
 }  // namespace segvit::cuda

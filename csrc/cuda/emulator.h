@@ -2,9 +2,10 @@
 //
 // A fiber runs until it waits, at a barrier of the block or in a collective of its warp; then the next fiber
 // that can go on does. So a thread is as far ahead of its neighbours as the barriers allow, and a missing one
-// shows. Errors: threads that wait for others that never come (divergence), lanes of a warp in different
-// collectives, a matrix load off its alignment, a write past the end of shared memory. Shared memory is NaN
-// before every block. Blocks run one after another, in order. GCC only.
+// shows. An asynchronous copy arrives when its thread waits for it, and not before. Errors: threads that wait for
+// others that never come (divergence), lanes of a warp in different collectives, a matrix load or a copy off its
+// alignment, a copy that nobody waited for, a write past the end of shared memory. Shared memory is NaN before
+// every block. Blocks run one after another, in order. GCC only.
 //
 // A hook takes launches away from the fibers: so tests/ptx_native.py runs what nvcc made of the same kernels.
 #pragma once
@@ -71,7 +72,15 @@ struct Warp {
   Exchange exchange[2];
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  uint64_t group;
+};
+
 struct Fiber {
+  std::vector<Copy> copies;  // on their way
+  uint64_t groups = 0;       // of copies, that have been committed
   void* registers[5];
   ucontext_t start;
   bool started = false, done = true;
@@ -186,6 +195,26 @@ inline T shuffle(const char* name, unsigned mask, T value, int source) {
   return value;
 }
 
+inline void copy_async(void* to, const void* from) {
+  Machine& m = machine;
+  char* place = static_cast<char*>(to);
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("copy_async16: not aligned to 16 bytes");
+  if (place < m.shared || place + 16 > m.shared + m.shared_bytes) fail("copy_async16: outside shared memory");
+  std::memset(to, 0xff, 16);
+  m.fibers[m.current].copies.push_back({to, from, m.fibers[m.current].groups});
+}
+
+// All groups but the last `pending` ones arrive.
+inline void copy_wait(uint64_t pending) {
+  Fiber& fiber = machine.fibers[machine.current];
+  std::erase_if(fiber.copies, [&](const Copy& copy) {
+    if (copy.group + pending >= fiber.groups) return false;
+    copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    return true;
+  });
+}
+
 inline void prepare(int threads) {
   Machine& m = machine;
   if (!m.shared) m.shared = static_cast<char*>(std::aligned_alloc(1024, kSharedBytes + kGuardBytes));
@@ -212,11 +241,14 @@ inline void run_block(int threads, size_t shared_bytes) {
     Fiber& fiber = m.fibers[i];
     fiber.done = false;
     fiber.waits_at = nullptr;
+    fiber.copies.clear();
     fiber.thread =
         dim3(i % m.block_size.x, i / m.block_size.x % m.block_size.y, i / (m.block_size.x * m.block_size.y));
   }
   m.current = m.finished = 0;
   resume(m.main, m.fibers[0]);
+  for (int i = 0; m.error.empty() && i < threads; ++i)
+    if (!m.fibers[i].copies.empty()) m.error = "an asynchronous copy that nobody waited for";
   for (size_t i = shared_bytes; m.error.empty() && i < shared_bytes + kGuardBytes; ++i)
     if (m.shared[i] != '\xff') m.error = "a write past the end of shared memory";
 }
@@ -324,6 +356,7 @@ inline int atomicAdd(int* address, int value) {
   return old;
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
 using std::max;
 using std::min;
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }

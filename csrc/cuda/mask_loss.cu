@@ -106,20 +106,6 @@ SEGVIT_DEVICE float read_mask(const char* plane, Element element, int64_t index)
   }
 }
 
-SEGVIT_DEVICE float element_of(const char* data, Type type, int64_t index) {
-  if (type == Type::f32) return at<float>(data, index);
-  return type == Type::f16 ? to_float(at<half>(data, index)) : to_float(at<bf16>(data, index));
-}
-
-SEGVIT_DEVICE void store(char* data, Type type, int64_t index, float value) {
-  if (type == Type::f32)
-    reinterpret_cast<float*>(data)[index] = value;
-  else if (type == Type::f16)
-    reinterpret_cast<half*>(data)[index] = from_float<half>(value);
-  else
-    reinterpret_cast<bf16*>(data)[index] = from_float<bf16>(value);
-}
-
 // The target of a pair, or -1 where it is not active. `sizes` (B, M): areas or counts.
 template <class T>
 SEGVIT_DEVICE int target_of(const Targets& t, const T* sizes, int64_t pair) {
@@ -405,7 +391,7 @@ SEGVIT_DEVICE Item item_of(const Loss& a, int64_t index) {
   item.local = item.tile - entry.begin;
   const Targets& t = a.targets;
   item.target = static_cast<int>(t.matches ? t.matches[item.pair] : item.pair % t.queries);
-  item.map = entry.x + item.pair * entry.h * entry.w * (a.type == Type::f32 ? 4 : 2);
+  item.map = entry.x + item.pair * entry.h * entry.w * size_of(a.type);
   item.plane = t.data + item.pair / t.queries * t.image_stride + item.target * t.mask_stride;
   return item;
 }
@@ -532,7 +518,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) mask_loss_bwd_kernel(const Los
     }
     for (int c = owner; c < entry.w; c += owners)
       for (int row = first_row; row < last_row && lane == 0; ++row)
-        store(entry.grad, a.type, (item.pair * entry.h + row) * entry.w + c,
+        write(entry.grad, (item.pair * entry.h + row) * entry.w + c, a.type,
               cells[(row - first_row) * entry.w + c]);
   }
 }
@@ -611,8 +597,8 @@ __global__ void __launch_bounds__(256, 1) mask_matching_kernel(const Matching a)
         float focal = 0, negated = 0, p = 0;
         if (x + pixel < t.width) {
           int left = before[pixel], right = min(left + 1, a.w - 1);
-          float v00 = element_of(a.x, a.type, upper + left), v01 = element_of(a.x, a.type, upper + right);
-          float v10 = element_of(a.x, a.type, lower + left), v11 = element_of(a.x, a.type, lower + right);
+          float v00 = read(a.x, upper + left, a.type), v01 = read(a.x, upper + right, a.type);
+          float v10 = read(a.x, lower + left, a.type), v11 = read(a.x, lower + right, a.type);
           v00 += way[pixel] * (v01 - v00), v10 += way[pixel] * (v11 - v10);
           float logit = v00 + down * (v10 - v00);
           Logistic l = logistic(logit);
@@ -712,7 +698,6 @@ Focal focal_of(double alpha, double gamma) {
   return {static_cast<float>(alpha), static_cast<float>(1 - alpha), static_cast<float>(gamma)};
 }
 
-unsigned blocks_of(int64_t total, int64_t each) { return static_cast<unsigned>((total + each - 1) / each); }
 
 // The tensor, or a copy of it where the planes of its last two axes are not in one piece.
 Tensor whole_planes(const Tensor& tensor) {
@@ -756,7 +741,7 @@ void check_sizes(const Tensor& logits, const Tensor& targets) {
 std::tuple<Tensor, Optional> areas_of(const Device& device, const Targets& t, const Tensor& like,
                                       int64_t batch) {
   Tensor areas = empty(like, {batch, t.targets}, ScalarType::Float);
-  unsigned chunks = blocks_of(static_cast<int64_t>(t.height) * t.width, kCounted);
+  unsigned chunks = ceil_div(static_cast<int64_t>(t.height) * t.width, kCounted);
   if (t.labels) {
     Tensor counts = torch::stable::new_zeros(like, {batch, t.targets}, ScalarType::Int);
     launch(mask_count_kernel, dim3(chunks, static_cast<unsigned>(batch)), 256,
@@ -767,7 +752,7 @@ std::tuple<Tensor, Optional> areas_of(const Device& device, const Targets& t, co
   Tensor partial = empty(areas, {chunks, size});
   launch(mask_area_kernel, dim3(static_cast<unsigned>(size), chunks), 256, 8 * sizeof(float), device.stream,
          t, data<float>(partial));
-  launch(mask_sum_kernel, blocks_of(size, 256), 256, 0, device.stream, data<float>(partial),
+  launch(mask_sum_kernel, ceil_div(size, 256), 256, 0, device.stream, data<float>(partial),
          data<float>(areas), size, static_cast<int>(chunks));
   return {areas, std::nullopt};
 }
@@ -828,17 +813,17 @@ std::tuple<Tensor, Tensor> mask_loss_fwd(std::vector<Tensor> mask_logits, Tensor
   Tensor pairs = empty(areas, {1 + total}, ScalarType::Int);
   launch_pairs(device, t, counts, areas, pairs, total);
   unsigned threads = threads_for(t.width);
-  int64_t spans = blocks_of(t.width, threads * kColumns);
+  int64_t spans = ceil_div(t.width, threads * kColumns);
   for (size_t first = 0; first < mask_logits.size(); first += kEntries) {
     Loss a = loss_of(mask_logits, first, t, pairs, focal_alpha, focal_gamma,
-                     [&](int64_t, int64_t) { return spans * blocks_of(t.height, kStrip); });
+                     [&](int64_t, int64_t) { return spans * ceil_div(t.height, kStrip); });
     Tensor partial = empty(areas, {total, a.tiles, 4});
     a.partial = data<float>(partial);
     void (*kernels[])(Loss) = {mask_loss_fwd_kernel<Kind::bytes>, mask_loss_fwd_kernel<Kind::labels>,
                                mask_loss_fwd_kernel<Kind::hard>, mask_loss_fwd_kernel<Kind::soft>};
     launch(kernels[static_cast<int>(kind_of(t))], persistent_blocks(device, a), threads,
            2 * threads / 32 * sizeof(float4), device.stream, a);
-    launch(mask_loss_sum_kernel, blocks_of(a.count * total, 256), 256, 0, device.stream, a,
+    launch(mask_loss_sum_kernel, ceil_div(a.count * total, 256), 256, 0, device.stream, a,
            data<float>(areas), reinterpret_cast<float4*>(data<float>(sums)) + first * total);
   }
   return {sums, areas};
@@ -871,7 +856,7 @@ std::vector<Tensor> mask_loss_bwd(Tensor grad_sums, std::vector<Tensor> mask_log
   size_t shared = (4 * threads * kColumns + rows * widest) * sizeof(float);
   for (size_t first = 0; first < mask_logits.size(); first += kEntries) {
     Loss a = loss_of(mask_logits, first, t, pairs, focal_alpha, focal_gamma,
-                     [&](int64_t h, int64_t) { return static_cast<int64_t>(blocks_of(h, rows)); });
+                     [&](int64_t h, int64_t) { return static_cast<int64_t>(ceil_div(h, rows)); });
     for (int i = 0; i < a.count; ++i) a.entries[i].grad = data<char>(gradients[first + i]);
     a.grad_sums = data<float>(grad_sums) + first * total * 4;
     a.cell_rows = static_cast<int>(rows);
@@ -894,11 +879,11 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
   auto [areas, counts] = areas_of(device, t, mask_logits, batch);
   if (counts) launch_pairs(device, t, counts, areas, std::nullopt, 0);
   // As many splits as fill the device twice.
-  unsigned tiles_q = blocks_of(queries, kQueryTile),
-           tiles_m = std::max(1u, blocks_of(num_classes, kTargetTile));
+  unsigned tiles_q = ceil_div(queries, kQueryTile),
+           tiles_m = std::max(1u, ceil_div(num_classes, kTargetTile));
   int64_t blocks = std::max<int64_t>(1, batch * tiles_q * tiles_m);
   int64_t rows = std::max<int64_t>(1, t.height * blocks / (2 * device.multiprocessors()));
-  int64_t splits = blocks_of(t.height, rows);
+  int64_t splits = ceil_div(t.height, rows);
   Tensor products = empty(areas, {3, batch, queries, num_classes}),
          totals = empty(areas, {3, batch, queries});
   Tensor partial = empty(areas, {splits, 3, batch, queries, num_classes});
@@ -918,9 +903,9 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
                   "segvit: mask_matching_cost: too many images or rows");
   launch(mask_matching_kernel, dim3(tiles_q, tiles_m, static_cast<unsigned>(batch * splits)), 256, shared,
          device.stream, a);
-  launch(mask_sum_kernel, blocks_of(products.numel(), 256), 256, 0, device.stream, data<float>(partial),
+  launch(mask_sum_kernel, ceil_div(products.numel(), 256), 256, 0, device.stream, data<float>(partial),
          data<float>(products), products.numel(), static_cast<int>(splits));
-  launch(mask_sum_kernel, blocks_of(totals.numel(), 256), 256, 0, device.stream, data<float>(partial_totals),
+  launch(mask_sum_kernel, ceil_div(totals.numel(), 256), 256, 0, device.stream, data<float>(partial_totals),
          data<float>(totals), totals.numel(), static_cast<int>(splits));
   return {products, totals, areas};
 }

@@ -72,24 +72,18 @@ struct Argmax {
   float* scores;  // null: not wanted
 };
 
-SEGVIT_DEVICE float element_of(const char* data, Type type, int64_t index) {
-  if (type == Type::f32) return reinterpret_cast<const float*>(data)[index];
-  if (type == Type::f16) return to_float(reinterpret_cast<const half*>(data)[index]);
-  return to_float(reinterpret_cast<const bf16*>(data)[index]);
-}
-
 // One block per view, a warp per query.
 __global__ void __launch_bounds__(1024) semantic_argmax_prepare_kernel(const Prepare a) {
   float* memory = reinterpret_cast<float*>(shared_memory());
   int view = a.first_view + blockIdx.x, warps = static_cast<int>(blockDim.x / 32);
-  int element = a.probs_type == Type::f32 ? 4 : 2;
+  int64_t element = size_of(a.probs_type);
   const char* probs = a.probs + view * a.view_stride * element;
   if (threadIdx.x == 0) {
     int i = 0;
     while (view >= a.stacks[i].end) ++i;
     const Stack& s = a.stacks[i];
     int local = view - (i ? a.stacks[i - 1].end : a.first_view);
-    int64_t offset = local * s.view_stride * (a.type == Type::f32 ? 4 : 2);
+    int64_t offset = local * s.view_stride * size_of(a.type);
     a.masks[view] = {s.data + offset, s.query_stride, s.row_stride, s.h, s.w};
   }
   float scale = 1;
@@ -97,7 +91,7 @@ __global__ void __launch_bounds__(1024) semantic_argmax_prepare_kernel(const Pre
     float largest = 0;
     for (int q = warp_index(); q < a.queries; q += warps)
       for (int c = lane_index(); c < a.classes; c += 32)
-        largest = fmaxf(largest, fabsf(element_of(probs, a.probs_type, q * a.query_stride + c)));
+        largest = fmaxf(largest, fabsf(read(probs, q * a.query_stride + c, a.probs_type)));
     largest = warp_max(largest);
     if (lane_index() == 0) memory[warp_index()] = largest;
     __syncthreads();
@@ -114,12 +108,12 @@ __global__ void __launch_bounds__(1024) semantic_argmax_prepare_kernel(const Pre
     float mass = 0;
     if (a.prune > 0 && q < a.queries)
       for (int c = lane_index(); c < a.classes; c += 32)
-        mass += element_of(probs, a.probs_type, q * a.query_stride + c);
+        mass += read(probs, q * a.query_stride + c, a.probs_type);
     mass = warp_sum(mass);
     bool kept = q < a.queries && (a.prune <= 0 || mass >= a.prune);
     int64_t out = (static_cast<int64_t>(view) * a.padded_queries + q) * a.padded_classes;
     for (int c = lane_index(); c < a.padded_classes; c += 32) {
-      float p = kept && c < a.classes ? scale * element_of(probs, a.probs_type, q * a.query_stride + c) : 0;
+      float p = kept && c < a.classes ? scale * read(probs, q * a.query_stride + c, a.probs_type) : 0;
       if (a.half_precision)
         reinterpret_cast<half*>(a.out)[out + c] =
             from_float<half>(fminf(fmaxf(p, -kLargestHalf), kLargestHalf));

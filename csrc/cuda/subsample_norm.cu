@@ -106,7 +106,7 @@ SEGVIT_DEVICE void store_as(char* row, int channel, const float (&values)[V]) {
 
 SEGVIT_DEVICE char* row_of(const Tokens& tokens, int64_t image, int token) {
   int64_t offset = image * tokens.batch_stride + token * tokens.token_stride;
-  return tokens.data + offset * (tokens.type == Type::f32 ? 4 : 2);
+  return tokens.data + offset * size_of(tokens.type);
 }
 
 // V channels of a row.
