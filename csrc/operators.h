@@ -22,7 +22,7 @@
       Tensor lse, Optional seed, double scale, double dropout_p, bool deterministic, Optional key_padding_mask);  \
                                                                                                                   \
   Tensor linear(                                                                                                  \
-      Tensor input, Tensor weight, Optional bias, Optional panels, Optional exponents, bool gelu,                 \
+      Tensor input, Tensor weight, Optional bias, Optional panels, Optional factors, bool gelu,                   \
       Optional norm_weight, Optional norm_bias, double norm_eps, Optional scale, Optional residual);              \
                                                                                                                   \
   std::tuple<Tensor, Tensor> query_attention_fwd(                                                                 \

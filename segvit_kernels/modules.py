@@ -688,6 +688,7 @@ class PackedLinear(nn.Linear):
 
     Args:
         module: the layer, float16 or bfloat16. Its parameters are shared.
+        int8: pack to 8 bits: see :func:`segvit_kernels.pack_weight`.
 
     Raises:
         TypeError: another dtype.
@@ -695,12 +696,12 @@ class PackedLinear(nn.Linear):
 
     plain = True  # for is_plain
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, int8: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = module.in_features, module.out_features
         self.weight, self.bias = module.weight, module.bias
         self.training = module.training
-        self.packed = Folded([module.weight], pack_weight(module.weight))
+        self.packed = Folded([module.weight], pack_weight(module.weight, int8=int8))
 
     def forward(
         self,
@@ -732,21 +733,25 @@ class PackedLinear(nn.Linear):
         return module.train(self.training)
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, *, int8: bool = False) -> int:
     """Replace every ``nn.Linear`` inside a model by a :class:`PackedLinear` where that gains anything.
 
-    That is where weights are float16 or bfloat16, on a CPU with AVX512-FP16, and the native library is built
-    (:func:`segvit_kernels.why_not_packed`), and a layer has no hooks. Where weights have changed since, the
-    layer computes what ``nn.Linear`` does, but for writes through ``.data`` and in compiled code, which are
-    not noticed.
+    That is where weights are float16 or bfloat16, on a CPU with AVX512-FP16 or AMX, and the native library is
+    built (:func:`segvit_kernels.why_not_packed`), and a layer has no hooks. Where weights have changed since,
+    the layer computes what ``nn.Linear`` does, but for writes through ``.data`` and in compiled code, which
+    are not noticed.
+
+    Args:
+        model: modules inside it are replaced in place.
+        int8: pack bfloat16 weights to 8 bits, where the CPU has AMX.
 
     Returns:
         How many were replaced.
     """
     return _replace(
         model,
-        lambda m: type(m) is nn.Linear and is_plain(m) and why_not_packed(m.weight) is None,
-        PackedLinear,
+        lambda m: type(m) is nn.Linear and is_plain(m) and why_not_packed(m.weight, int8=int8) is None,
+        functools.partial(PackedLinear, int8=int8),
     )
 
 

@@ -41,7 +41,7 @@ def unpacked(packed, shape):
         group, place = divmod(pair, 16)
         first = 2 * (16 * group + (0, 4, 8, 12)[place % 4] + place // 4)
         values[:, first : first + 2] = packed.panels[:, pair].flatten(0, 1)
-    values *= 2.0 ** (packed.exponents.double() - 3)[:, None]
+    values *= 2.0 ** (packed.factors.double() - 3)[:, None]
     assert not values[shape[0] :].any() and not values[:, shape[1] :].any()
     return values[: shape[0], : shape[1]]
 
@@ -64,7 +64,7 @@ def test_packed_weights_are_the_weights(shape, dtype):
     assert torch.equal(unpacked(packed, shape), weight.double())
     if dtype == torch.bfloat16:
         packed = pack_weight(weight, "amx")
-        assert packed.panels.dtype == dtype and packed.exponents is None
+        assert packed.panels.dtype == dtype and packed.factors is None
         assert torch.equal(unpacked(packed, shape), weight.double())
 
 
@@ -86,10 +86,30 @@ def test_infinite_weights_do_not_touch_the_others():
     )
 
 
-@pytest.mark.parametrize("isa, dtype", [("amx", torch.float16), ("avx2", torch.bfloat16)])
-def test_what_no_kernel_is_for(isa, dtype):
-    with pytest.raises(ValueError, match=f"isa is '{isa}', weight {dtype}; expected 'amx'"):
-        pack_weight(torch.ones(2, 2, dtype=dtype), isa)
+def test_packed_int8_weights_are_the_rounded_weights():
+    weight = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed = pack_weight(weight, int8=True)
+    assert packed.panels.shape == (3, 3, 2, 16, 64) and packed.isa == "amx"
+    # (panel, part, half, row, output, element) of the depth part, row, element
+    found = packed.panels.view(3, 3, 2, 16, 16, 4).permute(0, 2, 4, 1, 3, 5).reshape(96, 192).double()
+    assert not found[70:].any() and not found[:, 130:].any()
+    scales = packed.factors[:70, None].double()
+    assert (found.abs().amax(1)[:70] == 127).all()
+    assert ((found[:70, :130] * scales - weight.double()).abs() <= 0.5001 * scales).all()
+
+
+@pytest.mark.parametrize(
+    "isa, dtype, int8",
+    [
+        ("amx", torch.float16, False),
+        ("avx2", torch.bfloat16, False),
+        ("avx512_fp16", torch.bfloat16, True),
+        (None, torch.float16, True),
+    ],
+)
+def test_what_no_kernel_is_for(isa, dtype, int8):
+    with pytest.raises(ValueError, match=f"isa is {isa or 'amx'!r}, weight {dtype}; expected 'amx'"):
+        pack_weight(torch.ones(2, 2, dtype=dtype), isa, int8=int8)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +245,9 @@ def test_why_not_packed(packs, monkeypatch):
     assert why_not_packed(torch.ones(2, 2).half()) is None
     assert "not torch.float32" in why_not_packed(torch.ones(2, 2))
     assert why_not_packed(torch.ones(0, 2).half()) == "the weight is empty"
+    assert "for bfloat16, not torch.float16" in why_not_packed(torch.ones(2, 2).half(), int8=True)
+    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: False)
+    assert "need a CPU with AMX" in why_not_packed(torch.ones(2, 2).bfloat16(), int8=True)
     assert "not meta" in why_not_packed(torch.ones(2, 2, device="meta").half())
     monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: "no such processor")
     assert why_not_packed(torch.ones(2, 2).half()) == "no such processor"

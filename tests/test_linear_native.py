@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -194,6 +195,76 @@ def test_what_stands_around_a_layer(case, part, kernel, poisoned):
         return linear_reference(**given, gelu=case.gelu)
 
     testing.assert_within_budget(part, found, reference(torch.float64), reference(torch.bfloat16))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_int8(case, poisoned):
+    """Weights by output and tokens by token, products exact; what stands around a layer as in bfloat16."""
+    if not _native.runs_isa("amx"):
+        pytest.skip("backend cpu: no kernels for amx here")
+    inputs = case.inputs(torch.bfloat16)
+    around = _around(case, inputs)
+    packed = pack_weight(inputs["weight"], int8=True)
+    for given in ({}, around):
+        found = linear(**inputs, packed=packed, gelu=case.gelu, **given, backend="cpu")
+        x, weight = inputs["input"].double(), inputs["weight"].double()
+        if given:
+            weight_, bias_, eps = around["norm"]
+            x = F.layer_norm(x, x.shape[-1:], weight_.double(), bias_.double(), eps)
+        scales, steps = (t.abs().amax(-1, keepdim=True) / 127 for t in (weight, x))
+        weight = (weight / scales).round() * scales
+        truth = linear_reference(
+            (x / steps).round() * steps,
+            weight,
+            None if inputs["bias"] is None else inputs["bias"].double(),
+            gelu=case.gelu,
+            scale=given["scale"].double() if given else None,
+            residual=given["residual"].double() if given else None,
+        )
+        # A number halfway between two may be rounded the other way, one in a row of these cases.
+        slack = 2 * steps * weight.abs().amax(-1) + 2.0**-8 * truth.abs() + 1e-4
+        assert ((found.double() - truth).abs() <= slack).all()
+
+
+def test_engine_in_int8():
+    """The backbone's projections and nothing else in 8 bits; masks are nearly those of bfloat16."""
+    if not _native.runs_isa("amx"):
+        pytest.skip("backend cpu: no kernels for amx here")
+    torch.manual_seed(0)
+    model = SegViT(SegViTConfig.preset("vit_tiny", num_classes=5, image_size=64)).eval()
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with segvit_kernels.backend("cpu"):
+        engine = model.compile_for_inference(64, dtype=torch.bfloat16, int8=True)
+        plain = model.compile_for_inference(64, dtype=torch.bfloat16)
+        network = engine.function.network
+        kinds = {
+            name: module.packed.value.panels.dtype
+            for name, module in network.named_modules()
+            if isinstance(module, PackedLinear)
+        }
+        assert {n for n, kind in kinds.items() if kind == torch.int8} == {
+            f"backbone.blocks.{i}.{n}"
+            for i in range(12)
+            for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        }
+        x = torch.randn(1, 3, 64, 64).bfloat16()
+        outputs = [e.function.network(x)[1] for e in (engine, plain)]
+        assert engine(images).shape == (1, 64, 64)
+    error = testing.relative_error(outputs[0], outputs[1].double())
+    assert 0 < error < 0.1
+    with pytest.raises(ValueError, match=r"int8: int8 weights are for bfloat16, not torch\.float16"):
+        model.compile_for_inference(64, dtype=torch.float16, int8=True)
+
+
+def test_int8_of_what_is_not_finite():
+    if not _native.runs_isa("amx"):
+        pytest.skip("backend cpu: no kernels for amx here")
+    x, weight = torch.randn(5, 70).bfloat16(), torch.randn(40, 70).bfloat16()
+    x[1, 3], x[2, 69], x[3], weight[7, 2] = math.nan, -math.inf, 0, math.inf
+    found = linear(x, weight, packed=pack_weight(weight, int8=True), backend="cpu")
+    assert found[1:3].isnan().all() and found[:, 7].isnan().all()
+    others = [i for i in range(40) if i != 7]
+    assert found[0, others].isfinite().all() and (found[3, others] == 0).all()
 
 
 @DTYPES

@@ -33,10 +33,10 @@ const char* whole(std::optional<Tensor>& tensor, const Tensor& like, int64_t ele
 
 }  // namespace
 
-Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optional exponents, bool gelu,
+Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optional factors, bool gelu,
               Optional norm_weight, Optional norm_bias, double norm_eps, Optional scale, Optional residual) {
   STD_TORCH_CHECK(panels, "segvit: linear needs packed weights");
-  bool tiles = panels->scalar_type() == ScalarType::BFloat16;
+  bool int8 = panels->scalar_type() == ScalarType::Char, tiles = int8 || panels->scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(isa() >= (tiles ? Isa::amx : Isa::avx512_fp16), "segvit: linear: weights packed for AMX or "
                   "AVX512-FP16, which the CPU code in use is not for");
   STD_TORCH_CHECK(tiles ? input.scalar_type() == ScalarType::BFloat16 : !norm_weight && !scale && !residual,
@@ -51,13 +51,13 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
   for (int64_t size : sizes) rows *= size;
   if (rows == 0 || columns == 0) return output;
   const Granules& granule = tiles ? kAmx : kFp16;
-  int64_t padded = round_up(depth, kPackedDepth), count = (columns + granule.columns - 1) / granule.columns;
+  int64_t padded = round_up(depth, int8 ? 2 * kPackedDepth : kPackedDepth), count = (columns + granule.columns - 1) / granule.columns;
   Tensor packed = torch::stable::contiguous(*panels);
   bool fits = packed.numel() == count * granule.columns * padded && weight.size(1) == depth;
-  if (!tiles) {
-    fits = fits && packed.scalar_type() == ScalarType::Half && exponents &&
-           exponents->scalar_type() == ScalarType::Float && exponents->numel() == count * kPanelColumns;
-    exponents = in_one_piece(exponents);
+  if (int8 || !tiles) {
+    fits = fits && (int8 || packed.scalar_type() == ScalarType::Half) && factors &&
+           factors->scalar_type() == ScalarType::Float && factors->numel() == count * granule.columns;
+    factors = in_one_piece(factors);
   }
   STD_TORCH_CHECK(fits, "segvit: linear: the packed weights are not those of this layer");
   bool flat = dims == 1 || input.is_contiguous() || dims > 3;
@@ -69,7 +69,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
               inner,
               type_of(input),
               data<uint16_t>(packed),
-              data<float>(exponents),
+              data<float>(factors),
               data<char>(output),
               depth,
               columns,
@@ -91,7 +91,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
   int64_t bytes = tiles ? linear_amx_scratch_bytes(block_rows, depth) : linear_scratch_bytes(block_rows, depth);
   auto* kernel = &avx512_fp16::linear;
 #if defined(SEGVIT_AMX)
-  if (tiles) kernel = &amx::linear;
+  if (tiles) kernel = int8 ? &amx::linear_int8 : &amx::linear;
 #endif
   parallel(blocks * parts, [&](int64_t task) {
     int64_t row = task / parts * block_rows, panel = task % parts * part;

@@ -9,7 +9,7 @@ struct Linear {
   int64_t outer_stride, row_stride, rows_per_outer;  // of the input, whose last stride is 1; in elements
   Type type;
   const uint16_t* panels;  // packed weights, the layout of which stands in segvit_kernels/ops/linear.py
-  const float* exponents;  // of every column, padded to panels; with AVX512-FP16
+  const float* factors;    // of every column, padded to panels: exponents (AVX512-FP16), scales (int8), or null
   char* output;            // contiguous
   int64_t depth, columns;
   bool gelu;
@@ -33,9 +33,10 @@ inline int64_t linear_scratch_bytes(int64_t rows, int64_t depth) {
 // With AMX: columns of a panel, and of the two that go together; the granule of rows.
 constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32;
 
+// Of a row of int8 numbers, half as many: its numbers in float32 and all rows' scales.
 inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
-  int64_t padded = (depth + 31) / 32 * 32;
-  return rows * padded * 2 + 2 * rows * kTileWide * 4;
+  int64_t padded = (depth + 63) / 64 * 64;
+  return rows * padded * 2 + 2 * rows * kTileWide * 4 + padded * 4 + rows * 4;
 }
 
 }  // namespace segvit
@@ -49,5 +50,6 @@ void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int
 #if defined(SEGVIT_AMX)
 namespace segvit::amx {
 void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
+void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::amx
 #endif

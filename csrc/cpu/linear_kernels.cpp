@@ -154,7 +154,7 @@ SEGVIT_INLINE void finish(const Linear& args, const float* sums, float exponent,
     if (count <= 0) return;
     __m512 a = (__m512)load(sums + 32 * j), b = (__m512)load(sums + 32 * j + 16);
     Vec total = (Vec)_mm512_permutex2var_ps(a, even, b) + (Vec)_mm512_permutex2var_ps(a, odd, b);
-    Vec scale = load(args.exponents + column) + (exponent - 2 * kTop);
+    Vec scale = load(args.factors + column) + (exponent - 2 * kTop);
     total = (Vec)_mm512_scalef_ps((__m512)total, (__m512)scale);
     const T* bias = reinterpret_cast<const T*>(args.bias);
     if (bias) total += count >= 16 ? load(bias + column) : load_some(bias + column, count);

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from segvit.inference.passes import crops_of, passes, views_of
 from segvit.inference.protocol import Foldable
 from segvit.options import InferenceOptions
-from segvit_kernels import freeze, requested_backend, why_not_packed
+from segvit_kernels import freeze, pack_linears, requested_backend, unpack_linears, why_not_packed
 
 __all__ = ["METHODS", "InferenceEngine"]
 
@@ -53,6 +53,7 @@ class InferenceEngine:
         dtype: torch.dtype | None = None,
         method: str = "auto",
         fp8: bool = False,
+        int8: bool = False,
         options: InferenceOptions | None = None,
     ) -> None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -66,8 +67,12 @@ class InferenceEngine:
         self.method = _method(method, self.device, fp8)
         if fp8:
             _check_fp8(self.device, self.dtype)
+        if int8:
+            reason = why_not_packed(torch.empty(1, 1, dtype=self.dtype, device=self.device), int8=True)
+            if reason:
+                raise ValueError(f"int8: {reason}")
         with torch.no_grad():
-            self.function = _LabelMaps(model, sides, batch, self.dtype, options or InferenceOptions())
+            self.function = _LabelMaps(model, sides, batch, self.dtype, options or InferenceOptions(), int8)
             if fp8:
                 _quantise_backbone(self.function.network)
         self._prepare()
@@ -129,6 +134,7 @@ class _LabelMaps(nn.Module):
         batch: int,
         dtype: torch.dtype,
         options: InferenceOptions,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         self.size = size
@@ -142,6 +148,9 @@ class _LabelMaps(nn.Module):
             self.network.fold_grid(*crops)
         self.to(dtype)
         self.network.fuse()
+        for block in self.network.plain_blocks() if int8 else []:
+            unpack_linears(block)
+            pack_linears(block, int8=True)
         freeze(self.network)
         # Every stage classifies its tokens: here the last stage's alone, after the network.
         self.class_head = self.network.take_class_head()

@@ -258,6 +258,7 @@ class SegViT(nn.Module):
         dtype: torch.dtype | None = None,
         method: str = "auto",
         fp8: bool = False,
+        int8: bool = False,
         options: InferenceOptions | None = None,
     ) -> InferenceEngine:
         """A callable: uint8 images (B, 3, H, W) of one size, on the model's device, to label maps (B, H, W).
@@ -276,12 +277,16 @@ class SegViT(nn.Module):
                 "eager" elsewhere.
             fp8: the backbone's projections in fp8, by torchao, best with "compile", its default method; on
                 GPUs of compute capability 8.9 or more.
+            int8: the backbone's projections in int8, weights by output and activations by token as they
+                come; on CPUs with AMX and the native library, dtype bfloat16.
             options: sliding window, scales, mirroring; by default the whole image at once.
 
         Raises:
             ValueError: an argument is out of range, or this machine cannot do what is asked.
         """
-        return InferenceEngine(self, size, batch, dtype=dtype, method=method, fp8=fp8, options=options)
+        return InferenceEngine(
+            self, size, batch, dtype=dtype, method=method, fp8=fp8, int8=int8, options=options
+        )
 
     def fold_normalisation(self, pixel: float) -> tuple[Tensor, Tensor | None]:
         """Scale the patch embedding for images u · pixel + shift of bytes u, not (u / 255 − mean) / std.

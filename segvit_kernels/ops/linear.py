@@ -13,6 +13,11 @@ and a normalised X are rounded once. Numbers below the normal range count as zer
 outputs, a part of 32 of the depth after the other, in two tiles of 16 outputs: row i of a tile holds elements
 2i and 2i + 1 of the depth of every output.
 
+**AMX, int8**, where it is asked for: the weights of every output and the numbers of every row of X are
+divided by a 127th of their largest magnitude and rounded, X as the calls come and after LayerNorm in float32.
+Products are exact; the scales come on in float32. A row with an infinity or NaN becomes NaN. A tile has four
+elements of the depth where bfloat16 has two.
+
 **AVX512-FP16**: bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
 units, but float16 multiply-adds are, by two. The kernel runs on these: rows of X and columns of Wᵀ are scaled
 by powers of two, so that nothing leaves the range of float16. Products are added in float16 in chains of 32
@@ -48,28 +53,30 @@ class PackedWeight(NamedTuple):
     """A weight (N, K) for one of the kernels.
 
     Attributes:
-        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). AVX512-FP16: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
-        exponents: ``None``; AVX512-FP16: e of every output, float32, (⌈N/48⌉·48,): weights are 2^(e - 3)
-            times those in ``panels``.
+        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32), or int8, (⌈N/32⌉, ⌈K/64⌉, 2, 16, 64). AVX512-FP16:
+            float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
+        factors: float32, of every output, padded as in ``panels``. int8: the scale of its weights.
+            AVX512-FP16: e, where weights are 2^(e - 3) times those in ``panels``. bfloat16: ``None``.
     """
 
     panels: Tensor
-    exponents: Tensor | None
+    factors: Tensor | None
 
     @property
     def isa(self) -> str:
         """The instruction set of its kernel."""
-        return "amx" if self.panels.dtype == torch.bfloat16 else "avx512_fp16"
+        return "avx512_fp16" if self.panels.dtype == torch.float16 else "amx"
 
 
 @torch.no_grad()
-def pack_weight(weight: Tensor, isa: str | None = None) -> PackedWeight:
+def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -> PackedWeight:
     """A weight in a kernel's order, for the argument ``packed`` of :func:`linear`.
 
     Args:
         weight: (N, K), float16 or bfloat16.
         isa: of the kernel, ``"amx"`` (bfloat16 alone) or ``"avx512_fp16"``; by default the best that the
             native library runs here.
+        int8: round to 8 bits; AMX alone.
 
     Raises:
         TypeError: another dtype.
@@ -82,16 +89,26 @@ def pack_weight(weight: Tensor, isa: str | None = None) -> PackedWeight:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
         )
+    if isa is None and int8:
+        isa = "amx"
     if isa is None:
         isa = "amx" if weight.dtype == torch.bfloat16 and _library.runs_isa("amx") else "avx512_fp16"
-    if isa not in _PANELS or (isa == "amx" and weight.dtype != torch.bfloat16):
-        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected 'amx' (bfloat16) or 'avx512_fp16'")
+    if isa not in _PANELS or (isa == "amx" and weight.dtype != torch.bfloat16) or (int8 and isa != "amx"):
+        expected = "'amx'" if int8 else "'amx' (bfloat16) or 'avx512_fp16'"
+        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected}")
     panel, (outputs, depth) = _PANELS[isa], weight.shape
-    panels, groups = -(-outputs // panel), -(-depth // _DEPTH)
-    padding = (0, groups * _DEPTH - depth, 0, panels * panel - outputs)
+    part = 2 * _DEPTH if int8 else _DEPTH
+    panels, groups = -(-outputs // panel), -(-depth // part)
+    padding = (0, groups * part - depth, 0, panels * panel - outputs)
     if isa == "amx":
-        tiles = F.pad(weight, padding).view(panels, 2, 16, groups, 16, 2)  # half, output; part, pair, element
-        return PackedWeight(tiles.permute(0, 3, 1, 4, 2, 5).reshape(panels, groups, 2, 16, 32), None)
+        factors = None
+        if int8:
+            weight, factors = _rounded(weight)
+            factors = F.pad(factors, padding[2:])
+        tiles = F.pad(weight, padding).view(
+            panels, 2, 16, groups, 16, part // 16
+        )  # half, output; part, row, element
+        return PackedWeight(tiles.permute(0, 3, 1, 4, 2, 5).reshape(panels, groups, 2, 16, part), factors)
     values = weight.float()
     largest = values.abs().nan_to_num(posinf=0).amax(1)
     exponents = torch.where(largest > 0, torch.frexp(largest).exponent - 1, 0)
@@ -103,6 +120,13 @@ def pack_weight(weight: Tensor, isa: str | None = None) -> PackedWeight:
         pairs.view(torch.float16).view(panels, groups * _DEPTH // 2, panel, 2),
         F.pad(exponents.float(), (0, panels * panel - outputs)),
     )
+
+
+def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in int8, and their scales: a 127th of the largest magnitude, NaN where one is not finite."""
+    values = values.float()
+    scales = values.abs().amax(-1) / 127 + (values * 0).sum(-1)
+    return (values / scales[..., None]).round().nan_to_num(0).to(torch.int8), scales
 
 
 def linear_reference(
@@ -134,7 +158,7 @@ def _eager(
     weight: Tensor,
     bias: Tensor | None,
     panels: Tensor | None,
-    exponents: Tensor | None,
+    factors: Tensor | None,
     gelu: bool,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -159,13 +183,13 @@ def _refuse(backend: str, input: Tensor, weight: Tensor, bias: Any, panels: Any,
         return TypeError(f"backend {backend!r} takes float16 and bfloat16; input is {input.dtype}")
     if panels is None:
         return ValueError(f"backend {backend!r} takes packed weights; packed is None: see pack_weight")
-    if panels.dtype == torch.bfloat16 and not _library.runs_isa("amx"):
+    if panels.dtype != torch.float16 and not _library.runs_isa("amx"):
         return ValueError("packed is for AMX, and the CPU code in use is not")
     return None
 
 
 _linear = _library.define(
-    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? panels, Tensor? exponents, bool gelu, "
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? panels, Tensor? factors, bool gelu, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=0.0, Tensor? scale=None, "
     "Tensor? residual=None) -> Tensor output",
     eager=_eager,
@@ -177,14 +201,19 @@ _linear = _library.define(
 )
 
 
-def why_not_packed(weight: Tensor) -> str | None:
-    """Why packing a weight would gain nothing here: PyTorch's own layer would run; ``None`` if it gains."""
+def why_not_packed(weight: Tensor, *, int8: bool = False) -> str | None:
+    """Why packing a weight (to 8 bits) would gain nothing here: PyTorch's own layer would run; ``None`` if it
+    gains."""
     if weight.dtype not in _HALVES:
         return f"packed weights are for float16 and bfloat16, not {weight.dtype}"
     if weight.device.type != "cpu":
         return f"packed weights are for the CPU, not {weight.device.type}"
     if weight.numel() == 0:
         return "the weight is empty"
+    if int8 and weight.dtype != torch.bfloat16:
+        return f"int8 weights are for bfloat16, not {weight.dtype}"
+    if int8 and not _library.runs_isa("amx"):
+        return "int8 weights need a CPU with AMX and the native library"
     return _library.why_not_operator("linear", "cpu", weight.device)
 
 
@@ -285,9 +314,9 @@ def _validate(
         return
     if packed.isa == "amx" and input.dtype != torch.bfloat16:
         raise TypeError(f"packed is for AMX, of bfloat16 numbers; input is {input.dtype}")
-    panel, parts = _PANELS[packed.isa], -(-depth // _DEPTH)
-    panels = -(-outputs // panel)
-    shape = (panels, parts, 2, 16, 32) if packed.isa == "amx" else (panels, parts * _DEPTH // 2, panel, 2)
+    panel, part = _PANELS[packed.isa], 2 * _DEPTH if packed.panels.dtype == torch.int8 else _DEPTH
+    panels, parts = -(-outputs // panel), -(-depth // part)
+    shape = (panels, parts, 2, 16, part) if packed.isa == "amx" else (panels, parts * _DEPTH // 2, panel, 2)
     if tuple(packed.panels.shape) != shape:
         raise ValueError(
             f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"
