@@ -28,7 +28,7 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/test_fuzz.py tests/test_*native.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py tests/*/test_*native.py
 
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
@@ -36,11 +36,11 @@ test: $(VENV)/.installed  ## lint and test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 kill-test: $(VENV)/.installed  ## training killed 200 times, and at every operation on files, goes on bitwise
-	$(BIN)/python tests/kill.py --kills 200 --points 1
+	$(BIN)/python tests/segvit/kill.py --kills 200 --points 1
 
 # All launches that are pinned for all architectures; SEGVIT_GATE=quick: one of each kernel. GATE: options for
 # pytest, such as '-k sm_90'.
-GATE_TEST := -m pytest -q -n 2 --dist worksteal $(GATE) tests/test_triton_compiles.py
+GATE_TEST := -m pytest -q -n 2 --dist worksteal $(GATE) tests/kernels/test_triton_compiles.py
 gate gate-3.6: export SEGVIT_GATE ?= all
 
 gate: $(VENV)/.installed  ## the compile gate: machine code of every Triton kernel for seven GPUs
@@ -60,14 +60,14 @@ gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes wi
 # Full sizes (vit, cityscapes) take the machine too long; large tiles are for the interpreter.
 ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Triton and CUDA C++ on sm_80 and sm_90
 	for arch in sm_80 sm_90; do \
-		$(BIN)/python tests/ptx_battery.py $$arch && \
+		$(BIN)/python tests/kernels/ptx_battery.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-			-k "not vit and not cityscapes and not architectures" tests/test_*_triton.py && \
-		$(BIN)/python tests/ptx_native.py $$arch || exit; done
-	$(BIN)/python tests/ptx_faults.py
+			-k "not vit and not cityscapes and not architectures" tests/kernels/test_*_triton.py && \
+		$(BIN)/python tests/kernels/ptx_native.py $$arch || exit; done
+	$(BIN)/python tests/kernels/ptx_faults.py
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
-	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/test_fuzz_cli.py
+	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/segvit/test_fuzz_cli.py
 
 lint: $(VENV)/.installed  ## mend what the linter can
 	$(BIN)/ruff check --fix .

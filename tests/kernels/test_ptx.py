@@ -11,13 +11,13 @@ from pathlib import Path
 import ptx_native
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 def run(script: str, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_INTERPRET")}
     environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, (str(HERE.parent), environment.get("PYTHONPATH")))
+        filter(None, (str(HERE.parents[1]), environment.get("PYTHONPATH")))
     )
     command = [sys.executable, HERE / script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels as nvcc makes them, on the PTX machine: ``python tests/ptx_native.py sm_80 bf16``.
+"""The CUDA C++ kernels as nvcc makes them, on the PTX machine: ``python tests/kernels/ptx_native.py sm_80 bf16``.
 
 The emulated library's launchers prepare the launches, and the machine runs them instead of the fibers. The
-chosen part of the battery that CI runs; all: ``SEGVIT_PTX=sm_80 pytest -k cuda tests/test_*_native.py``. In a
+chosen part of the battery that CI runs; all: ``SEGVIT_PTX=sm_80 pytest -k cuda tests/kernels/test_*_native.py``. In a
 process without interpreter. Says which kernels no case launched, and fails where there is one.
 """
 
@@ -23,12 +23,12 @@ import torch
 from segvit_kernels import _library, _native
 from segvit_kernels.testing import ptx
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault(
-    "SEGVIT_KERNELS_CUDA_EMULATOR", str(HERE.parent / "build" / "native" / "libsegvit_emulated.so")
+    "SEGVIT_KERNELS_CUDA_EMULATOR", str(ROOT / "build" / "native" / "libsegvit_emulated.so")
 )
 os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
-sys.path[:0] = [str(HERE), str(HERE.parent / "csrc")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests/kernels", "tests/csrc", "csrc")]
 
 resources = importlib.import_module("resources")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

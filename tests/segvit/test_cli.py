@@ -19,7 +19,7 @@ from segvit.cli import COMMANDS, main
 from segvit.config import SegViTConfig
 from segvit.model.linear_head import LinearSegmenter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = '{"width": 16, "depth": 2, "heads": 2, "taps": [0, 1], "patch_size": 8, "decoder_depth": 1}'
 SMALL_RUN = [
     "--preset", "vit_tiny", "--model", TINY, "--image-size", "32", "--max-steps", "2", "--batch-size", "2",

@@ -12,7 +12,7 @@ import segvit_kernels
 from segvit_kernels import BackendUnavailableError, backend, fused_atm
 from segvit_kernels._library import ENVIRONMENT_VARIABLE, requested_backend
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tensors(dtype=torch.float32, **changes):

@@ -15,7 +15,7 @@ from segvit_kernels import (
     fused_atm,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REASON = _native.library().reason
 built = pytest.mark.skipif(REASON is not None, reason=f"backend cpu: {REASON}")
 RUNS = _native.library().isas

@@ -31,7 +31,7 @@ from segvit_kernels import (
     subsample_layer_norm_reference,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LONG = pytest.mark.skipif("SEGVIT_LONG_TESTS" not in os.environ, reason="set SEGVIT_LONG_TESTS=1")
 LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 SIZES = {"width": 32, "depth": 2, "heads": 2, "image_size": 64, "decoder_depth": 2, "taps": (0, 1)}

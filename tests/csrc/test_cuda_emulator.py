@@ -14,7 +14,7 @@ from test_query_attention_native import _check as check_query_attention
 from segvit_kernels import _library
 from segvit_kernels.testing import query_attention
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = r"""
 #include <cstdio>

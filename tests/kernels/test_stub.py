@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from segvit_kernels.testing import stub
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 START = """
 import json, torch

@@ -23,7 +23,7 @@ from segvit.speed import measure, report
 
 pytestmark = pytest.mark.usefixtures("without_amx")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

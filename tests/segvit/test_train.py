@@ -30,7 +30,7 @@ from segvit.training.schedule import learning_rate_factor
 from segvit.training.train import train
 from segvit_kernels import QueryUpsample
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {"width": 16, "depth": 2, "heads": 2, "taps": [0, 1], "patch_size": 8, "decoder_depth": 1}
 
 

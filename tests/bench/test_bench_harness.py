@@ -21,7 +21,7 @@ from bench.subjects import operators, parameters
 from bench.subjects.operators import atm, comparison
 from bench.suites import cpu, kernels, scaling, tune
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ------------------------------------------------------------------------------ checks can go red

@@ -14,7 +14,7 @@ from bench.subjects import counts, models, operators
 from bench.subjects.published import MODELS, TINY
 from bench.suites import cpu, everything, flops, gpu, scaling
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODES = [(name, mode) for name, op in operators.by_name().items() for mode in op.modes]
 
 

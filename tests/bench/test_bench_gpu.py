@@ -24,7 +24,7 @@ from bench.subjects import operators, parameters
 from bench.suites import cache, gpu, tune
 from bench.suites.gpu import sanitizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
 KILLS = int(os.environ.get("SEGVIT_KILLS", "2"))
 needs_stub = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def rehearsal(*arguments: str, **variables: str) -> subprocess.Popen:
     unset = ("TRITON_INTERPRET", "SEGVIT_KERNELS_BACKEND", "SEGVIT_BENCH_SMOKE")
     environment = {k: v for k, v in os.environ.items() if k not in unset}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "rehearsal.py"), *arguments]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "bench" / "rehearsal.py"), *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 

@@ -10,13 +10,13 @@ import sys
 
 import pytest
 import torch
+from test_simulator import _sass
 
 from bench import __main__ as command
 from bench import report
 from bench.measure import environment
 from bench.simulator import calibration
 from bench.suites import _capture, simulate, tune
-from tests.test_simulator import _sass
 
 ROOT = environment.ROOT
 

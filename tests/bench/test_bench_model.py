@@ -16,7 +16,7 @@ from bench.suites import memory, model
 from segvit import SegViTConfig
 from segvit_kernels import modules
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 WIDTH, DEPTH, HEADS = 192, 12, 3
 GRID = TINY.size // 16

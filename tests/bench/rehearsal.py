@@ -1,4 +1,4 @@
-"""``python tests/rehearsal.py ARGUMENTS``: ``python -m bench ARGUMENTS`` as on a machine with one NVIDIA GPU.
+"""``python tests/bench/rehearsal.py ARGUMENTS``: ``python -m bench ARGUMENTS`` as on a machine with one NVIDIA GPU.
 
 Triton's launcher and ``torch.cuda`` stand on the stub of libcuda. Kernels are neither compiled nor run and
 pass for right, what torch.compile would build stays as it is, and compute-sanitizer is a shell script: every
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WATCHED = str(ROOT / "bench") + os.sep
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_compiled, interpreted
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 PROBE = """
 import os
 import pytest

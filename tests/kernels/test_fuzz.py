@@ -1,15 +1,11 @@
 """Random calls of every operator: see operator_fuzz.py. ``SEGVIT_FUZZ_EXAMPLES=100000`` makes them many."""
 
 import os
-import sys
-from pathlib import Path
 
+import operator_fuzz
 import pytest
 
 from segvit_kernels import _library
-
-sys.path.insert(0, str(Path(__file__).parent))
-import operator_fuzz
 
 EXAMPLES = int(os.environ.get("SEGVIT_FUZZ_EXAMPLES", "150"))
 BACKENDS = ["eager", *(["cpu"] if _library.why_not("cpu", "cpu") is None else [])]

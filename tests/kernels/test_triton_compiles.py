@@ -11,7 +11,7 @@ import pytest
 from segvit_kernels.testing.launches import ALIKE, OPERATORS, TARGETS, Demand, compiled, faults
 from segvit_kernels.testing.machine_code import Code, serialised
 
-TRITON = Path(__file__).resolve().parents[1] / "segvit_kernels" / "triton"
+TRITON = Path(__file__).resolve().parents[2] / "segvit_kernels" / "triton"
 
 
 # A process for each takes seconds to start: one operator where many launches are compiled, else all five.
@@ -46,7 +46,7 @@ def test_every_operator_with_kernels_is_compiled():
 @pytest.fixture(scope="module")
 def planted():
     """Faults of planted kernels, by kernel, on a GPU with less shared memory than one of them wants."""
-    return {row["kernel"]: row["faults"] for row in compiled("tests.planted_launches", "sm_89")}
+    return {row["kernel"]: row["faults"] for row in compiled("tests.kernels.planted_launches", "sm_89")}
 
 
 @pytest.mark.parametrize(
