@@ -1,6 +1,6 @@
 """The CUDA kernels on this machine's GPU: ``python csrc/check.py``; needs nvcc, a GPU and pytest.
 
-Builds them for this GPU, runs the device tests of ``tests/kernels/test_*_native.py`` on backend "cuda", and the small
+Builds them for this GPU, runs the device tests of ``test_*_native.py`` on backend "cuda", and the small
 cases once more under NVIDIA's compute-sanitizer, where it is and works: memcheck (accesses out of bounds,
 leaked errors), racecheck (hazards in shared memory), initcheck is left out, since torch's allocator reuses
 memory. Exit code 1 if anything failed; what was skipped is said with its reason.
@@ -21,9 +21,8 @@ import sanitizer
 
 import build
 
-TESTS = sorted(
-    str(path.relative_to(build.ROOT)) for path in build.ROOT.glob("tests/kernels/test_*_native.py")
-)
+FOLDER = build.ROOT / "tests" / "kernels"
+TESTS = sorted(str(path.relative_to(build.ROOT)) for path in FOLDER.glob("test_*_native.py"))
 VARIABLES = {"PYTHONPATH": str(build.ROOT), "TRITON_INTERPRET": "0"}
 
 

@@ -1,4 +1,4 @@
-"""``python tests/bench/rehearsal.py ARGUMENTS``: ``python -m bench ARGUMENTS`` as on a machine with one NVIDIA GPU.
+"""``python rehearsal.py ARGUMENTS``: ``python -m bench ARGUMENTS`` as on a machine with one NVIDIA GPU.
 
 Triton's launcher and ``torch.cuda`` stand on the stub of libcuda. Kernels are neither compiled nor run and
 pass for right, what torch.compile would build stays as it is, and compute-sanitizer is a shell script: every

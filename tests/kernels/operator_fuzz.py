@@ -1,7 +1,7 @@
 """Random calls of every operator, held to the plain formulas in float64.
 
 A call is drawn from a number, its seed: sizes, layouts in memory, dtypes, options, special values, and now
-and then an argument that must be refused by name. ``python tests/kernels/operator_fuzz.py --calls 100000`` runs many,
+and then an argument that must be refused by name. ``python operator_fuzz.py --calls 100000`` runs many,
 in child processes that may crash: the seed of the call that did is reported, and the rest goes on.
 """
 

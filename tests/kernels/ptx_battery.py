@@ -1,4 +1,4 @@
-"""What the PTX machine is held to: ``python tests/kernels/ptx_battery.py sm_90``, in a process without interpreter.
+"""What the PTX machine is held to: ``python ptx_battery.py sm_90``, in a process without interpreter.
 
 Kernels of the kinds that Triton's tutorials teach, compiled and executed, against PyTorch in float64. A
 line for each; fails at the first that differs.

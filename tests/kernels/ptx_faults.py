@@ -1,6 +1,6 @@
 """Faults planted in the PTX of compiled kernels: each must turn the machine red by its own name.
 
-``python tests/kernels/ptx_faults.py [PART OF A NAME...]``, in a process without interpreter. Every kernel is right
+``python ptx_faults.py [PART OF A NAME...]``, in a process without interpreter. Every kernel is right
 before a fault is planted in it; one that the machine did not see is printed as missed.
 """
 

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels as nvcc makes them, on the PTX machine: ``python tests/kernels/ptx_native.py sm_80 bf16``.
+"""The CUDA C++ kernels as nvcc makes them, on the PTX machine: ``python ptx_native.py sm_80 bf16``.
 
 The emulated library's launchers prepare the launches, and the machine runs them instead of the fibers. The
-chosen part of the battery that CI runs; all: ``SEGVIT_PTX=sm_80 pytest -k cuda tests/kernels/test_*_native.py``. In a
+chosen part of the battery that CI runs; all: ``SEGVIT_PTX=sm_80 pytest -k cuda test_*_native.py``. In a
 process without interpreter. Says which kernels no case launched, and fails where there is one.
 """
 

@@ -1,6 +1,6 @@
-"""Every Triton kernel of the operators on the PTX machine: ``python tests/kernels/ptx_operators.py sm_90 bf16``.
+"""Every Triton kernel of the operators on the PTX machine: ``python ptx_operators.py sm_90 bf16``.
 
-The chosen part of the battery that CI runs; all of it: ``SEGVIT_PTX=sm_90 pytest tests/kernels/test_*_triton.py``.
+The chosen part of the battery that CI runs; all of it: ``SEGVIT_PTX=sm_90 pytest test_*_triton.py``.
 In a process without interpreter. Says which kernels no case launched, and fails where there is one.
 """
 

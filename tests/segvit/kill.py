@@ -1,8 +1,8 @@
 """Training that is killed or finds the disk full, and goes on: the result must be that of an undisturbed run.
 
-    python tests/segvit/kill.py --kills 200      kill -9 at so many random moments, half of them with two processes
-    python tests/segvit/kill.py --points 1       kill -9, and a full disk, at every single operation on files
-    python tests/segvit/kill.py --points 7       at every seventh
+    python kill.py --kills 200      kill -9 at so many random moments, half of them with two processes
+    python kill.py --points 1       kill -9, and a full disk, at every single operation on files
+    python kill.py --points 7       at every seventh
 
 Every run is a child forked from this process, which has imported all that it imports. After the last try of a
 run its weights, optimizer, random states, log, evaluation and links are compared with the undisturbed run's,

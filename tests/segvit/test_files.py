@@ -134,7 +134,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, co
 
 
 def test_libraries_that_hide_the_reason(tmp_path):
-    """What safetensors and torch raise when a write fails; really written to a full disk in tests/segvit/kill.py."""
+    """What safetensors and torch raise when a write fails; really written to a full disk in kill.py."""
     for error, reason in (
         (
             RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"),
