@@ -26,14 +26,10 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_kernels_of_the_tutorials_kinds_agree_with_pytorch(arch):
-    printed = run("ptx_battery.py", arch, "bf16")
+def test_every_triton_kernel_and_those_of_the_tutorials(arch):
+    """Against PyTorch; one dtype and few cases."""
+    printed = run("ptx_operators.py", arch, "bf16")
     assert "'attention_backward': 1, 'matmul': 2" in printed
-
-
-def test_every_kernel_of_the_operators():
-    """One dtype and few cases, on the GPU of most instructions; the whole battery on both: ``make ptx``."""
-    printed = run("ptx_operators.py", "sm_90", "bf16")
     assert printed.rstrip().endswith("never: []")
 
 
