@@ -131,8 +131,7 @@ def machine(arch: str, edit: Callable[[str, str], str] | None = None) -> Iterato
 def check_atm(dtype: torch.dtype) -> None:
     from test_atm_native import SMALL, _check
 
-    _check(SMALL, dtype, "cuda")
-    _check(dataclasses.replace(SMALL, heads=1, keys=33, head_dim=40, broadcast=True), dtype, "cuda")
+    _check(dataclasses.replace(SMALL, heads=1, broadcast=True), dtype, "cuda")
 
 
 def check_query_attention(dtype: torch.dtype) -> None:
@@ -155,7 +154,6 @@ def check_semantic_argmax(dtype: torch.dtype) -> None:
 
     for kind in {dtype, torch.float32}:  # with tensor cores and without
         test_case(BY_NAME["odd"], kind, True, "cuda", None)
-    test_case(BY_NAME["mixed"], dtype, False, "cuda", None)
 
 
 def check_subsample_norm(dtype: torch.dtype) -> None:

@@ -22,10 +22,14 @@ import test_semantic_argmax_triton as semantic_argmax
 import test_subsample_norm_triton as subsample_norm
 import torch
 
+from segvit_kernels.ops.semantic_argmax import View
 from segvit_kernels.testing import ptx
 from segvit_kernels.testing.launches import OPERATORS, module
+from segvit_kernels.testing.semantic_argmax import SemanticCase
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+ONE_VIEW = SemanticCase("view", ((1, 5, 7),), 20, 7, (30, 41), (View.whole(0, (5, 7), (30, 41)),), 1)
 
 
 def check_atm(dtype):
@@ -49,7 +53,8 @@ def check_mask_loss(dtype):
 
 
 def check_semantic_argmax(dtype):
-    semantic_argmax.test_on_the_device(semantic_argmax.BY_NAME["odd"], True, dtype, "cpu")
+    for case, concentrated in ((semantic_argmax.BY_NAME["odd"], True), (ONE_VIEW, False)):
+        semantic_argmax.test_on_the_device(case, concentrated, dtype, "cpu")
 
 
 def check_subsample_norm(dtype):
