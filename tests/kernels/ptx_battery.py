@@ -82,7 +82,43 @@ def attention(dtype):
         hold(f"attention, {name}", found, true, 2 * budget)
 
 
+CONFLICTS = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry conflicts(.param .u64 out) {
+    .reg .b32 %r<8>;
+    .reg .b64 %rd<4>;
+    .shared .align 16 .b8 buffer[4096];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, buffer;
+    mad.lo.s32 %r3, %r1, 16, %r2;
+    st.shared.v4.b32 [%r3], {%r1, %r1, %r1, %r1};  // four passes of eight lanes, no conflict
+    bar.warp.sync -1;
+    mad.lo.s32 %r4, %r1, 128, %r2;
+    st.shared.b32 [%r4], %r1;  // one bank
+    ld.shared.b32 %r5, [%r4];
+    ld.param.u64 %rd1, [out];
+    mad.wide.u32 %rd2, %r1, 8, %rd1;
+    st.global.b32 [%rd2], %r5;  // every other word: eight sectors
+    ret;
+}
+"""
+
+
+def count() -> None:
+    """Bytes, sectors and bank conflicts of a kernel whose numbers can be told by hand."""
+    out = torch.zeros(64, dtype=torch.int32)
+    found = ptx.run_ptx(CONFLICTS, "conflicts", (3, 1, 1), 32, [out], traffic=True)
+    one = {"shared bytes written": 32 * 20, "shared bytes read": 128, "shared passes": 4 + 32 + 32}
+    one |= {"bank conflicts": 62, "global bytes written": 128, "global sectors": 8}
+    assert found.memory == {name: 3 * n for name, n in one.items()}, found.memory
+    classes = {"shared memory": 9, "global memory": 3, "param memory": 3, "integer": 9, "move": 6}
+    assert found.classes == classes | {"synchronisation": 3, "control": 3}, found.classes
+
+
 def main(arch: str, *names: str) -> None:
+    count()
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     chosen = [dtypes[name] for name in names] or list(dtypes.values())
     with ptx.machine(arch) as session:

@@ -10,8 +10,8 @@
     ptx.run_ptx(text, "my_kernel", (8, 1, 1), 128, [x, y, n])  # PTX of any compiler
 """
 
-from segvit_kernels.testing.ptx.core import Counts
 from segvit_kernels.testing.ptx.faults import KINDS, Fault, PTXError
 from segvit_kernels.testing.ptx.launch import Session, machine, run_ptx
+from segvit_kernels.testing.ptx.traffic import Counts
 
 __all__ = ["KINDS", "Counts", "Fault", "PTXError", "Session", "machine", "run_ptx"]

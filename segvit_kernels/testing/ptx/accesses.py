@@ -188,6 +188,8 @@ def load_matrices(m, site: int, address: np.ndarray, count: int, transposed: boo
     shared = m.shared
     address, given, rows = _matrix_rows(m, site, address, count, mask)
     shared.note_read(site, address, 16, given, shared.thread)
+    if shared.traffic:
+        shared.traffic.of_shared(address, 16, given, write=False)
     index = shared.offsets[16] + (address >> 4)
     data = shared.views[16].take(index)  # (blocks, threads): a row of each lane
     rows = data.view("u2").reshape(shared.blocks, -1, 4, 8, 8)[

@@ -22,6 +22,7 @@ from segvit_kernels.testing.ptx.flow import Flow
 from segvit_kernels.testing.ptx.memory import GlobalMemory, SharedMemory, joined, reduced, split
 from segvit_kernels.testing.ptx.parser import Kernel, parse
 from segvit_kernels.testing.ptx.products import Products
+from segvit_kernels.testing.ptx.traffic import Counts, Traffic
 from segvit_kernels.testing.ptx.translate import Program
 from segvit_kernels.testing.ptx.warps import shuffle
 
@@ -55,19 +56,6 @@ class Span:
     keep: Any = None
 
 
-@dataclasses.dataclass
-class Counts:
-    """What was executed, summed over the warps that did.
-
-    Args:
-        instructions: by opcode, one for each warp.
-        blocks: of the grid.
-    """
-
-    instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    blocks: int = 0
-
-
 _NOWHERE = np.zeros((1, 1), bool)
 
 
@@ -89,6 +77,7 @@ class Machine:
         spans: Sequence[Span],
         shared_bytes: int,
         counts: Counts,
+        traffic: bool,
     ) -> None:
         self.program, self.grid, self.counts = program, grid, counts
         self.blocks = len(numbers)
@@ -108,6 +97,8 @@ class Machine:
         ]
         self.memory = GlobalMemory(regions, self.fail)
         self.shared = SharedMemory(self.blocks, self.threads, shared_bytes, granule(program), self.fail)
+        if traffic:
+            self.memory.traffic = self.shared.traffic = Traffic(counts.memory, self.shape)
         self.local = _Local(self)
         self.generic = _Generic(self)
         self.copies, self.products = Copies(self), Products(self)
@@ -602,6 +593,7 @@ def execute(
     parameters: bytes,
     spans: Sequence[Span],
     shared_bytes: int = 0,
+    traffic: bool = False,
 ) -> Counts:
     """Run one launch of a kernel of PTX.
 
@@ -612,6 +604,7 @@ def execute(
         parameters: the bytes of its parameters, laid out as in PTX.
         spans: memory that it may touch.
         shared_bytes: dynamic shared memory of a block.
+        traffic: whether :attr:`Counts.memory` is wanted.
 
     Raises:
         Fault: the kernel did what it must not do.
@@ -629,7 +622,7 @@ def execute(
     with np.errstate(all="ignore"):
         for begin in range(0, total, at_once):
             numbers = np.arange(begin, min(begin + at_once, total))
-            Machine(made, grid, block, numbers, parameters, spans, shared, counts).run()
+            Machine(made, grid, block, numbers, parameters, spans, shared, counts, traffic).run()
     return counts
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit_kernels.testing.ptx.core import SHARED_MEMORY, Counts, Span, execute, program
+from segvit_kernels.testing.ptx.core import SHARED_MEMORY, Span, execute, program
 from segvit_kernels.testing.ptx.faults import Fault
+from segvit_kernels.testing.ptx.traffic import Counts
 
 _MULTIPROCESSORS = {80: 108, 90: 132}
 _active: Session | None = None
@@ -29,6 +30,7 @@ class Session:
     Args:
         arch: ``sm_80`` or ``sm_90``.
         edit: changes the PTX of a kernel, by name, before it runs; for tests of the machine.
+        traffic: whether bytes and bank conflicts are counted too.
 
     Attributes:
         launches: kernels by name, and how often they were launched.
@@ -37,6 +39,7 @@ class Session:
 
     arch: str
     edit: Callable[[str, str], str] | None = None
+    traffic: bool = False
     launches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: dict[str, Counts] = dataclasses.field(default_factory=dict)
 
@@ -58,11 +61,10 @@ class Session:
         """One launch, as of :func:`run_ptx`."""
         if self.edit is not None:
             text = self.edit(kernel, text)
-        counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes, memory)
+        counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes, memory, self.traffic)
         self.launches[kernel] += 1
         total = self.counts.setdefault(kernel, Counts())
-        total.instructions += counts.instructions
-        total.blocks += counts.blocks
+        total += counts
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
@@ -81,6 +83,7 @@ def run_ptx(
     arguments: Sequence[Any],
     shared_bytes: int = 0,
     memory: Sequence[Tensor] = (),
+    traffic: bool = False,
 ) -> Counts:
     """Run a kernel of PTX text on CPU tensors.
 
@@ -93,6 +96,7 @@ def run_ptx(
             a parameter of any other type; in the order of the kernel's parameters. What is not given is zero.
         shared_bytes: dynamic shared memory.
         memory: tensors that it may touch besides, whose addresses stand in ``bytes`` or in other tensors.
+        traffic: whether bytes and bank conflicts are counted too, which takes longer.
 
     Returns:
         what was executed.
@@ -116,7 +120,7 @@ def run_ptx(
     block = (threads, 1, 1) if isinstance(threads, int) else threads
     if not math.prod(grid):
         return Counts()
-    return execute(text, kernel, grid, block, bytes(data), spans, shared_bytes)
+    return execute(text, kernel, grid, block, bytes(data), spans, shared_bytes, traffic)
 
 
 def _bytes(value: Any, size: int, name: str, kernel: Any) -> bytes:
@@ -260,7 +264,9 @@ def _stages(
 
 
 @contextlib.contextmanager
-def machine(arch: str = "sm_90", *, edit: Callable[[str, str], str] | None = None) -> Iterator[Session]:
+def machine(
+    arch: str = "sm_90", *, edit: Callable[[str, str], str] | None = None, traffic: bool = False
+) -> Iterator[Session]:
     """Triton kernels launched on CPU tensors are compiled for ``arch`` and run on the machine.
 
     Operators of this project take the Triton backend on the CPU, with the parameters of ``arch``; any other
@@ -269,6 +275,7 @@ def machine(arch: str = "sm_90", *, edit: Callable[[str, str], str] | None = Non
     Args:
         arch: ``sm_80`` or ``sm_90``, or another that Triton compiles for with the same instructions.
         edit: takes a kernel's name and PTX, returns the PTX to run; for tests of the machine.
+        traffic: whether bytes and bank conflicts are counted too, which takes longer.
 
     Raises:
         RuntimeError: this process has Triton's interpreter, or a machine is running.
@@ -281,7 +288,7 @@ def machine(arch: str = "sm_90", *, edit: Callable[[str, str], str] | None = Non
     from triton import knobs
     from triton.runtime import driver
 
-    _active = session = Session(arch, edit)
+    _active = session = Session(arch, edit, traffic)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segvit-kernels" / "ptx"
     before = (knobs.cache.dir, knobs.runtime.add_stages_inspection_hook)
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from segvit_kernels.testing.ptx.traffic import Traffic
+
 _TYPES = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}  # 16 bytes move as one complex number
 PENDING = np.uint64(1 << 63)
 _THREAD = np.uint64(0xFFFF)
@@ -115,6 +117,7 @@ class GlobalMemory:
 
     def __init__(self, spans: Sequence[tuple[int, int, Any, bool, str]], fail: Callable) -> None:
         self.fail = fail
+        self.traffic: Traffic | None = None
         self.intervals: list[_Interval] = []
         for start, size, keep, writable, name in sorted(spans, key=lambda span: span[:2]):
             last = self.intervals[-1] if self.intervals else None
@@ -205,6 +208,8 @@ class GlobalMemory:
             half = count // 2
             second = address + np.uint64(size // 2)
             return self.load(site, address, width, half, mask) + self.load(site, second, width, half, mask)
+        if self.traffic:
+            self.traffic.of_global(address, size, mask, write=False)
         interval, index, mask = self._place(site, address, size, mask, write=False)
         if interval is None:
             return [np.zeros((1, 1), _TYPES[width])] * count
@@ -249,6 +254,8 @@ class GlobalMemory:
             shape = np.broadcast_shapes(shape, mask.shape)
         if shape != address.shape:
             address = np.ascontiguousarray(np.broadcast_to(address, shape))
+        if self.traffic:
+            self.traffic.of_global(address, size, mask, write=True)
         interval, index, mask = self._place(site, address, size, mask, write=True)
         if interval is None:
             return
@@ -276,6 +283,8 @@ class GlobalMemory:
         mask = np.broadcast_to(np.True_ if mask is None else mask, shape)
         address = np.ascontiguousarray(np.broadcast_to(address, shape))
         size = int(dtype[1:])
+        if self.traffic:
+            self.traffic.of_global(address, size, mask, write=True)
         interval, index, _ = self._place(site, address, size, mask, write=True)
         old = np.zeros(shape, dtype)
         if interval is None:
@@ -321,6 +330,7 @@ class SharedMemory:
 
     def __init__(self, blocks: int, threads: int, size: int, granule: int, fail: Callable) -> None:
         self.size, self.granule, self.fail = size, granule, fail
+        self.traffic: Traffic | None = None
         self.blocks, self.threads, self.warps = blocks, threads, -(-threads // 32)
         self.stride = -(-size // 16) * 16
         self.data = np.full(blocks * self.stride, 0xFF, "u1")
@@ -437,6 +447,8 @@ class SharedMemory:
     ) -> list[np.ndarray]:
         """``count`` values of ``width`` bytes from each address."""
         size = width * count
+        if self.traffic:
+            self.traffic.of_shared(address.astype("i8") + offset, size, mask, write=False)
         if mask is None and offset >= 0 and not offset % size:
             base = self._base(address, size)
             if base is not None and base.high + offset + size <= self.size:
@@ -482,6 +494,8 @@ class SharedMemory:
         """Data of ``size`` bytes each to placed addresses by threads; entries of the shadow."""
         if mask is not None and not mask.any():
             return None
+        if self.traffic:
+            self.traffic.of_shared(address, size, mask, write=True)
         index = self.offsets[size] + (address >> (size.bit_length() - 1))
         view = self.views[size]
         entries = self._entries(address, size)
@@ -685,6 +699,8 @@ class SharedMemory:
         address, mask = self.place(site, np.broadcast_to(address, shape), size, mask)
         if not mask.any():
             return np.zeros(shape, dtype)
+        if self.traffic:
+            self.traffic.of_shared(address, size, mask, write=True)
         entries = self._entries(address, size)
         self.now += 1
         recent = Recent(self.now, int(address.min()), int(address.max()) + size)
