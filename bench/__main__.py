@@ -210,7 +210,11 @@ def _default_out(prefix: str, device: str) -> Path:
     from bench.measure import environment, results
 
     on_gpu = device == "cuda" and torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if on_gpu else f"cpu {environment.cpu_model()}"
+    machine = (
+        torch.cuda.get_device_name()
+        if on_gpu
+        else f"cpu {environment.cpu_model()} {environment.instruction_set()}"
+    )
     return RESULTS / f"{results.stem(f'{prefix} {machine}')}.json"
 
 
@@ -511,6 +515,11 @@ def _worker(arguments: list[str]) -> int | None:
         from bench.suites import cache
 
         return cache.fill(*json.loads(arguments[1]))
+    if arguments[:1] == ["_serve"]:
+        from bench.measure import workers
+
+        _, module, function, values = arguments
+        return workers.serve(module, function, json.loads(values))
     if arguments[:1] == ["_call"]:  # see measure/peaks.py
         _, module, function, values = arguments
         print(json.dumps(getattr(importlib.import_module(module), function)(*json.loads(values))))

@@ -79,6 +79,19 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
+def instruction_set() -> str:
+    """The best of a CPU that matters here; virtual machines of one processor differ in it."""
+    if asked := os.environ.get("SEGVIT_KERNELS_ISA"):
+        return asked.replace("_", "")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line.split(":", 1)[1].split() for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.machine()
+    known = {"amx_bf16": "amx", "avx512_fp16": "avx512fp16", "avx512_vnni": "avx512", "avx2": "avx2"}
+    return next((name for flag, name in known.items() if flag in flags), platform.machine())
+
+
 def cache_bytes(device: torch.device) -> int:
     """The second-level cache of a GPU, or of a CPU's cores together: what inputs are rotated to exceed.
 
@@ -103,6 +116,7 @@ def describe(device: torch.device) -> dict:
         "triton": version("triton"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
+        "instruction_set": instruction_set(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

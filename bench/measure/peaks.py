@@ -45,16 +45,30 @@ def resident_peak(call: Callable[[], object], warm_ups: int = 2) -> int | None:
     for _ in range(warm_ups):
         call()
     gc.collect()
+    before, most = resident(), highest(call)
+    return None if before is None or most is None else max(most - before, 0)
+
+
+def resident() -> int | None:
+    """Bytes of this process in memory; ``None`` where there is no /proc."""
+    try:
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def highest(call: Callable[[], object]) -> int | None:
+    """Most bytes of this process in memory during ``call``; ``None`` where Linux's high-water mark cannot be
+    reset."""
     try:
         with open("/proc/self/clear_refs", "w") as mark:
             mark.write("5")
-        before = _status_bytes("VmRSS")
         result = call()
-        extra = _status_bytes("VmHWM") - before
+        most = _status_bytes("VmHWM")
     except OSError:
         return None
     del result
-    return max(extra, 0)
+    return most
 
 
 def allocator_peak(call: Callable[[], object]) -> int | None:

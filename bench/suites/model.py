@@ -1,9 +1,9 @@
 """``python -m bench model``: whole models, uint8 image in, label map out.
 
-Three tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
-decoders on one backbone, with their training step. Before anything is timed its label maps (its loss and
-gradients) are compared with those of the published formula in float32, and a row that disagrees is refused.
-Times come from one process, all subjects of a table in turn.
+Four tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
+decoders on one backbone, with their training step; engines on a CPU. Before anything is timed its label maps
+(its loss and gradients) are compared with those of the published formula in float32, and a row that disagrees
+is refused. Times come from one process, all subjects of a table in turn; engines have a process each.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from bench.measure import environment, peaks, timing
 from bench.subjects import models
 from bench.subjects.models import Subject
 from bench.subjects.published import BY_FORMULA, MODELS, QUICK, TINY, Model
-from bench.suites import _options, memory
+from bench.suites import _options, engines, memory
 
 DTYPES = ("float32", "bfloat16")
-SECTIONS = ("ways", "libraries", "decoders")
+SECTIONS = ("ways", "libraries", "decoders", "engines")
+ENGINE_MODELS = ("vit_b_ade20k_512", QUICK.name, "vit_l_ade20k_640_shrunk")
 # What takes longest and says least beside the others.
 NOT_QUICK = {
     ("libraries", "inference"): ("EoMT, fused labels", "Mask2Former, fused labels", "UPerNet", "DPT, smp"),
@@ -192,6 +193,13 @@ def once(subject: Subject, spec: Model, mode: str, batch: int, dtype: str, devic
         models.training(subject, built, images, targets, kind)()
 
 
+def _shown(row: dict) -> str:
+    """A row in a line, for who watches."""
+    shown = f"{1e3 * row['median_s']:.1f} ms" if row["status"] == "ok" else row["status"]
+    shown += f" ({row['reason']})" if "reason" in row else ""
+    return f"{row['model']} batch {row['batch']} {row['dtype']} {row['mode']} {row['way']}: {shown}"
+
+
 def run(
     *,
     names: Sequence[str] | None = None,
@@ -200,10 +208,12 @@ def run(
     threads: int = 2,
     rounds: int = 7,
     compiled: bool = False,
-    sections: Sequence[str] = SECTIONS,
+    sections: Sequence[str] = SECTIONS[:-1],
     quick: bool = False,
     smoke: bool = False,
     budget_s: float = float("inf"),
+    graphs: Path | None = None,
+    busy: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict:
     """Rows of all tables, as plain data.
@@ -227,10 +237,7 @@ def run(
         limits["left_out"] = NOT_QUICK.get((section, where["mode"]), ()) if quick else ()
         for row in measured(section, found, spec, device=device, **where, **limits):
             rows.append(row)
-            shown = f"{1e3 * row['median_s']:.1f} ms" if row["status"] == "ok" else row["status"]
-            shown += f" ({row['reason']})" if "reason" in row else ""
-            where_at = f"{spec.name} batch {row['batch']} {row['dtype']} {row['mode']}"
-            progress(f"{where_at} {row['way']}: {shown}")
+            progress(_shown(row))
 
     for spec in specs if "ways" in sections else ():
         counts: dict[str, tuple[float, int]] = {}
@@ -246,6 +253,16 @@ def run(
     if "libraries" in sections:
         found = models.libraries(compiled)
         measure("libraries", found, specs[0], {}, mode="inference", batch=batches[0], dtype=dtypes[0])
+    engine_specs = [m for m in (*MODELS, QUICK) if m.name in (names or ENGINE_MODELS)]
+    for spec in (
+        ((TINY,) if smoke else engine_specs) if "engines" in sections and device.type == "cpu" else ()
+    ):
+        wanted_dtypes = (*dtypes, "int8")
+        for row in engines.rows(
+            spec, dtypes=wanted_dtypes, threads=threads, rounds=rounds, deadline=deadline
+        ):
+            rows.append(row)
+            progress(_shown(row))
     described = {**environment.describe(device), "threads": threads}
     result = {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described}
     return result | {"rows": rows, "elapsed_s": round(time.time() - begun, 1)}
@@ -268,8 +285,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="samples of every subject (default 7; quick 3)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="only these (default: all)"
+        "--sections", nargs="+", choices=SECTIONS, help="only these (default: all; quick: all but engines)"
     )
+    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keeps what other engines read")
+    parser.add_argument("--busy", action="store_true", help="engines beside a busy process a core too")
     parser.add_argument("--quick", action="store_true", help="a ViT-S at 512×512 alone")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which nothing new begins"
@@ -285,6 +304,7 @@ def main(options: argparse.Namespace) -> dict:
     """
     options.rounds = (3 if options.quick else 7) if options.rounds is None else options.rounds
     _options.check(options)
+    sections = options.sections or (SECTIONS[:-1] if options.quick else SECTIONS)
     return run(
         names=options.models,
         batches=options.batch,
@@ -292,8 +312,10 @@ def main(options: argparse.Namespace) -> dict:
         threads=options.threads,
         rounds=options.rounds,
         compiled=options.compile,
-        sections=options.sections,
+        sections=sections,
         quick=options.quick,
         smoke=options.smoke,
         budget_s=options.budget,
+        graphs=options.graphs,
+        busy=options.busy,
     )

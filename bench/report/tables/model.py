@@ -5,18 +5,21 @@ from __future__ import annotations
 from bench.measure.text import markdown, seconds, size
 from bench.subjects.published import BY_FORMULA, DECODER_GFLOPS, MODELS, QUICK, TINY
 
-SECTIONS = ("ways", "libraries", "decoders")
+SECTIONS = ("ways", "libraries", "decoders", "engines")
 
 
 def sound(result: dict) -> bool:
     """Whether nothing of ours failed and nothing at all was refused. A peer may fail."""
+    return not any(
+        row["status"] == "invalid" or (row["status"] == "failed" and own(row["way"]))
+        for row in result["rows"]
+    )
+
+
+def own(way: str) -> bool:
+    """Whether it is this project's code that runs."""
     ours = ("fused", "eager", "engine, ", "SegViT", "Shrunk SegViT")
-    for row in result["rows"]:
-        way = row["way"]
-        own = way.startswith(ours) and not way.endswith(BY_FORMULA)
-        if row["status"] == "invalid" or (own and row["status"] == "failed"):
-            return False
-    return True
+    return way.startswith(ours) and not way.endswith(BY_FORMULA)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -82,10 +85,35 @@ def _decoders(rows: list[dict]) -> str:
     return markdown(header, lines)
 
 
+def _engines(rows: list[dict]) -> str:
+    """Ours and the engines of others, against the fastest of them at the same precision."""
+    lines, busy = [], any("busy_median_s" in row for row in rows)
+    for row in rows:
+        others = [
+            r["median_s"] for r in rows if r["status"] == "ok" and _key(r) == _key(row) and not own(r["way"])
+        ]
+        line = ["{}, {}".format(row["model"], row["dtype"]), row["way"]]
+        if row["status"] == "ok":
+            line += [seconds(row[key]) for key in ("median_s", "min_s", "p99_s")]
+            line.append(f"{min(others) / row['median_s']:.2f}×" if others else "–")
+            if busy:
+                line += [seconds(row["busy_median_s"]), seconds(row["busy_p99_s"])]
+        else:
+            line += [_not_measured(row), *"–––", *"––" * busy]
+        line.append(f"{100 * row['agreement']:.2f} %" if "agreement" in row else "–")
+        line.append(size(row["held_bytes"]) if row.get("held_bytes") else "–")
+        lines.append(line)
+    header = ["model", "engine", "median", "smallest", "99th percentile", "against the best other"]
+    header += ["median, all cores busy", "99th percentile"] if busy else []
+    return markdown([*header, "labels as published, float32", "memory, weights included"], lines)
+
+
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``models`` (ways and libraries) and ``decoders``, where they were measured."""
+    """Markdown: ``models`` (ways and libraries), ``decoders`` and ``engines``, where they were measured."""
     by = {name: [r for r in result["rows"] if r.get("table", "ways") == name] for name in SECTIONS}
-    found = {"models": _models(by["ways"] + by["libraries"])}
+    found = {"models": _models(by["ways"] + by["libraries"])} if by["ways"] + by["libraries"] else {}
     if by["decoders"]:
         found["decoders"] = _decoders(by["decoders"])
+    if by["engines"]:
+        found["engines"] = _engines(by["engines"])
     return found

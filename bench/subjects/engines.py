@@ -1,0 +1,243 @@
+"""Engines that a user would run the published formula with on a CPU, and ours, from the same weights.
+
+Each takes one uint8 image to its label map. Precision is always asked for: what OpenVINO chooses by itself
+depends on the processor. An engine is prepared (exported, quantised) in a process of its own, so that what it
+holds in memory is what its users' programs would hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.subjects import counts, models
+from bench.subjects.published import Model
+
+Call = Callable[[], Any]
+GRAPH, REFERENCE = "model.onnx", "labels-{}.npy"
+INT8 = {"ONNX Runtime": "onnxruntime-int8.onnx", "OpenVINO": "openvino-int8.xml"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """An engine and the precisions that it has on CPUs.
+
+    Attributes:
+        load: the call from a model's size, precision, the folder of :func:`prepare`, and threads; it gives a
+            label map (1, H, W).
+        packages: what has to be importable.
+        what: for readers.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    what: str
+    load: Callable[[Model, str, Path, int], Call]
+    packages: tuple[str, ...] = ()
+
+    def missing(self) -> str | None:
+        """Why it cannot be measured here; ``None`` if it can."""
+        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+    def files(self, dtype: str) -> list[tuple[str, ...]]:
+        """What it reads, in order: a file, and the function here that makes it with its first values."""
+        found: list[tuple[str, ...]] = [(REFERENCE.format("bfloat16"), "references")]
+        found += [(GRAPH, "export")] if self.packages else []
+        return found + (
+            [(INT8[self.name], "quantize", self.name)] if dtype == "int8" and self.packages else []
+        )
+
+
+class _Labels(nn.Module):
+    """The published formula as a module, for exporters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return models._published_labels(self.model, images)
+
+
+def _model(spec: Model) -> tuple[nn.Module, Tensor]:
+    device = torch.device("cpu")
+    return models.build(models.PUBLISHED, spec, device), models.inputs(spec, 1, device)[0]
+
+
+# ------------------------------------------------------------------------------------------ preparation
+
+
+def references(size: dict, folder: str) -> None:
+    """Label maps by the published formula, in float32 and bfloat16."""
+    model, images = _model(Model(**size))
+    with torch.inference_mode():
+        for dtype in ("float32", "bfloat16"):
+            labels = models.published_labels(model.to(getattr(torch, dtype)), images)
+            np.save(Path(folder) / REFERENCE.format(dtype), labels.numpy())
+
+
+def export(size: dict, folder: str) -> None:
+    """The published formula in float32 as an ONNX graph."""
+    model, images = _model(Model(**size))
+    with counts.plain_operators(), torch.inference_mode():
+        torch.onnx.export(
+            _Labels(model).eval(),
+            (images,),
+            str(Path(folder) / GRAPH),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["labels"],
+        )
+
+
+def _quantize_onnxruntime(folder: str) -> None:
+    """Weights by channel; activations when they are there (dynamic)."""
+    quantization = importlib.import_module("onnxruntime.quantization")
+    source, target = Path(folder) / GRAPH, Path(folder) / INT8["ONNX Runtime"]
+    quantization.quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        use_external_data_format=True,
+    )
+
+
+def _quantize_openvino(size: dict, folder: str) -> None:
+    """After training, by NNCF, calibrated on images as they are measured."""
+    nncf, openvino = importlib.import_module("nncf"), importlib.import_module("openvino")
+    images = [_model_input(Model(**size), seed) for seed in range(4)]
+    quantized = nncf.quantize(
+        openvino.Core().read_model(Path(folder) / GRAPH),
+        nncf.Dataset(images),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(images),
+        fast_bias_correction=True,
+    )
+    openvino.save_model(quantized, Path(folder) / INT8["OpenVINO"], compress_to_fp16=False)
+
+
+def _model_input(spec: Model, seed: int) -> np.ndarray:
+    shape = (1, 3, spec.size, spec.size)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def quantize(name: str, size: dict, folder: str) -> None:
+    """The int8 form of an engine's graph, from the float32 one."""
+    if name == "ONNX Runtime":
+        _quantize_onnxruntime(folder)
+    else:
+        _quantize_openvino(size, folder)
+
+
+# ------------------------------------------------------------------------------------------ engines
+
+
+def _ours(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
+    torch.set_num_threads(threads)
+    model, images = _model(spec)
+    int8 = dtype == "int8"
+    kind = torch.bfloat16 if int8 else getattr(torch, dtype)
+    engine = model.compile_for_inference(spec.size, dtype=kind, int8=int8)
+    return lambda: engine(images).numpy()
+
+
+def _compiled(mode: str) -> Callable[[Model, str, Path, int], Call]:
+    def load(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
+        torch.set_num_threads(threads)
+        model, images = _model(spec)
+        run = torch.compile(_Labels(model.to(getattr(torch, dtype))).eval(), mode=mode)
+
+        def call() -> np.ndarray:
+            with torch.no_grad(), torch._inductor.config.patch(freezing=True), models._plain_but_attention():
+                return run(images).numpy()
+
+        return call
+
+    return load
+
+
+def _onnxruntime(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
+    library = importlib.import_module("onnxruntime")
+    options = library.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    path = folder / (INT8["ONNX Runtime"] if dtype == "int8" else GRAPH)
+    session = library.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: models.inputs(spec, 1, torch.device("cpu"))[0].numpy()}
+    return lambda: session.run(None, inputs)[0]
+
+
+def _openvino(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
+    library = importlib.import_module("openvino")
+    core = library.Core()
+    # What int8 leaves runs in bfloat16 where the processor has products of it.
+    wide = "bf16" if dtype == "int8" and torch.cpu.get_capabilities().get("amx_bf16") else "f32"
+    options = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "int8": wide}[dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    path = folder / (INT8["OpenVINO"] if dtype == "int8" else GRAPH)
+    request = core.compile_model(path, "CPU", options).create_infer_request()
+    images = models.inputs(spec, 1, torch.device("cpu"))[0].numpy()
+    return lambda: request.infer([images], share_inputs=True)[0]
+
+
+_GRAPHS = ("onnx", "onnxscript")
+ENGINES = (
+    Engine("SegViT engine", ("float32", "bfloat16", "int8"), "SegViT.compile_for_inference", _ours),
+    Engine(
+        "torch.compile",
+        ("float32", "bfloat16"),
+        "the published formula with torch's attention, weights frozen",
+        _compiled("default"),
+    ),
+    Engine(
+        "torch.compile, max-autotune",
+        ("float32", "bfloat16"),
+        "the same, products chosen by trying",
+        _compiled("max-autotune"),
+    ),
+    Engine(
+        "ONNX Runtime",
+        ("float32", "int8"),
+        "the published formula; int8: activations quantised when they are there",
+        _onnxruntime,
+        ("onnxruntime", *_GRAPHS),
+    ),
+    Engine(
+        "OpenVINO",
+        ("float32", "bfloat16", "int8"),
+        "the published formula; int8: NNCF, calibrated on four images",
+        _openvino,
+        ("openvino", "nncf", *_GRAPHS),
+    ),
+)
+
+
+def serve(name: str, size: dict, dtype: str, folder: str, threads: int) -> tuple[dict, Call]:
+    """For `bench.measure.workers`: the call, and the shares of its labels that are the references' (and of
+    the reference in bfloat16 that are those in float32)."""
+    engine = next(engine for engine in ENGINES if engine.name == name)
+    call = engine.load(Model(**size), dtype, Path(folder), threads)
+    labels = np.asarray(call())
+    expected, lower = (np.load(Path(folder) / REFERENCE.format(d)) for d in ("float32", "bfloat16"))
+    if labels.shape != expected.shape:
+        raise ValueError(f"label maps are {labels.shape}, expected {expected.shape}")
+    call()  # some engines are ready after their second call only
+    return {
+        "agreement": float((labels == expected).mean()),
+        "bfloat16": float((lower == expected).mean()),
+    }, call

@@ -1,0 +1,122 @@
+"""The table ``engines`` of ``bench model``: ours and those a user would pick instead, on a CPU.
+
+Each engine runs in a process of its own, one call of one engine at a time, in turns. Labels are compared with
+those of the published formula in float32 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.measure import peaks, timing, workers
+from bench.subjects.engines import ENGINES, Engine
+from bench.subjects.published import Model
+
+_MODULE = "bench.subjects.engines"
+# Labels that may differ: a share in float32, in bfloat16 that and twice what the published formula differs
+# there. Random weights have near-ties, which int8 decides otherwise: there a share tells a broken graph only.
+LABELS_BOUND, INT8_LEAST = 1e-3, 0.5
+
+
+def least(dtype: str, own: float) -> float:
+    """The share of labels that must agree; ``own`` is that of the published formula in bfloat16."""
+    return INT8_LEAST if dtype == "int8" else 1 - LABELS_BOUND - (2 * (1 - own) if dtype == "bfloat16" else 0)
+
+
+def rows(
+    spec: Model,
+    *,
+    dtypes: Sequence[str],
+    threads: int,
+    rounds: int,
+    deadline: float,
+    graphs: Path | None = None,
+    busy: bool = False,
+) -> Iterator[dict]:
+    """A row for each engine and precision: checked, timed in turn, then its memory.
+
+    ``graphs`` is a folder where what engines read is kept, and found again by another run. With ``busy`` they
+    are timed once more beside a busy process a core.
+    """
+    size, found, running = dataclasses.asdict(spec), [], {}
+    with contextlib.ExitStack() as stack:
+        folder = str(graphs / spec.name if graphs else stack.enter_context(tempfile.TemporaryDirectory()))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        failed: dict[str, str] = {}
+        for engine, dtype in ((e, d) for d in dtypes for e in ENGINES if d in e.dtypes):
+            row = {"table": "engines", "model": spec.name, "batch": 1, "dtype": dtype, "mode": "inference"}
+            row |= {"way": engine.name, "what": engine.what}
+            found.append(row)
+            reason = engine.missing()
+            if reason or time.time() > deadline:
+                row |= {"status": "skipped", "reason": reason or "time budget"}
+                continue
+            try:
+                _prepare(engine, dtype, size, folder, failed)
+                worker = workers.Worker(
+                    _MODULE, "serve", engine.name, size, dtype, folder, threads, threads=threads
+                )
+            except RuntimeError as error:
+                row |= {"status": "failed", "reason": timing.one_line(error)}
+                continue
+            stack.callback(worker.close)
+            row["agreement"], share = worker.info["agreement"], least(dtype, worker.info["bfloat16"])
+            if row["agreement"] < share:
+                reason = f"{100 * row['agreement']:.2f} % of labels as published"
+                row |= {"status": "invalid", "reason": f"{reason}, expected at least {100 * share:.2f} %"}
+                continue
+            running[len(found) - 1] = worker
+        for index, samples in timing.interleave(running, rounds=rounds, seconds_per_peer=60.0).items():
+            found[index] |= {"status": "ok", **timing.summary(samples), "p99_s": _percentile(samples, 99)}
+            found[index]["held_bytes"] = running[index].held()
+        with _busy_cores() if busy else contextlib.nullcontext():
+            beside = timing.interleave(running if busy else {}, rounds=rounds, seconds_per_peer=60.0)
+        for index, samples in beside.items():
+            found[index] |= {
+                "busy_median_s": _percentile(samples, 50),
+                "busy_p99_s": _percentile(samples, 99),
+            }
+    yield from found
+
+
+def _percentile(samples: Sequence[float], percent: int) -> float:
+    """The smallest of the samples that so many of them do not exceed."""
+    return sorted(samples)[max(0, math.ceil(percent / 100 * len(samples)) - 1)]
+
+
+@contextlib.contextmanager
+def _busy_cores() -> Iterator[None]:
+    """A process for each core that computes all the time."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def _prepare(engine: Engine, dtype: str, size: dict, folder: str, failed: dict[str, str]) -> None:
+    """Files that an engine reads, where they are not there yet; ``failed`` has why some could not be made.
+
+    Raises:
+        RuntimeError: what they are made by failed, now or before.
+    """
+    for name, function, *values in engine.files(dtype):
+        if not (Path(folder) / name).exists() and name not in failed:
+            try:
+                peaks.isolated(_MODULE, function, *values, size, folder)
+            except RuntimeError as error:
+                failed[name] = f"{function}: {error}"
+        if name in failed:
+            raise RuntimeError(failed[name])
