@@ -33,6 +33,7 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 kill-test: $(VENV)/.installed  ## training killed 200 times, and at every operation on files, goes on bitwise
@@ -69,9 +70,10 @@ ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Trit
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
 	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/segvit/test_fuzz_cli.py
 
-lint: $(VENV)/.installed  ## mend what the linter can
+lint: $(VENV)/.installed  ## mend what the linter can; types
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mypy
 
 bench: $(VENV)/.installed  ## the small form of every benchmark on this machine, then tables and figures
 	$(BIN)/python -m bench all

@@ -75,7 +75,8 @@ def _kinds(options: type) -> dict[str, tuple[type | None, tuple[str, ...], bool]
     for name, hint in typing.get_type_hints(options).items():
         union = typing.get_origin(hint) in (types.UnionType, typing.Union)
         members = typing.get_args(hint) if union else (hint,)
-        numbers, words = set(), []
+        numbers: set[type] = set()
+        words: list[Any] = []
         for member in members:
             origin, arguments = typing.get_origin(member), typing.get_args(member)
             if origin is Literal:

@@ -53,6 +53,7 @@ def _stale(path: Path, library: ctypes.CDLL) -> str | None:
     build = Path(__file__).resolve().parents[1] / "csrc" / "build.py"
     if build.is_file():
         spec = importlib.util.spec_from_file_location("segvit_native_build", build)
+        assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if _text(library, "sources") != module.sources_hash():

@@ -69,7 +69,7 @@ def read_classes(path: str | Path) -> ClassList:
         if not all(matches):
             bare = lines[matches.index(None)]
             raise ValueError(f"{path}: {bare!r} has no colour, other classes have; give all of them or none")
-        found = [(m[1].strip(), tuple(int(m[i]) for i in (2, 3, 4))) for m in matches]
+        found = [(m[1].strip(), (int(m[2]), int(m[3]), int(m[4]))) for m in matches if m]
         if wrong := [f"{name} {colour}" for name, colour in found if max(colour) > 255]:
             raise ValueError(f"{path}: colour out of range: {wrong[0]}, expected 0 to 255")
         _refuse_twice(path, "colours", [" ".join(map(str, colour)) for _, colour in found])

@@ -57,7 +57,9 @@ def report(result: dict[str, Any]) -> str:
         + (f" at {commit}" if commit else ""),
         "",
     ]
-    rows = [("image to labels", "images/s", "p50", "p95", "calls", "labels as predict")]
+    rows: list[tuple[str, ...]] = [
+        ("image to labels", "images/s", "p50", "p95", "calls", "labels as predict")
+    ]
     for row in result["ways"]:
         same = "" if row["same_labels"] is None else f"{100 * row['same_labels']:.2f} %"
         times = _seconds(row["p50_s"]), _seconds(row["p95_s"])

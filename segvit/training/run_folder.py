@@ -247,6 +247,6 @@ class Checkpoints:
         if keep == "all":
             return
         linked = {follow(self.folder / name).resolve() for name in ("last", "best")}
-        for path in sorted(self._steps(), key=lambda path: int(path.name))[:-keep]:
+        for path in sorted(self._steps(), key=lambda path: int(path.name))[: -int(keep)]:
             if path.resolve() not in linked:
                 discard(path)

@@ -108,7 +108,7 @@ class RunState:
             FloatingPointError: a weight is not finite.
             OSError: it cannot be written; the last checkpoint stays.
         """
-        states = [self._process()]
+        states: list[Any] = [self._process()]
         if self.fabric.world_size > 1:
             states = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(states, self._process())

@@ -84,7 +84,10 @@ def validate(
             )
     query_batch, queries, heads, dim = query.shape
     batch, keys, _, _ = key.shape
-    expected = {"key": (batch, keys, heads, dim), "value": (batch, keys, heads, dim)}
+    expected: dict[str, tuple[int, ...]] = {
+        "key": (batch, keys, heads, dim),
+        "value": (batch, keys, heads, dim),
+    }
     if previous := "previous_masks" in tensors:
         expected["previous_masks"] = (batch, queries, keys)
     for name, shape in expected.items():

@@ -111,7 +111,7 @@ def resources(compiled: Any) -> dict[str, Any]:
         text = compiled.asm["amdgcn"]
 
         def find(name: str) -> int:
-            return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+            return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
 
         # Scalar registers spill to lanes of a vector register; only scratch is memory.
         stack = find("vgpr_spill_count") + find("private_segment_fixed_size")

@@ -31,7 +31,10 @@ def rows(operator: str, arch: str, names: Sequence[str], features: Features | No
     found = module(operator)
     gate = {**found.EVERYWHERE, **(found.MORE if arch == "sm_90" else {})}
     cases = {name: {**found.EVERYWHERE, **found.MORE}[name] for name in names} or gate
-    rows, seen, kernels, taken = [], {}, set(), set()
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, dict[str, Any]] = {}
+    kernels: set[str] = set()
+    taken: set[Hashable] = set()
     for name, case in cases.items():
         for launch in found.launches(case, arch):
             kernel, own = launch.kernel.__name__, features(launch) if features else set()
