@@ -264,6 +264,8 @@ def run(
             rows.append(row)
             progress(_shown(row))
     described = {**environment.describe(device), "threads": threads}
+    if "engines" in sections:
+        described |= {name: environment.version(name) for name in ("onnxruntime", "openvino", "nncf")}
     result = {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described}
     return result | {"rows": rows, "elapsed_s": round(time.time() - begun, 1)}
 
