@@ -46,6 +46,7 @@ from segvit_kernels.triton._plan import planned
 _ENTRIES = 4  # of the list of logits, in one launch
 _GROUPS = 16  # the smallest height of a matrix product
 _MAX_ROWS = 16  # of a group, in the forward
+_RUN = 8  # columns of a run in the backward: one vector of labels
 _CLASSES = 1024  # in one histogram
 _COUNTED = 8192  # mask elements of one program
 _TILE = 64  # rows and columns of labels in one program
@@ -580,13 +581,86 @@ def _slope_sums(
 
 
 @triton.jit
+def _side_by_side(left, right):
+    """[groups, 2 runs]: left and right of every run in turn."""
+    return tl.reshape(tl.join(left, right), (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _run_slopes(
+    x_ptr, targets_ptr, target, y, first, row, past, step, rows, h, w, H, W, M,
+    g0, g1, g2, g3, alpha, gamma,
+    LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr, GAMMA_TWO: tl.constexpr,
+    RUN: tl.constexpr, ABSENT: tl.constexpr,
+):  # fmt: skip
+    """:func:`_slope_sums` where no RUN of columns reaches across the centre of a cell.
+
+    Along a run the logits are a straight line, so that a thread holds two numbers for each row of the map and
+    two sums: of the slopes, and of the slopes times their place in the run.
+
+    Args:
+        first: first column of every run, [1, runs].
+
+    Returns:
+        What belongs to the cell left and right of each run, for three rows of the map, [groups, runs] each.
+    """
+    column, way = _source(first, w, W)
+    inner = (way >= 0) & (column < w - 1)
+    way = tl.where(inner, way, 0.0)
+    by = tl.where(inner, w.to(tl.float32) / W.to(tl.float32), 0.0)  # to the next column
+    right = tl.minimum(column + 1, w - 1)
+    v, d = (), ()  # of three rows: at the first column, and to the next
+    for k in tl.static_range(3):
+        ptrs = x_ptr + tl.minimum(row + k, h - 1) * w
+        left_value = tl.load(ptrs + column).to(tl.float32)
+        difference = tl.load(ptrs + right).to(tl.float32) - left_value
+        v += (left_value + way * difference,)
+        d += (by * difference,)
+    place = tl.arange(0, RUN)[None, None, :]
+    x, far = first[:, :, None] + place, place.to(tl.float32)
+    s0 = tl.zeros_like(v[0])
+    s1, s2, m0, m1, m2 = s0, s0, s0, s0, s0
+    for i in range(rows):
+        f = past + i * step
+        c1, c2 = _between(f), _between(f - 1.0)
+        value = v[0] + c1 * (v[1] - v[0]) + c2 * (v[2] - v[1])
+        slope = d[0] + c1 * (d[1] - d[0]) + c2 * (d[2] - d[1])
+        if ABSENT:
+            # One column after the other: nothing read tells the compiler to give a thread whole runs.
+            s = _slopes(value, None, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
+            m = tl.zeros_like(s)
+            for k in tl.static_range(1, RUN):
+                g = _slopes(value + k * slope, None, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
+                s += g
+                m += k * g
+        else:
+            logits = value[:, :, None] + far * slope[:, :, None]
+            logits, t = _read(
+                targets_ptr, (y + i)[:, :, None], x, target, H, W, M, logits,
+                LABELS, HARD, MASK_IGNORED, False, False,
+            )  # fmt: skip
+            g = _slopes(logits, t, g0, g1, g2, g3, alpha, gamma, GAMMA_TWO, HARD)
+            s, m = tl.sum(g, 2), tl.sum(far * g, 2)
+        inside = (y + i < H) & (first < W)
+        s, m = tl.where(inside, s, 0.0), tl.where(inside, m, 0.0)
+        s0 += (1.0 - c1) * s
+        s1 += (c1 - c2) * s
+        s2 += c2 * s
+        m0 += (1.0 - c1) * m
+        m1 += (c1 - c2) * m
+        m2 += c2 * m
+    r0, r1, r2 = way * s0 + by * m0, way * s1 + by * m1, way * s2 + by * m2
+    return s0 - r0, s1 - r1, s2 - r2, r0, r1, r2
+
+
+@triton.jit
 def _mask_loss_bwd_kernel(
     grad_ptr, x0_ptr, x1_ptr, x2_ptr, x3_ptr, targets_ptr, tiles_ptr, matches_ptr, pairs_ptr,
     dx0_ptr, dx1_ptr, dx2_ptr, dx3_ptr, h0, h1, h2, h3, w0, w1, w2, w3, begin1, begin2, begin3, tiles,
     total, H, W, Q, M, down, across, stride_tb, stride_tm, alpha, gamma,
     ENTRIES: tl.constexpr, LABELS: tl.constexpr, HARD: tl.constexpr, MASK_IGNORED: tl.constexpr,
     GAMMA_TWO: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
-    ALIGN: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, RUN: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of blocks of cells, GROUPS by CELLS or one less, of active pairs."""
     items = tl.load(pairs_ptr) * tiles
@@ -639,38 +713,58 @@ def _mask_loss_bwd_kernel(
             p0 = tl.zeros([GROUPS, CELLS], tl.float32)
             p1, p2 = p0, p0
         for start in range(x_begin // ALIGN * ALIGN, x_end, BLOCK):
-            x = (start + tl.arange(0, BLOCK))[None, :]
-            column, aside = _columns(x, w, W)
-            v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
-            v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
-            v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
             met = True
             if tiles_ptr is not None:
                 met = _met(
                     tiles_ptr, pair, Q, target, y_begin, y_end, start, tl.minimum(start + BLOCK, W),
                     down, across, TILE, COLUMNS,
                 )  # fmt: skip
-            if met:
-                a0, a1, a2 = _slope_sums(
-                    v0, v1, v2, plane_ptr, target, y, x, past, step, rows, H, W, M,
-                    g0, g1, g2, g3, alpha, gamma,
-                    LABELS, HARD, MASK_IGNORED, GAMMA_TWO, False,
-                )  # fmt: skip
+            if ALIGN == RUN:
+                first = (start + tl.arange(0, BLOCK // RUN) * RUN)[None, :]
+                if met:
+                    a0, a1, a2, b0, b1, b2 = _run_slopes(
+                        x_ptr, plane_ptr, target, y, first, row, past, step, rows, h, w, H, W, M,
+                        g0, g1, g2, g3, alpha, gamma,
+                        LABELS, HARD, MASK_IGNORED, GAMMA_TWO, RUN, False,
+                    )  # fmt: skip
+                else:
+                    a0, a1, a2, b0, b1, b2 = _run_slopes(
+                        x_ptr, plane_ptr, target, y, first, row, past, step, rows, h, w, H, W, M,
+                        g0, g1, g2, g3, alpha, gamma,
+                        LABELS, HARD, MASK_IGNORED, GAMMA_TWO, RUN, True,
+                    )  # fmt: skip
+                a0, a1, a2 = _side_by_side(a0, b0), _side_by_side(a1, b1), _side_by_side(a2, b2)
+                k = tl.arange(0, 2 * BLOCK // RUN)[:, None]
+                column, aside = _source(start + k // 2 * RUN, w, W)
+                weight = (tl.minimum(column + k % 2, w - 1) == cell).to(tl.float32)
             else:
-                a0, a1, a2 = _slope_sums(
-                    v0, v1, v2, plane_ptr, target, y, x, past, step, rows, H, W, M,
-                    g0, g1, g2, g3, alpha, gamma,
-                    LABELS, HARD, MASK_IGNORED, GAMMA_TWO, True,
-                )  # fmt: skip
-            x = (start + tl.arange(0, BLOCK))[:, None]
-            column, aside = _columns(x, w, W)
-            weight = tl.maximum(1.0 - tl.abs((column - cell).to(tl.float32) + aside), 0.0)  # [BLOCK, CELLS]
-            weight = tl.where(x < W, weight, 0.0)
+                x = (start + tl.arange(0, BLOCK))[None, :]
+                column, aside = _columns(x, w, W)
+                v0 = _map_row(x_ptr, row, h, w, column, aside)  # [GROUPS, BLOCK]
+                v1 = _map_row(x_ptr, row + 1, h, w, column, aside)
+                v2 = _map_row(x_ptr, row + 2, h, w, column, aside)
+                if met:
+                    a0, a1, a2 = _slope_sums(
+                        v0, v1, v2, plane_ptr, target, y, x, past, step, rows, H, W, M,
+                        g0, g1, g2, g3, alpha, gamma,
+                        LABELS, HARD, MASK_IGNORED, GAMMA_TWO, False,
+                    )  # fmt: skip
+                else:
+                    a0, a1, a2 = _slope_sums(
+                        v0, v1, v2, plane_ptr, target, y, x, past, step, rows, H, W, M,
+                        g0, g1, g2, g3, alpha, gamma,
+                        LABELS, HARD, MASK_IGNORED, GAMMA_TWO, True,
+                    )  # fmt: skip
+                x = (start + tl.arange(0, BLOCK))[:, None]
+                column, aside = _columns(x, w, W)
+                weight = tl.maximum(1.0 - tl.abs((column - cell).to(tl.float32) + aside), 0.0)
+                weight = tl.where(x < W, weight, 0.0)
+            # a0, a1, a2: [GROUPS, K]; weight: [K, CELLS]
             if SPLIT:
                 # 48 rows and 16 of padding: as many as wgmma takes.
                 a = tl.join(tl.join(a0, a1), tl.join(a2, tl.zeros_like(a2)))
-                a = tl.reshape(tl.permute(a, (3, 2, 0, 1)), (4 * GROUPS, BLOCK))
-                p = _product(a, weight, p, True, False)
+                a = tl.reshape(tl.permute(a, (3, 2, 0, 1)), (4 * GROUPS, a0.shape[1]))
+                p = _product(a, weight, p, True, ALIGN == RUN)
             else:
                 p0 = tl.dot(a0, weight, p0, input_precision="ieee")
                 p1 = tl.dot(a1, weight, p1, input_precision="ieee")
@@ -1138,13 +1232,13 @@ def _bwd_launches(
         }
         # Where supports begin at whole vectors of targets, the compiler is told.
         steps = [divmod(targets.shape[-1], 2 * logits.shape[3]) for logits in group]
-        align = 1 if any(rest for _, rest in steps) else math.gcd(8, *(step for step, _ in steps))
-        constants |= {"CELLS": cells, "ALIGN": align}
+        align = 1 if any(rest for _, rest in steps) else math.gcd(_RUN, *(step for step, _ in steps))
+        constants |= {"CELLS": cells, "ALIGN": align, "RUN": _RUN}
         # TF32 in two terms loses what rounding to half precision loses anyway.
         constants["SPLIT"] = config["split"] and group[0].element_size() < 4 and cells == _GROUPS
         constants["COLUMNS"] = next_power_of_2(block // _TILE + 2)
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
-        crowd = 1 if targets.element_size() == 1 and cells == _GROUPS else 2
+        crowd = 1 if targets.element_size() == 1 and align == _RUN else 2
         options = _options(config, crowd)
         launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, options))
     return gradients, launches
@@ -1173,7 +1267,8 @@ def _matching_launches(
     groups = cdiv(height, rows)
     # Without a target there are still totals.
     blocks = batch * cdiv(queries, block_q) * max(1, cdiv(num_classes, block_m))
-    splits = min(groups, cdiv(config["multiprocessors"] * config["programs"], blocks))
+    # All at once: a second round for a few programs would take as long as the first.
+    splits = min(groups, max(1, config["multiprocessors"] * config["programs"] // blocks))
     groups_per_split = cdiv(groups, splits)
     splits = cdiv(groups, groups_per_split)
     partial = products if splits == 1 else products.new_empty(splits, *products.shape)
