@@ -19,7 +19,9 @@ Forward: four sums of every tile, written as partials and added in fixed order b
 
 Backward, a gather: a program owns a block of cells and walks the output columns in their support. The sums
 over rows go through two small products: with the weights along x, and with the matrix that says which cell a
-sum of a group belongs to; with ``split`` the former run on tensor cores. Both neighbours compute borders of
+sum of a group belongs to; with ``split`` the former run on tensor cores. Where the centres of cells lie at
+multiples of 8 columns, as with patches of 16 pixels, the logits along a run of 8 are a straight line and sums
+over runs are enough: a quarter of the registers, one product in four. Both neighbours compute borders of
 blocks. No atomics.
 
 Matching: the same walk with queries in place of groups; three products of (queries × pixels) and
@@ -1238,8 +1240,10 @@ def _bwd_launches(
         constants["SPLIT"] = config["split"] and group[0].element_size() < 4 and cells == _GROUPS
         constants["COLUMNS"] = next_power_of_2(block // _TILE + 2)
         programs = min(config["multiprocessors"] * config["programs"], batch * queries * sum(tiles))
-        crowd = 1 if targets.element_size() == 1 and align == _RUN else 2
-        options = _options(config, crowd)
+        narrow = targets.element_size() == 1 and cells == _GROUPS
+        options = _options(config, 1 if narrow else 2)
+        if narrow and align != _RUN and "maxnreg" in options:
+            options["maxnreg"] = 168  # sums of every column: three programs a multiprocessor in place of four
         launches.append(Launch(_mask_loss_bwd_kernel, programs, arguments, constants, options))
     return gradients, launches
 

@@ -148,6 +148,12 @@ SIZES = {
     "several blocks of cells": Call.draw(1, 2, [(40, 40)], (160, 200), present=1),
     "support of one row more than groups": Call.draw(1, 1, [(17, 3)], (19, 5), present=1),
     "whole tiles": Call.draw(1, 1, [(8, 16)], (64, 128), present=1),
+    "runs": Call.draw(1, 3, [(3, 5)], (40, 80)),
+    "runs in several blocks of cells": Call.draw(1, 2, [(5, 17)], (31, 272), present=1),
+    "runs at two scales, ignored": Call.draw(1, 2, [(2, 1), (3, 4)], (33, 64), mask_ignored=True, present=2),
+    "runs of soft fp16, gamma 0.5": Call.draw(
+        1, 2, [(3, 2)], (20, 32), torch.float16, 3, matched=True, gamma=0.5
+    ),
     "2000 classes": Call.draw(1, 2000, [(2, 2)], (9, 130), targets=torch.int32, present=3),
     "gamma 1.5": Call.draw(1, 4, [(5, 5)], (30, 31), gamma=1.5),
     "large masks": Call.draw(1, 2, [(2, 2)], (100, 120), torch.float32, 1, matched=True, seed=3),
