@@ -81,10 +81,9 @@ def faults(row: dict[str, Any], arch: str, demand: Demand) -> list[str]:
         demand: what is asked of it.
     """
     found = []
-    if row["registers"] < demand.registers:
-        found.append(
-            f"{row['registers']} registers, at least {demand.registers} expected: compiled to nothing?"
-        )
+    registers = row["registers"] + row.get("scalar", 0)
+    if registers < demand.registers:
+        found.append(f"{registers} registers, at least {demand.registers} expected: compiled to nothing?")
     if row["wgmma"] and row["tensor"] < demand.tensor:
         found.append(f"{row['tensor']} tensor-core instructions, at least {demand.tensor} expected")
     if row["wgmma"] and arch == "sm_90" and not row["HGMMA"]:
@@ -115,7 +114,8 @@ def resources(compiled: Any) -> dict[str, Any]:
 
         # Scalar registers spill to lanes of a vector register; only scratch is memory.
         stack = find("vgpr_spill_count") + find("private_segment_fixed_size")
-        row = {"registers": find("vgpr_count"), "shared": shared, "spills": stack, "stack": stack}
+        row = {"registers": find("vgpr_count"), "scalar": find("sgpr_count")}  # of addresses and counters
+        row |= {"shared": shared, "spills": stack, "stack": stack}
         return {**row, **Code.gcn(text).counts(), "serialised": False, "undefined": 0}
     text = disassembled(compiled.asm["cubin"])
     found, mix = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text)), instruction_mix(text)

@@ -20,7 +20,7 @@ _KEY = (
 )
 
 KERNELS = {
-    "_atm_fwd_kernel": Demand(32, tensor=3, serialised=("dropout",)),
+    "_atm_fwd_kernel": Demand(32, tensor=3, stack=8, serialised=("dropout",)),
     "_attention_combine_kernel": Demand(12),
     "_attention_bwd_query_kernel": Demand(32, tensor=3, serialised=("dropout", "pc_vit_l")),
     "_attention_bwd_key_kernel": Demand(32, tensor=4, stack=64, serialised=_KEY),
