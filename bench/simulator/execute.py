@@ -11,6 +11,7 @@ thread 0 is followed (:func:`paths`), or the warps of one program with all of th
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -815,24 +816,63 @@ class Path:
     unknown: frozenset[int]
 
 
+def _ahead(
+    code: Sequence[Instruction], parts: dict[int, Block], place: dict[int, int], begin: int, ends: set[int]
+) -> dict[int, int]:
+    """Blocks on the ways from ``begin`` to ``ends``, and how many instructions lie before them at least."""
+    found: dict[int, int] = {}
+    heap = [(0, begin)]
+    while heap:
+        before, at = heapq.heappop(heap)
+        if at in found or at not in parts or at in ends:
+            continue
+        found[at] = before
+        block, last = parts[at], code[parts[at].end - 1]
+        further = before + block.end - block.begin
+        if last.name == "BRA" and last.target in place:
+            heapq.heappush(heap, (further, place[last.target]))
+        if last.name not in ("BRA", "EXIT", "RET") or last.guard:
+            heapq.heappush(heap, (further, block.end))
+    return found
+
+
+def _shorter(
+    code: Sequence[Instruction], parts: dict[int, Block], place: dict[int, int], block: Block, target: int
+) -> bool:
+    """Whether a block's branch to ``target`` has less code than going on, until the two meet.
+
+    Compilers put what is seldom done behind the kernel: a branch may lead to work or over it.
+    """
+    sides, again = (block.end, target), {block.begin}
+    on, away = (_ahead(code, parts, place, begin, again) for begin in sides)
+    meeting = min(on.keys() & away.keys(), key=lambda at: on[at] + away[at], default=None)
+    on, away = (
+        sum(parts[at].end - at for at in _ahead(code, parts, place, begin, again | {meeting}))
+        for begin in sides
+    )
+    return away < on
+
+
 def follow(
     code: Sequence[Instruction],
     parts: dict[int, Block],
     state: State,
     *,
-    jump: bool = False,
+    skip: bool = False,
     most: int = 64,
     limit: int = MOST_BLOCKS,
 ) -> list[Path] | None:
     """All ways from ``state`` to the end; ``None`` if there are more than ``most``.
 
-    Where a condition is unknown a branch forward is taken if ``jump``, and one back is not.
+    Where a condition is unknown, a branch forward goes where more work is, or with ``skip`` where less is.
+    One back is not taken.
 
     Raises:
         ValueError: a way never ends, or goes where there is no code.
     """
     place = {i.address: k for k, i in enumerate(code)}
     done: list[Path] = []
+    shorter: dict[int, bool] = {}
     stack: list[tuple[int, State]] = [(0, state)]
     while stack:
         at, s = stack.pop()
@@ -865,7 +905,10 @@ def follow(
                     raise ValueError(f"an unknown way back at {last.address:#x}")
             if condition is None:
                 s.unknown.add(last.address)
-                condition = last.name == "BRA" and jump and to is not None and to > block.begin
+                condition = last.name == "BRA" and to is not None and to > block.begin
+                if condition and last.address not in shorter:
+                    shorter[last.address] = _shorter(code, parts, place, block, to)
+                condition = condition and shorter[last.address] is skip
             if isinstance(condition, np.ndarray):
                 # A warp goes where its threads go; it jumps over what none of them wants.
                 taken = np.broadcast_to(condition, (len(s.rows), condition.shape[1])).all(1)
@@ -905,13 +948,13 @@ def paths(
     constants: bytes,
     memory: Memory,
     *,
-    jump: bool = False,
+    skip: bool = False,
     most: int = 64,
 ) -> list[Path] | None:
     """The ways of the given programs by their thread 0; ``None`` if there are more than ``most``."""
     rows = np.fromiter(programs, dtype=np.int64)
     special = {"SR_TID.X": 0, "SR_CTAID.X": rows[:, None].copy() if len(rows) > 1 else int(rows[0])}
-    return follow(code, parts, _start(rows, constants, memory, special), jump=jump, most=most)
+    return follow(code, parts, _start(rows, constants, memory, special), skip=skip, most=most)
 
 
 @dataclasses.dataclass
@@ -1002,7 +1045,7 @@ def accesses(
     memory: Memory,
     recorder: Recorder,
     *,
-    jump: bool = False,
+    skip: bool = False,
     limit: int = 3000,
 ) -> list[Path] | None:
     """Follows all threads of one program for ``limit`` blocks, telling ``recorder``; ways by warp, or
@@ -1011,7 +1054,7 @@ def accesses(
     special = {"SR_TID.X": threads, "SR_CTAID.X": program, "SR_LANEID": threads % 32}
     state = _start(np.arange(warps), constants, memory, special)
     state.accessed = recorder
-    found = follow(code, parts, state, jump=jump, most=2 * warps + 2, limit=limit)
+    found = follow(code, parts, state, skip=skip, most=2 * warps + 2, limit=limit)
     if found is None or any(len(path.blocks) > limit for path in found):
         return None
     return found

@@ -271,7 +271,7 @@ class Launch:
     def _paths(self) -> tuple[list[execute.Path], bool]:
         """Ways of all programs; of a sample if there are too many, and whether so."""
         count = self.described["programs"]
-        most = dict(jump=self.decided, most=MOST_WAYS)
+        most = dict(skip=self.decided, most=MOST_WAYS)
         found = execute.paths(self.code, self.parts, range(count), self.constants, self.memory, **most)
         if found is not None:
             return found, False
@@ -310,7 +310,7 @@ class Launch:
         warps, program = self.described["warps"], int(path.rows[len(path.rows) // 2])
         recorder = execute.Recorder(self.code, l1_bytes // 32)
         by_warp = execute.accesses(
-            self.code, self.parts, program, warps, self.constants, self.memory, recorder, jump=self.decided
+            self.code, self.parts, program, warps, self.constants, self.memory, recorder, skip=self.decided
         )
         timed = {k: core.timed(i, recorder.found.get(i.address)) for k, i in enumerate(self.code)}
         trees = {}

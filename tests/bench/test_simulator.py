@@ -215,13 +215,18 @@ def test_accesses_are_counted_by_banks_and_sectors():
     assert (found[0x70].mean("sectors"), found[0x70].mean("missed")) == (2, 0)
 
 
-def test_an_unknown_branch_is_taken_only_if_asked_and_said():
-    sass = _sass(
-        "LDG.E R0, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA 0x40", "NOP", "EXIT"
-    )
-    code = instructions(sass)
-    for jump, visited in ((False, [0, 3, 4]), (True, [0, 4])):
-        (path,) = execute.paths(code, execute.blocks(code), [0], b"", execute.Memory(), jump=jump)
+@pytest.mark.parametrize(
+    ("lines", "done", "skipped"),
+    [
+        (("@P0 BRA 0x40", "NOP", "EXIT"), [0, 3, 4], [0, 4]),
+        (("@P0 BRA 0x40", "EXIT", "NOP", "BRA 0x30"), [0, 4, 3], [0, 3]),  # work that lies behind the kernel
+    ],
+    ids=["in line", "behind"],
+)
+def test_an_unknown_branch_leads_to_work_or_over_it(lines, done, skipped):
+    code = instructions(_sass("LDG.E R0, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R0, RZ, PT", *lines))
+    for skip, visited in ((False, done), (True, skipped)):
+        (path,) = execute.paths(code, execute.blocks(code), [0], b"", execute.Memory(), skip=skip)
         assert path.blocks == visited
         assert path.unknown == {0x20}
 
