@@ -1,5 +1,8 @@
 """A module imports from its own floor and from those below, and no modules import each other in a circle."""
 
+import ast
+import importlib.util
+
 import pytest
 from imports import FLOORS, ROOT, circle, floor_of, graph, imports_of, read, upward
 
@@ -106,3 +109,37 @@ def test_sources_in_c_import_nothing_of_the_benchmarks():
     for path in paths:
         for imported, _ in imports_of(path.stem, path.read_text(encoding="utf-8"), False):
             assert imported.partition(".")[0] != "bench", path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_taken_of_a_module_is_there(package):
+    """Also in functions that only run where a GPU is."""
+    missing = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+                for name in node.names:
+                    whole = f"{node.module}.{name.name}"
+                    if importlib.util.find_spec(node.module) and _is_module(whole):
+                        modules[name.asname or name.name] = whole
+        bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        bound |= {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                whole = modules.get(node.value.id)
+                if (
+                    whole
+                    and node.value.id not in bound
+                    and not hasattr(importlib.import_module(whole), node.attr)
+                ):
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value.id}.{node.attr}")
+    assert missing == []
+
+
+def _is_module(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

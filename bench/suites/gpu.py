@@ -363,7 +363,7 @@ def launches(
         yield candidate["name"], lambda candidate=candidate: tune.launch(candidate, device, tiny=plan.smoke)
     if only:
         return
-    yield "exponentials", lambda: environment.exponentials(torch.ones(1024, device=device), 1, 2)
+    yield "exponentials", lambda: ceilings.exponentials(torch.ones(1024, device=device), 1, 2)
     for table, spec, mode, batch, dtype, names, _ in _model_groups(plan):
         for subject in models.table(table, device):
             if subject.name in names and published.BY_FORMULA not in subject.name:
