@@ -89,10 +89,9 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
         )
-    if isa is None and int8:
-        isa = "amx"
     if isa is None:
-        isa = "amx" if weight.dtype == torch.bfloat16 and _library.runs_isa("amx") else "avx512_fp16"
+        amx = int8 or (weight.dtype == torch.bfloat16 and _library.runs_isa("amx"))
+        isa = "amx" if amx else "avx512_fp16"
     if isa not in _PANELS or (isa == "amx" and weight.dtype != torch.bfloat16) or (int8 and isa != "amx"):
         expected = "'amx'" if int8 else "'amx' (bfloat16) or 'avx512_fp16'"
         raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected}")
