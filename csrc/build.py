@@ -53,14 +53,19 @@ def sources_hash() -> str:
     return hashlib.sha256(b"".join(name + content for name, content in sorted(named))).hexdigest()[:16]
 
 
-def schemas_hash() -> str:
-    """The operators' schemas, read from segvit_kernels/ops; as segvit_kernels._native computes it."""
+def schemas() -> list[str]:
+    """The operators' schemas, read from segvit_kernels/ops, sorted."""
     found = []
     for path in (ROOT / "segvit_kernels" / "ops").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "_library.define":
                 found.append(ast.literal_eval(node.args[0]))
-    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+    return sorted(found)
+
+
+def schemas_hash() -> str:
+    """What tells versions of the schemas apart; as segvit_kernels._native computes it."""
+    return hashlib.sha256("\n".join(schemas()).encode()).hexdigest()[:16]
 
 
 def find_nvcc() -> str | None:
@@ -147,6 +152,9 @@ def _plan(
         return [p for p in found if p.stem.removesuffix("_kernels").removesuffix("_amx") not in left_out]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
+    definitions = ", ".join(f'"{schema}"' for schema in schemas())
+    # In C++ a symbolic size is an integer like any other.
+    stamp.append("-DSEGVIT_DEFINITIONS=" + definitions.replace("SymInt", "int"))
     library = HERE / "library.cpp"
     if args.emulate:
         flags = [*cxx, *include, "-Wno-unknown-pragmas", "-DSEGVIT_EMULATE", "-x", "c++"]

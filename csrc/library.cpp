@@ -1,4 +1,5 @@
-// Binds the operators to the schemas that segvit_kernels/_library.py defines in the namespace segvit_native.
+// Defines the operators in the namespace segvit_native, so that a program without Python has them too, and binds
+// them. Their schemas stand in segvit_kernels/ops; csrc/build.py passes them on.
 //
 // Only the stable ABI of LibTorch is used: one binary for every Python and for torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
@@ -9,6 +10,32 @@
 namespace {
 
 using torch::stable::detail::StableLibrary;
+
+#if defined(SEGVIT_EMULATE)
+#define SEGVIT_NAMESPACE "segvit_emulated"
+#else
+#define SEGVIT_NAMESPACE "segvit_native"
+#endif
+
+// Exported models carry a copy of this library. In a program that loads two copies the first one's operators are
+// used, and the other, whose schemas may be another version's, binds nothing.
+class Definitions {
+ public:
+  Definitions() {
+    aoti_torch_library_init_fragment(SEGVIT_NAMESPACE, __FILE__, __LINE__, &library_);
+    for (const char* schema : {SEGVIT_DEFINITIONS})
+      first = first && aoti_torch_library_def(library_, schema) == AOTI_TORCH_SUCCESS;
+  }
+  ~Definitions() { aoti_torch_delete_library_object(library_); }
+  Definitions(const Definitions&) = delete;
+  Definitions& operator=(const Definitions&) = delete;
+
+  bool first = true;
+
+ private:
+  TorchLibraryHandle library_;
+};
+const Definitions definitions;
 
 #define SEGVIT_BIND(name) m.impl(#name, TORCH_BOX(&name));
 #if defined(SEGVIT_WITH_atm)
@@ -45,6 +72,7 @@ using torch::stable::detail::StableLibrary;
 
 #if !defined(SEGVIT_EMULATE)
 void bind_cpu(StableLibrary& m) {
+  if (!definitions.first) return;
   using namespace segvit::cpu;
   SEGVIT_BIND_ATM
   SEGVIT_BIND_LINEAR
@@ -57,6 +85,7 @@ void bind_cpu(StableLibrary& m) {
 
 #if defined(SEGVIT_EMULATE) || defined(SEGVIT_CUDA_ARCHS)
 void bind_cuda(StableLibrary& m) {
+  if (!definitions.first) return;
   using namespace segvit::cuda;
   SEGVIT_BIND_ATM
   SEGVIT_BIND_QUERY_ATTENTION

@@ -12,6 +12,7 @@ from segvit_kernels._library import (
     requested_backend,
     why_not,
 )
+from segvit_kernels._lowering import lower_to_native, native_library
 from segvit_kernels._version import __version__
 from segvit_kernels.modules import (
     FusedATM,
@@ -76,10 +77,12 @@ __all__ = [
     "is_plain",
     "linear",
     "linear_reference",
+    "lower_to_native",
     "mask_loss",
     "mask_loss_reference",
     "mask_matching_cost",
     "mask_matching_cost_reference",
+    "native_library",
     "operator_names",
     "pack_linears",
     "pack_weight",

@@ -318,8 +318,6 @@ def define(
         return operator((*args, *defaults[len(args) :]), backend)
 
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
-    for namespace in ("segvit_native", "segvit_emulated"):  # csrc/library.cpp implements these
-        torch.library.define(f"{namespace}::{name}", f"({arguments}) -> {results}".replace("SymInt", "int"))
     op = getattr(torch.ops.segvit, name).default
     count = len(op._schema.arguments)
     defaults = [argument.default_value for argument in op._schema.arguments[:-1]]

@@ -48,7 +48,7 @@ FLOORS: dict[str, list[Floor]] = {
     ],
     "segvit_kernels": [
         Floor("ground", "_native _version _folding"),
-        Floor("library", "_library", "ground"),
+        Floor("library", "_library _lowering", "ground"),
         Floor("ops", "ops", "library"),
         Floor("triton", "triton"),
         Floor("layers", "modules integrations", "ground ops"),
