@@ -6,7 +6,7 @@ TESTS ?= tests
 FUZZ_RUNS ?= 2000
 OLD := $(VENV)-triton-3.6
 
-.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize lint bench report tune gpu precompile clean
+.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize lint docs bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,9 @@ lint: $(VENV)/.installed  ## mend what the linter can; types
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed  ## the site of docs/ into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/.installed  ## the small form of every benchmark on this machine, then tables and figures
 	$(BIN)/python -m bench all
