@@ -294,6 +294,7 @@ def _check(condition: bool, message: str) -> None:
 
 _LARGEST = 1 << 16  # of whatever is counted; blocks and heads have their own
 _MOST = {"depth": 1000, "decoder_depth": 1000, "heads": 4096, "decoder_heads": 4096, "patch_size": 1024}
+_MOST["num_classes"] = 1 << 15  # of `segvit_kernels.semantic_argmax`
 
 
 def _check_sizes(config: Any, *names: str, least: int = 1) -> None:

@@ -108,6 +108,8 @@ class SegmentationFolder(Dataset):
                 self.class_names = tuple(default_names)
         elif mapping and any(target not in (None, ignore_index) for target in mapping.values()):
             self.num_classes = 1 + max(c for c in mapping.values() if c not in (None, ignore_index))
+            if self.num_classes > 1 << 15:  # before anything is as long as that
+                raise ValueError(f"label_mapping: got class {self.num_classes - 1}, expected at most 32767")
         else:
             raise ValueError(
                 f"{self.root}: the number of classes is unknown; give a names file or put names.txt there"

@@ -289,4 +289,6 @@ def _whole(value: object) -> int:
     number = int(value)
     if isinstance(value, (float, bool)):
         raise ValueError(f"got {value}, no whole number")
+    if not -(1 << 31) <= number < 1 << 32:  # what label files can hold
+        raise ValueError(f"got {value}, no number of 32 bits")
     return number

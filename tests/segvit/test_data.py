@@ -118,6 +118,8 @@ def test_bad_folders_and_names(folder, tmp_path):
     with pytest.raises(ValueError, match="occur twice: sky"):
         read_names(folder / "names.txt")
     (folder / "names.txt").unlink()
+    with pytest.raises(ValueError, match="label_mapping: got class 1000000000, expected at most 32767"):
+        SegmentationFolder(folder, label_mapping={1: 10**9}, ignore_index=-1)
     with pytest.raises(ValueError, match="number of classes is unknown"):
         SegmentationFolder(folder)
     (folder / "images/validation").mkdir()

@@ -180,7 +180,17 @@ def test_mappings(tmp_path):
     file = tmp_path / "m.json"
     file.write_text(json.dumps({"7": 0, "-1": None}))
     assert read_mapping(file) == read_mapping({"7": 0, -1: None}) == {7: 0, -1: None}
-    for bad in ({}, {"a": 0}, {7: "b"}, {7: 1.5}, {7: True}, {7: [1]}):
+    for bad in (
+        {},
+        {"a": 0},
+        {7: "b"},
+        {7: 1.5},
+        {7: True},
+        {7: [1]},
+        {1 << 32: 0},
+        {str(10**21): 0},
+        {7: 10**21},
+    ):
         with pytest.raises(ValueError, match="label_mapping: expected label value -> class"):
             read_mapping(bad)
     with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
