@@ -186,10 +186,12 @@ def _attention_combine_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs (splits, B, Nq, H, D), weighted by their share of the softmax, to one output."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Rows fit 32 bits, since their parts fit a GPU; division in 64 bits is a call, with registers spilled.
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.arange(0, BLOCK_D)
     image, m, h = row // (Nq * H), row // H % Nq, row % H
     lse_row = (image * H + h) * Nq + m
+    row = row.to(tl.int64)
     valid = row < rows_total
     inside = valid[:, None] & (d[None, :] < D)
     largest = tl.full([BLOCK_R], -1e38, tl.float32)  # where no part has seen a token
