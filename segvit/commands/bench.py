@@ -67,7 +67,7 @@ def _check(config: BenchConfig) -> None:
         name = "shrunk" if config.shrunk else "classes"
         raise ValueError(f"{name}: only for a preset ({', '.join(PRESETS)}); {config.model} is what it is")
     if config.json:
-        check_result_file("json", config.json, r'\{\s*"schema": \d+,\s*"kind": "segvit bench"')
+        check_result_file("json", config.json, ".json", r'\{\s*"schema": \d+,\s*"kind": "segvit bench"')
 
 
 def _load(config: BenchConfig) -> SegViT:

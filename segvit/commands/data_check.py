@@ -33,7 +33,7 @@ def run(config: DataConfig) -> int:
         ValueError, OSError: what training or evaluation on this folder would end with.
     """
     if config.sheet:
-        check_result_file("sheet", config.sheet, MADE_HERE)
+        check_result_file("sheet", config.sheet, ".png", MADE_HERE)
     layout = find_layout(config.folder, config.image_pattern, config.label_pattern, config.split_list)
     print(f"{config.folder}: {layout}")
     splits, problems = look(layout, config)

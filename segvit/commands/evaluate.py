@@ -113,8 +113,8 @@ def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any]
         inputs += [folder / "config.json", folder / "model.safetensors"]
     inputs = [file.resolve() for file in inputs]
     for option, paths, kinds in (
-        ("json", [config.json], {"": (_write_json, r'\{\s*"miou": ')}),
-        ("csv", [config.csv], {"": (_write_csv, "class,iou,")}),
+        ("json", [config.json], {".json": (_write_json, r'\{\s*"miou": ')}),
+        ("csv", [config.csv], {".csv": (_write_csv, "class,iou,")}),
         (
             "confusion",
             config.confusion,
@@ -122,14 +122,15 @@ def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any]
         ),
     ):
         for path in filter(None, paths):
-            if "" not in kinds and Path(path).suffix.lower() not in kinds:
+            suffix = Path(path).suffix.lower() if len(kinds) > 1 else next(iter(kinds))
+            if suffix not in kinds:
                 raise ValueError(f"{option}: got {path}, expected a file {' or '.join(kinds)}")
             if path in writers:
                 raise ValueError(f"{option}: {path} is asked for twice")
             if Path(path).resolve() in inputs:
                 raise ValueError(f"{option}: {path} is read and would be overwritten; choose another file")
-            write, begins = kinds.get("") or kinds[Path(path).suffix.lower()]
-            check_result_file(option, path, begins)
+            write, begins = kinds[suffix]
+            check_result_file(option, path, suffix, begins)
             writers[path] = write
     return {Path(path): write for path, write in writers.items()}
 

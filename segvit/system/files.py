@@ -64,19 +64,27 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None
             temporary.unlink()
 
 
-def check_result_file(option: str, path: str | os.PathLike, begins: str) -> None:
+# What the names of files promise that stand beside our results.
+_KINDS = {".csv", ".gif", ".html", ".jpeg", ".jpg", ".json", ".npy", ".npz", ".pdf", ".png", ".pth", ".pt"}
+_KINDS |= {".safetensors", ".svg", ".tif", ".tiff", ".webp", ".yaml", ".yml", ".zip"}
+
+
+def check_result_file(option: str, path: str | os.PathLike, suffix: str, begins: str) -> None:
     """Find out before the work that a result can be written to `path`, and that nothing else is lost there.
 
     Args:
         option: the name of the option that asked for it.
         path: the file.
+        suffix: of such results; a name without one, or with one that says nothing, is taken too.
         begins: regular expression that matches the first 4096 bytes of such a result, as Latin-1.
 
     Raises:
-        ValueError: there is a file already, and it is no such result.
+        ValueError: the name is of another kind of file, or there is a file already and it is no such result.
         OSError: its folder does not exist or cannot be written to, or it is a folder.
     """
     path = Path(path)
+    if path.suffix.lower() in _KINDS and path.suffix.lower() != suffix:
+        raise ValueError(f"{option}: got {path}, expected a file {suffix}")
     folder = path.resolve().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{option}: {path}: its folder does not exist")

@@ -285,6 +285,7 @@ def test_threads_are_put_back():
         (["vit_tiny", "--backend", "cudnn"], "backend: got 'cudnn'"),
         (["vit_tiny", "--image", "nowhere.png"], "nowhere.png: no such image file"),
         (["vit_tiny", "--json", "no/where/r.json"], "json: no/where/r.json: its folder does not exist"),
+        (["vit_tiny", "--json", "r.png"], "json: got r.png, expected a file .json"),
         (["vit_tiny", "--json", str(ROOT)], "is a folder, expected a file"),
         (["vit_tiny", "--json", str(ROOT / "LICENSE")], "LICENSE is there already and no such result"),
         ([str(ROOT)], f"{ROOT}: no checkpoint in this folder (expected config.json and model.safetensors)"),

@@ -159,10 +159,12 @@ def test_what_evaluate_measures(tmp_path, capsys):
         ("--confusion", tmp_path / "a.pdf", "expected a file .csv or .png"),
         ("--confusion", files["r.json"], "expected a file .csv or .png"),
         ("--csv", files["r.json"], "is asked for twice"),
+        ("--csv", tmp_path / "c.png", f"got {tmp_path / 'c.png'}, expected a file .csv"),
+        ("--json", tmp_path / "r.CSV", "expected a file .json"),
         ("--csv", tmp_path / "no/c.csv", "its folder does not exist"),
         ("--json", tmp_path, "is a folder, expected a file"),
         ("--json", tmp_path / "notes.json", "is there already and no such result; choose another file"),
-        ("--json", files["c.csv"].rename(tmp_path / "classes.csv"), "is there already and no such result"),
+        ("--json", files["c.csv"].rename(tmp_path / "classes"), "is there already and no such result"),
         ("--csv", files["m.csv"].rename(tmp_path / "matrix.csv"), "is there already and no such result"),
         ("--confusion", tmp_path / "images/validation/a.png", "is there already and no such result"),
     ):

@@ -276,6 +276,8 @@ def test_data_check(tmp_path, capsys):
     picture = root / "images/training/extra.png"
     code, out, err = check(capsys, root, "--sheet", picture)
     assert code == 2 and f"sheet: {picture} is there already and no such result" in err
+    code, out, err = check(capsys, root, "--sheet", tmp_path / "sheet.csv")
+    assert code == 2 and f"sheet: got {tmp_path / 'sheet.csv'}, expected a file .png" in err
     for path in (root / "images/training/extra.png", root / "annotations/validation/orphan.png"):
         path.unlink()
     Image.fromarray(SKY).save(root / "annotations/validation/1.png")
