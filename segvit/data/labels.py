@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from segvit.system.text import read_json
+from segvit.system.text import read_json, shown
 
 __all__ = ["Reading", "Zero", "decide", "read_mapping", "spans"]
 
@@ -286,9 +286,12 @@ def read_mapping(source: Mapping[int, int | None] | str | Path) -> dict[int, int
 
 
 def _whole(value: object) -> int:
-    number = int(value)
-    if isinstance(value, (float, bool)):
-        raise ValueError(f"got {value}, no whole number")
+    try:
+        number = None if isinstance(value, (float, bool)) else int(value)
+    except (ValueError, TypeError):
+        number = None
+    if number is None:
+        raise ValueError(f"got {shown(value)}, no whole number")
     if not -(1 << 31) <= number < 1 << 32:  # what label files can hold
-        raise ValueError(f"got {value}, no number of 32 bits")
+        raise ValueError(f"got {shown(value)}, no number of 32 bits")
     return number

@@ -388,7 +388,8 @@ def adapt_backbone_state(
     ignored, changed = [], assumptions(state_dict, known)
     for key, value in renamed.items():
         parts = key.split(".")
-        beyond = parts[0] == "blocks" and parts[1].isdigit() and int(parts[1]) >= config.depth
+        number = parts[1] if parts[0] == "blocks" and len(parts) > 1 else ""
+        beyond = number.isdecimal() and int(number) >= config.depth
         unused_norm = parts[0] == "norm" and not config.final_norm
         dead_token = key == "cls_token" and not config.class_token
         if beyond or _UNUSED.match(key) or unused_norm or dead_token:

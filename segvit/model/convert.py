@@ -114,7 +114,7 @@ def infer_config(state_dict: Mapping[str, Tensor], fields: Mapping[str, Any] | N
 def _count(keys: Sequence[str] | Mapping[str, Any], prefix: str) -> int:
     """How many modules are numbered from 0 after a prefix."""
     numbers = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
 
 
 def _instead(state_dict: Mapping[str, Tensor]) -> str:

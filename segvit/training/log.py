@@ -29,7 +29,7 @@ class Log:
         if step and self.path.is_file():
             text = self.path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a full disk cuts the last line
-            rows = [row for row in csv.DictReader(whole) if (row["step"] or "").isdigit()]
+            rows = [row for row in csv.DictReader(whole) if (row["step"] or "").isdecimal()]
             self.rows = [
                 row
                 for row in rows

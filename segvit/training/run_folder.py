@@ -189,7 +189,7 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if path.name.isdigit()]
+        found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
         return [path for path in found if (path / TRAINER_FILE).is_file()]
 
     def clean(self, step: int, best: int | None) -> None:

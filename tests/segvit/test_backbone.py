@@ -238,6 +238,8 @@ def test_bad_states():
     shallow = BackboneConfig(width=32, depth=2, heads=2)
     adapted = adapt_backbone_state(state, shallow, (4, 4))
     assert all(key.startswith("blocks.2.") for key in adapted.ignored) and adapted.ignored
+    for odd in ("blocks", "blocks.", "blocks.²"):  # digits that are no numbers
+        assert odd not in adapt_backbone_state(state | {odd: torch.zeros(1)}, shallow, (4, 4)).ignored
 
 
 def test_real_dinov2_weights(shared_dir):

@@ -193,6 +193,8 @@ def test_mappings(tmp_path):
     ):
         with pytest.raises(ValueError, match="label_mapping: expected label value -> class"):
             read_mapping(bad)
+    with pytest.raises(ValueError, match=r"\(got 'a', no whole number\)$"):  # and no words of Python's
+        read_mapping({"a": 0})
     with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
         read_mapping(tmp_path / "none.json")
 
