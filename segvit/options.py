@@ -24,6 +24,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "InferenceOptions",
     "PredictConfig",
     "TrainConfig",
@@ -381,6 +382,32 @@ class ConvertConfig(_Checked):
         "fields that the shapes of an unpublished size do not tell, e.g. {'taps': [5, 7, 11], 'heads': 12}; "
         "a Shrunk one also needs 'shrink_at'",
     )
+
+
+@dataclass(kw_only=True)
+class ExportConfig(InferenceOptions):
+    """Export"""
+
+    checkpoint: str = option(
+        ..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub", positional=True
+    )
+    out: str = option(..., "the file: NAME.onnx", positional=True)
+    format: Literal["auto", "onnx"] = option("auto", "of the file; by its name")
+    size: list[int] = option(
+        [],
+        "height and width of the pictures, or one side; pictures of any size when not given. Window, scales "
+        "and flip need it, and a fixed size is faster",
+        at_least=1,
+    )
+    batch: int | Literal["any"] = option(1, "pictures of a call: a number, or any", at_least=1)
+    layout: Literal["nchw", "nhwc"] = option(
+        "nchw", "pictures are (B, channels, H, W) or (B, H, W, channels)"
+    )
+    scores: bool = option(False, "also give the score of the winning class at every pixel")
+    logits: bool = option(
+        False, "give mask logits of the patch grid and class probabilities in place of labels"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the network")
 
 
 @dataclass(kw_only=True)

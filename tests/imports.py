@@ -42,7 +42,10 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("training", "training", "ground system data model"),
         Floor("speed", "speed", "ground system inference model"),
         Floor("demo", "demo", "ground system data pictures inference model"),
-        Floor("commands", "commands", "ground system data pictures inference model training speed demo"),
+        Floor("export", "export", "ground system data inference model"),
+        Floor(
+            "commands", "commands", "ground system data pictures inference model training speed demo export"
+        ),
         Floor("entrances", "cli __main__", "system commands"),
         Floor("names", ""),  # lazily, by _EXPORTS
     ],

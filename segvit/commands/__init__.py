@@ -6,6 +6,7 @@ from segvit.options import (
     DataConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     PredictConfig,
     TrainConfig,
 )
@@ -18,6 +19,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateConfig, "mIoU of a checkpoint on a data set"),
     "predict": (PredictConfig, "label maps and overlays of images"),
     "convert": (ConvertConfig, "turn a published SegViT checkpoint into one of this package"),
+    "export": (ExportConfig, "write a checkpoint as a file for other runtimes, from picture to label map"),
     "bench": (
         BenchConfig,
         "how fast a model runs on this machine, where the time goes, and what to switch on",
@@ -26,4 +28,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "train a small model on synthetic data and write an HTML report"),
 }
 # What stands behind the command, for its usage.
-OPERANDS = {"predict": "IMAGE... ", "convert": "IN.pth OUT ", "bench": "MODEL ", "data check": "FOLDER "}
+OPERANDS = {
+    "predict": "IMAGE... ",
+    "convert": "IN.pth OUT ",
+    "export": "CHECKPOINT OUT ",
+    "bench": "MODEL ",
+    "data check": "FOLDER ",
+}

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 
 import segvit_kernels
 from segvit.data import check_data, folder_options, open_dataset
+from segvit.export import open_model
+from segvit.export.exported import ExportedModel
 from segvit.inference.passes import check_options
 from segvit.model.checkpoint import find_checkpoint
-from segvit.model.heads import load_model
 from segvit.options import EvaluateConfig, InferenceOptions
 from segvit.pictures.visualize import MADE_HERE, confusion_picture, save_picture
 from segvit.system.files import atomic_write, check_result_file
@@ -30,7 +31,10 @@ def run(config: EvaluateConfig) -> int:
     """Print the measures of every class and their means, and write what is asked for."""
     files = _result_files(config)
     fabric = make_fabric(config)
-    model_config = load_model(config.checkpoint).config  # here too, for errors before any process starts
+    model = open_model(config.checkpoint)  # here too, for errors before any process starts
+    model_config = model.config
+    if isinstance(model, ExportedModel):
+        model.check(config)
     dataset = open_dataset(
         config.data,
         config.split,
@@ -64,7 +68,7 @@ def run(config: EvaluateConfig) -> int:
 
 
 def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) -> Any:
-    model = load_model(config.checkpoint).to(fabric.device)
+    model = open_model(config.checkpoint).to(fabric.device)
     share = len(range(fabric.global_rank, len(dataset), fabric.world_size))
     with (
         segvit_kernels.backend(config.backend) if config.backend else nullcontext(),

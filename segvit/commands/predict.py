@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from segvit.data.find import find_images
+from segvit.export import open_model
+from segvit.export.exported import ExportedModel
 from segvit.inference.bulk import KINDS, CannotWriteError, Job, class_names, find_classes, output_stems
 from segvit.inference.passes import check_options
-from segvit.model.heads import load_model
 from segvit.model.linear_head import LinearSegmenter
 from segvit.options import PredictConfig
 from segvit.system.failures import one_line, out_of_memory
@@ -46,7 +48,10 @@ def run(config: PredictConfig) -> int:
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
 
-    model = load_model(config.checkpoint).to(device).eval().fuse()
+    model: Any = open_model(config.checkpoint).to(device).eval().fuse()
+    if isinstance(model, ExportedModel):
+        model.check(config)
+        model.check_outputs(maps=config.maps, scores=config.scores, probabilities=config.probabilities)
     names = class_names(model.config)
     classes = find_classes(config.maps, names)
     if classes and isinstance(model, LinearSegmenter):

@@ -26,7 +26,7 @@ from segvit.inference.protocol import Foldable
 from segvit.options import InferenceOptions
 from segvit_kernels import freeze, pack_linears, requested_backend, unpack_linears, why_not_packed
 
-__all__ = ["METHODS", "InferenceEngine"]
+__all__ = ["METHODS", "InferenceEngine", "copy_of"]
 
 METHODS = ("auto", "eager", "graph", "compile")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,7 +139,7 @@ class _LabelMaps(nn.Module):
         super().__init__()
         self.size = size
         self.runs = passes(size, options, model.config.backbone.patch_size)
-        self.network = _copy(model).eval().unfuse().requires_grad_(False)
+        self.network = copy_of(model).eval().unfuse().requires_grad_(False)
         shift, scale = self.network.fold_normalisation(_PIXEL)
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
@@ -167,7 +167,7 @@ class _LabelMaps(nn.Module):
         return self.network.labels(outputs, self.size, self.views)
 
 
-def _copy(model: Foldable) -> Foldable:
+def copy_of(model: Foldable) -> Foldable:
     """A deep copy, also where pruning or weight_norm keep weights that are no leaves of autograd's graph."""
     made = [
         value

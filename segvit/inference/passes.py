@@ -27,7 +27,9 @@ __all__ = [
     "crops_of",
     "label_maps",
     "label_maps_with_scores",
+    "list_views",
     "passes",
+    "resize",
     "views_of",
 ]
 
@@ -119,12 +121,13 @@ def views_of(
     """
     if len(runs) == 1 and runs[0].resized == runs[0].crop == size and not runs[0].flip:
         return None
-    return Views(_list_views(batch, size, runs, grids), batch, size, device)
+    return Views(list_views(batch, size, runs, grids), batch, size, device)
 
 
-def _list_views(
+def list_views(
     batch: int, size: tuple[int, int], runs: Sequence[Pass], grids: Sequence[tuple[int, int]]
 ) -> list[View]:
+    """A view for each image of each pass in turn, whose masks have these grids."""
     return [
         View.crop(
             image,
@@ -181,7 +184,7 @@ def label_maps_with_scores(
     masks = [mask[None].float() for stack, _ in parts for mask in stack]
     probabilities = torch.cat([probs.float() for _, probs in parts])
     grids = [model.mask_grid(run.crop) for run in runs]
-    views = _list_views(count, (height, width), runs, grids)
+    views = list_views(count, (height, width), runs, grids)
     kind = torch.uint8 if probabilities.shape[-1] <= 256 else torch.int16
     labels = torch.empty(count, height, width, dtype=kind, device=images.device)
     rows = max(1, elements // (count * width * max(probabilities.shape[1:])))
@@ -233,7 +236,7 @@ def crops_of(images: Tensor, runs: list[Pass]) -> Iterator[Tensor]:
     for some in _together(runs, max(1, _IMAGES // max(1, len(images)))):
         if size != some[0].resized:
             size = some[0].resized
-            resized = _resize(images, size)
+            resized = resize(images, size)
         yield torch.cat([_crop(resized, run) for run in some])
 
 
@@ -250,7 +253,7 @@ def _together(runs: list[Pass], most: int) -> list[list[Pass]]:
     return chunks
 
 
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(images.shape[-2:]) == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

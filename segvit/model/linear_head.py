@@ -60,7 +60,7 @@ class LinearSegmenter(SegViT):
 
     def scoring(self, output: Tensor) -> tuple[Tensor, Tensor]:
         identity = torch.eye(output.shape[1], device=output.device, dtype=output.dtype)
-        return output, identity.expand(len(output), -1, -1)
+        return output, identity.expand(output.shape[0], -1, -1)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """The softmax of scores (B, N, ...)."""

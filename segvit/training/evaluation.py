@@ -51,7 +51,7 @@ def evaluate(
         by class, "ignored" pixels and the matrix of pixel counts "confusion", a row for each true class.
     """
     rank, world = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device  # an exported file has none
     confusion = ConfusionMatrix(dataset.num_classes, dataset.ignore_index, device)
     seen, ignored = torch.zeros(2, 1, dtype=torch.int64, device=device)
     own = list(range(rank, len(dataset), world))

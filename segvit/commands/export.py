@@ -1,0 +1,44 @@
+"""`segvit export`: a checkpoint as a file that other runtimes run, from picture to label map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segvit.export import FORMATS, export, format_of
+from segvit.model.heads import load_model
+from segvit.options import ExportConfig
+
+
+def run(config: ExportConfig) -> int:
+    """Write the file and print what it takes and gives. Returns 0.
+
+    Raises:
+        ValueError, OSError, ImportError: an option, the checkpoint or the file is wrong, or a package is not
+            installed; one line that names it.
+    """
+    name = format_of(config.out, config.format)
+    if len(config.size) > 2:
+        raise ValueError(f"size: got {config.size}, expected height and width in pixels, or one side")
+    if config.scores and config.logits:
+        raise ValueError("logits: are in place of labels and scores; expected one of both options")
+    size = (config.size[0], config.size[-1]) if config.size else None
+    outputs = "logits" if config.logits else "scores" if config.scores else "labels"
+    model = load_model(config.checkpoint)
+    export(
+        model,
+        config.out,
+        format=name,
+        size=size,
+        batch=None if config.batch == "any" else config.batch,
+        channels_last=config.layout == "nhwc",
+        outputs=outputs,
+        dtype=config.dtype,
+        options=config,
+        source=config.checkpoint,
+    )
+    sides = f"{size[1]}x{size[0]}" if size else "any size"
+    print(
+        f"{config.out}: {FORMATS[name].what}; {config.dtype}, pictures of {sides}, batch {config.batch}, "
+        f"{config.layout}; {Path(config.out).stat().st_size / 1e6:.1f} MB"
+    )
+    return 0

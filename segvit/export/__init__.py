@@ -1,0 +1,142 @@
+"""Files with the label map inside: a uint8 picture in, a label map out, without this package.
+
+`segvit.export(model, path)` writes one, `open_model` runs one in the place of a checkpoint. A format is an
+entry in `FORMATS` and a module here with
+
+- `check(plan)`: raises for what the format cannot do or what is not installed,
+- `save(graph, path, text)`: writes a `segvit.export.graph.LabelGraph`, with a text in the file's metadata,
+- `load(path, precision)`: a callable from uint8 pictures to a list of arrays, the metadata as its `text`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from segvit.export import metadata
+from segvit.export.exported import ExportedModel
+from segvit.export.graph import LabelGraph, Plan
+from segvit.model.heads import load_model
+from segvit.model.segvit import SegViT
+from segvit.options import InferenceOptions
+from segvit.system.files import make_folder
+
+__all__ = ["FORMATS", "PRECISIONS", "export", "format_of", "open_model"]
+
+
+class Format(NamedTuple):
+    """A kind of file: the suffix, the module here that knows it, and what it is for readers."""
+
+    suffix: str
+    module: str
+    what: str
+
+    def load(self) -> ModuleType:
+        return import_module(f"{__name__}.{self.module}")
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(".onnx", "onnx", "ONNX, standard operators; ONNX Runtime, TensorRT and others"),
+}
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def format_of(path: str | Path, asked: str = "auto") -> str:
+    """The format of a file by its name, or the one asked for where the name fits it.
+
+    Raises:
+        ValueError: it does not, or no format has this suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if asked == "auto":
+        found = [name for name, known in FORMATS.items() if known.suffix == suffix]
+        if not found:
+            listed = ", ".join(f"{known.suffix} ({name})" for name, known in FORMATS.items())
+            raise ValueError(f"out: got {path}, expected a file name that ends in {listed}")
+        return found[0]
+    if asked not in FORMATS:
+        raise ValueError(f"format: got {asked!r}, expected {' or '.join(FORMATS)}")
+    if suffix != FORMATS[asked].suffix:
+        raise ValueError(
+            f"out: got {path}, expected a file name that ends in {FORMATS[asked].suffix} ({asked})"
+        )
+    return asked
+
+
+def export(
+    model: SegViT,
+    path: str | Path,
+    *,
+    format: str = "auto",
+    size: tuple[int, int] | None = None,
+    batch: int | None = 1,
+    channels_last: bool = False,
+    outputs: str = "labels",
+    dtype: str = "float32",
+    options: InferenceOptions | None = None,
+    source: str | None = None,
+) -> None:
+    """Write a model as a file that takes uint8 pictures and gives label maps at their own size.
+
+    Args:
+        model: it stays as it is.
+        path: of the file, which appears whole or not at all.
+        format: a name in `FORMATS`; by default by the suffix.
+        size: height and width of the pictures; None: any, where the format can.
+        batch: pictures of a call; None: any number.
+        channels_last: pictures are (B, H, W, channels), else (B, channels, H, W).
+        outputs: "labels"; "scores": the winner's score too; "logits": mask logits of the patch grid and class
+            probabilities in place of labels.
+        dtype: of the network: "float32", "float16" or "bfloat16".
+        options: windows, scales and mirroring, inside the graph; need a size.
+        source: where the model comes from, for the file's metadata.
+
+    Raises:
+        ValueError: an argument is out of range, or they do not go together.
+        ImportError: the format's packages are not installed.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    name = format_of(path, format)
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype: got {dtype!r}, expected {' or '.join(PRECISIONS)}")
+    if outputs not in ("labels", "scores", "logits"):
+        raise ValueError(f"outputs: got {outputs!r}, expected labels, scores or logits")
+    plan = Plan(size, batch, channels_last, outputs, PRECISIONS[dtype], options or InferenceOptions())
+    plan.check(model.config.backbone.patch_size)
+    module = FORMATS[name].load()
+    module.check(plan)
+    make_folder(path.resolve().parent)
+    about = {"format": name, "precision": dtype, "source": source}
+    module.save(LabelGraph(model, plan), path, metadata.describe(model.config, model.head, plan, about))
+
+
+def open_model(path: str | Path) -> SegViT | ExportedModel:
+    """The model of a checkpoint, or an exported file in its place.
+
+    Raises:
+        FileNotFoundError, ValueError: neither, or not readable.
+        ImportError: the runtime of the file's format is not installed.
+    """
+    file = Path(path)
+    name = next((name for name, known in FORMATS.items() if known.suffix == file.suffix.lower()), None)
+    if name is None or file.is_dir():
+        return load_model(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    run = FORMATS[name].load().load(file)
+    return ExportedModel(file, metadata.read(run.text, str(path)), run)
+
+
+class _Room(ModuleType):
+    """This room, which is also the function: `segvit.export(model, path)`."""
+
+    __call__ = staticmethod(export)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -1,0 +1,408 @@
+"""From uint8 pictures to label maps as one graph of ordinary operators, for any runtime.
+
+The network is the model's own; its fused operators become the products, softmax and norms that define them.
+The tail is the definition of `segvit_kernels.semantic_argmax` in blocks of rows, so that class scores of full
+size never exist: interpolation of a block is two products with matrices of hat functions, then sigmoid, class
+mixing and argmax. Where the size is fixed the blocks stand one after the other in the graph; where it is not
+they are the turns of one scan.
+
+Windows, scales and flips share the output as in `segvit.inference.passes`. Their edges cut it into cells in
+which the same views see every pixel: there the mean over views is one product, of the weighted class
+probabilities of all of them with all their masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.export import Dim
+from torch.nn import functional as F
+
+from segvit.inference.engine import copy_of
+from segvit.inference.passes import Pass, check_options, crops_of, list_views, passes, resize
+from segvit.inference.protocol import Foldable
+from segvit.model.linear_head import LinearSegmenter
+from segvit.model.segvit import SegViT
+from segvit.options import InferenceOptions
+from segvit_kernels import (
+    View,
+    atm_reference,
+    linear_reference,
+    query_attention_reference,
+    subsample_layer_norm_reference,
+)
+
+__all__ = ["LabelGraph", "Plan", "example", "plain_program"]
+
+_BUDGET = 1 << 19  # elements of a block of masks: 2 MiB stay in a core's cache
+_BLOCKS = 64  # that a graph of fixed size holds, about
+_ROWS = 8  # of a block where the size is open
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a graph takes and gives.
+
+    Attributes:
+        size: height and width of the pictures; None: any.
+        batch: pictures of a call; None: any number.
+        channels_last: pictures are (B, H, W, channels), else (B, channels, H, W).
+        outputs: "labels"; "scores": the winner's score too; "logits": mask logits and class probabilities in
+            place of labels.
+        dtype: of the network; the tail is float32 always.
+        options: windows, scales, mirroring.
+    """
+
+    size: tuple[int, int] | None = None
+    batch: int | None = 1
+    channels_last: bool = False
+    outputs: str = "labels"
+    dtype: torch.dtype = torch.float32
+    options: InferenceOptions = dataclasses.field(default_factory=InferenceOptions)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the outputs, in order."""
+        return {
+            "labels": ("labels",),
+            "scores": ("labels", "scores"),
+            "logits": ("mask_logits", "class_probabilities"),
+        }[self.outputs]
+
+    def check(self, patch: int) -> None:
+        """Raise ValueError for what does not go together, for a network of this patch size."""
+        check_options(self.options, patch)
+        several = [
+            name
+            for name, plain in (("window", None), ("scales", [1.0]), ("flip", False), ("short_side", None))
+            if getattr(self.options, name) != plain
+        ]
+        if several and self.size is None:
+            raise ValueError(f"{several[0]}: is laid out in the graph for one size; expected size too")
+        if several and self.batch is None:
+            raise ValueError(f"{several[0]}: is laid out in the graph for one batch; expected batch too")
+        if several and self.outputs == "logits":
+            raise ValueError(f"{several[0]}: logits are of one pass over the picture; expected labels")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size: got {self.size}, expected height and width in pixels")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch: got {self.batch}, expected at least 1")
+
+
+class LabelGraph(nn.Module):
+    """uint8 pictures to what a plan asks for, from a copy of the model.
+
+    Labels (B, H, W) are uint8, int16 for more than 256 classes; scores float32 (B, H, W); mask logits
+    float32 (B, Q, h, w) and class probabilities float32 (B, Q, N), the grid that of the picture padded at the
+    right and bottom to multiples of the patch size.
+
+    Raises:
+        ValueError: what the plan asks for does not go together.
+    """
+
+    def __init__(self, model: SegViT, plan: Plan) -> None:
+        super().__init__()
+        self.plan, self.patch = plan, model.config.backbone.patch_size
+        plan.check(self.patch)
+        self.classes, self.activation = model.config.num_classes, model.activation
+        self.mixed = not isinstance(model, LinearSegmenter)  # else scores are the masks themselves
+        self.network = cast(Any, copy_of(cast(Foldable, model)))
+        self.network.eval().unfuse().requires_grad_(False).float().cpu()
+        self.runs: list[Pass] = []
+        if plan.size is not None:
+            self.runs = passes(plan.size, plan.options, self.patch)
+            if len({run.crop for run in self.runs}) == 1:
+                self.network.fold_grid(self.runs[0].crop)
+            self._lay_out(plan.size)
+        self.network.to(plan.dtype).fuse()
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        if self.plan.channels_last:
+            pictures = pictures.permute(0, 3, 1, 2)
+        height, width = pictures.shape[-2:]
+        images = self.network.preprocess(pictures)
+        if len(self.runs) > 1:
+            outputs = [self.network(crops) for crops in crops_of(images, self.runs)]
+        else:
+            if self.runs:
+                images = resize(images, self.runs[0].resized)
+            images = self.network.pad_to_patches(images)
+            outputs = [self.network(images)]
+        found = [self.network.scoring(output) for output in outputs]
+        parts = [(masks.float(), mixing.float()) for masks, mixing in found]
+        if self.plan.outputs == "logits":
+            return parts[0]
+        if self.runs:
+            labels, scores = self._blocks([masks for masks, _ in parts], [mixing for _, mixing in parts])
+        else:
+            labels, scores = self._scan(*parts[0], (height, width), (images.shape[2], images.shape[3]))
+        labels = labels.to(torch.uint8 if self.classes <= 256 else torch.int16)
+        return (labels, scores) if self.plan.outputs == "scores" else (labels,)
+
+    # The tail
+
+    def _mix(self, mixing: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels int32 (B, rows, columns), and scores where they are asked for, else labels once more.
+
+        Args:
+            mixing: of each view (B, N, Q), times its share of the mean. masks: (B, Q, rows, columns).
+        """
+        if self.activation == "sigmoid":
+            masks = [mask.sigmoid() for mask in masks]
+        if self.mixed:
+            together, stacked = (
+                t[0] if len(t) == 1 else torch.cat(t, dim) for t, dim in ((mixing, 2), (masks, 1))
+            )
+            scores = (together @ stacked.flatten(2)).unflatten(2, masks[0].shape[2:])
+        else:
+            scores = functools.reduce(torch.add, masks)
+        labels = scores.argmax(1).int()
+        return labels, scores.amax(1) if self.plan.outputs == "scores" else labels
+
+    def _scan(
+        self, masks: Tensor, mixing: Tensor, size: tuple[int, int], padded: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and scores of pictures of any size, by blocks of rows."""
+        (height, width), (h, w) = size, masks.shape[-2:]
+        rows = (height + _ROWS - 1) // _ROWS * _ROWS  # the last block may go beyond the picture
+        down = _hats((torch.arange(rows) + 0.5) * (h / padded[0]) - 0.5, h)
+        across = _hats((torch.arange(width) + 0.5) * (w / padded[1]) - 0.5, w)
+        carried = (masks, mixing.transpose(1, 2).contiguous(), across.t().contiguous())
+
+        def block(carry: tuple[Tensor, ...], down: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            masks, mixing, across = carry
+            labels, scores = self._mix([mixing], [down @ masks @ across])
+            # What every block reads is carried along: not all runtimes let a body see what is around it.
+            return tuple(t.clone() for t in carry), (labels, scores.clone())
+
+        _, found = scan(block, carried, down.unflatten(0, (-1, _ROWS)))
+        kept = torch.arange(height)  # gathered: a slice would hold for one relation of its sides alone
+        labels, scores = (t.transpose(0, 1).flatten(1, 2).index_select(1, kept) for t in found)
+        return labels, scores
+
+    def _lay_out(self, size: tuple[int, int]) -> None:
+        """Cells and blocks of pictures of this size, with their interpolation as constants."""
+        views = list_views(1, size, self.runs, [self.network.mask_grid(run.crop) for run in self.runs])
+        grids = [self.network.mask_grid(run.crop) for run in self.runs]
+        self.cells = cells_of(views, size)
+        depth = max(self.classes, 1) * (self.plan.batch or 1)
+        work = sum(cell.area * len(cell.shares) * depth for row in self.cells for cell in row)
+        budget = max(_BUDGET, work // _BLOCKS)
+        self.constants = nn.ParameterDict()
+        for cell in itertools.chain(*self.cells):
+            top, left, bottom, right = cell.rectangle
+            count = -(-cell.area * len(cell.shares) * depth // budget)
+            step = -(-(bottom - top) // count)
+            cell.blocks += [(y, min(y + step, bottom)) for y in range(top, bottom, step)]
+            for index in cell.shares:
+                (h, w), (ay, by, ax, bx) = grids[index], views[index].affine
+                for y0, y1 in cell.blocks:
+                    self._constant(f"down_{index}_{y0}_{y1}", y0, y1, ay, by, h)
+                self._constant(f"across_{index}_{left}_{right}", left, right, ax, bx, w)
+
+    def _constant(self, name: str, start: int, stop: int, step: float, offset: float, cells: int) -> None:
+        places = torch.arange(start, stop, dtype=torch.float64) * step + offset
+        hats = _hats(places, cells)
+        self.register_buffer(name, (hats if name.startswith("down") else hats.t()).contiguous())
+
+    def _blocks(self, masks: list[Tensor], mixing: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels and scores of pictures of the plan's size, cell by cell and block by block."""
+        if len(self.runs) > 1:  # passes · B of them, the passes in order
+            masks, mixing = (
+                [part for chunk in chunks for part in chunk.split(self.plan.batch)]
+                for chunks in (masks, mixing)
+            )
+        mixing = [m.transpose(1, 2) for m in mixing]
+        strips: list[tuple[Tensor, Tensor]] = []
+        for row in self.cells:
+            cells = [self._cell(cell, masks, mixing) for cell in row]
+            strips.append(_joined(cells, 2))
+        return _joined(strips, 1)
+
+    def _cell(self, cell: Cell, masks: list[Tensor], mixing: list[Tensor]) -> tuple[Tensor, Tensor]:
+        _, left, _, right = cell.rectangle
+        across = {i: getattr(self, f"across_{i}_{left}_{right}") for i in cell.shares}
+        shared = [mixing[i] if share == 1 else mixing[i] * share for i, share in cell.shares.items()]
+        found = []
+        for y0, y1 in cell.blocks:
+            seen = [getattr(self, f"down_{i}_{y0}_{y1}") @ masks[i] @ across[i] for i in cell.shares]
+            if not self.mixed:
+                seen = [
+                    s if share == 1 else s * share
+                    for s, share in zip(seen, cell.shares.values(), strict=True)
+                ]
+            found.append(self._mix(shared, seen))
+        return _joined(found, 1)
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    labels, scores = (torch.cat(t, dim) for t in zip(*pairs, strict=True))
+    return labels, scores
+
+
+def _hats(places: Tensor, cells: int) -> Tensor:
+    """The matrix (n, cells) whose product with cells is their linear interpolation at n places."""
+    places = places.clamp(0, cells - 1)
+    return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp(min=0).float()
+
+
+@dataclasses.dataclass
+class Cell:
+    """A rectangle (top, left, bottom, right) of the output in which the same views see every pixel.
+
+    Attributes:
+        shares: of each of these views, by index, in the mean.
+        blocks: rows that are decided together, from and to.
+    """
+
+    rectangle: tuple[int, int, int, int]
+    shares: dict[int, float]
+    blocks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    @property
+    def area(self) -> int:
+        top, left, bottom, right = self.rectangle
+        return (bottom - top) * (right - left)
+
+
+def cells_of(views: Sequence[View], size: tuple[int, int]) -> list[list[Cell]]:
+    """The cells of an output of `size`, row by row."""
+    tops, lefts = (
+        sorted({0, size[axis], *(edge for view in views for edge in view.rectangle[axis::2])})
+        for axis in (0, 1)
+    )
+    return [
+        [Cell((y0, x0, y1, x1), _shares(views, y0, x0)) for x0, x1 in itertools.pairwise(lefts)]
+        for y0, y1 in itertools.pairwise(tops)
+    ]
+
+
+def _shares(views: Sequence[View], y: int, x: int) -> dict[int, float]:
+    """Of the views that see a pixel: the mean over groups of the mean over a group's."""
+    seen = {
+        index: view.group
+        for index, view in enumerate(views)
+        if view.rectangle[0] <= y < view.rectangle[2] and view.rectangle[1] <= x < view.rectangle[3]
+    }
+    members = Counter(seen.values())
+    return {index: 1 / (members[group] * len(members)) for index, group in seen.items()}
+
+
+# Ordinary operators
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None) -> Tensor:
+    """torch's, of (B, heads, N, D)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return ((query * scale) @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+def _atm(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    previous_masks: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_masks: bool,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    output, masks = atm_reference(query, key, value, scale=scale, previous_masks=previous_masks)
+    nothing = query.new_empty(0)
+    return output, nothing if masks is None or not need_masks else masks, nothing
+
+
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    panels: Any,
+    factors: Any,
+    gelu: bool,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *_: Any,
+) -> Tensor:
+    norm = None if norm_weight is None else (norm_weight, norm_bias, norm_eps)
+    return linear_reference(input, weight, bias, gelu=gelu, norm=norm, scale=scale, residual=residual)
+
+
+def _query_attention(
+    query: Tensor, key: Tensor, value: Tensor, seed: Any, scale: float, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return query_attention_reference(query, key, value, scale=scale), query.new_empty(0)
+
+
+def _subsample_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    stride: int,
+    prefix_tokens: int,
+    eps: float,
+    dtype: torch.dtype,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    found = subsample_layer_norm_reference(
+        x, weight, bias, grid=(height, width), stride=stride, prefix_tokens=prefix_tokens, eps=eps
+    )
+    return (*found, x.new_empty(0), x.new_empty(0))
+
+
+def _resized_smoothly(images: Tensor, size: Sequence[int], align_corners: bool, *_: Any) -> Tensor:
+    """Antialiased resizing, which is linear in rows and in columns, as two products."""
+    for axis, side in ((-2, size[0]), (-1, size[1])):
+        images = images.transpose(axis, -1)
+        basis = torch.eye(images.shape[-1])[None, None]  # rows stay, columns are resized
+        basis = F.interpolate(basis, size=(images.shape[-1], side), mode="bilinear", antialias=True)[0, 0]
+        images = (images @ basis.to(images.dtype)).transpose(axis, -1)
+    return images
+
+
+def _table() -> dict[Any, Callable]:
+    ours, aten = torch.ops.segvit, torch.ops.aten
+    return {
+        ours.atm_fwd.default: _atm,
+        ours.linear.default: _linear,
+        ours.query_attention_fwd.default: _query_attention,
+        ours.subsample_norm_fwd.default: _subsample_norm,
+        aten.scaled_dot_product_attention.default: _attention,
+        aten._upsample_bilinear2d_aa.default: _resized_smoothly,
+    }
+
+
+def example(graph: LabelGraph, channels: int, image_size: tuple[int, int]) -> Tensor:
+    """Pictures that a graph is traced with."""
+    plan = graph.plan
+    size = plan.size or image_size
+    shape = (plan.batch or 2, *((*size, channels) if plan.channels_last else (channels, *size)))
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def plain_program(graph: LabelGraph, pictures: Tensor) -> torch.export.ExportedProgram:
+    """The graph as a program of ordinary operators, open where the plan is open."""
+    plan, open_axes = graph.plan, {}
+    if plan.batch is None:
+        open_axes[0] = Dim.DYNAMIC
+    if plan.size is None:
+        height = 1 if plan.channels_last else 2
+        open_axes |= {height: Dim.DYNAMIC, height + 1: Dim.DYNAMIC}
+    program = torch.export.export(graph, (pictures,), dynamic_shapes=(open_axes,) if open_axes else None)
+    return program.run_decompositions(_table())

@@ -1,0 +1,80 @@
+"""What an exported file says about itself: one JSON text, under the key `segvit` of the file's metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from segvit.config import SegViTConfig
+from segvit.export.graph import Plan
+from segvit.inference.bulk import class_colors, class_names
+from segvit.options import InferenceOptions
+from segvit_kernels import __version__
+
+__all__ = ["KEY", "Description", "describe", "read"]
+
+KEY = "segvit"
+_KIND = "segvit export"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is read back from an exported file.
+
+    Attributes:
+        config, plan: of the model and of the graph.
+        precision: "float32", "float16", "bfloat16" or "int8".
+        fields: all that the file says.
+    """
+
+    config: SegViTConfig
+    plan: Plan
+    precision: str
+    fields: dict[str, Any]
+
+
+def describe(config: SegViTConfig, head: str | None, plan: Plan, about: dict[str, Any]) -> str:
+    """The text for a model and a plan; `about` has the format, the precision and what else is to be told."""
+    size = list(plan.size) if plan.size else None
+    fields = {
+        "kind": _KIND,
+        "version": __version__,
+        **about,
+        "classes": list(class_names(config)),
+        "palette": class_colors(config).tolist(),
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "patch_size": config.backbone.patch_size,
+        "input": {"size": size, "batch": plan.batch, "channels_last": plan.channels_last},
+        "outputs": plan.outputs,
+        "inference": {
+            field.name: getattr(plan.options, field.name) for field in dataclasses.fields(InferenceOptions)
+        },
+        "head": head or "segvit",
+        "model": config.to_dict(),
+    }
+    return json.dumps(fields)
+
+
+def read(text: str | None, source: str) -> Description:
+    """The description in a file's metadata.
+
+    Raises:
+        ValueError: there is none, or not one of ours; `source` is named.
+    """
+    try:
+        fields = json.loads(text or "")
+        if fields["kind"] != _KIND:
+            raise ValueError("another kind")
+        taken = fields["input"]
+        plan = Plan(
+            size=tuple(taken["size"]) if taken["size"] else None,
+            batch=taken["batch"],
+            channels_last=taken["channels_last"],
+            outputs=fields["outputs"],
+            options=InferenceOptions(**fields["inference"]),
+        )
+        return Description(SegViTConfig.from_dict(fields["model"]), plan, fields["precision"], fields)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{source}: not a file that `segvit export` has written") from None

@@ -1,0 +1,135 @@
+"""ONNX files: operators of the standard domain alone, opset 18."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segvit.export.graph import LabelGraph, Plan, example, plain_program
+from segvit.export.metadata import KEY
+from segvit.system.extras import require
+from segvit.system.files import atomic_write
+
+__all__ = ["OPSET", "check", "load", "proto", "save"]
+
+OPSET = 18
+_LARGEST = 2_000_000_000  # a protobuf message has no more bytes than 2^31
+
+
+def check(plan: Plan) -> None:
+    """Everything that a plan can ask for can be had.
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    for name in ("onnx", "onnxscript"):
+        require(name, extra="export")
+
+
+def save(graph: LabelGraph, path: Path, text: str) -> None:
+    """Write the graph of a model to one file, with `text` in its metadata.
+
+    Raises:
+        ValueError: it is larger than an ONNX file can be.
+        OSError: it cannot be written.
+    """
+    model = proto(graph, text)
+    if model.ByteSize() > _LARGEST:
+        gigabytes = model.ByteSize() / 1e9
+        raise ValueError(
+            f"dtype: the file would have {gigabytes:.1f} GB, more than ONNX's 2; expected float16"
+        )
+    atomic_write(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+
+def proto(graph: LabelGraph, text: str) -> Any:
+    """The checked `onnx.ModelProto` of a graph."""
+    onnx = require("onnx", extra="export")
+    config = graph.network.config
+    pictures = example(graph, config.backbone.in_channels, config.image_size)
+    with _quiet():
+        program = torch.onnx.export(
+            plain_program(graph, pictures),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=["pictures"],
+            output_names=list(graph.plan.names),
+        )
+    assert program is not None
+    model = program.model_proto
+    _name_axes(model, graph.plan)
+    model.producer_name, model.producer_version = "segvit", ""
+    onnx.helper.set_model_props(model, {KEY: text})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _name_axes(model: Any, plan: Plan) -> None:
+    """Open axes are called batch, height and width; shapes inside are left to whoever infers them."""
+    del model.graph.value_info[:]
+    (taken,) = model.graph.input
+    height = 1 if plan.channels_last else 2
+    names = {0: "batch", height: "height", height + 1: "width"}
+    renamed = {}
+    for axis, dim in enumerate(taken.type.tensor_type.shape.dim):
+        if dim.dim_param:
+            renamed[dim.dim_param] = dim.dim_param = names[axis]
+    for output in model.graph.output:
+        for dim in output.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                known = renamed.get(dim.dim_param)
+                dim.Clear() if known is None else setattr(dim, "dim_param", known)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress and its warnings about other people's code are not for users."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+class _Session:
+    """A file in ONNX Runtime, on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        runtime = require("onnxruntime", extra="export")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+        options.log_severity_level = 3
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own classes, which share no base
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ValueError(f"{path}: ONNX Runtime cannot load it ({reason})") from None
+        self.text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
+
+    def __call__(self, pictures: np.ndarray) -> list[np.ndarray]:
+        return self.session.run(None, {self.session.get_inputs()[0].name: pictures})
+
+
+def load(path: Path, precision: str | None = None) -> _Session:
+    """A callable from pictures to outputs, with the file's metadata as `text`.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        ValueError: no such file, or not one that it can run.
+    """
+    return _Session(path)

@@ -1,0 +1,196 @@
+"""Exported files: the labels of `predict` but for ties, in the format's own runtime, and refusals."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_engine import assert_same_up_to_ties, pictures, tiny_model
+
+import segvit
+from segvit import InferenceOptions
+from segvit.cli import main
+from segvit.export import open_model
+from segvit.export.graph import LabelGraph, Plan, cells_of
+from segvit.inference.passes import list_views, passes
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+SIZE = (37, 50)  # no multiple of the patch
+
+
+def run(path, images):
+    """Outputs of a file in ONNX Runtime, of uint8 pictures."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"pictures": images.numpy()})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(class_names=tuple("abcdef"))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """A checkpoint, beside it what is exported from it."""
+    folder = tmp_path_factory.mktemp("exported")
+    model.save_pretrained(folder / "checkpoint")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fixed(folder):
+    """By the command: pictures of one size, as they are in memory."""
+    path = folder / "fixed.onnx"
+    words = ["export", str(folder / "checkpoint"), str(path), "--size", *map(str, SIZE), "--layout", "nhwc"]
+    assert main([*words, "--scores"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def anything(model, folder):
+    """Pictures of any size and number."""
+    path = folder / "any.onnx"
+    segvit.export(model, path, batch=None)
+    return path
+
+
+def test_a_fixed_size_in_a_process_of_its_own(fixed, folder):
+    """Labels and scores of a file, where neither torch nor this package is."""
+    images = pictures(SIZE, batch=1)
+    np.save(folder / "in.npy", images.permute(0, 2, 3, 1).numpy())
+    script = """
+import sys
+sys.modules["torch"] = sys.modules["segvit"] = sys.modules["segvit_kernels"] = None
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1] + "/fixed.onnx", providers=["CPUExecutionProvider"])
+labels, scores = session.run(None, {"pictures": numpy.load(sys.argv[1] + "/in.npy")})
+numpy.savez(sys.argv[1] + "/out.npz", labels=labels, scores=scores)
+"""
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
+    found = np.load(folder / "out.npz")
+    assert_same_up_to_ties(torch.from_numpy(found["labels"]), tiny_model(), images)
+    _, scores = tiny_model().predict(images, return_scores=True)
+    np.testing.assert_allclose(found["scores"], scores.amax(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(37, 50), (64, 40), (32, 32), (9, 91)])
+def test_any_size(anything, size):
+    images = pictures(size, batch=3)
+    (labels,) = run(anything, images)
+    assert_same_up_to_ties(torch.from_numpy(labels), tiny_model(), images)
+
+
+def test_the_file(fixed, anything, model):
+    for path, sides in ((fixed, [1, 37, 50, 3]), (anything, ["batch", 3, "height", "width"])):
+        proto = onnx.load(path)
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+        assert {node.domain for node in proto.graph.node} == {""}
+        assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
+        assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == sides
+        told = json.loads({p.key: p.value for p in proto.metadata_props}["segvit"])
+        assert told["classes"] == list("abcdef") and told["model"] == model.config.to_dict()
+        assert told["mean"] == list(model.config.mean) and len(told["palette"]) == 6
+
+
+@pytest.mark.parametrize("kind", ["plain", "shrunk", "linear"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 32, "stride": 24, "flip": True},
+        {"scales": [0.75, 1.5]},
+        {"short_side": 40, "window": 32},
+    ],
+)
+def test_windows_scales_and_flips(kind, options):
+    """The graph in PyTorch: the export of its operators is the same for all of them."""
+    model, images, options = tiny_model(kind), pictures(SIZE), InferenceOptions(**options)
+    graph = LabelGraph(model, Plan(SIZE, 2, outputs="scores", options=options)).eval()
+    with torch.inference_mode():
+        labels, scores = graph(images)
+    expected, all_scores = model.predict(images, options, return_scores=True)
+    chosen = all_scores.gather(1, labels.long()[:, None])[:, 0]
+    assert (all_scores.amax(1) - chosen).max() < 1e-5
+    torch.testing.assert_close(scores, all_scores.amax(1), atol=1e-5, rtol=1e-5)
+    assert (labels == expected).float().mean() > 0.99 and len(labels.unique()) > 1
+
+
+def test_no_block_is_large(monkeypatch):
+    """Blocks of rows, of cells: with a small budget they are many, and the labels the same."""
+    options = InferenceOptions(window=32, stride=24)
+    plan, images = Plan(SIZE, 1, options=options), pictures(SIZE, batch=1)
+    (whole,) = LabelGraph(tiny_model(), plan).eval()(images)
+    monkeypatch.setattr("segvit.export.graph._BUDGET", 300)
+    graph = LabelGraph(tiny_model(), plan).eval()
+    cells = [cell for row in graph.cells for cell in row]
+    assert len(cells) == 9 and sum(len(cell.blocks) for cell in cells) > 30
+    assert (graph(images)[0] == whole).all()
+
+
+def test_cells_are_the_views_of_semantic_argmax():
+    """Each pixel lies in one, where shares add up to 1."""
+    runs = passes((40, 70), InferenceOptions(window=32, stride=24, scales=[1.0, 0.5], flip=True), 8)
+    views = list_views(1, (40, 70), runs, [(4, 4)] * len(runs))
+    covered = torch.zeros(40, 70)
+    for cell in (c for row in cells_of(views, (40, 70)) for c in row):
+        top, left, bottom, right = cell.rectangle
+        assert sum(cell.shares.values()) == pytest.approx(1)
+        covered[top:bottom, left:right] += 1
+    assert (covered == 1).all()
+
+
+def test_predict_and_evaluate_take_the_file(anything, folder, capsys, tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "p.png"
+    Image.fromarray(pictures((45, 70), batch=1)[0].permute(1, 2, 0).numpy()).save(picture)
+    for name in (anything, folder / "checkpoint"):
+        assert (
+            main(["predict", str(picture), "--checkpoint", str(name), "--out", str(tmp_path / name.stem)])
+            == 0
+        )
+    maps = [np.array(Image.open(tmp_path / n / "p_labels.png")) for n in ("any", "checkpoint")]
+    assert (maps[0] == maps[1]).mean() > 0.999
+    capsys.readouterr()
+    words = ["--data", "synthetic", "--synthetic-validation", "3", "--no-progress", "--workers", "0"]
+    assert main(["evaluate", "--checkpoint", str(anything), *words]) == 2  # classes of other data
+    assert "classes" in capsys.readouterr().err
+    for option in (["--maps", "a"], ["--scores"], ["--probabilities"], ["--window", "32"]):
+        out = tmp_path / "refused"
+        assert main(["predict", str(picture), "--checkpoint", str(anything), "--out", str(out), *option]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and option[0][2:] in error and not out.exists()
+
+
+def test_refusals(model, folder, capsys, tmp_path, monkeypatch):
+    checkpoint, out = str(folder / "checkpoint"), tmp_path / "x.onnx"
+    for words, said in (
+        ([str(tmp_path / "x.pb")], "ends in .onnx"),
+        ([str(out), "--window", "32"], "window"),
+        ([str(out), "--size", "37", "50", "--flip", "--batch", "any"], "flip"),
+        ([str(out), "--scores", "--logits"], "logits"),
+        (["/proc/no/x.onnx"], "/proc/no"),
+    ):
+        assert main(["export", checkpoint, *words]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and said in error, error
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", checkpoint, str(out)]) == 2
+    assert "segvit-kernels[export]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_none(tmp_path, fixed):
+    (tmp_path / "x.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"x\.onnx"):
+        open_model(tmp_path / "x.onnx")
+    with pytest.raises(FileNotFoundError, match=r"y\.onnx"):
+        open_model(tmp_path / "y.onnx")
+    with pytest.raises(ValueError, match=r"50x37 pixels, got 48x40"):
+        open_model(fixed).predict(pictures((40, 48), batch=1))
