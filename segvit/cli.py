@@ -1,4 +1,4 @@
-"""The command line: `segvit train|evaluate|predict|convert|export|bench|data check|demo`; `python -m segvit`.
+"""The command line: `segvit train|evaluate|predict|serve|...`, see `segvit --help`; also `python -m segvit`.
 
 Options are read by `segvit.commands.parser`; torch is imported only after that. A mistake in options, files
 or data is one line on stderr and exit code 2.

@@ -27,6 +27,7 @@ __all__ = [
     "ExportConfig",
     "InferenceOptions",
     "PredictConfig",
+    "ServeConfig",
     "TrainConfig",
     "check_ranges",
 ]
@@ -367,6 +368,36 @@ class PredictConfig(InferenceOptions):
         at_least=0,
     )
     alpha: float = option(0.55, "opacity of the overlay, 0 to 1", at_least=0, at_most=1)
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
+    backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
+
+
+@dataclass(kw_only=True)
+class ServeConfig(InferenceOptions):
+    """Serving"""
+
+    checkpoint: str = option(
+        ..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub", positional=True
+    )
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on: the default is reached from this machine only, 0.0.0.0 from others",
+    )
+    port: int = option(8000, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
+    batch: int = option(8, "waiting pictures of one size that run together, at most", at_least=1)
+    queue: int = option(
+        256, "requests at hand, at most; more are told to come back (503)", at_least=1, at_most=1 << 20
+    )
+    max_pixels: int = option(
+        1 << 24,
+        "pixels of a picture, at most, looked at before it is decoded; and of a batch",
+        at_least=1,
+        at_most=1 << 30,
+    )
+    max_bytes: int = option(1 << 25, "bytes of a picture as it is sent, at most", at_least=1, at_most=1 << 32)
+    timeout: float = option(
+        120.0, "seconds from a request to its answer, at most", more_than=0, at_most=86400
+    )
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run")
     backend: str | None = option(None, "kernel backend (eager, triton, ...); chosen by device when not given")
 

@@ -53,6 +53,7 @@ def test_one_wheel_for_every_python(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if n.startswith("segvit_kernels/libsegvit_native")]
     assert "segvit_kernels/triton/atm.py" in names and "segvit/cli.py" in names
+    assert {f"segvit/serve/page/{name}" for name in ("index.html", "style.css", "script.js")} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
 
 

@@ -8,6 +8,7 @@ from segvit.options import (
     EvaluateConfig,
     ExportConfig,
     PredictConfig,
+    ServeConfig,
     TrainConfig,
 )
 
@@ -18,6 +19,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "train": (TrainConfig, "train a model on a folder of images or on synthetic data"),
     "evaluate": (EvaluateConfig, "mIoU of a checkpoint on a data set"),
     "predict": (PredictConfig, "label maps and overlays of images"),
+    "serve": (ServeConfig, "a page and an HTTP interface to a checkpoint, on this machine"),
     "convert": (ConvertConfig, "turn a published SegViT checkpoint into one of this package"),
     "export": (ExportConfig, "write a checkpoint as a file for other runtimes, from picture to label map"),
     "bench": (
@@ -30,6 +32,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 # What stands behind the command, for its usage.
 OPERANDS = {
     "predict": "IMAGE... ",
+    "serve": "CHECKPOINT ",
     "convert": "IN.pth OUT ",
     "export": "CHECKPOINT OUT ",
     "bench": "MODEL ",

@@ -10,6 +10,9 @@ Every problem with a file is a `ValueError` or `FileNotFoundError` of one line t
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import math
 import os
 import threading
 import warnings
@@ -24,7 +27,9 @@ from torch import Tensor
 from segvit.system.extras import require
 
 __all__ = [
+    "PictureBytes",
     "StoredLabel",
+    "TooLargeError",
     "as_rgb",
     "image_tensor",
     "probe",
@@ -46,22 +51,78 @@ Range = Sequence[float] | None
 # Pictures
 
 
-def read_image(path: str | os.PathLike, channels: int = 3, value_range: Range = None) -> Tensor:
+class TooLargeError(ValueError):
+    """A picture of more pixels than the limit."""
+
+
+class PictureBytes:
+    """A picture file in memory, of a stranger: in place of a path in `read_image` and `probe`.
+
+    Nothing on disk is opened for it, whatever is written in it; only formats in common use are decoded; its
+    size is known before its pixels are read.
+
+    Args:
+        data: what stands in the file.
+        name: what messages call it.
+        max_pixels: it may have at most so many.
+        max_channels: and at most so many times as many samples.
+    """
+
+    def __init__(
+        self, data: bytes, name: str = "image", *, max_pixels: int = _MAX_PIXELS, max_channels: int = 4
+    ) -> None:
+        self.data, self.name = data, name
+        self.max_pixels, self.max_channels = max_pixels, max_channels
+
+    @property
+    def suffix(self) -> str:
+        return ".npy" if self.data.startswith(b"\x93NUMPY") else ""
+
+    def is_file(self) -> bool:
+        return True
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = Path | PictureBytes
+# Of strangers: Pillow hands other formats to other programs, or has decoders that few people use.
+_COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
+# Kinds of TIFF whose other files tifffile would look for.
+_ALONE = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False, "_multifile": False}
+
+
+def _source(path: str | os.PathLike | PictureBytes) -> Source:
+    return path if isinstance(path, PictureBytes) else Path(path)
+
+
+def _file(path: Source) -> Any:
+    """What decoders take."""
+    return path if isinstance(path, Path) else path.open()
+
+
+def read_image(
+    path: str | os.PathLike | PictureBytes, channels: int = 3, value_range: Range = None
+) -> Tensor:
     """A picture file as uint8 (channels, H, W).
 
     Args:
         path: of any format that Pillow reads, a .npy array (H, W), (H, W, C) or (C, H, W), or a TIFF of any
-            number of channels (needs the extra `tiff` where Pillow cannot).
+            number of channels (needs the extra `tiff` where Pillow cannot); or a file in memory.
         channels: 3 for RGB, to which every other kind is converted; 1 for grey; any other number must be the
             file's own.
         value_range: the stored values that become 0 and 255, see `to_bytes`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be decoded, is larger than the limit, or has another number of channels.
+        ValueError: it cannot be decoded, is larger than the limit (`TooLargeError`), or has another number of
+            channels.
         ImportError: an extra is needed for it.
     """
-    path = Path(path)
+    path = _source(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     return _tensor(_decode_picture(path, channels, value_range))
@@ -147,20 +208,23 @@ def _natural_range(samples: np.ndarray) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def probe(path: str | os.PathLike, *, decode: bool = False) -> tuple[int, int]:
+def probe(path: str | os.PathLike | PictureBytes, *, decode: bool = False) -> tuple[int, int]:
     """Width and height of a picture as it is seen; `decode` reads its pixels too, and finds a damaged file.
 
     Raises:
-        ValueError: it is not a picture, or damaged.
+        ValueError: it is not a picture, damaged, or larger than the limit (`TooLargeError`).
     """
-    path = Path(path)
+    path = _source(path)
     if path.suffix.lower() == ".npy":
-        shape = _load_array(path, mmap=True).shape
+        shape = _array_shape(path)
         return (shape[1], shape[0]) if len(shape) == 2 or shape[-1] <= shape[0] else (shape[2], shape[1])
     image = _open(path)
     if image is None:
-        height, width = _read_tiff(path).shape[:2]
-        return width, height
+        if decode:
+            height, width = _read_tiff(path).shape[:2]
+            return width, height
+        with _tiff_series(path) as series:
+            return series.sizes.get("width", 1), series.sizes.get("height", 1)
     with image:
         width, height = image.size
         if not decode:
@@ -291,11 +355,11 @@ class _WholeMessageError(ValueError):
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _named(path: Source) -> Iterator[None]:
     """Whatever a decoder raises becomes one line that names the file."""
     try:
         yield
-    except (_WholeMessageError, ImportError):
+    except (_WholeMessageError, TooLargeError, ImportError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -310,7 +374,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _open(path: Path) -> Any:
+def _open(path: Source) -> Any:
     """A PIL image whose pixels are not read yet; None for a TIFF that Pillow cannot read.
 
     Our limit of pixels stands in place of Pillow's, which microscopes and satellites exceed.
@@ -319,7 +383,12 @@ def _open(path: Path) -> Any:
     with _named(path), _quiet():
         before, image_module.MAX_IMAGE_PIXELS = image_module.MAX_IMAGE_PIXELS, None
         try:
-            image = image_module.open(path)
+            if isinstance(path, Path):
+                image = image_module.open(path)
+            else:
+                image_module.init()
+                known = [name for name in _COMMON_FORMATS if name in image_module.OPEN]
+                image = image_module.open(path.open(), formats=known)
         except image_module.UnidentifiedImageError:
             with path.open("rb") as file:
                 if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -335,17 +404,25 @@ def _open(path: Path) -> Any:
     return image
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: Source, width: int, height: int, channels: int = 1) -> None:
+    if isinstance(path, PictureBytes):
+        most = path.max_pixels
+        if width * height > most:
+            raise TooLargeError(f"{path}: {width}x{height} pixels, more than {most}")
+        if width * height * channels > most * path.max_channels:
+            got = f"{width}x{height} pixels of {channels} channels"
+            raise TooLargeError(f"{path}: {got}, more than {most} of {path.max_channels}")
+        return
     text = os.environ.get("SEGVIT_MAX_PIXELS", str(_MAX_PIXELS))
     if not text.isdecimal() or not int(text):
         raise _WholeMessageError(f"SEGVIT_MAX_PIXELS: got {text!r}, expected a number of pixels")
     if width * height > int(text):
-        raise _WholeMessageError(
+        raise TooLargeError(
             f"{path}: {width}x{height} pixels, more than {int(text)}; SEGVIT_MAX_PIXELS sets another limit"
         )
 
 
-def _decode_picture(path: Path, channels: int, value_range: Range) -> np.ndarray:
+def _decode_picture(path: Source, channels: int, value_range: Range) -> np.ndarray:
     """uint8 (H, W, channels)."""
     if path.suffix.lower() == ".npy":
         samples = _channels_last(_load_array(path), channels, path)
@@ -404,7 +481,7 @@ def _fit_channels(samples: np.ndarray, channels: int, name: Any) -> np.ndarray:
     raise _WholeMessageError(f"{name}: has {found} channels, expected {channels}")
 
 
-def _channels_last(samples: np.ndarray, channels: int, path: Path) -> np.ndarray:
+def _channels_last(samples: np.ndarray, channels: int, path: Source) -> np.ndarray:
     if samples.ndim == 2:
         return samples[..., None]
     fitting = {channels, *({1: (3,), 3: (1,)}.get(channels, ()))}
@@ -417,14 +494,31 @@ def _channels_last(samples: np.ndarray, channels: int, path: Path) -> np.ndarray
     )
 
 
-def _load_array(path: Path, mmap: bool = False) -> np.ndarray:
+def _load_array(path: Source) -> np.ndarray:
+    _array_shape(path)
     with _named(path):
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or array.ndim not in (2, 3):
+        return np.load(_file(path), allow_pickle=False)
+
+
+def _array_shape(path: Source) -> tuple[int, ...]:
+    """The shape that the header of a .npy file says.
+
+    Raises:
+        ValueError: it is not an array of numbers, or too large.
+    """
+    with _named(path), path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:  # 3.0 has names in UTF-8, and arrays of numbers have none
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        if dtype.kind not in "buif" or len(shape) not in (2, 3):
             raise ValueError("expected an array of numbers (H, W), (H, W, C) or (C, H, W)")
-        if not array.size:
-            raise ValueError(f"an array of shape {array.shape}")
-    return array
+        if min(shape) < 1:
+            raise ValueError(f"an array of shape {shape}")
+        channels, height, width = sorted((1, *shape))[-3:]
+        _check_size(path, width, height, channels)
+        return shape
 
 
 def _needs_tifffile(image: Any, channels: int, value_range: Range) -> bool:
@@ -437,12 +531,22 @@ def _needs_tifffile(image: Any, channels: int, value_range: Range) -> bool:
     return deep or samples != channels
 
 
-def _read_tiff(path: Path) -> np.ndarray:
-    """Samples (H, W, C) of the first picture of a TIFF; pages of one size are its channels."""
+@contextlib.contextmanager
+def _tiff_series(path: Source) -> Iterator[Any]:
+    """The first picture of a TIFF, its pixels not read yet; pages of one size are its channels."""
     tifffile = require("tifffile", extra="tiff")
-    with _named(path), tifffile.TiffFile(path) as file:
+    tifffile.logger().setLevel(logging.CRITICAL)  # damage that matters is raised
+    alone = {} if isinstance(path, Path) else _ALONE
+    with _named(path), tifffile.TiffFile(_file(path), **alone) as file:
         series = file.series[0]
-        _check_size(path, series.sizes.get("width", 1), series.sizes.get("height", 1))
+        width, height = series.sizes.get("width", 1), series.sizes.get("height", 1)
+        _check_size(path, width, height, math.prod(series.shape) // max(1, width * height))
+        yield series
+
+
+def _read_tiff(path: Source) -> np.ndarray:
+    """Samples (H, W, C) of the first picture of a TIFF."""
+    with _tiff_series(path) as series:
         try:
             array = series.asarray()
         except ValueError as error:

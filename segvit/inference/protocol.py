@@ -71,7 +71,7 @@ class Predictor(Segmenter, Protocol):
     """A model that predicts pictures: what bulk prediction asks of it."""
 
     def predict(self, images: Tensor, options: InferenceOptions | None = None) -> Tensor:
-        """The label map (H, W) of a uint8 image (channels, H, W)."""
+        """The label map (H, W) of a uint8 image (channels, H, W), (B, H, W) of (B, channels, H, W)."""
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalised images of uint8 images (B, channels, H, W)."""

@@ -19,18 +19,22 @@ from segvit.system.extras import require
 
 Image = require("PIL.Image", extra="train")
 
-_STYLE = """
+# Colours of a page, for light and dark readers.
+THEME = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #16191d; --soft: #5c6570; --line: #dfe3e8; --grid: #e9ecf0;
-  --accent: #2456c7;
+  --edge: #868f9a; --accent: #2456c7;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #111418; --card: #1a1e24; --ink: #e8ebef; --soft: #9aa5b1; --line: #2c323a; --grid: #262b32;
-    --accent: #7ea6ff;
+    --edge: #6d7783; --accent: #7ea6ff;
   }
 }
+""".lstrip()
+
+_RULES = """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--page); color: var(--ink); line-height: 1.55;
@@ -108,7 +112,7 @@ def page(title: str, lead: str, body: Sequence[str], footer: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{THEME}{_RULES}\n</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n{content}\n'
         f"<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
     )

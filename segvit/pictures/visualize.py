@@ -275,6 +275,44 @@ def stage_notes(stages: int) -> list[str]:
     return ["deepest tap" if n == 0 else "shallowest tap" if n == stages - 1 else "" for n in range(stages)]
 
 
+class Panel(NamedTuple):
+    """One of several pictures side by side: title, what to say below it, a caption, uint8 (H, W, 3)."""
+
+    title: str
+    note: str
+    caption: str
+    picture: np.ndarray
+
+
+def similarity_panels(
+    image: np.ndarray,
+    stages: Sequence[np.ndarray],
+    accumulated: np.ndarray,
+    *,
+    normalize: str = "minmax",
+    layers: bool = False,
+) -> list[Panel]:
+    """The pictures of one row of `similarity_picture`: the image, each stage's map, the accumulated mask.
+
+    Args:
+        image: uint8 (H, W, 3); enlarged or reduced to a longer side of 240 to 480 pixels.
+        stages, accumulated: float (h, w), of one class.
+        normalize, layers: as for `similarity_picture`.
+    """
+    image = _check_image(image)
+    longest = max(image.shape[:2])
+    scale = min(max(longest, 240), 480) / longest
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    shown = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    kind, mask = ("layer", "mask") if layers else ("stage", "accumulated mask")
+    notes = [""] * len(stages) if layers else stage_notes(len(stages))
+    panels = [Panel("image", "", "", shown)]
+    for number, (values, note) in enumerate(zip(stages, notes, strict=True), 1):
+        caption = f"{values.min():.1f} … {values.max():.1f}" if normalize == "minmax" else ""
+        panels.append(Panel(f"{kind} {number}", note, caption, heat(shown, values, normalize=normalize)))
+    return [*panels, Panel(mask, "sigmoid", "", heat(shown, accumulated, normalize="sigmoid"))]
+
+
 def similarity_picture(
     image: np.ndarray,
     stages: Sequence[np.ndarray],
@@ -308,38 +346,34 @@ def similarity_picture(
         raise ValueError(
             f"class_names has {rows} names, the maps {counts} classes; expected the same, at least 1"
         )
-    longest = max(image.shape[:2])
-    scale = min(max(longest, 240), 480) / longest
-    cell = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    shown = np.asarray(Image.fromarray(image).resize(cell, Image.Resampling.LANCZOS))
-
-    kind, mask = ("layer", "mask") if layers else ("stage", "accumulated mask")
-    titles = ["image", *(f"{kind} {number}" for number in range(1, len(stages) + 1)), mask]
-    notes = ["", *([""] * len(stages) if layers else stage_notes(len(stages))), "sigmoid"]
+    table = [
+        similarity_panels(
+            image, [maps[row] for maps in stages], accumulated[row], normalize=normalize, layers=layers
+        )
+        for row in range(rows)
+    ]
+    titles = table[0]
+    cell = (titles[0].picture.shape[1], titles[0].picture.shape[0])
     text, small, gap = _font(16), _font(13), 8
     name_height, head = 30, 50
     row_height = name_height + cell[1] + gap
     width = gap + len(titles) * (cell[0] + gap)
     canvas = Image.new("RGB", (width, head + rows * row_height + gap), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    for column, (title, note) in enumerate(zip(titles, notes, strict=True)):
+    for column, panel in enumerate(titles):
         left = gap + column * (cell[0] + gap)
-        draw.text((left, 8), title, _INK, text)
-        draw.text((left, 29), note, _FAINT, small)
-    for row, name in enumerate(class_names):
+        draw.text((left, 8), panel.title, _INK, text)
+        draw.text((left, 29), panel.note, _FAINT, small)
+    for row, (name, panels) in enumerate(zip(class_names, table, strict=True)):
         top = head + row * row_height
         draw.line((gap, top, width - gap, top), (222, 224, 228))
         draw.text((gap, top + name_height // 2), name, _INK, text, anchor="lm")
-        pictures = [shown, *(heat(shown, stage[row], normalize=normalize) for stage in stages)]
-        pictures.append(heat(shown, accumulated[row], normalize="sigmoid"))
-        for column, picture in enumerate(pictures):
+        for column, panel in enumerate(panels):
             left = gap + column * (cell[0] + gap)
-            canvas.paste(Image.fromarray(picture), (left, top + name_height))
-            if 0 < column <= len(stages) and normalize == "minmax":
-                values = stages[column - 1][row]
-                caption = f"{values.min():.1f} … {values.max():.1f}"
+            canvas.paste(Image.fromarray(panel.picture), (left, top + name_height))
+            if panel.caption:
                 corner = (left + 6, top + name_height + cell[1] - 5)
-                draw.text(corner, caption, _PAPER, small, anchor="ls", stroke_width=1, stroke_fill=_INK)
+                draw.text(corner, panel.caption, _PAPER, small, anchor="ls", stroke_width=1, stroke_fill=_INK)
     return canvas
 
 

@@ -407,7 +407,7 @@ def test_module_runs_as_the_command():
 
 
 @pytest.mark.parametrize("by_option", [True, False])
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo", "bench"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "serve", "demo", "bench"])
 def test_a_backend_that_cannot_run_here(tmp_path, capsys, monkeypatch, command, by_option):
     """Of the environment as of an option: one line, before anything is written."""
     out, picture = str(tmp_path / "out"), tmp_path / "a.png"
@@ -417,6 +417,7 @@ def test_a_backend_that_cannot_run_here(tmp_path, capsys, monkeypatch, command, 
         "train": ["--data", "synthetic", "--out", out, *SMALL_RUN],
         "evaluate": ["--data", "synthetic", "--checkpoint", out, "--accelerator", "cpu", "--json", out],
         "predict": [str(picture), "--checkpoint", out, "--out", out, "--accelerator", "cpu"],
+        "serve": [out, "--port", "0", "--accelerator", "cpu"],
         "demo": ["--out", out, "--accelerator", "cpu"],
         "bench": ["vit_tiny", "--accelerator", "cpu", "--json", out],
     }[command]

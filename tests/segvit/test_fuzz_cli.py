@@ -320,6 +320,8 @@ class Draw:
 
     def text(self, name: str) -> str:
         rng, world = self.rng, self.world
+        if name == "host":  # other names would be looked up
+            return rng.choice(["127.0.0.1", "localhost", "192.0.2.1", "::1", "1.2.3"])
         if rng.random() < 0.1:
             return rng.choice(world["any"])
         if name in ("data", "folder"):
@@ -589,7 +591,7 @@ def _check_result(words: list[str], root: Path) -> None:
 
 def draw_run(number: int, world: dict[str, list[str]]) -> list[str]:
     rng = random.Random(f"{SEED}:{number}")
-    weights = {"predict": 8, "train": 6, "evaluate": 5, "bench": 1, "convert": 1, "demo": 0}
+    weights = {"predict": 8, "train": 6, "evaluate": 5, "bench": 1, "convert": 1, "serve": 1, "demo": 0}
     names = list(COMMANDS)
     command = rng.choices(names, [weights.get(name, 3) for name in names])[0]
     return Draw(rng, world, "out").words(command)
@@ -610,6 +612,7 @@ def test_every_run_ends_well(world, monkeypatch, capsys):
     monkeypatch.setenv("SEGVIT_CACHE", str(root / ".segvit"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("SEGVIT_TRACEBACK", raising=False)
+    monkeypatch.setattr("segvit.serve.server.serve", lambda service, *_: service.close())  # as after a signal
     limit = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, limit[1]))  # absurd sizes fail instead of the machine
     numbers = [int(os.environ["SEGVIT_FUZZ_RUN"])] if "SEGVIT_FUZZ_RUN" in os.environ else range(RUNS)

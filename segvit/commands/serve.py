@@ -1,0 +1,49 @@
+"""`segvit serve`: a checkpoint behind HTTP and a page to try it on, of this machine unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from segvit.inference.passes import check_options
+from segvit.model.heads import load_model
+from segvit.model.linear_head import LinearSegmenter
+from segvit.options import ServeConfig
+from segvit.system.extras import require
+from segvit.system.machine import pick_backend, pick_device
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until SIGINT or SIGTERM. Returns 0.
+
+    Raises:
+        ValueError, OSError, ImportError: an option, the checkpoint or the port cannot be used.
+    """
+    for module in ("python_multipart", "starlette", "uvicorn"):
+        require(module, extra="serve")
+    from segvit.serve.app import Service, local_names
+    from segvit.serve.server import bind, serve
+
+    device = pick_device(config.accelerator)
+    choice = pick_backend(config.backend, device)
+    with bind(config.host, config.port) as listening:
+        model = load_model(config.checkpoint).to(device).eval().fuse()
+        check_options(config, model.config.backbone.patch_size)
+        similarity = not isinstance(model, LinearSegmenter)
+        path = Path(config.checkpoint)
+        name = os.path.basename(os.path.abspath(path)) if path.exists() else config.checkpoint
+        service = Service(model, config, name, similarity=similarity, context=choice)
+        host, port = listening.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if local_names(config.host) is None:
+            reach = "whoever reaches this machine can use it: there is no password and no encryption"
+        else:
+            reach = "from this machine only; --host 0.0.0.0 lets others in"
+
+        def ready() -> None:
+            print(f"{address} ({reach})", flush=True)
+            print("Ctrl-C ends it when what is at hand is answered", flush=True)
+
+        serve(service, listening, config, ready)
+    print("ended", flush=True)
+    return 0

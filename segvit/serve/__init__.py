@@ -1,0 +1,1 @@
+"""A model behind HTTP: reading of requests, batches, limits, counts, and a page to try it on."""
