@@ -12,7 +12,7 @@ from segvit_kernels._library import (
     requested_backend,
     why_not,
 )
-from segvit_kernels._lowering import lower_to_native, native_library
+from segvit_kernels._lowering import load_native_copy, lower_to_native, native_library
 from segvit_kernels._version import __version__
 from segvit_kernels.modules import (
     FusedATM,
@@ -77,6 +77,7 @@ __all__ = [
     "is_plain",
     "linear",
     "linear_reference",
+    "load_native_copy",
     "lower_to_native",
     "mask_loss",
     "mask_loss_reference",

@@ -37,6 +37,16 @@ def native_library(device: torch.device | str = "cpu") -> Path:
     return _native.library().path
 
 
+def load_native_copy(path: Path) -> None:
+    """Load the copy of the native library that came with a program, where this package has none of its own.
+
+    Raises:
+        BackendUnavailableError: it does not load, or what is loaded already is of another version.
+    """
+    if reason := _native.load_copy(path):
+        raise _library.BackendUnavailableError(f"its operators cannot be used: {reason}")
+
+
 def lower_to_native(program: torch.export.ExportedProgram) -> list[str]:
     """Let an exported program call the native library's operators in place of this package's, in place.
 

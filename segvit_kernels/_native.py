@@ -98,6 +98,20 @@ def library() -> _Library:
     return _Library(own, f"the native library is not built: {BUILD}")
 
 
+def load_copy(path: Path) -> str | None:
+    """Load a copy of the library, which binds what no other has bound before; why it cannot be used here."""
+    own = library()  # comes first
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load into torch {torch.__version__}: {error}"
+    if own.path.is_file() and _text(ctypes.CDLL(str(own.path)), "schemas") != _text(
+        ctypes.CDLL(str(path)), "schemas"
+    ):
+        return f"{own.path} is of another version"
+    return None
+
+
 @functools.cache
 def _emulator() -> _Library:
     path = os.environ.get(EMULATOR_VARIABLE)

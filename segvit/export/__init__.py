@@ -4,7 +4,8 @@
 entry in `FORMATS` and a module here with
 
 - `check(plan)`: raises for what the format cannot do or what is not installed,
-- `save(graph, path, text)`: writes a `segvit.export.graph.LabelGraph`, with a text in the file's metadata,
+- `save(graph, path, text)`: writes a `segvit.export.graph.LabelGraph`, or the module's own `Program` in its
+  place, with a text in the file's metadata,
 - `load(path, precision)`: a callable from uint8 pictures to a list of arrays, the metadata as its `text`.
 """
 
@@ -42,6 +43,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", "onnx", "ONNX, standard operators; ONNX Runtime, TensorRT and others"),
+    "pt2": Format(".pt2", "aot", "C++ by AOTInductor, our operators fused; libtorch, on such a machine"),
 }
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -113,7 +115,8 @@ def export(
     module.check(plan)
     make_folder(path.resolve().parent)
     about = {"format": name, "precision": dtype, "source": source}
-    module.save(LabelGraph(model, plan), path, metadata.describe(model.config, model.head, plan, about))
+    graph = getattr(module, "Program", LabelGraph)(model, plan)
+    module.save(graph, path, metadata.describe(model.config, model.head, plan, about))
 
 
 def open_model(path: str | Path) -> SegViT | ExportedModel:

@@ -1,0 +1,196 @@
+"""Programs compiled ahead of time by AOTInductor: C++ from uint8 pictures to label maps, our operators fused.
+
+One file, `segvit.inference.engine`'s function for one size and batch. Every operator of `segvit_kernels` in
+it is one call of the native library, of which the file holds a copy: another machine of the same kind runs it
+without this package, and without Python. It asks for the same version of libtorch and for the processor that
+it was compiled on, or one with the same instructions.
+
+The file is PyTorch's archive, a zip. Beside what PyTorch puts there it has
+
+- `segvit/libsegvit_native.so`: the operators, which a program has to load first;
+- `extra/metadata.json`: what all exported files say of themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segvit.export.graph import Plan
+from segvit.model.segvit import SegViT
+from segvit.system.files import atomic_write
+from segvit_kernels import BackendUnavailableError, load_native_copy, lower_to_native, native_library
+
+__all__ = ["LIBRARY", "METADATA", "Program", "check", "load", "save"]
+
+LIBRARY, METADATA = "segvit/libsegvit_native.so", "extra/metadata.json"
+_NEEDS = "segvit/needs.json"
+_INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")  # each has those before it
+
+
+def check(plan: Plan) -> None:
+    """Raise ValueError for what a program cannot do, or this machine not make."""
+    if plan.size is None:
+        raise ValueError("size: got none, expected height and width: a .pt2 is compiled for one size")
+    if plan.batch is None:
+        raise ValueError("batch: got any, expected a number: a .pt2 is compiled for one batch")
+    if plan.outputs != "labels":
+        raise ValueError(f"outputs: got {plan.outputs}, expected labels: a .pt2 gives nothing else")
+    from torch._inductor import cpp_builder, exc  # slow to import
+
+    try:
+        native_library()
+        cpp_builder.get_cpp_compiler()
+    except BackendUnavailableError as error:
+        raise ValueError(f"pt2: {error}") from None
+    except exc.InvalidCxxCompiler:
+        raise ValueError("pt2: there is no C++ compiler here: install one, or set CXX") from None
+
+
+class Program(nn.Module):
+    """The engine's function for a plan, on the device that the model is on."""
+
+    def __init__(self, model: SegViT, plan: Plan, *, int8: bool = False) -> None:
+        super().__init__()
+        assert plan.size is not None and plan.batch is not None
+        self.engine = model.compile_for_inference(
+            plan.size, plan.batch, dtype=plan.dtype, method="eager", int8=int8, options=plan.options
+        )
+        self.function, self.channels_last = self.engine.function, plan.channels_last
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.function(pictures.permute(0, 3, 1, 2) if self.channels_last else pictures)
+
+
+def save(program: Program, path: Path, text: str) -> None:
+    """Compile a program and write its file, with `text` in its metadata; half a minute and more.
+
+    Raises:
+        ValueError: the kernels do not take the model, or the compiler fails.
+        OSError: the file cannot be written.
+    """
+    needs = _needs(program)
+    try:
+        library = native_library(program.engine.device)
+    except BackendUnavailableError as error:
+        raise ValueError(f"pt2: {error}") from None
+    with tempfile.TemporaryDirectory(prefix="segvit-") as folder:
+        made = Path(folder) / "program.pt2"  # the name is that of the archive's own folder too
+        _compile(program, made, needs)
+        with zipfile.ZipFile(made, "a") as archive:
+            archive.write(library, f"program/{LIBRARY}")
+            archive.writestr(f"program/{METADATA}", text)
+            archive.writestr(f"program/{_NEEDS}", json.dumps(needs))
+        atomic_write(path, lambda temporary: shutil.copyfile(made, temporary))
+
+
+def _needs(program: Program) -> dict[str, str]:
+    """What a program takes and asks of the machine that runs it; C++ programs see it too."""
+    engine = program.engine
+    height, width = map(str, engine.size)
+    needs = {"batch": str(engine.batch), "height": height, "width": width, "device": engine.device.type}
+    needs |= {"layout": "nhwc" if program.channels_last else "nchw"}
+    needs |= {"torch": torch.__version__, "machine": platform.machine()}
+    if engine.device.type == "cpu":
+        return needs | {"instructions": torch.backends.cpu.get_cpu_capability()}
+    return needs | {"gpu": torch.cuda.get_device_name(engine.device)}
+
+
+def _compile(program: Program, path: Path, needs: dict[str, str]) -> None:
+    from torch._inductor import exc
+
+    engine = program.engine
+    shape = (*engine.size, engine.channels) if program.channels_last else (engine.channels, *engine.size)
+    pictures = torch.zeros((engine.batch, *shape), dtype=torch.uint8, device=engine.device)
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(program, (pictures,))
+        try:
+            lower_to_native(exported)
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(path), inductor_configs={"aot_inductor.metadata": needs}
+            )
+        except TypeError as error:
+            raise ValueError(f"pt2: {error}") from None
+        except exc.InductorError as error:
+            failure = error.inner_exception
+            if not isinstance(failure, exc.CppCompileError):
+                raise
+            lines = [line.strip() for line in failure.output.splitlines() if line.strip()]
+            line = next((line for line in lines if "error" in line), lines[0] if lines else "it says nothing")
+            raise ValueError(f"pt2: the C++ compiler failed: {line}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warning that there is no GPU, which nobody asked for."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class _Loaded:
+    """A program, with its metadata as `text`."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                found = {name.partition("/")[2]: name for name in archive.namelist()}
+                self.text = archive.read(found[METADATA]).decode()
+                needs = json.loads(archive.read(found[_NEEDS]))
+                library = archive.read(found[LIBRARY])
+        except (KeyError, ValueError, zipfile.BadZipFile):
+            raise ValueError(f"{path}: not a program that `segvit export` has written") from None
+        if reason := _why_not_here(needs):
+            raise ValueError(f"{path}: {reason}; export it again here")
+        with tempfile.TemporaryDirectory(prefix="segvit-") as folder:
+            carried = Path(folder) / Path(LIBRARY).name
+            carried.write_bytes(library)
+            try:
+                load_native_copy(carried)
+            except BackendUnavailableError as error:
+                raise ValueError(f"{path}: {error}") from None
+        self.device = needs["device"]
+        with _quiet():
+            self.run: Any = torch._inductor.aoti_load_package(str(path))
+
+    def __call__(self, pictures: np.ndarray) -> list[np.ndarray]:
+        return [self.run(torch.from_numpy(pictures).to(self.device)).cpu().numpy()]
+
+
+def _why_not_here(needs: dict[str, str]) -> str | None:
+    """Why this machine does not run a program; None if it does."""
+    here = {"torch": torch.__version__, "machine": platform.machine()}
+    for name, found in here.items():
+        if needs[name] != found:
+            return f"compiled for {name} {needs[name]}, here is {found}"
+    if needs["device"] == "cuda" and not torch.cuda.is_available():
+        return "compiled for a GPU, of which there is none"
+    wanted, found = needs.get("instructions", ""), torch.backends.cpu.get_cpu_capability()
+    if wanted and found != wanted and wanted not in _INSTRUCTIONS[: _INSTRUCTIONS.index(found) + 1]:
+        return f"compiled for {wanted}, this processor has {found}"
+    return None
+
+
+def load(path: Path, precision: str | None = None) -> _Loaded:
+    """A callable from pictures to label maps, with the file's metadata as `text`.
+
+    Raises:
+        ValueError: not such a file, or one for another kind of machine.
+    """
+    return _Loaded(path)
