@@ -21,7 +21,8 @@ def run(config: ServeConfig) -> int:
     """
     for module in ("python_multipart", "starlette", "uvicorn"):
         require(module, extra="serve")
-    from segvit.serve.app import Service, local_names
+    from segvit.serve.app import Service
+    from segvit.serve.http import local_names
     from segvit.serve.server import bind, serve
 
     device = pick_device(config.accelerator)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segvit.data.pictures import PictureBytes, TooLargeError, probe, read_image
 from segvit.inference.bulk import class_colors, class_names, find_classes
@@ -36,34 +37,20 @@ from segvit.serve.admission import Budget, RefusedError, declared_length, read_b
 from segvit.serve.answers import Answers
 from segvit.serve.asking import Asked, longest_body, read_request
 from segvit.serve.batches import Batches
+from segvit.serve.http import Answer, Refusal, local_names, misdirected, unless_gone, until, watched
 from segvit.serve.metrics import Counter, Gauge, Histogram, exposition
 from segvit.system.failures import one_line, out_of_memory
 
-__all__ = ["Service", "local_names"]
+__all__ = ["Service"]
 
 _THREADS = 4  # that decode and encode
 _AT_ONCE = 8  # bodies of full length, and decoded pictures of full size, at a time
-_LINGER = 2.0  # seconds for which the rest of a refused body is read, so that the client reads why
-_READ = "segvit.read"  # in a request's scope: its whole body was received, or its client has gone
 _GONE = 499  # the client went before its answer; nothing is sent
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PAGE = {"/": ("index.html", "text/html"), "/style.css": ("style.css", "text/css")}
 _PAGE["/script.js"] = ("script.js", "text/javascript")
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 
 T = TypeVar("T")
-
-
-def local_names(host: str) -> set[str] | None:
-    """What a browser may call a server that only this machine reaches; None where others may."""
-    loopback = {"127.0.0.1", "localhost", "::1"}
-    return loopback | {host} if host in loopback or host.startswith("127.") else None
 
 
 class _Times(NamedTuple):
@@ -73,38 +60,6 @@ class _Times(NamedTuple):
     queue: float
     network: float
     encode: float
-
-
-class _Refusal(Response):
-    """One line as JSON. What the client still sends is read for a while, or it might never see the line."""
-
-    def __init__(self, error: RefusedError) -> None:
-        body = json.dumps({"error": str(error)}).encode() + b"\n"
-        super().__init__(body, error.status, error.headers, "application/json")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get(_READ):
-            await super().__call__(scope, receive, send)
-            return
-        self.headers["connection"] = "close"
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LINGER):
-                while not scope.get(_READ):
-                    await receive()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-@contextlib.asynccontextmanager
-async def _until(deadline: float, status: int, text: str) -> AsyncIterator[None]:
-    """What is not done at this time of the loop's clock is refused."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError:
-        headers = {"Retry_After": "1"} if status == 503 else {}
-        raise RefusedError(status, text, **headers) from None
 
 
 class Service:
@@ -181,30 +136,36 @@ class Service:
 
     # Requests
 
-    async def _handle(self, request: Request) -> Response:
+    async def _handle(self, request: Request, send: Send) -> None:
         """`/predict` and `/similarity`."""
         if self.at_hand >= self.config.queue:
             text = f"{self.at_hand} requests are at hand, come back later"
             raise RefusedError(503, text, Retry_After="1")
         self.at_hand += 1
         try:
-            return await self._answer(request, time.perf_counter())
+            await self._answer(request, send, time.perf_counter())
         finally:
             self.at_hand -= 1
 
-    async def _answer(self, request: Request, start: float) -> Response:
+    async def _answer(self, request: Request, send: Send, start: float) -> None:
         limit = self.config.timeout
         deadline = asyncio.get_running_loop().time() + limit
         longest = longest_body(request.headers.get("content-type", ""), self.config.max_bytes)
         async with contextlib.AsyncExitStack() as held:
-            async with _until(deadline, 503, f"not begun within {limit:g} seconds"):
+            async with until(deadline, 503, f"not begun within {limit:g} seconds"):
                 await held.enter_async_context(self.bodies.hold(declared_length(request, longest)))
-            async with _until(deadline, 408, f"body: not sent within {limit:g} seconds"):
+            async with until(deadline, 408, f"body: not sent within {limit:g} seconds"):
                 body = await read_body(request, longest)
-            async with _until(deadline, 503, f"not done within {limit:g} seconds"):
-                return await _unless_gone(request.receive, self._compute(request, body, start))
+            async with until(deadline, 503, f"not done within {limit:g} seconds"):
+                response = await unless_gone(request.receive, self._compute(request, body, start, held))
+            with contextlib.suppress(TimeoutError):  # of a client that does not read: the connection ends
+                async with asyncio.timeout_at(deadline):
+                    await response(request.scope, request.receive, send)
 
-    async def _compute(self, request: Request, body: bytearray, start: float) -> Response:
+    async def _compute(
+        self, request: Request, body: bytearray, start: float, held: contextlib.AsyncExitStack
+    ) -> Answer:
+        """The answer, for which `held` keeps room until it is sent."""
         path, query = request.url.path, request.query_params.multi_items()
         kind, accept = (request.headers.get(name, "") for name in ("content-type", "accept"))
         asked = await self._in_thread(read_request, path, query, kind, accept, body, self.config.max_bytes)
@@ -215,25 +176,24 @@ class Service:
         picture = PictureBytes(asked.picture, max_pixels=self.config.max_pixels, max_channels=channels)
         width, height = await self._in_thread(_reading, probe, picture)
         looked = time.perf_counter() - begin
-        async with self.pixels.hold(width * height):
-            begin = time.perf_counter()
-            image = await self._in_thread(_reading, read_image, picture, **self.model.config.reading)
-            decode = looked + time.perf_counter() - begin
-            key: Hashable = tuple(image.shape) if index is None else object()
-            item = image if index is None else (image, index)
-            try:
-                done = await asyncio.wrap_future(self.batches.submit(key, item, width * height))
-            except Exception as error:
-                if isinstance(error, ValueError) or out_of_memory(error):
-                    raise RefusedError(422, one_line(error)) from None
-                raise
-            answered = done.result
-            begin = time.perf_counter()
-            if index is None:
-                answer = await self._in_thread(self.answers.prediction, asked, image, answered)
-            else:
-                answer = await self._in_thread(self.answers.similarity, asked, index, image, *answered)
-            times = _Times(decode, done.waited, done.ran, time.perf_counter() - begin)
+        await held.enter_async_context(self.pixels.hold(width * height))
+        begin = time.perf_counter()
+        image = await self._in_thread(_reading, read_image, picture, **self.model.config.reading)
+        decode = looked + time.perf_counter() - begin
+        key: Hashable = tuple(image.shape) if index is None else object()
+        item = image if index is None else (image, index)
+        try:
+            done = await asyncio.wrap_future(self.batches.submit(key, item, width * height))
+        except Exception as error:
+            if isinstance(error, ValueError) or out_of_memory(error):
+                raise RefusedError(422, one_line(error)) from None
+            raise
+        begin = time.perf_counter()
+        if index is None:
+            answer = await self._in_thread(self.answers.prediction, asked, image, done.result)
+        else:
+            answer = await self._in_thread(self.answers.similarity, asked, index, image, *done.result)
+        times = _Times(decode, done.waited, done.ran, time.perf_counter() - begin)
         return await self._in_thread(self._response, path, answer, times, start, done.batch)
 
     def _class_of(self, asked: Asked) -> int:
@@ -246,7 +206,7 @@ class Service:
 
     def _response(
         self, path: str, answer: bytes | dict[str, Any], times: _Times, start: float, batch: int
-    ) -> Response:
+    ) -> Answer:
         total = time.perf_counter() - start
         for part, seconds in times._asdict().items():
             self.parts.add(seconds, part)
@@ -256,8 +216,9 @@ class Service:
         }
         headers = {"server-timing": ", ".join(f"{part};dur={value}" for part, value in shown.items())}
         if isinstance(answer, bytes):
-            return Response(answer, 200, headers, "image/png")
-        return JSONResponse({**answer, "batch": batch, "times": shown}, 200, headers)
+            return Answer(answer, 200, headers, "image/png")
+        body = json.dumps({**answer, "batch": batch, "times": shown}).encode()
+        return Answer(body, 200, headers, "application/json")
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
         loop = asyncio.get_running_loop()
@@ -294,8 +255,8 @@ class Service:
                 Route("/healthz", self._health, methods=["GET"]),
                 Route("/metrics", self._count, methods=["GET"]),
                 Route("/model", self._describe, methods=["GET"]),
-                Route("/predict", self._handle, methods=["POST"]),
-                Route("/similarity", self._handle, methods=["POST"]),
+                Route("/predict", _Endpoint(self._handle), methods=["POST"]),
+                Route("/similarity", _Endpoint(self._handle), methods=["POST"]),
             ],
             exception_handlers={
                 RefusedError: _refuse,
@@ -311,49 +272,26 @@ class Service:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = _GONE
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                names = {name for name, _ in message["headers"]}
-                more = [(k.encode(), v.encode()) for k, v in _HEADERS.items() if k.encode() not in names]
-                message = {**message, "headers": [*message["headers"], *more]}
-            await send(message)
-
-        async def receiving() -> Message:
-            message = await receive()
-            if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                scope[_READ] = True
-            return message
-
+        statuses: list[int] = []
+        receive, send = watched(scope, receive, send, statuses)
         path = scope["path"] if scope["path"] in self.paths else "other"
         app: ASGIApp = self.app
-        if refused := _misdirected(Request(scope), local_names(self.config.host)):
-            app = _Refusal(refused)
+        if refused := misdirected(Request(scope), local_names(self.config.host)):
+            app = Refusal(refused)
         try:
-            await app(scope, receiving, sending)
+            await app(scope, receive, send)
         finally:
-            self.requests.add(path, str(status))
+            self.requests.add(path, str((statuses or [_GONE])[0]))
 
 
-def _misdirected(request: Request, names: set[str] | None) -> RefusedError | None:
-    """Why a request is not for this server: a page of another server sends it, by whatever name.
+class _Endpoint:
+    """An endpoint that sends its answer itself."""
 
-    Args:
-        names: the server's own; None where it does not know them.
-    """
-    if names is None:
-        return None
-    host = request.headers.get("host", "")
-    name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-    if name.strip("[]").lower() not in names:
-        return RefusedError(421, f"host: got {host[:80]!r}, expected {' or '.join(sorted(names))}")
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != host:
-        return RefusedError(403, f"origin: got {origin[:80]!r}, expected this server's own page")
-    return None
+    def __init__(self, handle: Callable[[Request, Send], Coroutine[Any, Any, None]]) -> None:
+        self.handle = handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.handle(Request(scope, receive, send), send)
 
 
 def _reading(function: Callable[..., T], picture: PictureBytes, **arguments: Any) -> T:
@@ -370,37 +308,14 @@ def _reading(function: Callable[..., T], picture: PictureBytes, **arguments: Any
         raise
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is given up where the client goes.
-
-    Raises:
-        ClientDisconnect: it has gone.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    doing, going = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({doing, going}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnect
-        return doing.result()
-    finally:
-        for task in (doing, going):
-            task.cancel()
-        await asyncio.gather(doing, going, return_exceptions=True)
-
-
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, RefusedError):
-        return _Refusal(error)
+        return Refusal(error)
     assert isinstance(error, HTTPException)
     expected = {404: "no such address", 405: f"{request.method} is not for this address"}
     refused = RefusedError(error.status_code, expected.get(error.status_code, error.detail))
     refused.headers = dict(error.headers or {})
-    return _Refusal(refused)
+    return Refusal(refused)
 
 
 async def _leave(request: Request, error: Exception) -> Response:
@@ -415,4 +330,5 @@ async def _leave(request: Request, error: Exception) -> Response:
 
 async def _fail(request: Request, error: Exception) -> Response:
     """A fault of the server, which its log shows."""
-    return _Refusal(RefusedError(500, "a fault of the server; its log has more"))
+    traceback.print_exception(error)
+    return Refusal(RefusedError(500, "a fault of the server; its log has more"))

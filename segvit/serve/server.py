@@ -69,7 +69,7 @@ def serve(service: Service, listening: socket.socket, config: ServeConfig, ready
         loop="asyncio",
         lifespan="on",
         log_config=None,
-        log_level="error",
+        log_level="critical",  # faults are in the log of the application
         access_log=False,
         server_header=False,
         proxy_headers=False,
