@@ -4,8 +4,8 @@
 entry in `FORMATS` and a module here with
 
 - `check(plan)`: raises for what the format cannot do or what is not installed,
-- `save(graph, path, text)`: writes a `segvit.export.graph.LabelGraph`, or the module's own `Program` in its
-  place, with a text in the file's metadata,
+- `build(model, plan)`: what is written, for a plan; where there is none a `segvit.export.graph.LabelGraph`,
+- `save(built, path, text)`: writes it, with a text in the file's metadata,
 - `load(path, precision)`: a callable from uint8 pictures to a list of arrays, the metadata as its `text`.
 """
 
@@ -115,8 +115,8 @@ def export(
     module.check(plan)
     make_folder(path.resolve().parent)
     about = {"format": name, "precision": dtype, "source": source}
-    graph = getattr(module, "Program", LabelGraph)(model, plan)
-    module.save(graph, path, metadata.describe(model.config, model.head, plan, about))
+    built = getattr(module, "build", LabelGraph)(model, plan)
+    module.save(built, path, metadata.describe(model.config, model.head, plan, about))
 
 
 def open_model(path: str | Path) -> SegViT | ExportedModel:

@@ -33,7 +33,7 @@ from segvit.model.segvit import SegViT
 from segvit.system.files import atomic_write
 from segvit_kernels import BackendUnavailableError, load_native_copy, lower_to_native, native_library
 
-__all__ = ["LIBRARY", "METADATA", "Program", "check", "load", "save"]
+__all__ = ["LIBRARY", "METADATA", "Program", "build", "check", "load", "save"]
 
 LIBRARY, METADATA = "segvit/libsegvit_native.so", "extra/metadata.json"
 _NEEDS = "segvit/needs.json"
@@ -72,6 +72,11 @@ class Program(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.function(pictures.permute(0, 3, 1, 2) if self.channels_last else pictures)
+
+
+def build(model: SegViT, plan: Plan) -> Program:
+    """What `save` compiles."""
+    return Program(model, plan)
 
 
 def save(program: Program, path: Path, text: str) -> None:
@@ -168,6 +173,9 @@ class _Loaded:
         self.device = needs["device"]
         with _quiet():
             self.run: Any = torch._inductor.aoti_load_package(str(path))
+
+    def prepare(self, precision: str) -> None:
+        """It was compiled in its precision."""
 
     def __call__(self, pictures: np.ndarray) -> list[np.ndarray]:
         return [self.run(torch.from_numpy(pictures).to(self.device)).cpu().numpy()]
