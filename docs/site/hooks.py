@@ -16,6 +16,8 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "examples/camvid.md": "examples/camvid/README.md",
+    "examples/own_model.md": "examples/own_model.ipynb",
+    "examples/train_and_look.md": "examples/train_and_look.ipynb",
 }
 _LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 _FENCED = re.compile(r"^( *)(```+).*?^\1\2 *$", re.DOTALL | re.MULTILINE)

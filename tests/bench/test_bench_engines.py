@@ -87,6 +87,8 @@ def test_rows(here, tmp_path):
     assert (tmp_path / TINY.name / subjects.REFERENCE.format("float32")).exists()
     table = model_tables.tables({"rows": rows})["engines"]
     assert "skipped: not installed: no_such_package" in table and "| 1.00× |" in table
+    best = model_tables.tables({"rows": rows})["engines-best"].splitlines()[2:]
+    assert [line.count(" (same) | 1.00× |") for line in best] == [1]  # int8 has no engine of ours here
     assert not model_tables.sound({"rows": rows})  # a peer's labels are wrong
 
 

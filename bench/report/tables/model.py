@@ -108,12 +108,29 @@ def _engines(rows: list[dict]) -> str:
     return markdown([*header, "labels as published, float32", "memory, weights included"], lines)
 
 
+def _best_engines(rows: list[dict]) -> str:
+    """By model and precision: our engine and the fastest of the others."""
+    lines = []
+    for row in rows:
+        same = [r for r in rows if _key(r) == _key(row) and r["status"] == "ok" and not own(r["way"])]
+        if not own(row["way"]) or row["status"] != "ok" or not same:
+            continue
+        other = min(same, key=lambda r: r["median_s"])
+        line = ["{}, {}".format(row["model"], row["dtype"]), seconds(row["median_s"])]
+        line += [f"{seconds(other['median_s'])} ({other['way']})"]
+        lines.append([*line, f"{other['median_s'] / row['median_s']:.2f}×"])
+    header = ["model", "ours", "fastest other", "times as fast"]
+    return markdown(header, lines) if lines else "Nothing was measured."
+
+
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``models`` (ways and libraries), ``decoders`` and ``engines``, where they were measured."""
+    """Markdown: ``models`` (ways and libraries), ``decoders``, ``engines`` and the best of these
+    (``engines-best``), where they were measured."""
     by = {name: [r for r in result["rows"] if r.get("table", "ways") == name] for name in SECTIONS}
     found = {"models": _models(by["ways"] + by["libraries"])} if by["ways"] + by["libraries"] else {}
     if by["decoders"]:
         found["decoders"] = _decoders(by["decoders"])
     if by["engines"]:
         found["engines"] = _engines(by["engines"])
+        found["engines-best"] = _best_engines(by["engines"])
     return found
