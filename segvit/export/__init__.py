@@ -4,9 +4,9 @@
 entry in `FORMATS` and a module here with
 
 - `check(plan)`: raises for what the format cannot do or what is not installed,
-- `build(model, plan)`: what is written, for a plan; where there is none a `segvit.export.graph.LabelGraph`,
+- `build(model, plan)`: what is written, for a `segvit.export.graph.Plan`,
 - `save(built, path, text)`: writes it, with a text in the file's metadata,
-- `load(path, precision)`: a callable from uint8 pictures to a list of arrays, the metadata as its `text`.
+- `load(path)`: a callable from uint8 pictures to a list of arrays, the metadata as its `text`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from segvit.export import metadata
 from segvit.export.exported import ExportedModel
-from segvit.export.graph import LabelGraph, Plan
+from segvit.export.graph import Plan
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions
@@ -42,7 +42,8 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", "onnx", "ONNX, standard operators; ONNX Runtime, TensorRT and others"),
+    "onnx": Format(".onnx", "onnx", "ONNX, standard operators"),
+    "openvino": Format(".xml", "openvino", "OpenVINO"),
     "pt2": Format(".pt2", "aot", "C++ by AOTInductor, our operators fused; libtorch, on such a machine"),
 }
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -109,14 +110,13 @@ def export(
         raise ValueError(f"dtype: got {dtype!r}, expected {' or '.join(PRECISIONS)}")
     if outputs not in ("labels", "scores", "logits"):
         raise ValueError(f"outputs: got {outputs!r}, expected labels, scores or logits")
-    plan = Plan(size, batch, channels_last, outputs, PRECISIONS[dtype], options or InferenceOptions())
+    plan = Plan(size, batch, channels_last, outputs, PRECISIONS[dtype], options=options or InferenceOptions())
     plan.check(model.config.backbone.patch_size)
     module = FORMATS[name].load()
     module.check(plan)
     make_folder(path.resolve().parent)
     about = {"format": name, "precision": dtype, "source": source}
-    built = getattr(module, "build", LabelGraph)(model, plan)
-    module.save(built, path, metadata.describe(model.config, model.head, plan, about))
+    module.save(module.build(model, plan), path, metadata.describe(model.config, model.head, plan, about))
 
 
 def open_model(path: str | Path) -> SegViT | ExportedModel:

@@ -58,6 +58,7 @@ class Plan:
         outputs: "labels"; "scores": the winner's score too; "logits": mask logits and class probabilities in
             place of labels.
         dtype: of the network; the tail is float32 always.
+        int8: the backbone's projections in 8 bits, calibrated on pictures.
         options: windows, scales, mirroring.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     channels_last: bool = False
     outputs: str = "labels"
     dtype: torch.dtype = torch.float32
+    int8: bool = False
     options: InferenceOptions = dataclasses.field(default_factory=InferenceOptions)
 
     @property
@@ -104,11 +106,14 @@ class LabelGraph(nn.Module):
     float32 (B, Q, h, w) and class probabilities float32 (B, Q, N), the grid that of the picture padded at the
     right and bottom to multiples of the patch size.
 
+    Args:
+        dtype: of the network, in place of the plan's.
+
     Raises:
         ValueError: what the plan asks for does not go together.
     """
 
-    def __init__(self, model: SegViT, plan: Plan) -> None:
+    def __init__(self, model: SegViT, plan: Plan, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.plan, self.patch = plan, model.config.backbone.patch_size
         plan.check(self.patch)
@@ -122,7 +127,7 @@ class LabelGraph(nn.Module):
             if len({run.crop for run in self.runs}) == 1:
                 self.network.fold_grid(self.runs[0].crop)
             self._lay_out(plan.size)
-        self.network.to(plan.dtype).fuse()
+        self.network.to(dtype or plan.dtype).fuse()
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         if self.plan.channels_last:

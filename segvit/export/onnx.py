@@ -15,23 +15,38 @@ import torch
 
 from segvit.export.graph import LabelGraph, Plan, example, plain_program
 from segvit.export.metadata import KEY
+from segvit.model.segvit import SegViT
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
 
-__all__ = ["OPSET", "check", "load", "proto", "save"]
+__all__ = ["OPSET", "build", "check", "load", "proto", "require_exporter", "save"]
 
 OPSET = 18
 _LARGEST = 2_000_000_000  # a protobuf message has no more bytes than 2^31
 
 
 def check(plan: Plan) -> None:
-    """Everything that a plan can ask for can be had.
+    """Raise for what an ONNX file cannot have.
 
     Raises:
-        ImportError: a package is not installed.
+        ValueError: bfloat16. ImportError: a package is not installed.
     """
+    if plan.dtype == torch.bfloat16:
+        raise ValueError(
+            f"dtype: got bfloat16, expected float32 or float16: opset {OPSET} has no convolution of it"
+        )
+    require_exporter()
+
+
+def require_exporter() -> None:
+    """Raise ImportError where a package is missing that writes the graph."""
     for name in ("onnx", "onnxscript"):
         require(name, extra="export")
+
+
+def build(model: SegViT, plan: Plan) -> LabelGraph:
+    """The graph that `save` writes."""
+    return LabelGraph(model, plan)
 
 
 def save(graph: LabelGraph, path: Path, text: str) -> None:
@@ -125,7 +140,7 @@ class _Session:
         return self.session.run(None, {self.session.get_inputs()[0].name: pictures})
 
 
-def load(path: Path, precision: str | None = None) -> _Session:
+def load(path: Path) -> _Session:
     """A callable from pictures to outputs, with the file's metadata as `text`.
 
     Raises:

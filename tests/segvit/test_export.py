@@ -194,3 +194,31 @@ def test_a_file_that_is_none(tmp_path, fixed):
         open_model(tmp_path / "y.onnx")
     with pytest.raises(ValueError, match=r"50x37 pixels, got 48x40"):
         open_model(fixed).predict(pictures((40, 48), batch=1))
+
+
+@pytest.fixture(scope="module")
+def openvino(model, folder):
+    """One size, the network in bfloat16, which a float32 file must not run in by itself."""
+    pytest.importorskip("openvino")
+    segvit.export(model, folder / "f32.xml", size=SIZE, outputs="scores")
+    return folder / "f32.xml"
+
+
+def test_openvino(openvino):
+    images = pictures(SIZE)
+    assert_same_up_to_ties(open_model(openvino).predict(images), tiny_model(), images)
+    import openvino as runtime
+
+    read = runtime.Core().read_model(openvino)
+    assert {str(next(iter(output.names))) for output in read.outputs} == {"labels", "scores"}
+    assert json.loads(read.get_rt_info(["segvit"]).astype(str))["classes"] == list("abcdef")
+
+
+def test_openvino_takes_any_size_from_the_graph(anything):
+    """The scan of an ONNX file, as this package's own files have it."""
+    runtime = pytest.importorskip("openvino")
+    compiled = runtime.Core().compile_model(str(anything), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in ((37, 50), (64, 40)):
+        images = pictures(size, batch=3)
+        labels = torch.from_numpy(compiled(images.numpy())[0])
+        assert_same_up_to_ties(labels, tiny_model(), images)

@@ -1,0 +1,104 @@
+"""OpenVINO's files: a .xml and, beside it, a .bin with the weights; from the ONNX graph."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segvit.export import onnx
+from segvit.export.graph import LabelGraph, Plan
+from segvit.export.metadata import KEY, read
+from segvit.model.segvit import SegViT
+from segvit.system.extras import require
+from segvit.system.files import replace, synchronise
+
+__all__ = ["build", "check", "load", "save"]
+
+# What the CPU is asked to compute in: by itself it may choose bfloat16 for a float32 file.
+_HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
+
+
+def check(plan: Plan) -> None:
+    """Everything that a plan can ask for can be had.
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    onnx.require_exporter()
+    require("openvino", extra="export")
+
+
+def build(model: SegViT, plan: Plan) -> LabelGraph:
+    """The graph that `save` writes, in float32: the weights become float16 in the file."""
+    return LabelGraph(model, plan, torch.float32)
+
+
+def save(graph: LabelGraph, path: Path, text: str) -> None:
+    """Write the .xml and the .bin, with `text` in the model's runtime information.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    runtime = require("openvino", extra="export")
+    proto = onnx.proto(graph, text)
+    model = runtime.Core().read_model(io.BytesIO(proto.SerializeToString()))
+    model.set_rt_info(text, [KEY])
+    _write(model, path, compress=graph.plan.dtype != torch.float32)
+
+
+def _write(model: Any, path: Path, compress: bool) -> None:
+    """Both files, whole or not at all; the .xml, which is opened, comes last."""
+    runtime = require("openvino", extra="export")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem[:40]}.") as folder:
+            made = Path(folder) / path.name
+            runtime.save_model(model, made, compress_to_fp16=compress)
+            runtime.Core().read_model(made)  # a full disk is no error to it, but here
+            os.chmod(folder, 0o700)
+            for suffix in (".bin", ".xml"):
+                synchronise(made.with_suffix(suffix))
+                replace(made.with_suffix(suffix), path.with_suffix(suffix))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise OSError(f"{path}: cannot be written ({reason})") from None
+
+
+class _Compiled:
+    """A file in OpenVINO, on the CPU, in the precision that it was exported for."""
+
+    def __init__(self, path: Path) -> None:
+        core = require("openvino", extra="export").Core()
+        try:
+            model = core.read_model(path)
+            self.text = str(model.get_rt_info([KEY]).astype(str)) if model.has_rt_info([KEY]) else None
+            precision = read(self.text, str(path)).fields["precision"]
+            options = {
+                "INFERENCE_PRECISION_HINT": _HINTS[precision],
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "NUM_STREAMS": 1,
+            }
+            self.request = core.compile_model(model, "CPU", options).create_infer_request()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1][:200]
+            raise ValueError(f"{path}: OpenVINO cannot run it ({reason})") from None
+
+    def __call__(self, pictures: np.ndarray) -> list[np.ndarray]:
+        found = self.request.infer([pictures])
+        return [np.array(found[i]) for i in range(len(found))]
+
+
+def load(path: Path) -> _Compiled:
+    """A callable from pictures to outputs, with the file's metadata as `text`.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+        ValueError: not a file that it can run.
+    """
+    return _Compiled(path)
