@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import segvit
 from bench.subjects import counts, models
 from bench.subjects.published import Model
+from segvit.export import open_model
 
 Call = Callable[[], Any]
-GRAPH, REFERENCE = "model.onnx", "labels-{}.npy"
+GRAPH, REFERENCE, EXPORT = "model.onnx", "labels-{}.npy", "exported-{}{}"
 INT8 = {"ONNX Runtime": "onnxruntime-int8.onnx", "OpenVINO": "openvino-int8.xml"}
 
 
@@ -35,6 +37,7 @@ class Engine:
             label map (1, H, W).
         packages: what has to be importable.
         what: for readers.
+        suffix: of the file of ``segvit export`` that it runs, where it runs one.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Engine:
     what: str
     load: Callable[[Model, str, Path, int], Call]
     packages: tuple[str, ...] = ()
+    suffix: str = ""
 
     def missing(self) -> str | None:
         """Why it cannot be measured here; ``None`` if it can."""
@@ -51,6 +55,8 @@ class Engine:
     def files(self, dtype: str) -> list[tuple[str, ...]]:
         """What it reads, in order: a file, and the function here that makes it with its first values."""
         found: list[tuple[str, ...]] = [(REFERENCE.format("bfloat16"), "references")]
+        if self.suffix:
+            return [*found, (EXPORT.format(dtype, self.suffix), "exported", dtype, self.suffix)]
         found += [(GRAPH, "export")] if self.packages else []
         return found + (
             [(INT8[self.name], "quantize", self.name)] if dtype == "int8" and self.packages else []
@@ -98,6 +104,13 @@ def export(size: dict, folder: str) -> None:
             input_names=["images"],
             output_names=["labels"],
         )
+
+
+def exported(dtype: str, suffix: str, size: dict, folder: str) -> None:
+    """What ``segvit export`` writes for one picture of this size."""
+    model, _ = _model(Model(**size))
+    path = Path(folder) / EXPORT.format(dtype, suffix)
+    segvit.export(model, path, size=(size["size"], size["size"]), dtype=dtype)
 
 
 def _quantize_onnxruntime(folder: str) -> None:
@@ -151,6 +164,28 @@ def _ours(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
     kind = torch.bfloat16 if int8 else getattr(torch, dtype)
     engine = model.compile_for_inference(spec.size, dtype=kind, int8=int8)
     return lambda: engine(images).numpy()
+
+
+def _published(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
+    torch.set_num_threads(threads)
+    model, images = _model(spec)
+    model = model.to(getattr(torch, dtype)).eval()
+
+    def call() -> np.ndarray:
+        with torch.inference_mode():
+            return models.published_labels(model, images).numpy()
+
+    return call
+
+
+def _exported(suffix: str) -> Callable[[Model, str, Path, int], Call]:
+    def load(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
+        torch.set_num_threads(threads)
+        loaded = open_model(folder / EXPORT.format(dtype, suffix))
+        images = models.inputs(spec, 1, torch.device("cpu"))[0]
+        return lambda: loaded.outputs(images)[0].numpy()
+
+    return load
 
 
 def _compiled(mode: str) -> Callable[[Model, str, Path, int], Call]:
@@ -227,17 +262,53 @@ ENGINES = (
 )
 
 
+_OURS = next(engine for engine in ENGINES if engine.load is _ours)
+EXPORTS = (
+    Engine("PyTorch", ("float32", "bfloat16"), "the published formula, operator by operator", _published),
+    dataclasses.replace(_OURS, dtypes=("float32", "bfloat16")),
+    Engine(
+        "exported, ONNX Runtime",
+        ("float32",),
+        "segvit export NAME.onnx",
+        _exported(".onnx"),
+        ("onnxruntime", *_GRAPHS),
+        ".onnx",
+    ),
+    Engine(
+        "exported, OpenVINO",
+        ("float32", "bfloat16"),
+        "segvit export NAME.xml",
+        _exported(".xml"),
+        ("openvino", *_GRAPHS),
+        ".xml",
+    ),
+    Engine(
+        "exported, AOTInductor",
+        ("float32", "bfloat16"),
+        "segvit export NAME.pt2",
+        _exported(".pt2"),
+        suffix=".pt2",
+    ),
+)
+TABLES = {"engines": ENGINES, "exports": EXPORTS}
+
+
 def serve(name: str, size: dict, dtype: str, folder: str, threads: int) -> tuple[dict, Call]:
     """For `bench.measure.workers`: the call, and the shares of its labels that are the references' (and of
     the reference in bfloat16 that are those in float32)."""
-    engine = next(engine for engine in ENGINES if engine.name == name)
+    engine = next(engine for table in TABLES.values() for engine in table if engine.name == name)
     call = engine.load(Model(**size), dtype, Path(folder), threads)
     labels = np.asarray(call())
     expected, lower = (np.load(Path(folder) / REFERENCE.format(d)) for d in ("float32", "bfloat16"))
     if labels.shape != expected.shape:
         raise ValueError(f"label maps are {labels.shape}, expected {expected.shape}")
     call()  # some engines are ready after their second call only
-    return {
+    info = {
         "agreement": float((labels == expected).mean()),
         "bfloat16": float((lower == expected).mean()),
-    }, call
+    }
+    if engine.suffix:  # OpenVINO's weights lie beside
+        files = Path(folder).glob(Path(EXPORT.format(dtype, engine.suffix)).stem + ".*")
+        kinds = {engine.suffix, ".bin"} if engine.suffix == ".xml" else {engine.suffix}
+        info["file_bytes"] = sum(path.stat().st_size for path in files if path.suffix in kinds)
+    return info, call

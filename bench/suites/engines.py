@@ -1,4 +1,5 @@
-"""The table ``engines`` of ``bench model``: ours and those a user would pick instead, on a CPU.
+"""The tables of ``bench model`` with a process a row: ``engines``, ours and those a user would pick instead, and
+``exports``, the files of ``segvit export``, on a CPU.
 
 Each engine runs in a process of its own, one call of one engine at a time, in turns. Labels are compared with
 those of the published formula in float32 before anything is timed.
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.measure import peaks, timing, workers
-from bench.subjects.engines import ENGINES, Engine
+from bench.subjects.engines import TABLES, Engine
 from bench.subjects.published import Model
 
 _MODULE = "bench.subjects.engines"
@@ -35,6 +36,7 @@ def least(dtype: str, own: float) -> float:
 def rows(
     spec: Model,
     *,
+    table: str = "engines",
     dtypes: Sequence[str],
     threads: int,
     rounds: int,
@@ -52,8 +54,8 @@ def rows(
         folder = str(graphs / spec.name if graphs else stack.enter_context(tempfile.TemporaryDirectory()))
         Path(folder).mkdir(parents=True, exist_ok=True)
         failed: dict[str, str] = {}
-        for engine, dtype in ((e, d) for d in dtypes for e in ENGINES if d in e.dtypes):
-            row = {"table": "engines", "model": spec.name, "batch": 1, "dtype": dtype, "mode": "inference"}
+        for engine, dtype in ((e, d) for d in dtypes for e in TABLES[table] if d in e.dtypes):
+            row = {"table": table, "model": spec.name, "batch": 1, "dtype": dtype, "mode": "inference"}
             row |= {"way": engine.name, "what": engine.what}
             found.append(row)
             reason = engine.missing()
@@ -69,6 +71,7 @@ def rows(
                 row |= {"status": "failed", "reason": timing.one_line(error)}
                 continue
             stack.callback(worker.close)
+            row |= {name: worker.info[name] for name in ("file_bytes",) if name in worker.info}
             row["agreement"], share = worker.info["agreement"], least(dtype, worker.info["bfloat16"])
             if row["agreement"] < share:
                 reason = f"{100 * row['agreement']:.2f} % of labels as published"

@@ -1,9 +1,10 @@
 """``python -m bench model``: whole models, uint8 image in, label map out.
 
-Four tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
-decoders on one backbone, with their training step; engines on a CPU. Before anything is timed its label maps
-(its loss and gradients) are compared with those of the published formula in float32, and a row that disagrees
-is refused. Times come from one process, all subjects of a table in turn; engines have a process each.
+Five tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
+decoders on one backbone, with their training step; engines, and files of ``segvit export``, on a CPU. Before
+anything is timed its label maps (its loss and gradients) are compared with those of the published formula in
+float32, and a row that disagrees is refused. Times come from one process, all subjects of a table in turn;
+engines and files have a process each.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from bench.subjects.published import BY_FORMULA, MODELS, QUICK, TINY, Model
 from bench.suites import _options, engines, memory
 
 DTYPES = ("float32", "bfloat16")
-SECTIONS = ("ways", "libraries", "decoders", "engines")
-ENGINE_MODELS = ("vit_b_ade20k_512", QUICK.name, "vit_l_ade20k_640_shrunk")
+SECTIONS = ("ways", "libraries", "decoders", "engines", "exports")
+# Of the tables with a process for each row.
+ENGINE_MODELS = {
+    "engines": ("vit_b_ade20k_512", QUICK.name, "vit_l_ade20k_640_shrunk"),
+    "exports": (QUICK.name,),
+}
 # What takes longest and says least beside the others.
 NOT_QUICK = {
     ("libraries", "inference"): ("EoMT, fused labels", "Mask2Former, fused labels", "UPerNet", "DPT, smp"),
@@ -208,7 +213,7 @@ def run(
     threads: int = 2,
     rounds: int = 7,
     compiled: bool = False,
-    sections: Sequence[str] = SECTIONS[:-1],
+    sections: Sequence[str] = SECTIONS[:-2],
     quick: bool = False,
     smoke: bool = False,
     budget_s: float = float("inf"),
@@ -253,18 +258,15 @@ def run(
     if "libraries" in sections:
         found = models.libraries(compiled)
         measure("libraries", found, specs[0], {}, mode="inference", batch=batches[0], dtype=dtypes[0])
-    engine_specs = [m for m in (*MODELS, QUICK) if m.name in (names or ENGINE_MODELS)]
-    for spec in (
-        ((TINY,) if smoke else engine_specs) if "engines" in sections and device.type == "cpu" else ()
-    ):
-        wanted_dtypes = (*dtypes, "int8")
-        for row in engines.rows(
-            spec, dtypes=wanted_dtypes, threads=threads, rounds=rounds, deadline=deadline
-        ):
-            rows.append(row)
-            progress(_shown(row))
+    for table, usual in ENGINE_MODELS.items():
+        found = (TINY,) if smoke else [m for m in (*MODELS, QUICK) if m.name in (names or usual)]
+        for spec in found if table in sections and device.type == "cpu" else ():
+            limits = {"threads": threads, "rounds": rounds, "deadline": deadline, "graphs": graphs}
+            for row in engines.rows(spec, table=table, dtypes=(*dtypes, "int8"), busy=busy, **limits):
+                rows.append(row)
+                progress(_shown(row))
     described = {**environment.describe(device), "threads": threads}
-    if "engines" in sections:
+    if set(ENGINE_MODELS) & set(sections):
         described |= {name: environment.version(name) for name in ("onnxruntime", "openvino", "nncf")}
     result = {"schema": 1, "kind": "model", "measurement": not smoke, "environment": described}
     return result | {"rows": rows, "elapsed_s": round(time.time() - begun, 1)}
@@ -287,7 +289,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="samples of every subject (default 7; quick 3)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, help="only these (default: all; quick: all but engines)"
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        help="only these (default: all but exports; quick: nor engines)",
     )
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keeps what other engines read")
     parser.add_argument("--busy", action="store_true", help="engines beside a busy process a core too")
@@ -306,7 +311,7 @@ def main(options: argparse.Namespace) -> dict:
     """
     options.rounds = (3 if options.quick else 7) if options.rounds is None else options.rounds
     _options.check(options)
-    sections = options.sections or (SECTIONS[:-1] if options.quick else SECTIONS)
+    sections = options.sections or SECTIONS[: -2 if options.quick else -1]
     return run(
         names=options.models,
         batches=options.batch,

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from segvit.export.graph import Plan
+from segvit.inference.passes import list_views
 from segvit.model.segvit import SegViT
 from segvit.system.files import atomic_write
-from segvit_kernels import BackendUnavailableError, load_native_copy, lower_to_native, native_library
+from segvit_kernels import BackendUnavailableError, Views, load_native_copy, lower_to_native, native_library
 
 __all__ = ["LIBRARY", "METADATA", "Program", "build", "check", "load", "save"]
 
@@ -69,6 +70,10 @@ class Program(nn.Module):
             plan.size, plan.batch, dtype=plan.dtype, method="eager", int8=int8, options=plan.options
         )
         self.function, self.channels_last = self.engine.function, plan.channels_last
+        if self.function.views is None:  # an empty list of tensors reaches the library as no list
+            runs = self.function.runs
+            views = list_views(plan.batch, plan.size, runs, [model.mask_grid(run.crop) for run in runs])
+            self.function.views = Views(views, plan.batch, plan.size, self.engine.device)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.function(pictures.permute(0, 3, 1, 2) if self.channels_last else pictures)

@@ -66,7 +66,8 @@ def here(monkeypatch):
         subjects.Engine("wrong", ("float32", "int8"), "gives other labels", other(1)),
         subjects.Engine("absent", ("float32",), "is not there", other(0), ("no_such_package",)),
     ]
-    monkeypatch.setattr(engines, "ENGINES", found)
+    monkeypatch.setattr(subjects, "TABLES", {"engines": found})
+    monkeypatch.setattr(engines, "TABLES", {"engines": found})
     monkeypatch.setattr(subjects, "ENGINES", found)
     monkeypatch.setattr(workers, "Worker", Worker)
     monkeypatch.setattr(peaks, "isolated", lambda _, function, *values: getattr(subjects, function)(*values))
@@ -92,6 +93,30 @@ def test_rows(here, tmp_path):
     assert not model_tables.sound({"rows": rows})  # a peer's labels are wrong
 
 
+def test_exported_files_are_rows(here, monkeypatch, tmp_path):
+    """The published formula beside them, and the size of a file, OpenVINO's weights included."""
+
+    def exported(dtype, suffix, size, folder):
+        for kind in (suffix, ".bin"):
+            (Path(folder) / subjects.EXPORT.format(dtype, kind)).write_bytes(bytes(10**6))
+
+    same = subjects.ENGINES[1]
+    files = [
+        dataclasses.replace(same, name=f"exported, {suffix}", dtypes=("float32",), suffix=suffix)
+        for suffix in (".xml", ".pt2")
+    ]
+    tables = {"exports": [subjects.EXPORTS[0], *files]}
+    monkeypatch.setattr(subjects, "exported", exported)
+    monkeypatch.setattr(subjects, "TABLES", tables)
+    monkeypatch.setattr(engines, "TABLES", tables)
+    rows = list(engines.rows(TINY, table="exports", dtypes=("float32",), graphs=tmp_path, **OPTIONS))
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row.get("file_bytes") for row in rows] == [None, 2 * 10**6, 10**6]
+    assert rows[0]["agreement"] == 1
+    table = model_tables.tables({"rows": rows})["exports"]
+    assert "| exported, .pt2 |" in table and "| file |" in table and "| 1.0 MB |" in table
+
+
 def test_a_failing_preparation_is_a_row_and_tried_once(here, monkeypatch, tmp_path):
     tried = []
 
@@ -103,9 +128,8 @@ def test_a_failing_preparation_is_a_row_and_tried_once(here, monkeypatch, tmp_pa
 
     monkeypatch.setattr(peaks, "isolated", isolated)
     monkeypatch.setattr(subjects, "INT8", dict.fromkeys(("same", "wrong"), "int8"))
-    monkeypatch.setattr(
-        engines, "ENGINES", [dataclasses.replace(e, packages=("numpy",)) for e in subjects.ENGINES[1:3]]
-    )
+    known = [dataclasses.replace(e, packages=("numpy",)) for e in subjects.ENGINES[1:3]]
+    monkeypatch.setattr(engines, "TABLES", {"engines": known})
     rows = list(engines.rows(TINY, dtypes=("float32", "int8"), **OPTIONS))
     assert {row["status"] for row in rows} == {"failed"} and len(rows) == 4
     assert all("export: no exporter" in row["reason"] for row in rows)

@@ -416,4 +416,17 @@ def test_kept_results_still_give_their_table():
 
     for path in (ROOT / "bench" / "results").glob("model-*.json"):
         found = model_tables.tables(json.loads(path.read_text()))
-        assert "| fused |" in found.get("models", "") or "| SegViT engine |" in found["engines"]
+        processes = found.get("engines", "") + found.get("exports", "")
+        assert "| fused |" in found.get("models", "") or "| SegViT engine |" in processes
+
+
+def test_options_reach_the_tables_with_processes(monkeypatch, tmp_path):
+    def rows(spec, **options):
+        taken.append((spec.name, options["table"], options["graphs"], options["busy"], options["dtypes"]))
+        return ()
+
+    taken = []
+    monkeypatch.setattr(model.engines, "rows", rows)
+    run(sections=("engines", "exports"), graphs=tmp_path, busy=True)
+    dtypes = ("float32", "int8")
+    assert taken == [(TINY.name, table, tmp_path, True, dtypes) for table in ("engines", "exports")]

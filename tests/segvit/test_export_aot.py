@@ -15,7 +15,8 @@ from test_engine import pictures, tiny_model
 from torch._inductor import exc
 
 from segvit.export import aot, export, open_model
-from segvit_kernels import _native
+from segvit.export.graph import Plan
+from segvit_kernels import _native, lower_to_native
 
 SIZE = (40, 50)  # no multiple of the patch size
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp" / "segment.cpp"
@@ -170,6 +171,21 @@ def test_cpp_says_in_one_line_what_is_wrong(program, segment, picture, tmp_path)
         done = subprocess.run([segment, *words], capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and not out.exists(), (words, done)
         assert done.stderr.count("\n") == 1 and not done.stdout, (words, done)
+
+
+@pytest.mark.skipif(_native.library().reason is not None, reason=str(_native.library().reason))
+@pytest.mark.parametrize("last", [False, True])
+def test_pictures_of_whole_patches(model, last):
+    """Nothing is padded and no views are needed; but an empty list would reach the library as no list."""
+    program = aot.build(model, Plan((40, 48), 2, channels_last=last))
+    taken = pictures((40, 48), batch=2)
+    given = taken.permute(0, 2, 3, 1).contiguous() if last else taken
+    with torch.no_grad():
+        exported = torch.export.export(program, (given,))
+    lower_to_native(exported)
+    for node in exported.graph.nodes:
+        assert not [argument for argument in node.args if node.op == "call_function" and argument == []]
+    assert torch.equal(exported.module()(given), model.predict(taken))
 
 
 @pytest.mark.parametrize(

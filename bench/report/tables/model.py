@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.measure.text import markdown, seconds, size
 from bench.subjects.published import BY_FORMULA, DECODER_GFLOPS, MODELS, QUICK, TINY
 
-SECTIONS = ("ways", "libraries", "decoders", "engines")
+SECTIONS = ("ways", "libraries", "decoders", "engines", "exports")
 
 
 def sound(result: dict) -> bool:
@@ -18,7 +18,7 @@ def sound(result: dict) -> bool:
 
 def own(way: str) -> bool:
     """Whether it is this project's code that runs."""
-    ours = ("fused", "eager", "engine, ", "SegViT", "Shrunk SegViT")
+    ours = ("fused", "eager", "engine, ", "exported, ", "SegViT", "Shrunk SegViT")
     return way.startswith(ours) and not way.endswith(BY_FORMULA)
 
 
@@ -87,7 +87,8 @@ def _decoders(rows: list[dict]) -> str:
 
 def _engines(rows: list[dict]) -> str:
     """Ours and the engines of others, against the fastest of them at the same precision."""
-    lines, busy = [], any("busy_median_s" in row for row in rows)
+    lines = []
+    busy, files = (any(key in row for row in rows) for key in ("busy_median_s", "file_bytes"))
     for row in rows:
         others = [
             r["median_s"] for r in rows if r["status"] == "ok" and _key(r) == _key(row) and not own(r["way"])
@@ -102,10 +103,12 @@ def _engines(rows: list[dict]) -> str:
             line += [_not_measured(row), *"–––", *"––" * busy]
         line.append(f"{100 * row['agreement']:.2f} %" if "agreement" in row else "–")
         line.append(size(row["held_bytes"]) if row.get("held_bytes") else "–")
+        line += [size(row["file_bytes"]) if "file_bytes" in row else "–"] * files
         lines.append(line)
     header = ["model", "engine", "median", "smallest", "99th percentile", "against the best other"]
     header += ["median, all cores busy", "99th percentile"] if busy else []
-    return markdown([*header, "labels as published, float32", "memory, weights included"], lines)
+    header += ["labels as published, float32", "memory, weights included"]
+    return markdown([*header, *["file"] * files], lines)
 
 
 def _best_engines(rows: list[dict]) -> str:
@@ -125,7 +128,7 @@ def _best_engines(rows: list[dict]) -> str:
 
 def tables(result: dict) -> dict[str, str]:
     """Markdown: ``models`` (ways and libraries), ``decoders``, ``engines`` and the best of these
-    (``engines-best``), where they were measured."""
+    (``engines-best``), and ``exports``, where they were measured."""
     by = {name: [r for r in result["rows"] if r.get("table", "ways") == name] for name in SECTIONS}
     found = {"models": _models(by["ways"] + by["libraries"])} if by["ways"] + by["libraries"] else {}
     if by["decoders"]:
@@ -133,4 +136,6 @@ def tables(result: dict) -> dict[str, str]:
     if by["engines"]:
         found["engines"] = _engines(by["engines"])
         found["engines-best"] = _best_engines(by["engines"])
+    if by["exports"]:
+        found["exports"] = _engines(by["exports"])
     return found
