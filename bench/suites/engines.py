@@ -1,5 +1,5 @@
-"""The tables of ``bench model`` with a process a row: ``engines``, ours and those a user would pick instead, and
-``exports``, the files of ``segvit export``, on a CPU.
+"""The tables of ``bench model`` with a process a row, on a CPU: ``engines``, ours and those a user would pick
+instead, and ``exports``, the files of ``segvit export``.
 
 Each engine runs in a process of its own, one call of one engine at a time, in turns. Labels are compared with
 those of the published formula in float32 before anything is timed.

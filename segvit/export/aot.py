@@ -32,7 +32,14 @@ from segvit.export.graph import Plan
 from segvit.inference.passes import list_views
 from segvit.model.segvit import SegViT
 from segvit.system.files import atomic_write
-from segvit_kernels import BackendUnavailableError, Views, load_native_copy, lower_to_native, native_library
+from segvit_kernels import (
+    BackendUnavailableError,
+    PackedLinear,
+    Views,
+    load_native_copy,
+    lower_to_native,
+    native_library,
+)
 
 __all__ = ["LIBRARY", "METADATA", "Program", "build", "check", "load", "save"]
 
@@ -70,6 +77,10 @@ class Program(nn.Module):
             plan.size, plan.batch, dtype=plan.dtype, method="eager", int8=int8, options=plan.options
         )
         self.function, self.channels_last = self.engine.function, plan.channels_last
+        for module in self.function.modules():
+            if isinstance(module, PackedLinear):  # the packed weights are read, the others have a shape alone
+                weight = module.weight.new_zeros(()).expand_as(module.weight)
+                module.weight = nn.Parameter(weight, requires_grad=False)
         if self.function.views is None:  # an empty list of tensors reaches the library as no list
             runs = self.function.runs
             views = list_views(plan.batch, plan.size, runs, [model.mask_grid(run.crop) for run in runs])
