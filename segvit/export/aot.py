@@ -190,9 +190,6 @@ class _Loaded:
         with _quiet():
             self.run: Any = torch._inductor.aoti_load_package(str(path))
 
-    def prepare(self, precision: str) -> None:
-        """It was compiled in its precision."""
-
     def __call__(self, pictures: np.ndarray) -> list[np.ndarray]:
         return [self.run(torch.from_numpy(pictures).to(self.device)).cpu().numpy()]
 
@@ -211,7 +208,7 @@ def _why_not_here(needs: dict[str, str]) -> str | None:
     return None
 
 
-def load(path: Path, precision: str | None = None) -> _Loaded:
+def load(path: Path) -> _Loaded:
     """A callable from pictures to label maps, with the file's metadata as `text`.
 
     Raises:
