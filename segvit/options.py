@@ -438,7 +438,15 @@ class ExportConfig(InferenceOptions):
     logits: bool = option(
         False, "give mask logits of the patch grid and class probabilities in place of labels"
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the network")
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = option(
+        "float32", "precision of the network; int8: the backbone's projections, with --calibrate"
+    )
+    calibrate: str | None = option(
+        None,
+        "folder of pictures to calibrate int8 on; in every precision the share of equal labels on them is "
+        "printed",
+    )
+    calibration_pictures: int = option(32, "how many of them", at_least=1)
 
 
 @dataclass(kw_only=True)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from segvit.export import FORMATS, export, format_of
+from torch import Tensor
+
+from segvit.export import FORMATS, export, format_of, open_model
+from segvit.export.compare import agreement, sample
+from segvit.export.exported import ExportedModel
+from segvit.export.graph import Plan
 from segvit.model.heads import load_model
-from segvit.options import ExportConfig
+from segvit.options import ExportConfig, InferenceOptions
 
 
 def run(config: ExportConfig) -> int:
@@ -23,17 +29,26 @@ def run(config: ExportConfig) -> int:
         raise ValueError("logits: are in place of labels and scores; expected one of both options")
     size = (config.size[0], config.size[-1]) if config.size else None
     outputs = "logits" if config.logits else "scores" if config.scores else "labels"
+    batch = None if config.batch == "any" else config.batch
+    inference = InferenceOptions(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)}
+    )
     model = load_model(config.checkpoint)
+    pictures: tuple[Tensor, ...] = ()
+    if config.calibrate:
+        plan = Plan(size, batch, options=inference)
+        pictures = sample(config.calibrate, model.config, plan, config.calibration_pictures)
     export(
         model,
         config.out,
         format=name,
         size=size,
-        batch=None if config.batch == "any" else config.batch,
+        batch=batch,
         channels_last=config.layout == "nhwc",
         outputs=outputs,
         dtype=config.dtype,
-        options=config,
+        options=inference,
+        calibration=pictures,
         source=config.checkpoint,
     )
     sides = f"{size[1]}x{size[0]}" if size else "any size"
@@ -41,4 +56,9 @@ def run(config: ExportConfig) -> int:
         f"{config.out}: {FORMATS[name].what}; {config.dtype}, pictures of {sides}, batch {config.batch}, "
         f"{config.layout}; {Path(config.out).stat().st_size / 1e6:.1f} MB"
     )
+    if pictures:
+        exported = open_model(config.out)
+        assert isinstance(exported, ExportedModel)
+        share = agreement(model, exported, pictures)
+        print(f"labels as the checkpoint's: {100 * share:.2f} % of the pixels of {len(pictures)} pictures")
     return 0

@@ -12,12 +12,14 @@ entry in `FORMATS` and a module here with
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from segvit.export import metadata
 from segvit.export.exported import ExportedModel
@@ -46,7 +48,12 @@ FORMATS: dict[str, Format] = {
     "openvino": Format(".xml", "openvino", "OpenVINO"),
     "pt2": Format(".pt2", "aot", "C++ by AOTInductor, our operators fused; libtorch, on such a machine"),
 }
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,  # of what is not in int8
+}
 
 
 def format_of(path: str | Path, asked: str = "auto") -> str:
@@ -82,6 +89,7 @@ def export(
     outputs: str = "labels",
     dtype: str = "float32",
     options: InferenceOptions | None = None,
+    calibration: Sequence[Tensor] = (),
     source: str | None = None,
 ) -> None:
     """Write a model as a file that takes uint8 pictures and gives label maps at their own size.
@@ -95,8 +103,9 @@ def export(
         channels_last: pictures are (B, H, W, channels), else (B, channels, H, W).
         outputs: "labels"; "scores": the winner's score too; "logits": mask logits of the patch grid and class
             probabilities in place of labels.
-        dtype: of the network: "float32", "float16" or "bfloat16".
+        dtype: of the network: "float32", "float16", "bfloat16", or "int8" for the backbone's projections.
         options: windows, scales and mirroring, inside the graph; need a size.
+        calibration: uint8 pictures (B, channels, H, W) of the data that the model is for, for int8.
         source: where the model comes from, for the file's metadata.
 
     Raises:
@@ -110,7 +119,16 @@ def export(
         raise ValueError(f"dtype: got {dtype!r}, expected {' or '.join(PRECISIONS)}")
     if outputs not in ("labels", "scores", "logits"):
         raise ValueError(f"outputs: got {outputs!r}, expected labels, scores or logits")
-    plan = Plan(size, batch, channels_last, outputs, PRECISIONS[dtype], options=options or InferenceOptions())
+    plan = Plan(
+        size,
+        batch,
+        channels_last,
+        outputs,
+        PRECISIONS[dtype],
+        dtype == "int8",
+        tuple(calibration) if dtype == "int8" else (),
+        options or InferenceOptions(),
+    )
     plan.check(model.config.backbone.patch_size)
     module = FORMATS[name].load()
     module.check(plan)

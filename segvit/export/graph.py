@@ -40,7 +40,7 @@ from segvit_kernels import (
     subsample_layer_norm_reference,
 )
 
-__all__ = ["LabelGraph", "Plan", "example", "plain_program"]
+__all__ = ["LabelGraph", "Plan", "arranged", "example", "plain_program"]
 
 _BUDGET = 1 << 19  # elements of a block of masks: 2 MiB stay in a core's cache
 _BLOCKS = 64  # that a graph of fixed size holds, about
@@ -58,7 +58,8 @@ class Plan:
         outputs: "labels"; "scores": the winner's score too; "logits": mask logits and class probabilities in
             place of labels.
         dtype: of the network; the tail is float32 always.
-        int8: the backbone's projections in 8 bits, calibrated on pictures.
+        int8: the backbone's projections in 8 bits.
+        calibration: uint8 pictures (B, channels, H, W), by which the range of their inputs is found.
         options: windows, scales, mirroring.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     outputs: str = "labels"
     dtype: torch.dtype = torch.float32
     int8: bool = False
+    calibration: tuple[Tensor, ...] = ()
     options: InferenceOptions = dataclasses.field(default_factory=InferenceOptions)
 
     @property
@@ -390,6 +392,11 @@ def _table() -> dict[Any, Callable]:
         aten.scaled_dot_product_attention.default: _attention,
         aten._upsample_bilinear2d_aa.default: _resized_smoothly,
     }
+
+
+def arranged(pictures: Tensor, plan: Plan) -> Tensor:
+    """Pictures (B, channels, H, W) as a graph of this plan takes them."""
+    return pictures.permute(0, 2, 3, 1).contiguous() if plan.channels_last else pictures
 
 
 def example(graph: LabelGraph, channels: int, image_size: tuple[int, int]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from segvit.export.graph import LabelGraph, Plan, example, plain_program
+from segvit.export.graph import LabelGraph, Plan, arranged, example, plain_program
 from segvit.export.metadata import KEY
 from segvit.model.segvit import SegViT
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
+from segvit_kernels import __version__
 
-__all__ = ["OPSET", "build", "check", "load", "proto", "require_exporter", "save"]
+__all__ = ["OPSET", "build", "check", "load", "projections", "proto", "quiet", "require_exporter", "save"]
 
 OPSET = 18
 _LARGEST = 2_000_000_000  # a protobuf message has no more bytes than 2^31
@@ -35,7 +37,11 @@ def check(plan: Plan) -> None:
         raise ValueError(
             f"dtype: got bfloat16, expected float32 or float16: opset {OPSET} has no convolution of it"
         )
+    if plan.int8 and not plan.calibration:
+        raise ValueError("calibrate: expected pictures, to find the ranges that int8 stands for")
     require_exporter()
+    if plan.int8:
+        require("onnxruntime", extra="export")
 
 
 def require_exporter() -> None:
@@ -56,7 +62,10 @@ def save(graph: LabelGraph, path: Path, text: str) -> None:
         ValueError: it is larger than an ONNX file can be.
         OSError: it cannot be written.
     """
-    model = proto(graph, text)
+    model = proto(graph)
+    if graph.plan.int8:
+        model = _quantized(model, projections(model), graph.plan)
+    _finish(model, text)
     if model.ByteSize() > _LARGEST:
         gigabytes = model.ByteSize() / 1e9
         raise ValueError(
@@ -65,12 +74,11 @@ def save(graph: LabelGraph, path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
 
 
-def proto(graph: LabelGraph, text: str) -> Any:
-    """The checked `onnx.ModelProto` of a graph."""
-    onnx = require("onnx", extra="export")
+def proto(graph: LabelGraph) -> Any:
+    """The `onnx.ModelProto` of a graph."""
     config = graph.network.config
     pictures = example(graph, config.backbone.in_channels, config.image_size)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             plain_program(graph, pictures),
             dynamo=True,
@@ -82,15 +90,77 @@ def proto(graph: LabelGraph, text: str) -> Any:
     assert program is not None
     model = program.model_proto
     _name_axes(model, graph.plan)
-    model.producer_name, model.producer_version = "segvit", ""
-    onnx.helper.set_model_props(model, {KEY: text})
-    onnx.checker.check_model(model, full_check=True)
     return model
 
 
+def projections(model: Any) -> list[Any]:
+    """The nodes that are the linear layers of the backbone's blocks."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and weights.intersection(node.input)
+        and any("network.backbone.blocks." in entry.value for entry in node.metadata_props)
+    ]
+
+
+def _finish(model: Any, text: str) -> None:
+    """Leave out what the exporter notes of this machine, add the metadata, and check."""
+    onnx = require("onnx", extra="export")
+
+    def clean(graph: Any) -> None:
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    clean(attribute.g)
+        for value in (*graph.input, *graph.output, *graph.initializer):
+            del value.metadata_props[:]
+        del graph.metadata_props[:], graph.value_info[:]
+        graph.doc_string = ""
+
+    clean(model.graph)
+    model.graph.name, model.producer_name, model.producer_version = "segvit", "segvit", __version__
+    used = {node.domain for node in model.graph.node}
+    for entry in [e for e in model.opset_import if e.domain and e.domain not in used]:
+        model.opset_import.remove(entry)
+    onnx.helper.set_model_props(model, {KEY: text})
+    onnx.checker.check_model(model, full_check=True)
+
+
+def _quantized(model: Any, nodes: list[Any], plan: Plan) -> Any:
+    """The model with these nodes in 8 bits: weights by output, inputs by the range that they have."""
+    onnx = require("onnx", extra="export")
+    quantization: Any = require("onnxruntime.quantization", extra="export")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        pictures = iter(plan.calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            found = next(self.pictures, None)
+            return None if found is None else {"pictures": arranged(found, plan).numpy()}
+
+    with quiet(), tempfile.TemporaryDirectory(prefix="segvit-") as folder:
+        made = Path(folder) / "int8.onnx"
+        quantization.quantize_static(
+            model,
+            str(made),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            nodes_to_quantize=[node.name for node in nodes],
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+        )
+        return onnx.load(str(made))
+
+
 def _name_axes(model: Any, plan: Plan) -> None:
-    """Open axes are called batch, height and width; shapes inside are left to whoever infers them."""
-    del model.graph.value_info[:]
+    """Open axes are called batch, height and width."""
     (taken,) = model.graph.input
     height = 1 if plan.channels_last else 2
     names = {0: "batch", height: "height", height + 1: "width"}
@@ -106,19 +176,16 @@ def _name_axes(model: Any, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's progress and its warnings about other people's code are not for users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(disabled)
 
 
 class _Session:

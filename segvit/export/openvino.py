@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from segvit.export import onnx
-from segvit.export.graph import LabelGraph, Plan
+from segvit.export.graph import LabelGraph, Plan, arranged
 from segvit.export.metadata import KEY, read
 from segvit.model.segvit import SegViT
 from segvit.system.extras import require
@@ -25,13 +25,17 @@ _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
 
 
 def check(plan: Plan) -> None:
-    """Everything that a plan can ask for can be had.
+    """Raise for what cannot be had.
 
     Raises:
-        ImportError: a package is not installed.
+        ValueError: int8 without calibration. ImportError: a package is not installed.
     """
+    if plan.int8 and not plan.calibration:
+        raise ValueError("calibrate: expected pictures, to find the ranges that int8 stands for")
     onnx.require_exporter()
     require("openvino", extra="export")
+    if plan.int8:
+        require("nncf", extra="export")
 
 
 def build(model: SegViT, plan: Plan) -> LabelGraph:
@@ -46,10 +50,27 @@ def save(graph: LabelGraph, path: Path, text: str) -> None:
         OSError: they cannot be written.
     """
     runtime = require("openvino", extra="export")
-    proto = onnx.proto(graph, text)
+    proto = onnx.proto(graph)
     model = runtime.Core().read_model(io.BytesIO(proto.SerializeToString()))
+    if graph.plan.int8:
+        model = _quantized(model, {node.output[0] for node in onnx.projections(proto)}, graph.plan)
     model.set_rt_info(text, [KEY])
     _write(model, path, compress=graph.plan.dtype != torch.float32)
+
+
+def _quantized(model: Any, outputs: set[str], plan: Plan) -> Any:
+    """The model with the products that make these tensors in 8 bits, by NNCF."""
+    nncf = require("nncf", extra="export")
+    products = [op for op in model.get_ordered_ops() if op.get_type_name() in ("MatMul", "Convolution")]
+    others = [op.get_friendly_name() for op in products if not outputs & set(op.output(0).get_names())]
+    with onnx.quiet():
+        return nncf.quantize(
+            model,
+            nncf.Dataset([arranged(pictures, plan).numpy() for pictures in plan.calibration]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(plan.calibration),
+            ignored_scope=nncf.IgnoredScope(names=others),
+        )
 
 
 def _write(model: Any, path: Path, compress: bool) -> None:

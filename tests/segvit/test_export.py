@@ -222,3 +222,25 @@ def test_openvino_takes_any_size_from_the_graph(anything):
         images = pictures(size, batch=3)
         labels = torch.from_numpy(compiled(images.numpy())[0])
         assert_same_up_to_ties(labels, tiny_model(), images)
+
+
+def test_int8(folder, capsys, tmp_path):
+    """Static QDQ of the backbone's projections, by the command, and what it says of the labels."""
+    from PIL import Image
+
+    for index in range(4):
+        picture = pictures((45, 70), batch=1, seed=index)[0].permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    path = folder / "int8.onnx"
+    words = ["export", str(folder / "checkpoint"), str(path), "--size", *map(str, SIZE), "--dtype", "int8"]
+    assert main(words) == 2
+    assert "calibrate" in capsys.readouterr().err and not path.exists()
+    assert main([*words, "--calibrate", str(tmp_path), "--calibration-pictures", "3"]) == 0
+    said = capsys.readouterr().out
+    share = float(said.partition("checkpoint's: ")[2].partition(" %")[0])
+    assert 95 < share < 100 and "3 pictures" in said
+    proto = onnx.load(path)
+    assert {node.domain for node in proto.graph.node} == {""} and len(proto.opset_import) == 1
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("DequantizeLinear") == 2 * 12  # weight and input, of 4 layers in 3 blocks
+    assert open_model(path).description.fields["precision"] == "int8"
