@@ -630,7 +630,7 @@ def test_every_request_was_counted(server):
 
 def test_a_full_queue_and_an_end_in_the_middle(checkpoint):
     """503 with Retry-After when full, 408 for a body that does not come; SIGTERM answers what is at hand."""
-    with Server(checkpoint, "--queue", "2", "--timeout", "3") as server:
+    with Server(checkpoint, "--queue", "2", "--timeout", "6") as server:
         fill_and_end(server)
 
 
@@ -657,7 +657,7 @@ def fill_and_end(server: Server) -> None:
         last.sendall(body[-10:])
         got = [b"".join(iter(lambda c=c: c.recv(1 << 16), b"")) for c in (last, late)]
     assert got[0].startswith(b"HTTP/1.1 200 ") and b'"labels"' in got[0]
-    assert got[1].startswith(b"HTTP/1.1 408 ") and b"not sent within 3 seconds" in got[1]
+    assert got[1].startswith(b"HTTP/1.1 408 ") and b"not sent within 6 seconds" in got[1]
     out, err = server.process.communicate(timeout=30)
     assert (server.process.returncode, err) == (0, "") and out.endswith("ended\n")
 

@@ -18,6 +18,7 @@ pytest.importorskip("starlette", reason="comes with the extra serve")
 
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.options import ServeConfig
+from segvit.serve import app
 from segvit.serve.admission import Budget
 from segvit.serve.answers import Answers
 from segvit.serve.app import Service
@@ -227,7 +228,12 @@ async def ask(
     if data is not None:
         head = b'--edge\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
         body = head + data + b"\r\n--edge--\r\n"
-    named = {"host": host, "content-type": "multipart/form-data; boundary=edge", **dict(headers)}
+    named = {
+        "host": host,
+        "content-length": str(len(body)),
+        "content-type": "multipart/form-data; boundary=edge",
+        **dict(headers),
+    }
     scope = {
         "type": "http", "http_version": "1.1", "method": "GET" if data is None else "POST", "path": path,
         "raw_path": path.encode(), "query_string": query, "root_path": "", "scheme": "http",
@@ -302,14 +308,14 @@ def test_the_loop_goes_on_while_the_model_runs():
 
 def test_time_and_room_come_to_an_end():
     async def run():
-        with serving(queue=2, timeout=0.3) as (service, model):
+        with serving(queue=2, timeout=1.5) as (service, model):
             tasks = [asyncio.create_task(ask(service, "/predict", picture())) for _ in range(2)]
             await later(lambda: service.at_hand == 2)
             full = await ask(service, "/predict", picture())
             assert (full.status, full.headers["retry-after"]) == (503, "1")
             late = await asyncio.gather(*tasks)
             assert [answer.status for answer in late] == [503, 503]
-            assert json.loads(late[0].body)["error"] == "not done within 0.3 seconds"
+            assert json.loads(late[0].body)["error"] == "not done within 1.5 seconds"
             model.go.set()
             # A client that does not read its answer has no place for ever.
             stuck = asyncio.create_task(ask(service, "/predict", picture(), reads=asyncio.Event()))
@@ -318,6 +324,54 @@ def test_time_and_room_come_to_an_end():
             assert service.at_hand == 0 and service.pixels.left == service.pixels.total
 
     asyncio.run(run())
+
+
+def test_what_is_in_memory_at_a_time():
+    """Eight decoded pictures of full size, whatever waits; eight bodies of full length."""
+
+    async def run():
+        with serving(max_pixels=128, batch=1) as (service, model):
+            tasks = [asyncio.create_task(ask(service, "/predict", picture())) for _ in range(12)]
+            await later(lambda: service.at_hand == 12 and len(service.pixels.waiting) == 4)
+            await later(lambda: len(service.batches) == 7)  # and one that runs
+            model.go.set()
+            assert [answer.status for answer in await asyncio.gather(*tasks)] == [200] * 12
+        with serving(max_bytes=1000, batch=1) as (service, model):
+            headers = [("content-length", str(1000 + (1 << 16)))]
+            tasks = [
+                asyncio.create_task(ask(service, "/predict", picture(), headers=headers)) for _ in range(12)
+            ]
+            await later(lambda: service.at_hand == 12 and len(service.bodies.waiting) == 4)
+            await later(lambda: len(service.batches) == 7)
+            model.go.set()
+            assert [answer.status for answer in await asyncio.gather(*tasks)] == [200] * 12
+
+    asyncio.run(run())
+
+
+def test_work_is_not_done_in_the_loop(monkeypatch):
+    seen = {}
+
+    def noting(name, function):
+        def noted(*arguments, **named):
+            seen[name] = threading.current_thread().name.split("_")[0]
+            return function(*arguments, **named)
+
+        return noted
+
+    for name in ("read_request", "probe", "read_image"):
+        monkeypatch.setattr(f"segvit.serve.app.{name}", noting(name, getattr(app, name)))
+    monkeypatch.setattr(Answers, "prediction", noting("prediction", Answers.prediction))
+    monkeypatch.setattr(Model, "predict", noting("predict", Model.predict))
+
+    async def run():
+        with serving() as (service, model):
+            model.go.set()
+            assert (await ask(service, "/predict", picture())).status == 200
+
+    asyncio.run(run())
+    others = dict.fromkeys(("read_request", "probe", "read_image", "prediction"), "pictures")
+    assert seen == {**others, "predict": "model"}
 
 
 @pytest.mark.parametrize(
