@@ -68,13 +68,17 @@ def check(plan: Plan) -> None:
 
 
 class Program(nn.Module):
-    """The engine's function for a plan, on the device that the model is on."""
+    """The engine's function for a plan, on the device that the model is on.
 
-    def __init__(self, model: SegViT, plan: Plan, *, int8: bool = False) -> None:
+    int8 is the engine's, which asks for AMX and no pictures; what is not in int8 is bfloat16 there.
+    """
+
+    def __init__(self, model: SegViT, plan: Plan) -> None:
         super().__init__()
         assert plan.size is not None and plan.batch is not None
+        dtype = torch.bfloat16 if plan.int8 else plan.dtype
         self.engine = model.compile_for_inference(
-            plan.size, plan.batch, dtype=plan.dtype, method="eager", int8=int8, options=plan.options
+            plan.size, plan.batch, dtype=dtype, method="eager", int8=plan.int8, options=plan.options
         )
         self.function, self.channels_last = self.engine.function, plan.channels_last
         for module in self.function.modules():

@@ -16,7 +16,7 @@ from torch._inductor import exc
 
 from segvit.export import aot, export, open_model
 from segvit.export.graph import Plan
-from segvit_kernels import _native, lower_to_native
+from segvit_kernels import _library, _native, lower_to_native
 
 SIZE = (40, 50)  # no multiple of the patch size
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp" / "segment.cpp"
@@ -188,15 +188,18 @@ def test_pictures_of_whole_patches(model, last):
     assert torch.equal(exported.module()(given), model.predict(taken))
 
 
+@compiled
 @pytest.mark.parametrize(
     "options, said",
     [
         ({}, "size: got none, expected height and width"),
         ({"size": SIZE, "batch": None}, "batch: got any, expected a number"),
         ({"size": SIZE, "outputs": "scores"}, "outputs: got scores, expected labels"),
+        ({"size": SIZE, "dtype": "int8"}, "int8: int8 weights need a CPU with AMX"),
     ],
 )
-def test_what_a_program_cannot_do(model, tmp_path, options, said):
+def test_what_a_program_cannot_do(model, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr(_library, "runs_isa", lambda isa: False)
     with pytest.raises(ValueError, match=said):
         export(model, tmp_path / "x.pt2", **options)
     assert list(tmp_path.iterdir()) == []
