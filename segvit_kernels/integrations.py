@@ -1,7 +1,5 @@
 """Hugging Face's mask-classification models on these operators: MaskFormer, Mask2Former, OneFormer, EoMT.
 
-::
-
     from segvit_kernels.integrations import post_process_semantic_segmentation, use_fused_loss
 
     model = use_fused_loss(Mask2FormerForUniversalSegmentation.from_pretrained(...))   # training

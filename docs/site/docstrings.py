@@ -1,7 +1,6 @@
 """For mkdocstrings: what docstrings say in reStructuredText, as Markdown."""
 
 import re
-import textwrap
 from typing import Any
 
 import griffe
@@ -14,24 +13,20 @@ PUBLIC = {
 }
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`~?([\w.]+)`")
 _SEVERAL = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
-_MATH = re.compile(r"^( *)\.\. math::\n((?:\1 +.*\n?|\s*\n)+)", re.MULTILINE)
 
 
 def markdown(text: str) -> str:
-    """``text`` with roles as code, linked where the name is public, formulas as blocks of code, and an entry
-    of its own for each of several arguments."""
+    """``text`` with roles as code, linked where the name is public, and for each of several arguments an entry
+    of its own."""
 
     def role(match: re.Match) -> str:
         name = match[1].rpartition(".")[2]
         return f"[`{name}`][{PUBLIC[name]}]" if name in PUBLIC else f"`{match[1]}`"
 
-    def formula(match: re.Match) -> str:
-        return f"```text\n{textwrap.dedent(match[2]).strip()}\n```\n\n"
-
     def entries(match: re.Match) -> str:
         return "\n".join(f"    {name}: {match[2]}" for name in match[1].split(", "))
 
-    return _SEVERAL.sub(entries, _ROLE.sub(role, _MATH.sub(formula, text)))
+    return _SEVERAL.sub(entries, _ROLE.sub(role, text))
 
 
 class Docstrings(griffe.Extension):

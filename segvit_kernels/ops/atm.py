@@ -1,11 +1,8 @@
-r"""Attention-to-mask (ATM): attention whose similarity map is a second output.
+"""Attention-to-mask (ATM): attention whose similarity map is a second output.
 
 With queries Q (class tokens), keys K and values V (projected features), per head h:
 
-.. math::
-    S_h = \text{scale} \cdot Q_h K_h^\top, \qquad
-    O_h = \text{dropout}(\text{softmax}(S_h)) V_h, \qquad
-    M = \frac{1}{H} \sum_h S_h + M_{\text{previous}}
+    Sₕ = scale · Qₕ Kₕᵀ      Oₕ = dropout(softmax(Sₕ)) Vₕ      M = 1/H · Σₕ Sₕ + M_previous
 
 (SegViT, NeurIPS 2022, section 3.2; M before the sigmoid.) Layout is (batch, tokens, heads, head_dim).
 

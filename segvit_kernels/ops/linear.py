@@ -1,8 +1,6 @@
-r"""A linear layer with packed weights: half-precision models on CPUs with half-precision arithmetic.
+"""A linear layer with packed weights: half-precision models on CPUs with half-precision arithmetic.
 
-.. math::
-    Z = R + \gamma \, \text{GELU}(X W^\top + b), \quad X = \text{LN}(X_0), \quad
-    \text{GELU}(x) = x \, \Phi(x)
+    Z = R + γ · GELU(X Wᵀ + b)      X = LN(X₀)      GELU(x) = x Φ(x)
 
 LayerNorm before it, and GELU, LayerScale γ and residual R behind it, each where it is asked for. Layout is
 (..., features). Nothing is kept for a backward: where a gradient is asked for, and under autocast, the layer

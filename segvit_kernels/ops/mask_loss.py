@@ -1,4 +1,4 @@
-r"""Mask loss: focal, BCE and dice of low-resolution mask logits against full-resolution targets.
+"""Mask loss: focal, BCE and dice of low-resolution mask logits against full-resolution targets.
 
 A (image, query) pair is supervised by at most one target. With x its logits upsampled bilinearly
 (align_corners=False) to the targets' size, t in [0, 1] its target, p = σ(x) and m = 1 − p_t = p + t − 2pt:

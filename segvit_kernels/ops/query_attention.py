@@ -1,11 +1,9 @@
-r"""Query attention: softmax attention of thousands of queries, without masks.
+"""Query attention: softmax attention of thousands of queries, without masks.
 
 For query-based down-sampling (QD: subsampled tokens ask all tokens) and up-sampling (QU: one learned query a
 token of the full grid), SegViT (NeurIPS 2022), section 3.3. Per head h:
 
-.. math::
-    S_h = \text{scale} \cdot Q_h K_h^\top, \qquad
-    O_h = \text{dropout}(\text{softmax}(S_h)) V_h
+    Sₕ = scale · Qₕ Kₕᵀ      Oₕ = dropout(softmax(Sₕ)) Vₕ
 
 Layout is (batch, tokens, heads, head_dim). Queries may be shared by the batch; tokens may be padding, as in
 :mod:`segvit_kernels.ops.atm`.

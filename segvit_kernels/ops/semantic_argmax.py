@@ -1,10 +1,9 @@
-r"""Semantic argmax: the label map of a mask classifier, with no score tensor of full size.
+"""Semantic argmax: the label map of a mask classifier, with no score tensor of full size.
 
 Of masks M_q on a small grid and class probabilities p, for every output pixel:
 
-.. math::
-    s_c(y, x) = \sum_q p_{qc}\, \sigma(\text{bilinear}(M_q)(y, x)), \qquad
-    \text{label}(y, x) = \arg\max_c s_c(y, x), \text{ the lower class of equal ones}
+    s_c(y, x) = Σ_q p[q, c] · σ(bilinear(M_q)(y, x))
+    label(y, x) = argmax_c s_c(y, x), the lower class of equal ones
 
 (semantic inference of MaskFormer, NeurIPS 2021, section 3.4; SegViT uses the same.) Interpolation is that of
 ``F.interpolate(mode="bilinear", align_corners=False)``.

@@ -1,12 +1,10 @@
-r"""LayerNorm of all tokens, and the strided subset of it and of its input, in one read of the input.
+"""LayerNorm of all tokens, and the strided subset of it and of its input, in one read of the input.
 
 The input side of query-based down-sampling (SegViT, NeurIPS 2022, section 3.3): keys and values are made of
 all normalised tokens, queries and the residual of every ``stride``-th one in each direction. Of
 x (B, prefix + h·w, C), the grid row by row:
 
-.. math::
-    n = (x - \mu)\, r \cdot w + b, \qquad r = 1 / \sqrt{\sigma^2 + \varepsilon}, \qquad
-    n_{sub} = n[\text{kept}], \qquad x_{sub} = x[\text{kept}]
+    n = (x − μ) r · w + b      r = 1 / √(σ² + ε)      n_sub = n[kept]      x_sub = x[kept]
 
 where μ and σ² are the mean and the (biased) variance of a token, and the kept tokens are the prefix and rows
 0, s, 2s, … by columns 0, s, 2s, … of the grid: prefix + ⌈h/s⌉·⌈w/s⌉ of them.
