@@ -39,7 +39,8 @@ class _Output:
     """
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.pending, self.error = stream, "", None
+        self.stream, self.pending = stream, ""
+        self.error: Exception | None = None
 
     def write(self, text: str) -> int:
         self.pending += text
@@ -61,8 +62,8 @@ class _Output:
     def _failed(self, error: Exception) -> None:
         self.error = error
         with contextlib.suppress(Exception):  # or Python complains once more as it leaves
-            if self.stream is sys.__stdout__:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if sys.__stdout__ is not None and self.stream is sys.__stdout__:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
     @property
     def lost(self) -> bool:
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         output.flush()
         sys.stdout = output.stream
-    if output.lost:
+    if output.lost and output.error is not None:
         _complain(f"{name}: error: standard output took no more ({one_line(output.error)})")
         _complain(output.pending.rstrip("\n"))
         code = code or 2

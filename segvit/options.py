@@ -71,9 +71,9 @@ def option(default: Any, help: str, *, positional: bool = False, **limits: float
 
 
 @functools.cache
-def _kinds(options: type) -> dict[str, tuple[type | None, tuple[str, ...], bool]]:
+def _kinds(options: type) -> dict[str, tuple[type | None, tuple[Any, ...], bool]]:
     """Of each option: the type of its number or numbers, the words that it may be, whether it may be None."""
-    kinds = {}
+    kinds: dict[str, tuple[type | None, tuple[Any, ...], bool]] = {}
     for name, hint in typing.get_type_hints(options).items():
         union = typing.get_origin(hint) in (types.UnionType, typing.Union)
         members = typing.get_args(hint) if union else (hint,)
@@ -87,7 +87,7 @@ def _kinds(options: type) -> dict[str, tuple[type | None, tuple[str, ...], bool]
                 words += (True, False)
             else:
                 numbers |= {arguments[0] if origin in (list, tuple) else member} & {int, float}
-        kinds[name] = (numbers or {None}).pop(), tuple(words), type(None) in members
+        kinds[name] = numbers.pop() if numbers else None, tuple(words), type(None) in members
     return kinds
 
 
@@ -98,7 +98,7 @@ def check_ranges(options: Any) -> None:
         ValueError: one is out of range; TypeError: something else stands for a number. The option is named.
     """
     for item in dataclasses.fields(options):
-        value, (number, words, optional) = getattr(options, item.name), _kinds(type(options))[item.name]
+        value, (number, words, optional) = getattr(options, item.name), _kinds(options.__class__)[item.name]
         if (value is None and optional) or not (number or words) or value in words:
             continue
         limits, several = item.metadata["range"], isinstance(value, (list, tuple))

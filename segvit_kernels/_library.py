@@ -102,7 +102,7 @@ def requested_backend(argument: str | None = None) -> str | None:
         return _chosen
     try:
         # What os.environ.get does, without encoding the name at every call: a microsecond.
-        if _ENVIRONMENT_KEY not in os.environ._data:
+        if _ENVIRONMENT_KEY not in os.environ._data:  # type: ignore[attr-defined]
             return None
     except AttributeError:  # an ordinary dict in place of it
         pass
@@ -132,7 +132,7 @@ def why_not(name: str, device: torch.device | str) -> str | None:
     if not _triton_installed():
         return "Triton is not installed: pip install triton"
     if device.type == "cuda":
-        if torch.version.hip is None and capability < (8, 0):
+        if torch.version.hip is None and capability is not None and capability < (8, 0):
             return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}: use eager"
         return None
     if device.type == "cpu":

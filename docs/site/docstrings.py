@@ -16,8 +16,8 @@ _SEVERAL = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 
 def markdown(text: str) -> str:
-    """``text`` with roles as code, linked where the name is public, and for each of several arguments an entry
-    of its own."""
+    """``text`` with roles as code, linked where the name is public, and with several arguments of one entry
+    apart."""
 
     def role(match: re.Match) -> str:
         name = match[1].rpartition(".")[2]

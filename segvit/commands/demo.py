@@ -7,6 +7,7 @@ overlays, similarity maps and cost. The number of steps decides the result; the 
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import shutil
 import tempfile
@@ -63,7 +64,7 @@ def run(config: DemoConfig) -> int:
         os.replace(folder, out / "run")
     for index in range(4):
         picture = Image.fromarray(pixels_of(test[index]["image"]))
-        atomic_write(out / "pictures" / f"{index}.png", lambda path, p=picture: p.save(path, "PNG"))
+        atomic_write(out / "pictures" / f"{index}.png", functools.partial(picture.save, format="PNG"))
     path = out / "report.html"
     atomic_write(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     print(f"mIoU {100 * score['miou']:.1f} % on {score['images']} held-out pictures")

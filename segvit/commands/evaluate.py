@@ -11,8 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 import segvit_kernels
 from segvit.data import check_data, folder_options, open_dataset
 from segvit.export import open_model
@@ -67,7 +65,7 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Dataset) -> Any:
+def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Any) -> Any:
     model = open_model(config.checkpoint).to(fabric.device)
     share = len(range(fabric.global_rank, len(dataset), fabric.world_size))
     with (
@@ -195,7 +193,7 @@ def iou_table(result: dict[str, Any]) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "   n/a" if without_nan(value) is None else f"{100 * value:6.2f}"
+    return "   n/a" if value is None or without_nan(value) is None else f"{100 * value:6.2f}"
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -113,7 +113,7 @@ def inspect(
                     cached[os.path.abspath(pairs[index][1])] = [keys[index], facts]
                 bar.advance(task)
         _write_cache(file, cached)
-    return found
+    return [facts for facts in found if facts is not None]
 
 
 def _look(picture: Path, label: Path, channels: int) -> dict[str, Any]:
@@ -187,8 +187,9 @@ def summarize(facts: Sequence[Facts], labels: Sequence[Path], colours: Mapping[i
 
 def _compare_palettes(one: Facts, label: Path, numbers: dict[int, tuple[int, Path]]) -> None:
     """Saved with a palette of its own, a picture's numbers mean nothing: elsewhere a colour has others."""
-    times = Counter(one.palette.values())
-    for value, colour in one.palette.items():
+    palette = one.palette or {}
+    times = Counter(palette.values())
+    for value, colour in palette.items():
         if times[colour] > 1:
             continue
         before, other = numbers.setdefault(colour, (value, label))
@@ -268,7 +269,7 @@ def _facts(values: dict[str, Any]) -> Facts:
     return Facts(
         picture=tuple(values["picture"]) if "picture" in values else None,
         label=tuple(values["label"]) if "label" in values else None,
-        values=integers(values.get("values", {})),
+        values=integers(values.get("values")) or {},
         colour=values.get("colour", False),
         palette=integers(values.get("palette")),
         problem=values.get("problem"),

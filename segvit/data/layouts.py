@@ -155,7 +155,7 @@ class Layout:
         return Listing(pairs, unlabelled, [] if named is not None else sorted(orphans))
 
     def _list_path(self, split: str | None) -> Path:
-        return self.root / self.split_list.replace("{split}", split or "")
+        return self.root / str(self.split_list).replace("{split}", split or "")
 
     def _named(self, split: str | None) -> set[tuple[str, ...]]:
         path = self._list_path(split)
@@ -243,10 +243,10 @@ def find_layout(
     if plain.splits():
         return plain.like_ade20k()
     expected = "images/SPLIT and annotations/SPLIT, or --image-pattern and --label-pattern"
-    missing = next((path for path in (root / "images", root / "annotations") if not path.is_dir()), None)
-    if missing is None:
+    gone = next((path for path in (root / "images", root / "annotations") if not path.is_dir()), None)
+    if gone is None:
         raise FileNotFoundError(f"{root}: no picture with a label map here (expected {expected})")
-    raise FileNotFoundError(f"{missing}: no such folder (expected {expected})")
+    raise FileNotFoundError(f"{gone}: no such folder (expected {expected})")
 
 
 def _usual(root: Path, split_list: str | None) -> Iterator[list[Layout]]:
@@ -297,7 +297,8 @@ def _is_there(layout: Layout) -> bool:
 
 
 def _has_pairs(layout: Layout) -> bool:
-    for split in layout.splits() or [None]:
+    splits: list[str | None] = [*layout.splits()]
+    for split in splits or [None]:
         try:
             if layout.listing(split).pairs:
                 return True

@@ -176,6 +176,8 @@ def to_bytes(samples: np.ndarray, value_range: Range = None) -> np.ndarray:
     """
     if samples.dtype == bool:
         samples = samples.astype(np.uint8) * 255
+    low: Any
+    high: Any
     if value_range is None:
         if samples.dtype == np.uint8:
             return samples
@@ -379,7 +381,7 @@ def _open(path: Source) -> Any:
 
     Our limit of pixels stands in place of Pillow's, which microscopes and satellites exceed.
     """
-    image_module = require("PIL.Image", extra="train")
+    image_module: Any = require("PIL.Image", extra="train")
     with _named(path), _quiet():
         before, image_module.MAX_IMAGE_PIXELS = image_module.MAX_IMAGE_PIXELS, None
         try:

@@ -137,7 +137,7 @@ class Augment:
         self.size, self.seed, self.ignore_index = size, seed, ignore_index
         self.fill = [round(255 * channel) for channel in mean]
         steps: list[v2.Transform] = [
-            RandomScale(size, tuple(scale)),
+            RandomScale(size, (scale[0], scale[1])),
             ClassBalancedCrop(size, class_share, ignore_index),
         ]
         if flip:

@@ -204,7 +204,7 @@ def _held_out(model: SegViT, items: Sequence[dict[str, Any]], palette: np.ndarra
             report.picture(overlay(image, np.kron(guess, enlarge), palette, alpha=0.75), "prediction"),
             report.picture(mistakes.round().astype(np.uint8), "pixels that differ"),
         ]
-        present = ", ".join(entry.name for entry in legend_entries(truth, model.config.class_names))
+        present = ", ".join(entry.name for entry in legend_entries(truth, model.config.class_names or ()))
         rows.append((f"{100 * (~wrong).mean():.1f} % of pixels right", present, pictures))
     titles = [("image", ""), ("ground truth", ""), ("prediction", ""), ("mistakes", "")]
     return report.picture_grid(titles, rows)
@@ -212,7 +212,7 @@ def _held_out(model: SegViT, items: Sequence[dict[str, Any]], palette: np.ndarra
 
 def _figure(model: SegViT, item: dict[str, Any], count: int, factor: int = 2) -> str:
     """Similarity maps of the largest things in a picture, stage by stage."""
-    names = model.config.class_names
+    names = model.config.class_names or ()
     scenery = {"sky", "field", "wall", "floor"}
     entries = [entry for entry in legend_entries(item["label"].numpy(), names) if entry.name not in scenery]
     entries = entries[:count] or legend_entries(item["label"].numpy(), names)[:count]

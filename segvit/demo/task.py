@@ -43,7 +43,7 @@ class Rendered(Dataset):
     def __init__(self, source: SyntheticShapes) -> None:
         self.num_classes, self.ignore_index = source.num_classes, source.ignore_index
         self.class_names, self.palette = source.class_names, source.palette
-        self.items = [source[index] for index in range(len(source))]
+        self.items: list[dict[str, Any]] = [source[index] for index in range(len(source))]
 
     def __len__(self) -> int:
         return len(self.items)

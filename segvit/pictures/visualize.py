@@ -15,11 +15,12 @@ import numpy as np
 
 from segvit.system.extras import require
 
-Image = require("PIL.Image", extra="train")
-ImageDraw = require("PIL.ImageDraw", extra="train")
-ImageFont = require("PIL.ImageFont", extra="train")
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
+else:
+    Image = require("PIL.Image", extra="train")
+    ImageDraw = require("PIL.ImageDraw", extra="train")
+    ImageFont = require("PIL.ImageFont", extra="train")
 
 # Linear sRGB -> cone responses -> OKLab: B. Ottosson, "A perceptual color space for image processing", 2020.
 _LINEAR_TO_LMS = np.array(
@@ -159,7 +160,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, *, alpha
 class LegendEntry(NamedTuple):
     """One class that is present: its index, its name, and its share of the labelled pixels (0…1)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name
     name: str
     share: float
 
@@ -170,10 +171,10 @@ def legend_entries(labels: np.ndarray, class_names: Sequence[str]) -> list[Legen
     known = labels[(labels >= 0) & (labels < len(class_names))]
     counts = np.bincount(known.astype(np.int64), minlength=len(class_names))
     order = sorted(np.flatnonzero(counts), key=lambda index: (-counts[index], index))
-    return [LegendEntry(int(i), class_names[i], float(counts[i] / known.size)) for i in order]
+    return [LegendEntry(int(i), class_names[int(i)], float(counts[i] / known.size)) for i in order]
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from segvit.system.extras import require
 
@@ -141,7 +141,7 @@ def parse_json(text: str, source: str, kind: type | None = None) -> Any:
             values[key] = value
         return values
 
-    def number(word: str) -> None:
+    def number(word: str) -> NoReturn:
         raise _RefusedError(f"{word} is not JSON, expected a number or null")
 
     def finite(word: str) -> float:
@@ -215,8 +215,8 @@ def parse_yaml(text: str, source: str) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{source}: not YAML: {place}{error.problem or error.context}") from None
     except yaml.YAMLError as error:  # characters that no YAML file may hold
-        place = getattr(error, "position", None)
-        line = "" if place is None else f"line {text.count(chr(10), 0, place) + 1}: "
+        position = getattr(error, "position", None)
+        line = "" if position is None else f"line {text.count(chr(10), 0, position) + 1}: "
         raise ValueError(f"{source}: not YAML: {line}a control character") from None
     except RecursionError:
         raise ValueError(f"{source}: nested too deeply") from None

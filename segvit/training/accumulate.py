@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from segvit.model.linear_head import CrossEntropy
+from segvit.model.losses import SegViTLoss
+
 
 def backward(
     fabric: Any,
     model: nn.Module,
     preprocess: Callable[[Tensor], Tensor],
-    loss: nn.Module,
+    loss: SegViTLoss | CrossEntropy,
     images: Tensor,
     labels: Tensor,
     parts: int = 1,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from segvit.config import SegViTConfig
 from segvit.data.transforms import Augment
@@ -81,7 +80,7 @@ def _start(
         raise ValueError(f"model: {error}") from None
     weights = open_pretrained(config.backbone_weights) if config.backbone_weights else None
     if weights:
-        told = {key: config.model[key] for key in ("heads", "mlp", "norm_eps") if key in config.model}
+        told = {str(key): config.model[key] for key in ("heads", "mlp", "norm_eps") if key in config.model}
         weights = weights._replace(known={**told, **weights.known})
         own, theirs = model_config.backbone, weights.backbone_config()
         if (theirs.width, theirs.depth) == (own.width, own.depth):
@@ -129,7 +128,7 @@ def make_optimizer(config: TrainConfig, model: SegViT) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=config.precision != "fp16")
 
 
-def make_loss(config: TrainConfig, training: Any, weights: list[float] | None) -> nn.Module:
+def make_loss(config: TrainConfig, training: Any, weights: list[float] | None) -> SegViTLoss | CrossEntropy:
     """The head's loss, with these weights of the classes."""
     if config.head == "linear":
         return CrossEntropy(training.ignore_index, weights)
@@ -152,4 +151,5 @@ def locate_queries(config: TrainConfig, model: SegViT, training: Any, augment: A
         crops = [augment(item["image"], item["label"], 0, i)[0] for item, i in items]
         levels.append(model.backbone(model.preprocess(torch.stack(crops))))
     model.train()
-    model.decoder.upsample.locate([torch.cat(level) for level in zip(*levels, strict=True)])
+    upsample: Any = model.decoder.upsample
+    upsample.locate([torch.cat(level) for level in zip(*levels, strict=True)])

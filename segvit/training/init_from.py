@@ -65,7 +65,8 @@ def init_from(
     model = model_with(head)(new)
     weights = folder / WEIGHTS_FILE
     state, notes = read_state_dict(weights), []
-    grid = tuple(side // old.backbone.patch_size for side in old.image_size)
+    patch = old.backbone.patch_size
+    grid = (old.image_size[0] // patch, old.image_size[1] // patch)
     try:
         adapted = adapt_backbone_state(
             state, new.backbone, model.backbone.grid, {"grid": grid, "mlp": old.backbone.mlp, "plain": True}

@@ -39,6 +39,7 @@ def make_fabric(config: Any) -> Any:
         raise ValueError(f"devices: got {config.devices}, but {started} processes were started")
     if not started:
         check_processes(config.devices, config.workers, device)
+    precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision]
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", 1))) if started else 1
     try:
         return Fabric(
@@ -46,7 +47,7 @@ def make_fabric(config: Any) -> Any:
             devices=started // nodes or config.devices,
             num_nodes=nodes,
             strategy="ddp" if started else "ddp_spawn" if config.devices > 1 else "auto",
-            precision={"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision],
+            precision=precision,
         )
     except (MisconfigurationException, RuntimeError) as error:
         raise ValueError(f"devices: got {config.devices}: {error}") from None

@@ -78,7 +78,7 @@ class Trainer:
             evaluated = not self._evaluation_missing()
             self.log = Log(Path(config.out), self.state.step, config.tensorboard, evaluated)
         # The processes agree on when to stop without waiting for a GPU.
-        self.host = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+        self.host: Any = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
 
     def fit(self) -> dict[str, Any]:
         """Train to the end; what `segvit.training.train.train` returns."""

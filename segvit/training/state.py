@@ -6,7 +6,7 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -53,7 +53,7 @@ class RunState:
     @property
     def evaluated(self) -> SegViT:
         """The model that is evaluated and saved."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(SegViT, self.average.module)
 
     def start_clock(self) -> None:
         """From here on `seconds` counts."""

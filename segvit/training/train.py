@@ -18,8 +18,6 @@ import signal
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from torch.utils.data import Dataset
-
 import segvit_kernels
 from segvit.data import SegmentationFolder, check_data, folder_options, open_dataset
 from segvit.model.losses import weights_of_classes
@@ -34,9 +32,7 @@ from segvit.training.run_folder import claimed, prepare, samples_of
 __all__ = ["train"]
 
 
-def train(
-    config: TrainConfig, training: Dataset | None = None, validation: Dataset | None = None
-) -> dict[str, Any]:
+def train(config: TrainConfig, training: Any = None, validation: Any = None) -> dict[str, Any]:
     """Train a model as `config` says.
 
     Args:
@@ -57,7 +53,7 @@ def train(
     _check(config)
     fabric = make_fabric(config)
 
-    def data(split: str, synthetic_length: int) -> Dataset:
+    def data(split: str, synthetic_length: int) -> Any:
         return open_dataset(
             config.data,
             split,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def oracle(
     """
     leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
     previous = leaves.get("previous_masks")
-    result = atm_reference(
+    result: Any = atm_reference(
         leaves["query"],
         leaves["key"],
         leaves["value"],

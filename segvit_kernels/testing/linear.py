@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,4 +83,5 @@ def oracle(
 ) -> Tensor:
     """:func:`linear_reference` computed in ``dtype``: the truth in float64, and in the inputs' own dtype what
     ordinary PyTorch makes."""
-    return linear_reference(*(None if t is None else t.to(dtype) for t in inputs.values()), gelu=case.gelu)
+    arguments: list[Any] = [None if t is None else t.to(dtype) for t in inputs.values()]
+    return linear_reference(*arguments, gelu=case.gelu)

@@ -126,10 +126,9 @@ def with_gradients(
         gradients = torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
     gradients = gradients.to(value.device, value.dtype)
     grads = torch.autograd.grad(value, leaves, gradients, allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
-    return MaskLoss(
-        *(r.detach() if isinstance(r, Tensor) else [t.detach() for t in r] for r in result)
-    ), grads
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+    terms: list[Any] = [r.detach() if isinstance(r, Tensor) else [t.detach() for t in r] for r in result]
+    return MaskLoss(*terms), filled
 
 
 def oracle(

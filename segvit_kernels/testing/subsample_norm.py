@@ -120,8 +120,8 @@ def with_gradients(
     grads = torch.autograd.grad(
         [o for o, _ in used], list(named.values()), [g for _, g in used], allow_unused=True
     )
-    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(named.values(), grads, strict=True)]
-    return SubsampledNorm(*(t.detach() for t in result)), dict(zip(named, grads, strict=True))
+    filled = [torch.zeros_like(t) if g is None else g for t, g in zip(named.values(), grads, strict=True)]
+    return SubsampledNorm(*(t.detach() for t in result)), dict(zip(named, filled, strict=True))
 
 
 def oracle(
