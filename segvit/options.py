@@ -422,8 +422,10 @@ class ExportConfig(InferenceOptions):
     checkpoint: str = option(
         ..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub", positional=True
     )
-    out: str = option(..., "the file: NAME.onnx, NAME.xml (OpenVINO) or NAME.pt2", positional=True)
-    format: Literal["auto", "onnx", "openvino", "pt2"] = option("auto", "of the file; by its name")
+    out: str = option(..., "the file: NAME.onnx, .xml (OpenVINO), .pt2 or .torchscript", positional=True)
+    format: Literal["auto", "onnx", "openvino", "torchscript", "pt2"] = option(
+        "auto", "of the file; by its name"
+    )
     size: list[int] = option(
         [],
         "height and width of the pictures, or one side; pictures of any size when not given. Window, scales "

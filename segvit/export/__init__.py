@@ -46,6 +46,7 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", "onnx", "ONNX, standard operators"),
     "openvino": Format(".xml", "openvino", "OpenVINO"),
+    "torchscript": Format(".torchscript", "torchscript", "TorchScript; libtorch"),
     "pt2": Format(".pt2", "aot", "C++ by AOTInductor, our operators fused; libtorch, on such a machine"),
 }
 PRECISIONS = {

@@ -214,6 +214,34 @@ def test_openvino(openvino):
     assert json.loads(read.get_rt_info(["segvit"]).astype(str))["classes"] == list("abcdef")
 
 
+def test_a_full_disk_leaves_nothing(openvino, tmp_path):
+    """OpenVINO itself says nothing of a .bin that could not be written whole."""
+    resource = pytest.importorskip("resource")
+    import openvino as runtime
+
+    from segvit.export.openvino import _write
+
+    model = runtime.Core().read_model(openvino)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.xml: cannot be written"):
+            _write(model, tmp_path / "x.xml", compress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchscript(model, folder):
+    segvit.export(model, folder / "x.torchscript", size=SIZE, outputs="logits")
+    found = open_model(folder / "x.torchscript")
+    assert "segvit::" not in str(found._run.script.inlined_graph)
+    images = pictures(SIZE)
+    assert_same_up_to_ties(found.predict(images), tiny_model(), images)
+    with pytest.raises(ValueError, match="size"):
+        segvit.export(model, folder / "y.torchscript")
+
+
 def test_openvino_takes_any_size_from_the_graph(anything):
     """The scan of an ONNX file, as this package's own files have it."""
     runtime = pytest.importorskip("openvino")
