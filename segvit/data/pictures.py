@@ -91,8 +91,6 @@ class PictureBytes:
 Source = Path | PictureBytes
 # Of strangers: Pillow hands other formats to other programs, or has decoders that few people use.
 _COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
-# Kinds of TIFF whose other files tifffile would look for.
-_ALONE = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False, "_multifile": False}
 
 
 def _source(path: str | os.PathLike | PictureBytes) -> Source:
@@ -538,8 +536,7 @@ def _tiff_series(path: Source) -> Iterator[Any]:
     """The first picture of a TIFF, its pixels not read yet; pages of one size are its channels."""
     tifffile = require("tifffile", extra="tiff")
     tifffile.logger().setLevel(logging.CRITICAL)  # damage that matters is raised
-    alone = {} if isinstance(path, Path) else _ALONE
-    with _named(path), tifffile.TiffFile(_file(path), **alone) as file:
+    with _named(path), tifffile.TiffFile(_file(path)) as file:  # in memory it looks for no other file
         series = file.series[0]
         width, height = series.sizes.get("width", 1), series.sizes.get("height", 1)
         _check_size(path, width, height, math.prod(series.shape) // max(1, width * height))

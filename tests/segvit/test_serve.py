@@ -522,18 +522,29 @@ def until(page, expression: str) -> None:
         time.sleep(0.05)
 
 
-DROP = """async ([name, text]) => {
+FILE = """([name, text]) => {
     const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
     const carried = new DataTransfer();
     carried.items.add(new File([bytes], name));
+"""
+PASTE = (
+    FILE
+    + """
+    document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: carried}));
+}"""
+)
+DROP = (
+    FILE
+    + """
     for (const kind of ["dragenter", "dragover", "drop"])
         document.body.dispatchEvent(
             new DragEvent(kind, {dataTransfer: carried, bubbles: true, cancelable: true}));
 }"""
+)
 
 
 def test_page(browser, server, model, tmp_path):
-    """A picture is dropped; legend, maps of a class, opacity and downloads, with the keyboard alone."""
+    """A picture is dropped, another pasted; legend, maps of a class, opacity and downloads by keyboard."""
     truth = model.predict(PIXELS).numpy()
     with opened(browser, server, color_scheme="dark", accept_downloads=True) as (page, problems):
         page.evaluate(DROP, ["street.png", TEXT])
@@ -588,7 +599,7 @@ def test_page(browser, server, model, tmp_path):
         until(page, "document.getElementById('error').textContent.includes('more than 0.3 MB')")
         problems.clear()
         # A format that browsers do not show: the server's picture takes its place.
-        page.evaluate(DROP, ["deep.tif", base64.b64encode(encoded(PIXELS, "TIFF")).decode()])
+        page.evaluate(PASTE, ["deep.tif", base64.b64encode(encoded(PIXELS, "TIFF")).decode()])
         until(page, "document.getElementById('status').textContent.startsWith('deep.tif: 60')")
         assert page.evaluate("document.getElementById('picture').naturalWidth") == 60
         assert page.inner_text("#error") == "" and page.locator("#similarity").is_hidden() and problems == []
