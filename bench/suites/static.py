@@ -1,13 +1,17 @@
 """``python -m bench static``: what compiled kernels need, read from their machine code.
 
-Static evidence, no time measured: registers, shared memory, spills, how many programs fit a multiprocessor by
-that, which instructions the code is made of, and the least an operator must do, at the rates of one H200.
+Evidence without a GPU, no time measured: registers, shared memory, spills, how many programs fit a
+multiprocessor by that, which instructions the code is made of and which are executed (on the PTX machine),
+and the least an operator must do, at the rates of one H200.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +86,24 @@ def _cuda() -> list[dict]:
     return rows
 
 
+def _executed(names: Sequence[str]) -> list[dict]:
+    """What Triton's kernels execute on the PTX machine, see :mod:`bench.suites._executed`."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def one(job: tuple[str, str]) -> list[dict]:
+        name, arch = job
+        command = [sys.executable, "-m", "bench.suites._executed", arch, name]
+        done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=environment.ROOT)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            return [{"operator": name, "arch": arch, "kernel": "–", "status": "failed", "reason": reason[0]}]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [(name, arch) for name in names for arch in ARCHITECTURES]
+        return [row for rows in pool.map(one, jobs) for row in rows]
+
+
 def _floors(names: Sequence[str]) -> list[dict]:
     rows = []
     for name in names:
@@ -105,9 +127,12 @@ def run(
     begun = time.time()
     names = list(names or operators.by_name())
     rows: list[dict] = []
+    executed: list[dict] = []
     if "triton" in kernels:
         rows += _triton([name for name in names if name in launches.OPERATORS])
         progress(f"Triton: {len(rows)} kernels, {time.time() - begun:.0f} s")
+        executed = _executed(names)
+        progress(f"executed: {len(executed)} kernels, {time.time() - begun:.0f} s")
     if "cuda" in kernels:
         try:
             rows += _cuda()
@@ -120,10 +145,11 @@ def run(
         "schema": 1,
         "kind": "static",
         "note": NOTE,
-        "correct": not any(row["status"] == "failed" for row in rows),
+        "correct": not any(row["status"] == "failed" for row in (*rows, *executed)),
         "environment": environment.describe(torch.device("cpu")) | {"nvcc": _nvcc()},
         "rates": {"device": "H200", **H200},
         "rows": rows,
+        "executed": executed,
         "floors": _floors(names),
         "elapsed_s": round(time.time() - begun, 1),
     }

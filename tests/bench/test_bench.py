@@ -111,6 +111,13 @@ def test_static_evidence_of_one_operator(tmp_path):
     assert {r["arch"] for r in result["rows"]} == {"sm_80", "sm_90"}
     assert all(0 < r["occupancy"] <= 1 and r["FFMA"] >= 0 and r["LDG"] > 0 for r in result["rows"])
     assert "no time measured" in report.tables(result)["triton"]
+    executed = {(r["kernel"], r["arch"]): r for r in result["executed"]}
+    forward = executed["_subsample_norm_fwd_kernel", "sm_90"]
+    features = 20 * 40 * 1024 * 2  # bfloat16, read once; written: all normalised, a quarter twice
+    assert forward["memory"]["global bytes read"] >= features
+    assert 2.2 * features < forward["memory"]["global bytes written"] + features < 2.6 * features
+    assert forward["programs"] and forward["instructions"]["float"] > 0
+    assert "_subsample_norm_bwd_kernel" in report.tables(result)["executed"]
 
 
 # ------------------------------------------------------------------------------------------ everything
