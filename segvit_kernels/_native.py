@@ -28,8 +28,8 @@ ISA_VARIABLE = "SEGVIT_KERNELS_ISA"
 BUILD = (
     "it is for Linux"
     if sys.platform != "linux"
-    else "build it with `make native` in a source tree, or `SEGVIT_KERNELS_NATIVE=1 pip install "
-    "--no-build-isolation segvit-kernels`"
+    else "build it in a source tree: `make native`, or `SEGVIT_KERNELS_NATIVE=1 pip install "
+    "--no-build-isolation .`"
 )
 SCHEMAS: dict[str, str] = {}
 """The operators' schemas by name, as `segvit_kernels._library` registers them."""
