@@ -702,6 +702,28 @@ def test_mistakes_are_one_line(checkpoint, capsys, words, message):
     )
 
 
+@pytest.mark.parametrize(
+    ("host", "line"),
+    [
+        (
+            "127.0.0.1",
+            r"http://127\.0\.0\.1:\d+ \(from this machine only; --host 0\.0\.0\.0 lets others in\)",
+        ),
+        ("localhost", r"http://.*:\d+ \(from this machine only; "),
+        ("0.0.0.0", r"http://0\.0\.0\.0:\d+ \(whoever reaches this machine can use it: there is no password"),
+    ],
+)
+def test_who_can_reach_it_is_said(checkpoint, capsys, monkeypatch, host, line):
+    def serve(service, listening, config, ready):
+        assert listening.getsockname()[0] in (host, "127.0.0.1", "::1")
+        ready()
+        service.close()
+
+    monkeypatch.setattr("segvit.serve.server.serve", serve)
+    assert main(["serve", str(checkpoint), "--host", host, "--port", "0", "--accelerator", "cpu"]) == 0
+    assert re.match(line, capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("module", ["starlette", "uvicorn", "python_multipart"])
 def test_the_extra_is_named(monkeypatch, capsys, checkpoint, module):
     monkeypatch.setitem(sys.modules, module, None)
