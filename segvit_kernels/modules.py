@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -364,10 +365,12 @@ def _place_code(grid: tuple[int, int], size: int) -> Tensor:
 
 def _subsampled(code: Tensor, tokens: int) -> Tensor:
     """Every s-th row and column of (h, w, size), for the s that leaves this number of them."""
-    for stride in range(1, max(code.shape[:2]) + 1):
+    for stride in itertools.count(1):  # no range: a trace of any size would be for one number of strides
         kept = code[::stride, ::stride].flatten(0, 1)
-        if len(kept) == tokens:
+        if kept.shape[0] == tokens:
             return kept
+        if stride >= max(code.shape[:2]):
+            break
     raise ValueError(f"levels: {tokens} tokens are no subsampled grid of {tuple(code.shape[:2])}")
 
 

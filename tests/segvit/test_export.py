@@ -272,3 +272,18 @@ def test_int8(folder, capsys, tmp_path):
     kinds = [node.op_type for node in proto.graph.node]
     assert kinds.count("DequantizeLinear") == 2 * 12  # weight and input, of 4 layers in 3 blocks
     assert open_model(path).description.fields["precision"] == "int8"
+
+
+def test_positions_of_keys_at_any_size():
+    """Of a Shrunk model's up-sampling: a program of open height and width holds for all."""
+    from segvit_kernels.modules import _subsampled
+
+    class Halved(torch.nn.Module):
+        def forward(self, code):
+            return _subsampled(code, (code.shape[0] + 1) // 2 * ((code.shape[1] + 1) // 2))
+
+    sides = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Halved(), (torch.zeros(5, 7, 3),), dynamic_shapes=(sides,)).module()
+    for height, width in ((5, 7), (8, 5), (4, 4)):
+        code = torch.arange(height * width).view(height, width, 1).expand(-1, -1, 3)
+        assert torch.equal(program(code.float()), code[::2, ::2].flatten(0, 1).float())
