@@ -330,7 +330,9 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
 class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
     """Evaluation"""
 
-    checkpoint: str = option(..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub")
+    checkpoint: str = option(
+        ..., "a run's folder (its best), a checkpoint's, owner/name on the Hub, or a file of `segvit export`"
+    )
     split: str = option("validation", "which split of the data")
     json: str | None = option(None, "also write the result, confusion matrix included, to this JSON file")
     csv: str | None = option(None, "also write a table of the classes to this CSV file")
@@ -346,7 +348,9 @@ class PredictConfig(InferenceOptions):
     """Prediction"""
 
     images: list[str] = option(..., "image files, and folders of them", positional=True)
-    checkpoint: str = option(..., "a run's folder (its best), a checkpoint's, or owner/name on the Hub")
+    checkpoint: str = option(
+        ..., "a run's folder (its best), a checkpoint's, owner/name on the Hub, or a file of `segvit export`"
+    )
     out: str = option("predictions", "folder for overlays and label maps")
     maps: list[str] = option([], "classes, by name or index, whose similarity maps are drawn stage by stage")
     scores: bool = option(
