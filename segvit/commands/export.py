@@ -51,10 +51,12 @@ def run(config: ExportConfig) -> int:
         calibration=pictures,
         source=config.checkpoint,
     )
+    files = [Path(config.out)] + ([Path(config.out).with_suffix(".bin")] if name == "openvino" else [])
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
     sides = f"{size[1]}x{size[0]}" if size else "any size"
     print(
         f"{config.out}: {FORMATS[name].what}; {config.dtype}, pictures of {sides}, batch {config.batch}, "
-        f"{config.layout}; {Path(config.out).stat().st_size / 1e6:.1f} MB"
+        f"{config.layout}; {megabytes:.1f} MB"
     )
     if pictures:
         exported = open_model(config.out)

@@ -104,7 +104,7 @@ def test_the_file(fixed, anything, model):
     [
         {},
         {"window": 32, "stride": 24, "flip": True},
-        {"scales": [0.75, 1.5]},
+        {"window": 32, "scales": [0.75, 1.5]},
         {"short_side": 40, "window": 32},
     ],
 )
