@@ -15,7 +15,7 @@ _EXPORTS = {
     "SegViTOutput": "model.segvit",
     "SegViTLoss": "model.losses",
     "VisionTransformer": "model.backbone",
-    "export": "export",
+    "export": "exporting",
     "infer_backbone_config": "model.backbone",
 }
 

@@ -42,12 +42,12 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("training", "training", "ground system data model"),
         Floor("speed", "speed", "ground system inference model"),
         Floor("demo", "demo", "ground system data pictures inference model"),
-        Floor("export", "export", "ground system data inference model"),
+        Floor("exporting", "exporting", "ground system data inference model"),
         Floor("serve", "serve", "ground system data pictures inference"),
         Floor(
             "commands",
             "commands",
-            "ground system data pictures inference model training speed demo export serve",
+            "ground system data pictures inference model training speed demo exporting serve",
         ),
         Floor("entrances", "cli __main__", "system commands"),
         Floor("names", ""),  # lazily, by _EXPORTS

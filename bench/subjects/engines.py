@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import segvit
 from bench.subjects import counts, models
 from bench.subjects.published import Model
-from segvit.export import open_model
+from segvit.exporting import open_model
 
 Call = Callable[[], Any]
 GRAPH, REFERENCE, EXPORT = "model.onnx", "labels-{}.npy", "exported-{}{}"

@@ -13,8 +13,8 @@ from typing import Any
 
 import segvit_kernels
 from segvit.data import check_data, folder_options, open_dataset
-from segvit.export import open_model
-from segvit.export.exported import ExportedModel
+from segvit.exporting import open_model
+from segvit.exporting.exported import ExportedModel
 from segvit.inference.passes import check_options
 from segvit.model.checkpoint import find_checkpoint
 from segvit.options import EvaluateConfig, InferenceOptions

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from segvit.export import FORMATS, export, format_of, open_model
-from segvit.export.compare import agreement, sample
-from segvit.export.exported import ExportedModel
-from segvit.export.graph import Plan
+from segvit.exporting import FORMATS, export, format_of, open_model
+from segvit.exporting.compare import agreement, sample
+from segvit.exporting.exported import ExportedModel
+from segvit.exporting.graph import Plan
 from segvit.model.heads import load_model
 from segvit.options import ExportConfig, InferenceOptions
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from segvit.data.find import find_images
-from segvit.export import open_model
-from segvit.export.exported import ExportedModel
+from segvit.exporting import open_model
+from segvit.exporting.exported import ExportedModel
 from segvit.inference.bulk import KINDS, CannotWriteError, Job, class_names, find_classes, output_stems
 from segvit.inference.passes import check_options
 from segvit.model.linear_head import LinearSegmenter

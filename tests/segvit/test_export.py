@@ -12,8 +12,8 @@ from test_engine import assert_same_up_to_ties, pictures, tiny_model
 import segvit
 from segvit import InferenceOptions
 from segvit.cli import main
-from segvit.export import open_model
-from segvit.export.graph import LabelGraph, Plan, cells_of
+from segvit.exporting import open_model
+from segvit.exporting.graph import LabelGraph, Plan, cells_of
 from segvit.inference.passes import list_views, passes
 
 onnx = pytest.importorskip("onnx")
@@ -126,7 +126,7 @@ def test_no_block_is_large(monkeypatch):
     options = InferenceOptions(window=32, stride=24)
     plan, images = Plan(SIZE, 1, options=options), pictures(SIZE, batch=1)
     (whole,) = LabelGraph(tiny_model(), plan).eval()(images)
-    monkeypatch.setattr("segvit.export.graph._BUDGET", 300)
+    monkeypatch.setattr("segvit.exporting.graph._BUDGET", 300)
     graph = LabelGraph(tiny_model(), plan).eval()
     cells = [cell for row in graph.cells for cell in row]
     assert len(cells) == 9 and sum(len(cell.blocks) for cell in cells) > 30
@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_nothing(openvino, tmp_path):
     resource = pytest.importorskip("resource")
     import openvino as runtime
 
-    from segvit.export.openvino import _write
+    from segvit.exporting.openvino import _write
 
     model = runtime.Core().read_model(openvino)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

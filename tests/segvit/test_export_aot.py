@@ -14,8 +14,8 @@ import torch
 from test_engine import pictures, tiny_model
 from torch._inductor import exc
 
-from segvit.export import aot, export, open_model
-from segvit.export.graph import Plan
+from segvit.exporting import aot, export, open_model
+from segvit.exporting.graph import Plan
 from segvit_kernels import _library, _native, lower_to_native
 
 SIZE = (40, 50)  # no multiple of the patch size

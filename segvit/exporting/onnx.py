@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from segvit.export.graph import LabelGraph, Plan, arranged, example, plain_program
-from segvit.export.metadata import KEY
+from segvit.exporting.graph import LabelGraph, Plan, arranged, example, plain_program
+from segvit.exporting.metadata import KEY
 from segvit.model.segvit import SegViT
 from segvit.system.extras import require
 from segvit.system.files import atomic_write

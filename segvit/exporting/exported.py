@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from segvit.data.pictures import image_tensor
-from segvit.export.metadata import Description
+from segvit.exporting.metadata import Description
 from segvit.inference.passes import list_views, passes
 from segvit.options import InferenceOptions
 from segvit_kernels import Views, semantic_argmax

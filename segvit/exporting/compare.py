@@ -10,8 +10,8 @@ from torch import Tensor
 from segvit.config import SegViTConfig
 from segvit.data import read_image
 from segvit.data.find import find_images
-from segvit.export.exported import ExportedModel
-from segvit.export.graph import Plan
+from segvit.exporting.exported import ExportedModel
+from segvit.exporting.graph import Plan
 from segvit.inference.passes import resize
 from segvit.model.segvit import SegViT
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from segvit.export import onnx
-from segvit.export.graph import LabelGraph, Plan, arranged
-from segvit.export.metadata import KEY, read
+from segvit.exporting import onnx
+from segvit.exporting.graph import LabelGraph, Plan, arranged
+from segvit.exporting.metadata import KEY, read
 from segvit.model.segvit import SegViT
 from segvit.system.extras import require
 from segvit.system.files import replace, synchronise

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from segvit.export.graph import LabelGraph, Plan, example, plain_program
-from segvit.export.metadata import KEY
+from segvit.exporting.graph import LabelGraph, Plan, example, plain_program
+from segvit.exporting.metadata import KEY
 from segvit.model.segvit import SegViT
 from segvit.system.files import atomic_write
 

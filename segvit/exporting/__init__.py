@@ -4,14 +4,13 @@
 entry in `FORMATS` and a module here with
 
 - `check(plan)`: raises for what the format cannot do or what is not installed,
-- `build(model, plan)`: what is written, for a `segvit.export.graph.Plan`,
+- `build(model, plan)`: what is written, for a `segvit.exporting.graph.Plan`,
 - `save(built, path, text)`: writes it, with a text in the file's metadata,
 - `load(path)`: a callable from uint8 pictures to a list of arrays, the metadata as its `text`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segvit.export import metadata
-from segvit.export.exported import ExportedModel
-from segvit.export.graph import Plan
+from segvit.exporting import metadata
+from segvit.exporting.exported import ExportedModel
+from segvit.exporting.graph import Plan
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions
@@ -153,12 +152,3 @@ def open_model(path: str | Path) -> SegViT | ExportedModel:
         raise FileNotFoundError(f"{path}: no such file")
     run = FORMATS[name].load().load(file)
     return ExportedModel(file, metadata.read(run.text, str(path)), run)
-
-
-class _Room(ModuleType):
-    """This room, which is also the function: `segvit.export(model, path)`."""
-
-    __call__ = staticmethod(export)
-
-
-sys.modules[__name__].__class__ = _Room

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segvit.export.graph import Plan
+from segvit.exporting.graph import Plan
 from segvit.inference.passes import list_views
 from segvit.model.segvit import SegViT
 from segvit.system.files import atomic_write
