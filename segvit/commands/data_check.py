@@ -17,7 +17,8 @@ from segvit.data.layouts import find_layout
 from segvit.data.pictures import as_rgb, read_image
 from segvit.options import DataConfig
 from segvit.pictures.contact_sheet import contact_sheet
-from segvit.pictures.visualize import MADE_HERE, class_palette, save_picture
+from segvit.pictures.palette import class_palette
+from segvit.pictures.visualize import MADE_HERE, save_picture
 from segvit.system.files import atomic_write, check_result_file
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import torch
 from segvit.data.find import find_images
 from segvit.exporting import open_model
 from segvit.exporting.exported import ExportedModel
-from segvit.inference.bulk import KINDS, CannotWriteError, Job, class_names, find_classes, output_stems
+from segvit.inference.bulk import KINDS, CannotWriteError, Job, find_classes, output_stems
+from segvit.inference.classes import class_names
 from segvit.inference.passes import check_options
 from segvit.model.linear_head import LinearSegmenter
 from segvit.options import PredictConfig

@@ -56,8 +56,6 @@ def check(plan: Plan) -> None:
         raise ValueError("batch: got any, expected a number: a .pt2 is compiled for one batch")
     if plan.outputs != "labels":
         raise ValueError(f"outputs: got {plan.outputs}, expected labels: a .pt2 gives nothing else")
-    if plan.int8:
-        raise ValueError("dtype: got int8, expected a float type: a .pt2 has no other yet")
     from torch._inductor import cpp_builder, exc  # slow to import
 
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from segvit.config import SegViTConfig
 from segvit.exporting.graph import Plan
-from segvit.inference.bulk import class_colors, class_names
+from segvit.inference.classes import class_colors, class_names
 from segvit.options import InferenceOptions
 from segvit_kernels import __version__
 

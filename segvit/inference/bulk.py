@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from segvit.config import SegViTConfig
 from segvit.data.pictures import as_rgb, read_image
+from segvit.inference.classes import class_colors, class_names
 from segvit.inference.passes import check_region, label_maps_with_scores
 from segvit.inference.protocol import Predictor
 from segvit.inference.similarity import similarity_maps
 from segvit.options import PredictConfig
 from segvit.pictures.visualize import (
-    class_palette,
     format_share,
     legend_entries,
     overlay_with_legend,
@@ -37,17 +36,7 @@ from segvit.system.files import atomic_write
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["KINDS", "CannotWriteError", "Job", "class_names", "find_classes", "output_stems"]
-
-
-def class_names(config: SegViTConfig) -> tuple[str, ...]:
-    """The model's class names, or "class 0", "class 1", … where it has none."""
-    return config.class_names or tuple(f"class {index}" for index in range(config.num_classes))
-
-
-def class_colors(config: SegViTConfig) -> np.ndarray:
-    """The model's palette, or `segvit.pictures.visualize.class_palette`; uint8 (num_classes, 3)."""
-    return class_palette(config.num_classes) if config.palette is None else np.array(config.palette, np.uint8)
+__all__ = ["KINDS", "CannotWriteError", "Job", "find_classes", "output_stems"]
 
 
 def find_classes(wanted: Sequence[str], names: Sequence[str], option: str = "maps") -> list[int]:

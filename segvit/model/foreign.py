@@ -248,7 +248,8 @@ def _why_doubtful(
     bare = {"blocks.0.attn.qkv.bias", "cls_token", "blocks.0.ls1.gamma"}.isdisjoint(names)
     if bare and keys and not ordered:
         return f"its names are also those of a ViT with {post_norm}; {_TELL}"
-    if not ordered and {"norm.weight", "fc_norm.weight", "cls_token"}.isdisjoint(names):
+    behind = any(key.startswith("encoder.patch_embed.") for key in state)
+    if behind and not ordered and {"norm.weight", "fc_norm.weight", "cls_token"}.isdisjoint(names):
         return f"its names are also those of Qwen3-VL's ViT, which has rotary positions; {_TELL}"
     if "norm_pre.weight" in names and "mlp" not in known:
         return (

@@ -28,7 +28,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from segvit.data.pictures import PictureBytes, TooLargeError, probe, read_image
-from segvit.inference.bulk import class_colors, class_names, find_classes
+from segvit.inference.bulk import find_classes
+from segvit.inference.classes import class_colors, class_names
 from segvit.inference.protocol import Predictor
 from segvit.inference.similarity import similarity_maps
 from segvit.options import ServeConfig

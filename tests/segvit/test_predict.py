@@ -8,7 +8,8 @@ from PIL import Image
 from segvit.commands.predict import run
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.data.find import find_images
-from segvit.inference.bulk import class_names, find_classes, label_picture, output_stems
+from segvit.inference.bulk import find_classes, label_picture, output_stems
+from segvit.inference.classes import class_names
 from segvit.inference.passes import label_maps_with_scores
 from segvit.inference.similarity import similarity_maps
 from segvit.model.linear_head import LinearSegmenter

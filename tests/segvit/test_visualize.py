@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from segvit.pictures import report, visualize
+from segvit.pictures.palette import _appearance, class_palette
 
 NAMES = ("road", "sky", "car", "tree")
 
@@ -29,16 +30,16 @@ def labels() -> np.ndarray:
 
 
 def test_palette_is_distinct_and_a_prefix_of_a_longer_one():
-    palette = visualize.class_palette(150)
+    palette = class_palette(150)
     assert palette.shape == (150, 3) and palette.dtype == np.uint8
     assert len(np.unique(palette, axis=0)) == 150
-    np.testing.assert_array_equal(visualize.class_palette(19), palette[:19])
+    np.testing.assert_array_equal(class_palette(19), palette[:19])
 
 
 @pytest.mark.parametrize(("classes", "smallest"), [(8, 0.3), (20, 0.2), (150, 0.08)])
 def test_palette_keeps_colours_apart_for_every_kind_of_vision(classes, smallest):
     """Distance over three OKLab appearances; a random palette of 150 comes to about 0.02."""
-    seen = visualize._appearance(visualize.class_palette(classes).astype(float))
+    seen = _appearance(class_palette(classes).astype(float))
     distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)[~np.eye(classes, dtype=bool)]
     assert distance.min() > smallest
 
@@ -46,21 +47,21 @@ def test_palette_keeps_colours_apart_for_every_kind_of_vision(classes, smallest)
 @pytest.mark.parametrize("classes", [0, -3, 100_000])
 def test_palette_refuses(classes):
     with pytest.raises(ValueError, match=f"num_classes is {classes}"):
-        visualize.class_palette(classes)
+        class_palette(classes)
 
 
 def test_appearance_of_known_colours():
     """White and black are the same for everyone; red and green of one lightness meet for a deuteranope."""
-    seen = visualize._appearance(np.array([[255, 255, 255], [0, 0, 0]])).reshape(2, 3, 3)
+    seen = _appearance(np.array([[255, 255, 255], [0, 0, 0]])).reshape(2, 3, 3)
     np.testing.assert_allclose(seen[0], [[1, 0, 0]] * 3, atol=2e-3)
     np.testing.assert_allclose(seen[1], 0, atol=1e-9)
-    red, green = visualize._appearance(np.array([[200, 90, 60], [128, 128, 62]])).reshape(2, 3, 3)
+    red, green = _appearance(np.array([[200, 90, 60], [128, 128, 62]])).reshape(2, 3, 3)
     normal, _, deuteranopic = np.linalg.norm(red - green, axis=1)
     assert deuteranopic < 0.5 * normal
 
 
 def test_overlay_blends_known_labels_only(image, labels):
-    palette = visualize.class_palette(4)
+    palette = class_palette(4)
     painted = visualize.overlay(image, labels, palette, alpha=0.5)
     assert painted.shape == image.shape and painted.dtype == np.uint8
     inside = ~visualize.borders(labels)
@@ -71,7 +72,7 @@ def test_overlay_blends_known_labels_only(image, labels):
 
 
 def test_overlay_limits(image, labels):
-    palette = visualize.class_palette(4)
+    palette = class_palette(4)
     np.testing.assert_array_equal(visualize.overlay(image, labels, palette, alpha=0), image)
     inside = ~visualize.borders(labels) & (labels != 255)
     solid = visualize.overlay(image, labels, palette, alpha=1)
@@ -96,7 +97,7 @@ def test_borders_are_where_labels_change():
     ],
 )
 def test_overlay_refuses(image, labels, change, message):
-    arguments = {"image": image, "labels": labels, "palette": visualize.class_palette(4), **change}
+    arguments = {"image": image, "labels": labels, "palette": class_palette(4), **change}
     with pytest.raises(ValueError, match=message):
         visualize.overlay(**arguments)
 
@@ -111,7 +112,7 @@ def test_legend_lists_exactly_the_classes_present(labels):
 
 
 def test_legend_draws_each_present_colour_and_no_other(labels):
-    palette = visualize.class_palette(4)
+    palette = class_palette(4)
     pixels = np.asarray(visualize.legend(labels, NAMES, palette)).reshape(-1, 3)
     drawn = [(pixels == color).all(axis=1).sum() > 50 for color in palette]
     assert drawn == [True, False, True, True]
@@ -120,7 +121,7 @@ def test_legend_draws_each_present_colour_and_no_other(labels):
 @pytest.mark.parametrize("classes", [1, 30, 150])
 def test_legend_holds_every_row_inside_its_panel(classes):
     labels = np.arange(150 * 4).reshape(20, 30) // 4 % classes
-    palette = visualize.class_palette(classes)
+    palette = class_palette(classes)
     panel = visualize.legend(labels, [f"class number {i}" for i in range(classes)], palette, size=(640, 200))
     assert panel.height >= 200
     drawn = {color: count for count, color in panel.getcolors(panel.width * panel.height)}
@@ -128,7 +129,7 @@ def test_legend_holds_every_row_inside_its_panel(classes):
 
 
 def test_overlay_with_legend_keeps_the_picture_in_its_left_part(image, labels):
-    palette = visualize.class_palette(4)
+    palette = class_palette(4)
     canvas = np.asarray(visualize.overlay_with_legend(image, labels, NAMES, palette, alpha=0.4))
     np.testing.assert_array_equal(canvas[:24, :36], visualize.overlay(image, labels, palette, alpha=0.4))
     assert canvas.shape[1] > 36
