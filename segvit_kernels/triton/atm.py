@@ -342,7 +342,7 @@ def _fwd_launches(
         return results, []
     if scale <= 0:
         # The kernels take the row maximum before they scale.
-        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+        query, scale = (-query, -scale) if scale < 0 else (query * 0.0, 1.0)
 
     query, key, value = (_addressable(t) for t in (query, key, value))
     previous_masks = None if previous_masks is None else _addressable(previous_masks)

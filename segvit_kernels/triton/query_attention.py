@@ -161,7 +161,7 @@ def _fwd_launches(
         return (output, lse), []
     if scale <= 0:
         # The kernel takes the row maximum before it scales.
-        query, scale = (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
+        query, scale = (-query, -scale) if scale < 0 else (query * 0.0, 1.0)
     query, key, value = (_addressable(t) for t in (query, key, value))
     block_n = config["block_n"]
     # Whole tiles per split, and no split without keys.

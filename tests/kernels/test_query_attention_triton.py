@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import segvit_kernels
 from segvit_kernels import testing
 from segvit_kernels.ops._philox import keep_mask
 from segvit_kernels.testing.query_attention import CASES, INPUTS, SHAPES, QueryAttentionCase, oracle
@@ -239,3 +240,14 @@ def test_programs_fill_the_chip():
 @pytest.mark.parametrize("case", (*CASES, *SHAPES), ids=lambda c: c.name)
 def test_on_the_device(case, dtype, device):
     _check(case, dtype, device=device)
+
+
+def test_scale_zero_keeps_what_is_not_a_number():
+    query, key = torch.randn(1, 3, 2, 16), torch.randn(1, 5, 2, 16)
+    query[0, 1] = torch.nan
+    for function in (
+        segvit_kernels.query_attention,
+        lambda *x, **y: segvit_kernels.fused_atm(*x, **y).output,
+    ):
+        found = function(query, key, key, scale=0.0, backend="triton")
+        assert found[0, 1].isnan().all() and found[0, [0, 2]].isfinite().all()
