@@ -501,6 +501,13 @@ def _attention_bwd_sum_kernel(
     tl.store(out_ptr + b * size + start + cols, (acc * scale).to(out_ptr.dtype.element_ty), mask=valid)
 
 
+def _positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a scale above 0 with the same scores: kernels take the row maximum before they scale."""
+    if scale < 0:
+        return -query, -scale
+    return (query * 0.0, 1.0) if scale == 0 else (query, scale)  # what is not a number stays so
+
+
 def _addressable(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy where the 32-bit offsets inside a tile would not reach."""
     reach = max(256 * abs(s) for s in tensor.stride()[1:-1])

@@ -43,6 +43,7 @@ from segvit_kernels.triton._attention import (
     _padded,
     _pads,
     _pinned,
+    _positive_scale,
     _shape,
     _softmax_step,
     _strides,
@@ -340,10 +341,7 @@ def _fwd_launches(
     results = (output, masks, lse)
     if batch == 0:
         return results, []
-    if scale <= 0:
-        # The kernels take the row maximum before they scale.
-        query, scale = (-query, -scale) if scale < 0 else (query * 0.0, 1.0)
-
+    query, scale = _positive_scale(query, scale)
     query, key, value = (_addressable(t) for t in (query, key, value))
     previous_masks = None if previous_masks is None else _addressable(previous_masks)
     block_m, block_n = config["block_m"], config["block_n"]

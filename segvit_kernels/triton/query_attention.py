@@ -36,6 +36,7 @@ from segvit_kernels.triton._attention import (
     _padded,
     _pads,
     _pinned,
+    _positive_scale,
     _shape,
     _softmax_step,
     _strides,
@@ -159,9 +160,7 @@ def _fwd_launches(
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     if batch == 0:
         return (output, lse), []
-    if scale <= 0:
-        # The kernel takes the row maximum before it scales.
-        query, scale = (-query, -scale) if scale < 0 else (query * 0.0, 1.0)
+    query, scale = _positive_scale(query, scale)
     query, key, value = (_addressable(t) for t in (query, key, value))
     block_n = config["block_n"]
     # Whole tiles per split, and no split without keys.
