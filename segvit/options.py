@@ -194,6 +194,10 @@ class InferenceOptions(_Checked):
     flip: bool = option(False, "average with the scores of the mirrored image")
     short_side: int | None = option(None, "resize the image to this short side first", at_least=1)
 
+    def inference_fields(self) -> dict[str, Any]:
+        """These options by name, without those of the command that has them."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(InferenceOptions)}
+
 
 @dataclass(kw_only=True)
 class ModelOptions(_Checked):

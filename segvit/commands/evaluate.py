@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from segvit.exporting import open_model
 from segvit.exporting.exported import ExportedModel
 from segvit.inference.passes import check_options
 from segvit.model.checkpoint import find_checkpoint
-from segvit.options import EvaluateConfig, InferenceOptions
+from segvit.options import EvaluateConfig
 from segvit.pictures.visualize import MADE_HERE, confusion_picture, save_picture
 from segvit.system.files import atomic_write, check_result_file
 from segvit.system.progress import progress_bar
@@ -49,8 +48,8 @@ def run(config: EvaluateConfig) -> int:
     for line in check_data(dataset):
         print(line, flush=True)
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
-    inference = {field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)}
-    result = {**{key: without_nan(value) for key, value in result.items()}, "inference": inference}
+    result = {key: without_nan(value) for key, value in result.items()}
+    result["inference"] = config.inference_fields()
     problems = []
     for path, write in files.items():  # before anything is printed: a console can fail
         try:

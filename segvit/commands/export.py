@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from torch import Tensor
@@ -30,9 +29,7 @@ def run(config: ExportConfig) -> int:
     size = (config.size[0], config.size[-1]) if config.size else None
     outputs = "logits" if config.logits else "scores" if config.scores else "labels"
     batch = None if config.batch == "any" else config.batch
-    inference = InferenceOptions(
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)}
-    )
+    inference = InferenceOptions(**config.inference_fields())
     model = load_model(config.checkpoint)
     pictures: tuple[Tensor, ...] = ()
     if config.calibrate:

@@ -100,6 +100,11 @@ class Plan:
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch: got {self.batch}, expected at least 1")
 
+    def check_calibration(self) -> None:
+        """Raise ValueError for int8 without pictures, for a format that finds ranges by them."""
+        if self.int8 and not self.calibration:
+            raise ValueError("calibrate: expected pictures, to find the ranges that int8 stands for")
+
 
 class LabelGraph(nn.Module):
     """uint8 pictures to what a plan asks for, from a copy of the model.

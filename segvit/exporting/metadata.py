@@ -48,9 +48,7 @@ def describe(config: SegViTConfig, head: str | None, plan: Plan, about: dict[str
         "patch_size": config.backbone.patch_size,
         "input": {"size": size, "batch": plan.batch, "channels_last": plan.channels_last},
         "outputs": plan.outputs,
-        "inference": {
-            field.name: getattr(plan.options, field.name) for field in dataclasses.fields(InferenceOptions)
-        },
+        "inference": plan.options.inference_fields(),
         "head": head or "segvit",
         "model": config.to_dict(),
     }

@@ -37,8 +37,7 @@ def check(plan: Plan) -> None:
         raise ValueError(
             f"dtype: got bfloat16, expected float32 or float16: opset {OPSET} has no convolution of it"
         )
-    if plan.int8 and not plan.calibration:
-        raise ValueError("calibrate: expected pictures, to find the ranges that int8 stands for")
+    plan.check_calibration()
     require_exporter()
     if plan.int8:
         require("onnxruntime", extra="export")

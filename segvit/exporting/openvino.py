@@ -30,8 +30,7 @@ def check(plan: Plan) -> None:
     Raises:
         ValueError: int8 without calibration. ImportError: a package is not installed.
     """
-    if plan.int8 and not plan.calibration:
-        raise ValueError("calibrate: expected pictures, to find the ranges that int8 stands for")
+    plan.check_calibration()
     onnx.require_exporter()
     require("openvino", extra="export")
     if plan.int8:

@@ -559,9 +559,7 @@ def _check_result(words: list[str], root: Path) -> None:
         from segvit.inference.bulk import output_stems
 
         model = load_model(config.checkpoint)
-        options = InferenceOptions(
-            **{f.name: getattr(config, f.name) for f in dataclasses.fields(InferenceOptions)}
-        )
+        options = InferenceOptions(**config.inference_fields())
         files = find_images(config.images)
         for index, (file, stem) in enumerate(zip(files, output_stems(files, Path(config.out)), strict=True)):
             stored = np.asarray(Image.open(Path(config.out) / f"{stem}_labels.png"))
