@@ -11,6 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from segvit_kernels import integrations
 from segvit_kernels.integrations import post_process_semantic_segmentation, use_fused_loss
+from segvit_kernels.integrations.transformers import losses as fused
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[transformers]'")
 import transformers as hf
@@ -74,6 +75,7 @@ OUTPUTS = {
     "mask2former": "Mask2FormerForUniversalSegmentationOutput",
     "oneformer": "OneFormerForUniversalSegmentationOutput",
     "eomt": "EomtForUniversalSegmentationOutput",
+    "videomt": "VideomtForUniversalSegmentationOutput",
 }
 
 
@@ -94,6 +96,8 @@ def make_outputs(
 def make_processor(name: str):
     if name == "eomt":
         return hf.EomtImageProcessor(size={"shortest_edge": 40, "longest_edge": 56})
+    if name == "videomt":
+        return hf.VideomtVideoProcessor()
     kind = {"maskformer": "MaskFormer", "mask2former": "Mask2Former", "oneformer": "OneFormer"}[name]
     cls = getattr(hf, f"{kind}ImageProcessor")
     return cls.__new__(cls)  # its constructor may download names of classes; the method needs none of it
@@ -225,17 +229,23 @@ def test_bad_arguments(name, arguments, error, message):
         post_process_semantic_segmentation(make_outputs(name, 2, (4, 4), **more), **arguments)
 
 
-def test_unknown_models():
-    with pytest.raises(TypeError, match="outputs is a SimpleNamespace; expected one of MaskFormerFor"):
-        import types
+def test_outputs_are_known_by_their_base_or_by_what_they_hold():
+    outputs, sizes = make_outputs("mask2former", 2, (9, 12)), [(40, 37), (21, 60)]
 
-        post_process_semantic_segmentation(
-            types.SimpleNamespace(masks_queries_logits=torch.zeros(1, 1, 1, 1))
-        )
-    with pytest.raises(
-        ValueError, match="model holds no criterion to replace; expected one of MaskFormerLoss"
-    ):
-        use_fused_loss(torch.nn.Linear(2, 2))
+    class Derived(type(outputs)):
+        pass
+
+    theirs = make_processor("mask2former").post_process_semantic_segmentation(outputs, sizes)
+    assert_same_maps(post_process_semantic_segmentation(Derived(**outputs), sizes), theirs)
+
+    fields = {name: getattr(outputs, name) for name in ("masks_queries_logits", "class_queries_logits")}
+    direct = post_process_semantic_segmentation(types.SimpleNamespace(**fields), sizes, direct=True)
+    assert_same_maps(direct, post_process_semantic_segmentation(outputs, sizes, direct=True))
+    # Without `direct` nothing says to which size its masks are resized first.
+    message = "outputs is a SimpleNamespace; expected one of MaskFormerFor.*, or with direct=True anything"
+    for given, direct in (fields, False), ({"masks_queries_logits": torch.zeros(1, 1, 1, 1)}, True):
+        with pytest.raises(TypeError, match=message):
+            post_process_semantic_segmentation(types.SimpleNamespace(**given), sizes, direct=direct)
 
 
 # --- losses
@@ -349,12 +359,15 @@ def criterion_of(name: str):
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     if name == "eomt":
         return module, make_model("eomt").criterion
+    if name == "videomt":
+        config = hf.VideomtConfig(num_labels=CLASSES, train_num_points=77)
+        return module, module.VideomtLoss(config, {}).double()
     weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0, "loss_contrastive": 0.5}
     matcher = module.OneFormerHungarianMatcher(2.0, 5.0, 5.0, num_points=77)
     return module, module.OneFormerLoss(CLASSES, matcher, weights, 0.1, 77, 3.0, 0.75, 0.07).double()
 
 
-@pytest.mark.parametrize("name", ["eomt", "oneformer"])
+@pytest.mark.parametrize("name", ["eomt", "oneformer", "videomt"])
 def test_criterion_is_the_original_at_every_pixel(name, every_pixel):
     module, criterion = criterion_of(name)
     every_pixel(module, criterion, (50, 61))
@@ -380,7 +393,7 @@ def test_criterion_is_the_original_at_every_pixel(name, every_pixel):
             **(more | {"calculate_contrastive_loss": True} if name == "oneformer" else {}),
         )
         gradients = torch.autograd.grad(
-            sum(v.sum() for v in losses.values()), leaves, allow_unused=name == "eomt"
+            sum(v.sum() for v in losses.values()), leaves, allow_unused=name != "oneformer"
         )
         return {k: v.detach() for k, v in losses.items()}, dict(
             enumerate(g for g in gradients if g is not None)
@@ -400,6 +413,59 @@ def test_the_sampled_loss_estimates_this_one():
     ours, _ = step(use_fused_loss(model), TARGETS["two images"], 2)
     for name in theirs:
         assert ours[name].item() == pytest.approx(theirs[name].item(), rel=0.02), name
+
+
+class Weighed(torch.nn.Module):
+    """Stands for another library's criterion."""
+
+    matcher = loss_masks = None
+
+
+def test_a_derived_criterion_keeps_what_it_overrides():
+    module = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
+
+    class Doubled(module.Mask2FormerLoss):
+        def loss_labels(self, *args):
+            return {name: 2 * value for name, value in super().loss_labels(*args).items()}
+
+    model = use_fused_loss(make_model("mask2former"))
+    plain, _ = step(model, TARGETS["two images"], 2)
+    model.criterion.__class__ = Doubled
+    use_fused_loss(model)
+    doubled, _ = step(model, TARGETS["two images"], 2)
+    for name, value in plain.items():
+        torch.testing.assert_close(doubled[name], 2 * value if "cross_entropy" in name else value)
+
+
+@pytest.mark.parametrize("method", ["loss_masks", "forward", "matcher"])
+def test_a_criterion_that_overrides_what_is_replaced_is_refused(method):
+    model = make_model("mask2former")
+    part = model.criterion.matcher if method == "matcher" else model.criterion
+    method = "forward" if method == "matcher" else method
+    part.__class__ = type("Mine", (type(part),), {method: lambda self, *args: None})
+    message = f"model holds a Mine with a {method} other than {type(part).__base__.__name__}'s"
+    with pytest.raises(ValueError, match=message):
+        use_fused_loss(model)
+    assert "forward" not in model.criterion.__dict__
+    if part is not model.criterion:
+        use_fused_loss(model, matcher=False)
+        assert "forward" in model.criterion.__dict__ and "forward" not in part.__dict__
+
+
+def test_criteria_that_are_not_known_are_refused():
+    model = torch.nn.ModuleList([make_model("mask2former"), Weighed()])
+    with pytest.raises(
+        ValueError, match="model holds a Weighed, a criterion that is not known; expected one"
+    ):
+        use_fused_loss(model)
+    assert "forward" not in model[0].criterion.__dict__
+    with pytest.raises(ValueError, match="no criterion to replace; expected one of MaskFormerLoss"):
+        use_fused_loss(torch.nn.Linear(2, 2))
+    model[0].criterion.matcher = torch.nn.Identity()
+    with pytest.raises(
+        ValueError, match="model holds a Identity, a matcher that is not known; matcher=False"
+    ):
+        use_fused_loss(model[0])
 
 
 def test_eomt_trains():
@@ -423,8 +489,8 @@ def test_eomt_trains():
 
 def test_one_call_per_step_and_only_this_model(monkeypatch):
     calls = []
-    real = integrations.mask_loss
-    monkeypatch.setattr(integrations, "mask_loss", lambda *a, **k: calls.append(len(a[0])) or real(*a, **k))
+    real = fused.mask_loss
+    monkeypatch.setattr(fused, "mask_loss", lambda *a, **k: calls.append(len(a[0])) or real(*a, **k))
     model, other = make_model("mask2former"), make_model("mask2former")
     keys = list(model.state_dict())
     use_fused_loss(use_fused_loss(model))
@@ -440,7 +506,7 @@ def test_one_call_per_step_and_only_this_model(monkeypatch):
 
 
 def test_the_original_matcher_can_stay(monkeypatch):
-    monkeypatch.setattr(integrations, "mask_matching_cost", None)
+    monkeypatch.setattr(fused, "mask_matching_cost", None)
     model = use_fused_loss(make_model("mask2former", train_num_points=64), matcher=False)
     losses, _ = step(model, TARGETS["two images"], 2)
     assert all(torch.isfinite(v) for v in losses.values())

@@ -1,0 +1,13 @@
+"""Other libraries' models on these operators, one package or file a library.
+
+    from segvit_kernels.integrations import post_process_semantic_segmentation, use_fused_loss
+
+    model = use_fused_loss(Mask2FormerForUniversalSegmentation.from_pretrained(...))   # training
+    maps = post_process_semantic_segmentation(model(**inputs), target_sizes)           # inference
+
+``transformers``: Hugging Face's mask-classification models. Nothing here imports the libraries themselves.
+"""
+
+from segvit_kernels.integrations.transformers import post_process_semantic_segmentation, use_fused_loss
+
+__all__ = ["post_process_semantic_segmentation", "use_fused_loss"]
