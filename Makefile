@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 FUZZ_RUNS ?= 2000
 OLD := $(VENV)-triton-3.6
+# The operators' batteries, each of all backends.
+BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%.py,$(wildcard segvit_kernels/ops/*.py)))
 
 .PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize lint docs bench report tune gpu precompile clean
 
@@ -28,7 +30,7 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py tests/*/test_*native.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py $(BATTERIES) tests/*/test_*native.py
 
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
@@ -63,7 +65,8 @@ ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Trit
 	for arch in sm_80 sm_90; do \
 		$(BIN)/python tests/kernels/ptx_battery.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-			-k "not vit and not cityscapes and not architectures" tests/kernels/test_*_triton.py && \
+			-k "triton and not vit and not cityscapes and not architectures" \
+			$(BATTERIES) tests/kernels/test_*_triton.py && \
 		$(BIN)/python tests/kernels/ptx_native.py $$arch || exit; done
 	$(BIN)/python tests/kernels/ptx_faults.py
 

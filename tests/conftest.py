@@ -1,5 +1,6 @@
 """Fixtures and guards of the whole suite. How Triton runs is chosen before anything of ours imports it."""
 
+import contextlib
 import functools
 import os
 import re
@@ -66,23 +67,44 @@ def compiled_on_a_gpu(request: pytest.FixtureRequest) -> None:
         assert_compiled()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ptx_machine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With ``SEGVIT_PTX=sm_90`` compiled kernels run on the PTX machine: those of Triton, and in tests of the
-    native library those of nvcc."""
-    arch = os.environ.get("SEGVIT_PTX")
-    if arch is None:
-        yield
-        return
-    if request.module.__name__.endswith("_native"):
-        import ptx_native as machines
+@pytest.fixture(scope="module")
+def ptx_machines() -> Iterator[Callable[[str], None]]:
+    """With ``SEGVIT_PTX=sm_90`` a backend's compiled kernels run on the PTX machine, from a call with its
+    name to the end of the module: those of Triton, and those that nvcc makes of CUDA C++."""
+    arch, running = os.environ.get("SEGVIT_PTX"), set()
+    with contextlib.ExitStack() as stack:
 
-        if reason := machines.missing():
-            pytest.skip(reason)
-    else:
-        from segvit_kernels.testing import ptx as machines
-    with machines.machine(arch):
-        yield
+        def start(name: str) -> None:
+            if arch is None or name in running:
+                return
+            if name == "cuda":
+                import ptx_native as machines
+
+                if reason := machines.missing():
+                    pytest.skip(reason)
+            else:
+                from segvit_kernels.testing import ptx as machines
+            stack.enter_context(machines.machine(arch))
+            running.add(name)
+
+        yield start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ptx_machine(request: pytest.FixtureRequest, ptx_machines: Callable[[str], None]) -> None:
+    """The machine of a file of one backend."""
+    for name, ending in (("triton", "_triton"), ("cuda", "_native")):
+        if request.module.__name__.endswith(ending):
+            ptx_machines(name)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, ptx_machines: Callable[[str], None]) -> object:
+    """A row of the table in tests/kernels/backends.py, ready to run; skips where it cannot."""
+    ptx_machines(request.param.name)
+    if reason := request.param.why_not():
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture

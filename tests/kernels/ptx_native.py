@@ -1,7 +1,7 @@
 """The CUDA C++ kernels as nvcc makes them, on the PTX machine: ``python ptx_native.py sm_80 bf16``.
 
 The emulated library's launchers prepare the launches, and the machine runs them instead of the fibers. The
-chosen part of the battery that CI runs; all: ``SEGVIT_PTX=sm_80 pytest -k cuda test_*_native.py``. In a
+chosen part of the battery that CI runs; all: ``SEGVIT_PTX=sm_80 pytest -k cuda tests/kernels``. In a
 process without interpreter. Says which kernels no case launched, and fails where there is one.
 """
 
@@ -157,10 +157,11 @@ def check_semantic_argmax(dtype: torch.dtype) -> None:
 
 
 def check_subsample_norm(dtype: torch.dtype) -> None:
-    from test_subsample_norm_native import CASES, _check
+    from backends import BY_ID
+    from test_subsample_norm import BY_NAME, check
 
     for name in ("few_channels", "odd_grid"):
-        _check(next(case for case in CASES if case.name == name), dtype, "cuda")
+        check(BY_NAME[name], dtype, BY_ID["cuda"])
 
 
 CHECKS = (check_atm, check_query_attention, check_mask_loss, check_semantic_argmax, check_subsample_norm)

@@ -1,7 +1,7 @@
 """Every Triton kernel of the operators on the PTX machine: ``python ptx_operators.py sm_90 bf16``.
 
 The chosen part that CI runs: the kernels of ``ptx_battery``, then a few cases of every operator; all:
-``SEGVIT_PTX=sm_90 pytest test_*_triton.py``. In a process without interpreter. Says which kernels no case
+``make ptx``. In a process without interpreter. Says which kernels no case
 launched, and fails where there is one.
 """
 
@@ -19,8 +19,9 @@ import test_atm_triton as atm
 import test_mask_loss_triton as mask_loss
 import test_query_attention_triton as query_attention
 import test_semantic_argmax_triton as semantic_argmax
-import test_subsample_norm_triton as subsample_norm
+import test_subsample_norm as subsample_norm
 import torch
+from backends import BY_ID
 
 from segvit_kernels.ops.semantic_argmax import View
 from segvit_kernels.testing import ptx
@@ -58,8 +59,7 @@ def check_semantic_argmax(dtype):
 
 
 def check_subsample_norm(dtype):
-    case = next(case for case in subsample_norm.CASES if case.name == "odd_grid")
-    subsample_norm._check(case, dtype)
+    subsample_norm.check(subsample_norm.BY_NAME["odd_grid"], dtype, BY_ID["triton"])
 
 
 def main(arch: str, *names: str) -> int:
