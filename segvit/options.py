@@ -351,11 +351,38 @@ class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
 class PredictConfig(InferenceOptions):
     """Prediction"""
 
-    images: list[str] = option(..., "image files, and folders of them", positional=True)
+    images: list[str] = option(
+        ..., "image files, folders and tars of them, and lists (.txt) of such files", positional=True
+    )
     checkpoint: str = option(
         ..., "a run's folder (its best), a checkpoint's, owner/name on the Hub, or a file of `segvit export`"
     )
     out: str = option("predictions", "folder for overlays and label maps")
+    recursive: bool = option(False, "also take what lies in folders below those given, and keep their tree")
+    overlay: bool = option(True, "write NAME_overlay.png")
+    manifest: bool = option(
+        False,
+        "keep a record in the folder, a line of JSON for each picture with its size and the pixels of each "
+        "class, and leave out what the record has: after a kill the same command goes on",
+    )
+    pack: int | None = option(
+        None,
+        "put the results of so many pictures into each of several tar files in place of single files; with "
+        "such a record",
+        at_least=1,
+    )
+    batch: int = option(
+        1,
+        "pictures of one size that run together, where only label maps are asked for",
+        at_least=1,
+        at_most=4096,
+    )
+    threads: int = option(
+        1,
+        "threads that read pictures, and as many that write results, while the model works",
+        at_least=1,
+        at_most=64,
+    )
     maps: list[str] = option([], "classes, by name or index, whose similarity maps are drawn stage by stage")
     scores: bool = option(
         False,

@@ -1,12 +1,46 @@
-"""Pictures named on a command line, or lying in folders that are."""
+"""Pictures named on a command line: files, what lies in folders, tars and lists of paths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
-from segvit.data.pictures import PICTURE_SUFFIXES, probe
+from segvit.data.pictures import PICTURE_SUFFIXES, PictureBytes, probe
 from segvit.system.failures import one_line
+from segvit.system.text import read_lines
+
+__all__ = ["Found", "find_images", "find_pictures"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture in a file of its own, or within a tar.
+
+    Attributes:
+        name: what messages and records call it.
+        file: where its bytes are.
+        folder: below which its results go in an output folder; "." where they lie flat.
+        stem: its name without suffix.
+        offset, size: of its bytes within a tar; -1 and 0 for a whole file.
+    """
+
+    name: str
+    file: Path
+    folder: PurePosixPath
+    stem: str
+    offset: int = -1
+    size: int = 0
+
+    def open(self) -> Path | PictureBytes:
+        """What `segvit.data.read_image` takes."""
+        if self.offset < 0:
+            return self.file
+        with self.file.open("rb") as tar:
+            tar.seek(self.offset)
+            return PictureBytes(tar.read(self.size), self.name)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -18,35 +52,137 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         FileNotFoundError: a path does not exist, or a folder holds no picture.
         ValueError: there is no path, or no file is a picture.
     """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if "\0" in str(path):
-            raise ValueError(f"images: got {str(path)!r}, a file name cannot hold a NUL character")
-        files = [path]
-        if path.is_dir():
-            files = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in PICTURE_SUFFIXES
-                and not file.name.startswith(".")
-                and file.is_file()
-            )
-            if not files:
-                raise FileNotFoundError(f"{path}: no picture in this folder ({', '.join(PICTURE_SUFFIXES)})")
-        elif not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        for file in files:
-            found.setdefault(file.resolve(), file)
+    found = _each_once(
+        Found(str(file), file, PurePosixPath("."), file.stem)
+        for path in map(_checked, paths)
+        for file in (_in_folder(path) if path.is_dir() else [path])
+    )
+    return [picture.file for picture in _one_opens(found)]
+
+
+def find_pictures(
+    paths: Sequence[str | Path], *, recursive: bool = False, leave_out: Path | None = None
+) -> list[Found]:
+    """What `find_images` finds, and the pictures in tars (.tar) and lists (.txt, a path a line), in order.
+
+    Args:
+        paths: as on a command line. Those in a list too, but one that is not there is no error here.
+        recursive: also what lies in folders below those given; results keep this tree, as they do those of
+            lists and tars.
+        leave_out: a folder that is not looked into.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_images`, or a tar is damaged or compressed.
+    """
+
+    def each() -> Iterator[Found]:
+        for path in map(_checked, paths):
+            if path.is_dir() and recursive:
+                yield from _below(path, leave_out)
+            elif path.is_dir():
+                yield from (Found(str(f), f, PurePosixPath("."), f.stem) for f in _in_folder(path))
+            elif path.suffix.lower() == ".tar":
+                yield from _in_tar(path)
+            elif path.suffix.lower() == ".txt":
+                yield from _in_list(path)
+            else:
+                yield Found(str(path), path, PurePosixPath("."), path.stem)
+
+    return _one_opens(_each_once(each()))
+
+
+def _checked(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError(f"images: got {str(path)!r}, a file name cannot hold a NUL character")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return Path(path)
+
+
+def _each_once(found: Iterable[Found]) -> list[Found]:
+    once: dict[tuple[Path, int], Found] = {}
+    for picture in found:
+        once.setdefault((picture.file.resolve(), picture.offset), picture)
+    return list(once.values())
+
+
+def _one_opens(found: list[Found]) -> list[Found]:
+    """The same, if one of them can be opened: the others are read in their turn."""
     if not found:
         raise ValueError("images: got none, expected files or folders")
     problems = []
-    for file in found.values():  # up to the first that can be opened: the others are read in their turn
+    for picture in found:
         try:
-            probe(file)
+            probe(picture.open())
             break
         except (ValueError, OSError, ImportError) as error:
             problems.append(error)
     else:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{one_line(problems[0])}{more}")
-    return list(found.values())
+    return found
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if _is_picture(file.name) and file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{folder}: no picture in this folder ({', '.join(PICTURE_SUFFIXES)})")
+    return files
+
+
+def _below(root: Path, leave_out: Path | None) -> list[Found]:
+    files: list[Path] = []
+    seen = {leave_out.resolve()} if leave_out else set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        where = Path(folder)
+        if (real := where.resolve()) in seen:  # links can lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += (where / name for name in names if _is_picture(name))
+    if not files:
+        suffixes = ", ".join(PICTURE_SUFFIXES)
+        raise FileNotFoundError(f"{root}: no picture in this folder or below ({suffixes})")
+    places = sorted((PurePosixPath(file.relative_to(root).as_posix()), file) for file in files)
+    return [Found(str(file), file, place.parent, file.stem) for place, file in places]
+
+
+def _in_tar(path: Path) -> list[Found]:
+    found = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                place = PurePosixPath(member.name)
+                if member.isfile() and _is_picture(place.name):
+                    folder = PurePosixPath(*(part for part in place.parent.parts if part not in ("/", "..")))
+                    name = f"{path}/{member.name}"
+                    found.append(Found(name, path, folder, place.stem, member.offset_data, member.size))
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: no whole, uncompressed tar ({one_line(error)})") from None
+    if not found:
+        raise FileNotFoundError(f"{path}: no picture in this tar ({', '.join(PICTURE_SUFFIXES)})")
+    return found
+
+
+def _in_list(path: Path) -> list[Found]:
+    files = [_listed(path, number, line) for number, line in read_lines(path)]
+    if not files:
+        raise FileNotFoundError(f"{path}: no path in this list")
+    parents = [os.path.dirname(os.path.abspath(file)) for file in files]
+    try:
+        common = os.path.commonpath(parents)
+        folders = [PurePosixPath(Path(parent).relative_to(common).as_posix()) for parent in parents]
+    except ValueError:  # on several drives
+        folders = [PurePosixPath(".")] * len(files)
+    return [Found(str(file), file, folder, file.stem) for file, folder in zip(files, folders, strict=True)]
+
+
+def _listed(path: Path, number: int, line: str) -> Path:
+    if "\0" in line:
+        raise ValueError(f"{path}: line {number}: a file name cannot hold a NUL character")
+    return Path(line)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import shutil
 import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
-from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from segvit.data.find import Found
 from segvit.data.pictures import as_rgb, read_image
 from segvit.inference.classes import class_colors, class_names
 from segvit.inference.passes import check_region, label_maps_with_scores
 from segvit.inference.protocol import Predictor
+from segvit.inference.record import CannotWriteError, Output, Writer
 from segvit.inference.similarity import similarity_maps
 from segvit.options import PredictConfig
 from segvit.pictures.visualize import (
@@ -30,13 +36,12 @@ from segvit.pictures.visualize import (
     similarity_picture,
 )
 from segvit.system.extras import require
-from segvit.system.failures import one_line
-from segvit.system.files import atomic_write
+from segvit.system.failures import one_line, out_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["KINDS", "CannotWriteError", "Job", "find_classes", "output_stems"]
+__all__ = ["KINDS", "Computed", "Job", "Pipeline", "find_classes", "label_picture", "output_stems"]
 
 
 def find_classes(wanted: Sequence[str], names: Sequence[str], option: str = "maps") -> list[int]:
@@ -70,38 +75,51 @@ KINDS = {
 _LONGEST_NAME = 240  # bytes; file systems take 255, and others count in other units
 
 
-def output_stems(files: Sequence[Path], out: Path) -> list[str]:
-    """A stem of output files for each file, that no other has on any file system.
+def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True) -> list[str]:
+    """A stem of output files for each picture, that no other has on any file system.
 
     Files of one stem get numbers, also where only capital letters or the composition of accents differ. Names
     too long for what is appended to them are cut, those that Windows keeps for devices lose their dot.
 
+    Args:
+        files: the pictures; the stems of those within a tree begin with its folders, "sub/a".
+        out: the folder for the results.
+        dots: without, they become underscores.
+
     Raises:
         ValueError: an output would be written over an input.
     """
-    inputs = {file.resolve() for file in files}
+    pictures = [
+        file if isinstance(file, Found) else Found(str(file), file, PurePosixPath("."), file.stem)
+        for file in files
+    ]
+    inputs = {picture.file.resolve() for picture in pictures if picture.offset < 0}
+    folders = {file.parent for file in inputs}
     taken: set[str] = set()
     stems: list[str] = []
     room = _LONGEST_NAME - max(len(f"_{kind}{suffix}") for kind, suffix in KINDS.items())
-    for file in files:
-        base = file.stem
+    is_near = functools.cache(lambda folder: (out / folder).resolve() in folders)
+    for picture in pictures:
+        base = picture.stem if dots else picture.stem.replace(".", "_")
         if PureWindowsPath(f"{base}_labels.png").is_reserved():
             base = base.replace(".", "_", 1)
         if len(os.fsencode(base)) > room:
             whole = os.fsencode(base)
             base = f"{os.fsdecode(whole[: room - 20]).rstrip(chr(0xFFFD))}~{zlib.crc32(whole):08x}"
+        base = (picture.folder / base).as_posix()
         stem, number = base, 1
         while (key := unicodedata.normalize("NFC", stem).casefold()) in taken:
             number += 1
             stem = f"{base}_{number}"
         taken.add(key)
         stems.append(stem)
-        for kind, suffix in KINDS.items():
-            target = out / f"{stem}_{kind}{suffix}"
-            if target.resolve() in inputs:
-                raise ValueError(
-                    f"out: {target} is an input picture and would be overwritten; choose another folder"
-                )
+        if is_near(picture.folder):
+            for kind, suffix in KINDS.items():
+                target = out / f"{stem}_{kind}{suffix}"
+                if target.resolve() in inputs:
+                    raise ValueError(
+                        f"out: {target} is an input picture and would be overwritten; choose another folder"
+                    )
     return stems
 
 
@@ -111,8 +129,22 @@ def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
     return image_module.fromarray(labels.astype(np.uint8 if num_classes <= 256 else np.uint16))
 
 
-class CannotWriteError(OSError):
-    """No picture can be written any more."""
+class Computed(NamedTuple):
+    """What the network said of a picture.
+
+    Attributes:
+        image: uint8 (channels, H, W).
+        labels: class indices (H, W).
+        writers: of scores, by kind.
+        maps: similarity maps, see `segvit.inference.similarity`; None where none are drawn.
+        scratch: closes the files that the writers read.
+    """
+
+    image: torch.Tensor
+    labels: np.ndarray
+    writers: dict[str, Writer]
+    maps: Any
+    scratch: ExitStack
 
 
 class Job:
@@ -132,28 +164,64 @@ class Job:
         self.config, self.model, self.out, self.classes, self.kept = config, model, out, classes, kept
         self.names, self.palette = class_names(model.config), class_colors(model.config)
 
-    def predict(self, file: Path, scratch: ExitStack) -> tuple[dict[str, Callable[[Path], Any]], str]:
-        """What is to be written for a picture, by kind, each as a function of the path; and a summary."""
-        image = read_image(file, **self.model.config.reading)
-        labels, writers = self._labels(image, scratch)
-        pixels = as_rgb(image).permute(1, 2, 0).numpy()
-        pictures = {
-            "labels": label_picture(labels, len(self.names)),
-            "overlay": overlay_with_legend(pixels, labels, self.names, self.palette, alpha=self.config.alpha),
+    @property
+    def results(self) -> list[str]:
+        """What is written for each picture: KIND.SUFFIX, as it stands behind the stem."""
+        asked = {
+            "labels": True,
+            "overlay": self.config.overlay,
+            "maps": bool(self.classes),
+            "scores": self.config.scores,
+            "probabilities": self.config.probabilities,
         }
-        if self.classes:
-            stages, accumulated = similarity_maps(self.model, image, self.classes)
-            rows = [self.names[index] for index in self.classes]
-            pictures["maps"] = similarity_picture(
-                pixels, stages, accumulated, rows, layers=self.model.config.upsample
-            )
-        for kind, picture in pictures.items():
-            writers[kind] = lambda path, picture=picture: picture.save(path, "PNG")
-        return writers, _summary(labels, self.names)
+        return [f"{kind}{suffix}" for kind, suffix in KINDS.items() if asked[kind]]
 
-    def _labels(
-        self, image: torch.Tensor, scratch: ExitStack
-    ) -> tuple[np.ndarray, dict[str, Callable[[Path], Any]]]:
+    def read(self, picture: Found) -> torch.Tensor:
+        """Its pixels, uint8 (channels, H, W)."""
+        return read_image(picture.open(), **self.model.config.reading)
+
+    def compute(self, images: Sequence[torch.Tensor]) -> list[Computed]:
+        """Run the network on pictures of one size; several only where nothing but label maps is asked for."""
+        if len(images) > 1:
+            labels = self.model.predict(torch.stack(list(images)), self.config).cpu().numpy()
+            return [Computed(*pair, {}, None, ExitStack()) for pair in zip(images, labels, strict=True)]
+        (image,) = images
+        with ExitStack() as scratch:
+            labels, writers = self._labels(image, scratch)
+            maps = similarity_maps(self.model, image, self.classes) if self.classes else None
+            return [Computed(image, labels, writers, maps, scratch.pop_all())]
+
+    def write(self, picture: Found, stem: str, computed: Computed, output: Output) -> str:
+        """Make a picture's results and put them where they go; returns a summary."""
+        with computed.scratch:
+            labels, pixels = computed.labels, as_rgb(computed.image).permute(1, 2, 0).numpy()
+            drawn = {"labels": label_picture(labels, len(self.names))}
+            if self.config.overlay:
+                drawn["overlay"] = overlay_with_legend(
+                    pixels, labels, self.names, self.palette, alpha=self.config.alpha
+                )
+            if computed.maps:
+                stages, accumulated = computed.maps
+                rows = [self.names[index] for index in self.classes]
+                drawn["maps"] = similarity_picture(
+                    pixels, stages, accumulated, rows, layers=self.model.config.upsample
+                )
+            writers = {
+                **computed.writers,
+                **{kind: functools.partial(image.save, format="PNG") for kind, image in drawn.items()},
+            }
+            counts = np.bincount(labels.reshape(-1), minlength=len(self.names))
+            line = {
+                "picture": picture.name,
+                "output": stem,
+                "width": labels.shape[1],
+                "height": labels.shape[0],
+                "pixels": {self.names[i]: int(counts[i]) for i in np.flatnonzero(counts)},
+            }
+            output.put(stem, {f"{kind}{KINDS[kind]}": writer for kind, writer in writers.items()}, line)
+        return _summary(labels, self.names)
+
+    def _labels(self, image: torch.Tensor, scratch: ExitStack) -> tuple[np.ndarray, dict[str, Writer]]:
         kinds = [kind for kind in ("scores", "probabilities") if getattr(self.config, kind)]
         if not kinds:
             return self.model.predict(image, self.config).cpu().numpy(), {}
@@ -167,16 +235,114 @@ class Job:
 
         batch = self.model.preprocess(image[None])
         labels = label_maps_with_scores(self.model, batch, self.config, take)
-        writers = {kind: lambda path, kind=kind: files[kind].save(path, kind) for kind in kinds}
+        writers = {kind: functools.partial(files[kind].save, name=kind) for kind in kinds}
         return labels[0].cpu().numpy(), writers
 
-    def write(self, path: Path, writer: Callable[[Path], Any]) -> None:
+
+class Pipeline:
+    """Pictures through a job: some threads read, the caller's runs the network, some write.
+
+    Attributes:
+        done: names of those that have their results.
+        failed: of those that cannot, why.
+    """
+
+    def __init__(self, job: Job, pictures: Sequence[tuple[Found, str]], output: Output) -> None:
+        self.job, self.pictures, self.output = job, pictures, output
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self._reading: deque[tuple[Found, str, Future[torch.Tensor]]] = deque()
+        self._writing: deque[tuple[Found, str, Future[str]]] = deque()
+
+    def run(self) -> Iterator[tuple[Found, str, str | None]]:
+        """Do it; yields a picture, its stem, and the summary of its results or None where it failed, in turn.
+
+        Raises:
+            CannotWriteError: no result can be written any more.
+        """
+        threads, batch = self.job.config.threads, self.job.config.batch
+        ahead = threads + 2 * batch
+        left = iter(self.pictures)
         try:
-            atomic_write(path, writer)
-        except OSError as error:
-            text = one_line(error)
-            where = "" if str(path) in text else f"{path}: cannot be written: "
-            raise CannotWriteError(f"{where}{text}") from None
+            with _threads(threads, "read") as readers, _threads(threads, "write") as writers:
+                while True:
+                    for picture, stem in itertools.islice(left, ahead - len(self._reading)):
+                        self._reading.append((picture, stem, readers.submit(self.job.read, picture)))
+                    if not self._reading:
+                        break
+                    for picture, stem, computed in self._next(batch):
+                        future = writers.submit(self.job.write, picture, stem, computed, self.output)
+                        self._writing.append((picture, stem, future))
+                    while len(self._writing) > ahead:
+                        yield self._written()
+                while self._writing:
+                    yield self._written()
+        finally:  # it ended early: these are written all the same
+            for picture, _, future in self._writing:
+                if not future.cancelled() and future.exception() is None:
+                    self.done.add(picture.name)
+
+    def _next(self, batch: int) -> Iterator[tuple[Found, str, Computed]]:
+        """The next picture, and more of its size among those read ahead; failures go to `_writing`."""
+        group: list[tuple[Found, str, torch.Tensor]] = []
+        rest: deque[tuple[Found, str, Future[torch.Tensor]]] = deque()
+        while self._reading and len(group) < batch:
+            picture, stem, future = self._reading.popleft()
+            if (error := future.exception()) is not None:
+                self._writing.append((picture, stem, _failed(error)))
+            elif group and future.result().shape != group[0][2].shape:
+                rest.append((picture, stem, future))
+            else:
+                group.append((picture, stem, future.result()))
+        self._reading.extendleft(reversed(rest))
+        found: list[Computed] = []
+        if len(group) > 1:
+            with suppress(*_ONE_PICTURE):  # it may be the fault of one: each by itself
+                found = self.job.compute([image for *_, image in group])
+        if found:
+            yield from ((*pair[:2], computed) for pair, computed in zip(group, found, strict=True))
+            return
+        for picture, stem, image in group:
+            try:
+                (computed,) = self.job.compute([image])
+            except _ONE_PICTURE as error:
+                self._writing.append((picture, stem, _failed(error)))
+            else:
+                yield picture, stem, computed
+
+    def _written(self) -> tuple[Found, str, str | None]:
+        picture, stem, future = self._writing.popleft()
+        try:
+            summary = future.result()
+        except CannotWriteError:
+            raise
+        except Exception as error:
+            if not (isinstance(error, (ValueError, OSError, ImportError)) or out_of_memory(error)):
+                raise
+            self.failed[picture.name] = one_line(error).removeprefix(f"{picture.name}: ")
+            return picture, stem, None
+        self.done.add(picture.name)
+        return picture, stem, summary
+
+
+# Exceptions that one picture can be the reason of; torch's of too little memory are RuntimeErrors.
+_ONE_PICTURE = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
+
+
+def _failed(error: BaseException) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+@contextmanager
+def _threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool that takes nothing new from the moment the context is left by an exception."""
+    pool = ThreadPoolExecutor(count, name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _ScoreFile:
@@ -210,8 +376,11 @@ class _ScoreFile:
             except OSError as error:
                 raise CannotWriteError(f"{self.job.out}: cannot be written: {one_line(error)}") from None
 
-    def save(self, path: Path, name: str) -> None:
-        """Write the .npz file: `name` (K, height, width), `classes` (K), `names` (K), `region` (4)."""
+    def save(self, path: Any, name: str) -> None:
+        """Write the .npz file: `name` (K, height, width), `classes` (K), `names` (K), `region` (4).
+
+        `path` may be a binary file.
+        """
         shape = (len(self.job.kept), self.region[3], self.region[2])
         beside = {
             "classes": np.array(self.job.kept),

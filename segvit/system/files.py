@@ -37,16 +37,25 @@ __all__ = [
 ]
 
 
-def atomic_write(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
+def atomic_write(
+    path: str | os.PathLike, writer: Callable[[Path], Any], scratch: str | os.PathLike | None = None
+) -> None:
     """Call `writer` with a temporary path beside `path`, then put the result in place in one step.
 
     Whatever happens, `path` is the old file or the whole new one. The folder is made if need be.
+
+    Args:
+        path: the file.
+        writer: writes it.
+        scratch: a folder of the same file system that is there; the temporary path is in it then.
 
     Raises:
         OSError: it cannot be written; one line that names `path` and the reason.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")
+    if scratch is not None:
+        temporary = Path(scratch) / temporary.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

@@ -16,20 +16,26 @@ __all__ = [
     "first_process",
     "pick_backend",
     "pick_device",
+    "place_among_processes",
     "processor_name",
     "started_processes",
 ]
 
 
 def pick_device(accelerator: str) -> torch.device:
-    """Where to run: "auto", "cpu" or "cuda".
+    """Where to run: "auto", "cpu" or "cuda"; of several processes each has a GPU of its own.
 
     Raises:
         ValueError: "cuda" on a machine without.
     """
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("accelerator: got 'cuda', but PyTorch sees no such device here")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "")) if started_processes() else ""
+    if local.isdecimal():
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
+    return torch.device("cuda")
 
 
 def pick_backend(name: str | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -75,6 +81,24 @@ def started_processes() -> int:
         interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
         count = 0 if interactive else int(os.environ.get("SLURM_NTASKS", 0))
     return count if count > 1 else 0
+
+
+def place_among_processes() -> tuple[int, int]:
+    """Rank and number of the processes that share the work: of torchrun, srun, or whoever sets RANK and WORLD_SIZE.
+
+    Raises:
+        ValueError: these are no such numbers.
+    """
+    if "WORLD_SIZE" in os.environ:
+        names = ("RANK", "WORLD_SIZE")
+    elif started_processes():
+        names = ("SLURM_PROCID", "SLURM_NTASKS")
+    else:
+        return 0, 1
+    texts = [os.environ.get(name, "") for name in names]
+    if not all(text.isdecimal() for text in texts) or not int(texts[0]) < int(texts[1]):
+        raise ValueError(f"{names[0]}, {names[1]}: got {texts}, expected a number and a larger one")
+    return int(texts[0]), int(texts[1])
 
 
 def first_process() -> bool:

@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import tarfile
 import traceback
 import typing
 import warnings
@@ -555,15 +556,22 @@ def _check_result(words: list[str], root: Path) -> None:
     command = "data check" if words[0] == "data" else words[0]
     config = parse(command, words[len(command.split()) :])
     if command == "predict":
-        from segvit.data.find import find_images
+        from segvit.data.find import find_pictures
         from segvit.inference.bulk import output_stems
 
         model = load_model(config.checkpoint)
         options = InferenceOptions(**config.inference_fields())
-        files = find_images(config.images)
-        for index, (file, stem) in enumerate(zip(files, output_stems(files, Path(config.out)), strict=True)):
-            stored = np.asarray(Image.open(Path(config.out) / f"{stem}_labels.png"))
-            image = read_image(file)
+        out = Path(config.out)
+        files = find_pictures(config.images, recursive=config.recursive, leave_out=out)
+        stems = output_stems(files, out, dots=config.pack is None)
+        packed = {}
+        for path in out.glob("*.tar"):
+            with tarfile.open(path) as tar:
+                packed |= {member.name: tar.extractfile(member).read() for member in tar}
+        for index, (file, stem) in enumerate(zip(files, stems, strict=True)):
+            stored = packed.get(f"{stem}.labels.png") if config.pack else out / f"{stem}_labels.png"
+            stored = np.asarray(Image.open(io.BytesIO(stored) if config.pack else stored))
+            image = read_image(file.open())
             assert stored.shape == tuple(image.shape[1:]), "another size"
             assert stored.max() < model.config.num_classes, "no such class"
             if index < 2:

@@ -1,5 +1,12 @@
 """`segvit predict` from files to files, and its refusals."""
 
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +24,7 @@ from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions, PredictConfig
 
 NAMES = ("road", "sky", "car", "street light", "tree")
+TESTS = Path(__file__).resolve().parent
 
 
 def tiny_model(**changes) -> SegViT:
@@ -416,3 +424,193 @@ def test_a_region_outside_a_picture_is_of_this_picture(checkpoint, pictures, tmp
     with pytest.raises(ValueError, match=r"2 of 3 .*b\.jpg: region: got 20x20 pixels.*the picture's 50x17$"):
         predict(checkpoint, tmp_path / "out", [pictures], scores=True, region=[0, 0, 20, 20])
     assert "b_scores.npz" not in outputs(tmp_path / "out") and "a_scores.npz" in outputs(tmp_path / "out")
+
+
+# Many pictures
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Pictures in folders below each other, of which one is damaged."""
+    root = tmp_path / "tree"
+    for number, name in enumerate(("a.png", "sub/a.png", "sub/deep/b.one.png", "sub/c.jpg", "z/a.JPG")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((24, 16)).save(root / name)
+    damaged(root / "sub" / "c.jpg")
+    return root
+
+
+GOOD = {
+    "a.png": "a",
+    "sub/a.png": "sub/a",
+    "sub/deep/b.one.png": "sub/deep/b.one",
+    "z/a.JPG": "z/a",
+}
+
+
+def lines_of(out) -> dict[str, dict]:
+    found = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.open()]
+    assert len({line["picture"] for line in found}) == len(found), "a picture has two lines"
+    return {line["picture"]: line for line in found}
+
+
+def test_a_tree_its_list_and_its_tar_give_the_same(model, checkpoint, tree, tmp_path, monkeypatch):
+    packed = tmp_path / "tree.tar"
+    with tarfile.open(packed, "w") as tar:
+        for path in sorted(tree.rglob("*.*")):
+            tar.add(path, path.relative_to(tree).as_posix())
+        tar.add(tree, "folder")  # the same once more
+    listed = tmp_path / "list.txt"
+    listed.write_text("# pictures\n" + "\n".join(str(path) for path in sorted(tree.rglob("*.*"))) + "\n")
+    for given in (tree, listed, packed):
+        out = tmp_path / f"out{given.suffix}"
+        with pytest.raises(
+            ValueError, match=r"of (5|10) pictures are done, in .*; failed: .*c\.jpg: cannot be"
+        ):
+            predict(checkpoint, out, [given], recursive=True, overlay=False, manifest=True)
+        for name, stem in GOOD.items():
+            with Image.open(out / f"{stem}_labels.png") as labels:
+                expected = model.predict(tree / name).numpy()
+                np.testing.assert_array_equal(np.asarray(labels), expected)
+            line = lines_of(out)[f"{given}/{name}" if given != listed else str(tree / name)]
+            counts = {NAMES[i]: int(n) for i, n in enumerate(np.bincount(expected.ravel())) if n}
+            assert line["output"] == stem and line["pixels"] == counts
+            assert (line["width"], line["height"]) == (24, 16)
+        assert "cannot be decoded" in next(
+            line["error"] for line in lines_of(out).values() if "error" in line
+        )
+        assert not list(out.glob(".*")) and not list(out.rglob("*overlay*"))
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"tree\.tar: no whole, uncompressed tar"):
+        predict(checkpoint, tmp_path / "none", [packed])
+    monkeypatch.chdir(tree)  # the results' folder is no input, wherever it lies
+    for _ in range(2):
+        with pytest.raises(ValueError, match="4 of 5 pictures"):
+            predict(checkpoint, "out", ["."], recursive=True)
+
+
+def counted(monkeypatch) -> list[int]:
+    """How many pictures each call of the network had."""
+    calls, predicted = [], SegViT.predict
+
+    def predict(self, images, *args, **kwargs):
+        calls.append(len(images) if images.ndim == 4 else 1)
+        return predicted(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(SegViT, "predict", predict)
+    return calls
+
+
+def test_what_the_record_has_is_not_done_again(checkpoint, tree, tmp_path, monkeypatch, capsys):
+    out, calls = tmp_path / "out", counted(monkeypatch)
+    options = {"recursive": True, "manifest": True}
+
+    def again(message, **changes):
+        calls.clear()
+        with pytest.raises(ValueError, match=message):
+            predict(checkpoint, out, [tree], **{**options, **changes})
+        return sum(calls)
+
+    assert again("4 of 5 pictures are done, in") == 4
+    record = out / "manifest-00000-of-00001.jsonl"
+    before = record.read_bytes()
+    assert again(r"4 of 5 pictures are done \(4 before\)") == 0 and record.read_bytes() == before
+    (out / "z" / "a_overlay.png").unlink()
+    assert again(r"4 of 5 pictures are done \(3 before\)") == 1
+    record.write_bytes(before[:-10])  # a kill came while the last line was written
+    (out / ".rank-00000").mkdir()
+    (out / ".rank-00000" / ".half.png").touch()
+    assert again(r"4 of 5 pictures are done \(3 before\)") == 1
+    assert record.read_bytes() == before and not (out / ".rank-00000").exists()
+    assert again("predicted with other options, window null, now 16", window=16) == 0
+    assert again("holds results with a record; expected --manifest", manifest=False) == 0
+    (tree / "sub" / "a.jpg").write_bytes((tree / "a.png").read_bytes())  # its name goes before a.png
+    assert again(r"sub/a\.png was written as sub/a and would now be sub/a_2") == 0
+    (tree / "sub" / "a.jpg").rename(tree / "later.png")
+    (tree / "sub" / "c.jpg").write_bytes((tree / "a.png").read_bytes())
+    predict(checkpoint, out, [tree], **options)
+    assert sum(calls) == 2
+    record.write_text("{}\n")
+    assert again(r"manifest-00000-of-00001\.jsonl: line 1 is none of a manifest's") == 0
+
+
+def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
+    plain, out, calls = tmp_path / "plain", tmp_path / "out", counted(monkeypatch)
+    (tree / "sub" / "c.jpg").unlink()
+    predict(checkpoint, plain, [tree], recursive=True)
+
+    def packed(**changes) -> dict[str, bytes]:
+        calls.clear()
+        predict(checkpoint, out, [tree], recursive=True, pack=3, **changes)
+        members: dict[str, bytes] = {}
+        for path in sorted(out.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    assert member.name not in members
+                    members[member.name] = tar.extractfile(member).read()
+            assert len(path.with_suffix(".jsonl").read_text().splitlines()) <= 3
+        return members
+
+    members = packed()
+    for stem in GOOD.values():
+        kept = stem.replace(".", "_")  # WebDataset takes what follows the first dot for the kind
+        for kind in ("labels", "overlay"):
+            assert members[f"{kept}.{kind}.png"] == (plain / f"{stem}_{kind}.png").read_bytes()
+        assert json.loads(members[f"{kept}.json"])["output"] == kept
+    assert len(members) == 12 and len(lines_of(out)) == 4 and len(list(out.glob("*.tar"))) == 2
+    assert packed() == members and not calls
+    # A kill came when the second picture of the first tar was written.
+    for path in out.glob("results-*"):
+        if path.name != "results-00000-of-00001-000000.tar":
+            path.unlink()
+    growing = next(out.glob("*.tar")).rename(out / "results-00000-of-00001-000000.tar.part")
+    with tarfile.open(growing) as tar:
+        ends = [member.offset_data for member in tar if member.name.endswith(".json")]
+    os.truncate(growing, ends[1] + 10)
+    assert {name: data for name, data in packed().items() if "json" not in name} == {
+        name: data for name, data in members.items() if "json" not in name
+    }
+    assert sum(calls) == 3 and len(lines_of(out)) == 4
+
+
+def test_pictures_of_one_size_run_together(checkpoint, tree, pictures, tmp_path, monkeypatch):
+    images = [tree, pictures]
+    for out, changes in (("alone", {}), ("together", {"batch": 3, "threads": 2})):
+        calls = counted(monkeypatch)
+        with pytest.raises(ValueError, match="7 of 8 pictures are done"):
+            predict(checkpoint, tmp_path / out, images, recursive=True, overlay=False, **changes)
+    assert sorted(calls) == [1, 1, 1, 1, 3]
+    for path in (tmp_path / "alone").rglob("*.png"):
+        assert (
+            path.read_bytes() == (tmp_path / "together" / path.relative_to(tmp_path / "alone")).read_bytes()
+        )
+    refused(
+        ValueError, "batch: got 2", checkpoint, tmp_path, images=[str(tree / "a.png")], batch=2, scores=True
+    )
+
+
+def test_processes_share_the_pictures(checkpoint, tree, tmp_path, monkeypatch):
+    """Two, then three as another cluster has them, then one: nothing is done twice."""
+    (tree / "sub" / "c.jpg").unlink()
+    out, calls, done = tmp_path / "out", counted(monkeypatch), []
+    for rank, ranks in ((1, 2), (0, 3), (1, 3), (2, 3), (0, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        calls.clear()
+        predict(checkpoint, out, [tree], recursive=True, manifest=True)
+        done.append(sum(calls))
+    assert done == [2, 1, 0, 1, 0] and len(lines_of(out)) == 4
+    monkeypatch.setenv("RANK", "1")
+    refused(ValueError, "RANK, WORLD_SIZE: got", checkpoint, tmp_path / "x", images=[str(tree / "a.png")])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+def test_killed_processes_go_on():
+    command = [sys.executable, str(TESTS / "kill_predict.py"), "--kills", "3", "--pictures", "40"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("40 pictures once each, 2 of them damaged" in line for line in lines[:2])
