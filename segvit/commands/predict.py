@@ -11,7 +11,6 @@ so manyth picture; they need nothing of each other but the end, for which all wa
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from segvit.inference.passes import check_options
 from segvit.inference.record import CannotWriteError, Files, Output, Record, Tars
 from segvit.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from segvit.model.linear_head import LinearSegmenter
-from segvit.options import InferenceOptions, PredictConfig
+from segvit.options import PredictConfig
 from segvit.system.files import make_folder
 from segvit.system.machine import pick_backend, pick_device, place_among_processes
 
@@ -144,7 +143,7 @@ def _results(
         "checkpoint": config.checkpoint,
         "checkpoint's sha256": _digest(config.checkpoint),
         "kind of results": "tars" if config.pack else "files",
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(InferenceOptions)},
+        **config.inference_fields(),
         **{name: getattr(config, name) for name in _OF_RESULTS},
     }
     record = Record(job.out, place, settings, [picture.name for picture, _ in share])

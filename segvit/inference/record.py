@@ -1,15 +1,15 @@
-"""What a bulk prediction has done, kept so that a kill at any moment loses nothing, and nothing is done twice.
+"""What a bulk prediction has done, kept so that a kill loses nothing and nothing is done twice.
 
 A record is `manifest.json`, the options that results depend on, and JSON lines, one for a picture. Each
-process writes files of its own, named by its rank and the number of ranks; all read all. A picture's last line
-counts:
+process writes files of its own, named by its rank and the number of ranks; all read all. Of a picture the
+last line counts:
 
     {"picture": "photos/a.jpg", "output": "a", "width": 640, "height": 480, "pixels": {"road": 1200, ...}}
     {"picture": "photos/b.jpg", "error": "cannot be decoded as an image (...)"}
 
 Results in files are written before their line, each whole or not at all. Results in tars are appended, a
-picture's files at once and its line behind them as `NAME.json`; while a tar grows its name ends in `.part`,
-and what a kill has cut off at its end is removed by the next start. A whole tar's lines lie beside it as well.
+picture's files at once and its line behind them as `NAME.json`. While a tar grows its name ends in `.part`,
+and what a kill has cut off at its end is removed by the next start. The lines of a whole tar lie beside it.
 """
 
 from __future__ import annotations

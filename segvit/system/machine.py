@@ -84,7 +84,9 @@ def started_processes() -> int:
 
 
 def place_among_processes() -> tuple[int, int]:
-    """Rank and number of the processes that share the work: of torchrun, srun, or whoever sets RANK and WORLD_SIZE.
+    """Rank and number of the processes that share the work.
+
+    They are those of torchrun, of srun, or of whoever sets RANK and WORLD_SIZE.
 
     Raises:
         ValueError: these are no such numbers.
