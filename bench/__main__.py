@@ -162,6 +162,17 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p.add_argument("--images", type=_positive, help="only the first so many (default: all)")
     p.add_argument("--threads", type=_positive, default=2, help="threads (default %(default)s)")
 
+    p = commands.add_parser("export", help="files of `segvit export`: labels, their tail, mIoU in int8")
+    p.set_defaults(run=_export)
+    p.add_argument("section", choices=("labels", "tail", "int8"), help="what is measured")
+    p.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="int8: a checkpoint or run")
+    p.add_argument("--data", type=Path, metavar="FOLDER", help="int8: with images/ and annotations/")
+    p.add_argument("--pictures", type=_positive, help="int8: only the first so many (default: all)")
+    p.add_argument("--calibration", type=_positive, default=8, help="int8: training pictures (%(default)s)")
+    p.add_argument("--threads", type=_positive, default=2, help="threads (default %(default)s; tail: 1)")
+    _out(p, "results/export-, the section and the machine"), _names(p, "--models", "models of labels")
+    _budget(p, float("inf")), _smoke(p)
+
     p = commands.add_parser(
         "tune", help="time launch parameters of the Triton kernels on this GPU, pin the best"
     )
@@ -466,6 +477,32 @@ def _inference(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise OptionError(str(error)) from None
     return _finish(result, options, options.out)
+
+
+def _export(options: argparse.Namespace) -> int:
+    _check_out(options.out, options.smoke)
+    from bench.subjects import exports
+    from bench.suites import export
+
+    _check_names("--models", options.models, [case.name for case in exports.CASES], "model")
+    for name in ("checkpoint", "data") if options.section == "int8" else ():
+        folder = getattr(options, name)
+        if folder is None or not folder.is_dir():
+            raise OptionError(f"--{name} {folder}: no such folder; expected that of a trained model's {name}")
+    chosen = {"models": options.models, "threads": options.threads, "calibration": options.calibration}
+    chosen |= {"checkpoint": options.checkpoint, "data": options.data, "pictures": options.pictures}
+    try:
+        result = export.run(
+            options.section,
+            **chosen,
+            smoke=options.smoke,
+            budget_s=options.budget,
+            progress=functools.partial(print, flush=True),
+        )
+    except (OSError, ValueError) as error:
+        raise OptionError(str(error)) from None
+    partial = options.models or options.pictures
+    return _finish(result, options, _default_out(f"export {options.section}", "cpu"), partial)
 
 
 def _tune(options: argparse.Namespace) -> int:

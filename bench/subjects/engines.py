@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import segvit
+from bench.measure import environment
 from bench.subjects import counts, models
 from bench.subjects.published import Model
 from segvit.exporting import open_model
@@ -49,8 +49,7 @@ class Engine:
 
     def missing(self) -> str | None:
         """Why it cannot be measured here; ``None`` if it can."""
-        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        return f"not installed: {', '.join(absent)}" if absent else None
+        return environment.missing(self.packages)
 
     def files(self, dtype: str) -> list[tuple[str, ...]]:
         """What it reads, in order: a file, and the function here that makes it with its first values."""

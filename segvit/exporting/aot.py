@@ -46,6 +46,8 @@ __all__ = ["LIBRARY", "METADATA", "Program", "build", "check", "load", "save"]
 LIBRARY, METADATA = "segvit/libsegvit_native.so", "extra/metadata.json"
 _NEEDS = "segvit/needs.json"
 _INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")  # each has those before it
+# Of packed weights: what the processor has to have, as PyTorch calls it and as people do.
+_PACKED = {"amx": ("amx_bf16", "AMX"), "avx512_fp16": ("avx512_fp16", "AVX512-FP16")}
 
 
 def check(plan: Plan) -> None:
@@ -81,8 +83,11 @@ class Program(nn.Module):
             plan.size, plan.batch, dtype=dtype, method="eager", int8=plan.int8, options=plan.options
         )
         self.function, self.channels_last = self.engine.function, plan.channels_last
+        self.packed: set[str] = set()  # instruction sets that packed weights are for
         for module in self.function.modules():
-            if isinstance(module, PackedLinear):  # the packed weights are read, the others have a shape alone
+            if isinstance(module, PackedLinear):
+                self.packed.add(module.packed.value.isa)
+                # The packed weights are read, the others have a shape alone.
                 weight = module.weight.new_zeros(()).expand_as(module.weight)
                 module.weight = nn.Parameter(weight, requires_grad=False)
         if self.function.views is None:  # an empty list of tensors reaches the library as no list
@@ -129,7 +134,8 @@ def _needs(program: Program) -> dict[str, str]:
     needs |= {"layout": "nhwc" if program.channels_last else "nchw"}
     needs |= {"torch": torch.__version__, "machine": platform.machine()}
     if engine.device.type == "cpu":
-        return needs | {"instructions": torch.backends.cpu.get_cpu_capability()}
+        needs |= {"instructions": torch.backends.cpu.get_cpu_capability()}
+        return needs | ({"packed": ",".join(sorted(program.packed))} if program.packed else {})
     return needs | {"gpu": torch.cuda.get_device_name(engine.device)}
 
 
@@ -209,6 +215,9 @@ def _why_not_here(needs: dict[str, str]) -> str | None:
     wanted, found = needs.get("instructions", ""), torch.backends.cpu.get_cpu_capability()
     if wanted and found != wanted and wanted not in _INSTRUCTIONS[: _INSTRUCTIONS.index(found) + 1]:
         return f"compiled for {wanted}, this processor has {found}"
+    for name, called in (_PACKED[isa] for isa in needs.get("packed", "").split(",") if isa):
+        if not torch.cpu.get_capabilities().get(name):
+            return f"its weights are packed for {called}, which this processor has not"
     return None
 
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.export import Dim
-from torch.nn import functional as F
 
 from segvit.inference.engine import copy_of
 from segvit.inference.passes import Pass, check_options, crops_of, list_views, passes, resize
@@ -142,10 +141,10 @@ class LabelGraph(nn.Module):
         height, width = pictures.shape[-2:]
         images = self.network.preprocess(pictures)
         if len(self.runs) > 1:
-            outputs = [self.network(crops) for crops in crops_of(images, self.runs)]
+            outputs = [self.network(crops) for crops in crops_of(images, self.runs, self._resize)]
         else:
             if self.runs:
-                images = resize(images, self.runs[0].resized)
+                images = self._resize(images, self.runs[0].resized)
             images = self.network.pad_to_patches(images)
             outputs = [self.network(images)]
         found = [self.network.scoring(output) for output in outputs]
@@ -158,6 +157,17 @@ class LabelGraph(nn.Module):
             labels, scores = self._scan(*parts[0], (height, width), (images.shape[2], images.shape[3]))
         labels = labels.to(torch.uint8 if self.classes <= 256 else torch.int16)
         return (labels, scores) if self.plan.outputs == "scores" else (labels,)
+
+    def _resize(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """`segvit.inference.passes.resize` as two products with constants.
+
+        It is antialiased, and what runtimes make of that differs: OpenVINO's is wrong where it shrinks.
+        """
+        height, width = images.shape[-2:]
+        if (height, width) == size:
+            return images
+        down, across = getattr(self, f"rows_{size[0]}"), getattr(self, f"columns_{size[1]}")
+        return down.to(images.dtype) @ images @ across.to(images.dtype)
 
     # The tail
 
@@ -202,6 +212,9 @@ class LabelGraph(nn.Module):
 
     def _lay_out(self, size: tuple[int, int]) -> None:
         """Cells and blocks of pictures of this size, with their interpolation as constants."""
+        for height, width in {run.resized for run in self.runs}:
+            self.register_buffer(f"rows_{height}", _resizing(size[0], height).t().contiguous())
+            self.register_buffer(f"columns_{width}", _resizing(size[1], width))
         views = list_views(1, size, self.runs, [self.network.mask_grid(run.crop) for run in self.runs])
         grids = [self.network.mask_grid(run.crop) for run in self.runs]
         self.cells = cells_of(views, size)
@@ -253,6 +266,11 @@ class LabelGraph(nn.Module):
                 ]
             found.append(self._mix(shared, seen))
         return _joined(found, 1)
+
+
+def _resizing(side: int, new: int) -> Tensor:
+    """The matrix (side, new) whose product with rows of pixels is their antialiased interpolation."""
+    return resize(torch.eye(side)[None, None], (side, new))[0, 0]
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tensor]:
@@ -377,16 +395,6 @@ def _subsample_norm(
     return (*found, x.new_empty(0), x.new_empty(0))
 
 
-def _resized_smoothly(images: Tensor, size: Sequence[int], align_corners: bool, *_: Any) -> Tensor:
-    """Antialiased resizing, which is linear in rows and in columns, as two products."""
-    for axis, side in ((-2, size[0]), (-1, size[1])):
-        images = images.transpose(axis, -1)
-        basis = torch.eye(images.shape[-1])[None, None]  # rows stay, columns are resized
-        basis = F.interpolate(basis, size=(images.shape[-1], side), mode="bilinear", antialias=True)[0, 0]
-        images = (images @ basis.to(images.dtype)).transpose(axis, -1)
-    return images
-
-
 def _table() -> dict[Any, Callable]:
     ours, aten = torch.ops.segvit, torch.ops.aten
     return {
@@ -395,7 +403,6 @@ def _table() -> dict[Any, Callable]:
         ours.query_attention_fwd.default: _query_attention,
         ours.subsample_norm_fwd.default: _subsample_norm,
         aten.scaled_dot_product_attention.default: _attention,
-        aten._upsample_bilinear2d_aa.default: _resized_smoothly,
     }
 
 

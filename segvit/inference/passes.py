@@ -230,13 +230,18 @@ def _cut(view: View, top: int, bottom: int) -> View | None:
     return View(view.image, (ay, by + ay * top, ax, bx), (y0 - top, x0, y1 - top, x1), view.group)
 
 
-def crops_of(images: Tensor, runs: list[Pass]) -> Iterator[Tensor]:
-    """What the network sees, (P · B, 3, ch, cw) at a time: P passes in their order, every image of each."""
+def crops_of(
+    images: Tensor, runs: list[Pass], resizing: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
+) -> Iterator[Tensor]:
+    """What the network sees, (P · B, 3, ch, cw) at a time: P passes in their order, every image of each.
+
+    `resizing` is in place of `resize`.
+    """
     size, resized = None, images
     for some in _together(runs, max(1, _IMAGES // max(1, len(images)))):
         if size != some[0].resized:
             size = some[0].resized
-            resized = resize(images, size)
+            resized = (resizing or resize)(images, size)
         yield torch.cat([_crop(resized, run) for run in some])
 
 

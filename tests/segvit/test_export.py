@@ -121,6 +121,49 @@ def test_windows_scales_and_flips(kind, options):
     assert (labels == expected).float().mean() > 0.99 and len(labels.unique()) > 1
 
 
+def same_up_to_ties(labels, scored):
+    """Each label's score is the best, or next to it."""
+    expected, scores = scored
+    chosen = scores.gather(1, torch.from_numpy(labels).long()[:, None])[:, 0]
+    assert (scores.amax(1) - chosen).max() < 1e-4 * scores.abs().max()
+    assert labels.shape == tuple(expected.shape) and len(expected.unique()) > 2
+
+
+@pytest.mark.parametrize(
+    "kind, patch, token, options",
+    [
+        ("shrunk", 14, True, {"window": 28, "stride": 28, "flip": True, "short_side": 33}),
+        ("plain", 16, False, {"scales": [0.6, 1.3]}),
+    ],
+)
+def test_views_in_the_runtimes(kind, patch, token, options, tmp_path):
+    """Where neither torch nor this package is. Resizing is antialiased where it shrinks, which OpenVINO's own
+    gets wrong."""
+    model, images, options = tiny_model(kind, patch, token), pictures(SIZE, 1), InferenceOptions(**options)
+    scored = model.predict(images, options, return_scores=True)
+    segvit.export(model, tmp_path / "x.onnx", size=SIZE, options=options)
+    np.save(tmp_path / "in.npy", images.numpy())
+    script = """
+import sys
+sys.modules["torch"] = sys.modules["segvit"] = sys.modules["segvit_kernels"] = None
+import numpy, onnxruntime
+pictures = numpy.load("in.npy")
+session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])
+numpy.save("onnxruntime.npy", session.run(None, {"pictures": pictures})[0])
+try:
+    import openvino
+except ImportError:
+    sys.exit()
+compiled = openvino.Core().compile_model("x.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+numpy.save("openvino.npy", compiled(pictures)[0])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    found = [np.load(path) for path in tmp_path.glob("o*.npy")]
+    assert found
+    for labels in found:
+        same_up_to_ties(labels, scored)
+
+
 def test_no_block_is_large(monkeypatch):
     """Blocks of rows, of cells: with a small budget they are many, and the labels the same."""
     options = InferenceOptions(window=32, stride=24)

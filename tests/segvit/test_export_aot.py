@@ -1,5 +1,6 @@
 """AOTInductor's programs: labels as `predict`'s, in processes without this package, in Python and in C++."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ import torch
 from test_engine import pictures, tiny_model
 from torch._inductor import exc
 
+from segvit import InferenceOptions
+from segvit.cli import main
 from segvit.exporting import aot, export, open_model
 from segvit.exporting.graph import Plan
 from segvit_kernels import _library, _native, lower_to_native
@@ -118,6 +121,31 @@ def test_in_the_place_of_a_checkpoint(program, picture, expected, tmp_path, monk
             open_model(tmp_path / "broken.pt2")
 
 
+@compiled
+def test_predict_and_evaluate(program, model, picture, expected, tmp_path, capsys):
+    """By the commands, as with the checkpoint."""
+    from PIL import Image
+
+    folders = [tmp_path / kind / "validation" for kind in ("images", "annotations")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    truth = expected.copy()
+    truth[:20] = expected[:20].max()
+    Image.fromarray(picture).save(folders[0] / "p.png")
+    Image.fromarray(truth.astype(np.uint16)).save(folders[1] / "p.png")
+    model.save_pretrained(tmp_path / "checkpoint")
+    found = []
+    for checkpoint in (program, tmp_path / "checkpoint"):
+        json_file = tmp_path / f"{checkpoint.stem}.json"
+        words = ["--data", str(tmp_path), "--no-reduce-zero-label", "--workers", "0", "--no-progress"]
+        assert main(["evaluate", "--checkpoint", str(checkpoint), *words, "--json", str(json_file)]) == 0
+        found.append(json.loads(json_file.read_text()))
+    assert found[0] == found[1] and 0 < found[0]["miou"] < 1
+    out = tmp_path / "predicted"
+    assert main(["predict", str(folders[0]), "--checkpoint", str(program), "--out", str(out)]) == 0
+    assert np.array_equal(np.array(Image.open(out / "p_labels.png")), expected)
+
+
 @pytest.fixture(scope="module")
 def segment(tmp_path_factory):
     """The example in C++, built as its README says."""
@@ -177,15 +205,39 @@ def test_cpp_says_in_one_line_what_is_wrong(program, segment, picture, tmp_path)
 @pytest.mark.parametrize("last", [False, True])
 def test_pictures_of_whole_patches(model, last):
     """Nothing is padded and no views are needed; but an empty list would reach the library as no list."""
-    program = aot.build(model, Plan((40, 48), 2, channels_last=last))
     taken = pictures((40, 48), batch=2)
     given = taken.permute(0, 2, 3, 1).contiguous() if last else taken
-    with torch.no_grad():
-        exported = torch.export.export(program, (given,))
-    lower_to_native(exported)
+    exported = lowered(model, Plan((40, 48), 2, channels_last=last), given)
     for node in exported.graph.nodes:
         assert not [argument for argument in node.args if node.op == "call_function" and argument == []]
     assert torch.equal(exported.module()(given), model.predict(taken))
+
+
+def lowered(model, plan, given):
+    """What is compiled."""
+    program = aot.build(model, plan)
+    with torch.no_grad():
+        exported = torch.export.export(program, (given,))
+    lower_to_native(exported)
+    return exported
+
+
+@pytest.mark.skipif(_native.library().reason is not None, reason=str(_native.library().reason))
+@pytest.mark.parametrize(
+    "kind, patch, token, options",
+    [
+        ("shrunk", 14, True, {"window": 28, "stride": 14, "flip": True}),
+        ("plain", 16, False, {"scales": [0.6, 1.3], "window": 48}),
+        ("linear", 14, False, {"short_side": 30, "flip": True}),
+    ],
+)
+def test_windows_scales_and_flips(kind, patch, token, options):
+    """The program before it is compiled, for models of both kinds and with a linear head."""
+    model, given, options = tiny_model(kind, patch, token), pictures(SIZE), InferenceOptions(**options)
+    labels = lowered(model, Plan(SIZE, 2, options=options), given).module()(given)
+    expected, scores = model.predict(given, options, return_scores=True)
+    chosen = scores.gather(1, labels.long()[:, None])[:, 0]
+    assert (scores.amax(1) - chosen).max() < 1e-5 * scores.abs().max() and len(expected.unique()) > 2
 
 
 @compiled
@@ -203,6 +255,21 @@ def test_what_a_program_cannot_do(model, tmp_path, monkeypatch, options, said):
     with pytest.raises(ValueError, match=said):
         export(model, tmp_path / "x.pt2", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("int8, expected", [(True, "amx"), (False, "avx512_fp16")])
+def test_packed_weights_ask_for_their_processor(monkeypatch, int8, expected):
+    """AVX-512 is not enough: without the instructions the operator would fail at the first picture."""
+    monkeypatch.setattr(_library, "runs_isa", lambda isa: isa == expected)
+    monkeypatch.setattr(_library, "why_not_operator", lambda *_: None)
+    dtype = torch.float32 if int8 else torch.float16
+    needs = aot._needs(aot.build(tiny_model(), Plan((32, 32), 1, dtype=dtype, int8=int8)))
+    assert needs["packed"] == expected
+    assert "packed" not in aot._needs(aot.build(tiny_model(), Plan((32, 32), 1)))
+    for has, said in ((True, None), (False, f"packed for {aot._PACKED[expected][1]}")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {aot._PACKED[expected][0]: has})
+        reason = aot._why_not_here(needs)
+        assert reason is None if said is None else said in reason
 
 
 def test_without_the_library_or_a_compiler(model, monkeypatch, tmp_path):

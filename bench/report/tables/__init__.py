@@ -1,11 +1,23 @@
 """Tables of each kind of result: a module has ``tables(result)``, and perhaps ``sound(result)`` and
 ``schema_problem(result)``."""
 
-from bench.report.tables import flops, host, inference, kernels, memory, model, scaling, simulate, static
+from bench.report.tables import (
+    export,
+    flops,
+    host,
+    inference,
+    kernels,
+    memory,
+    model,
+    scaling,
+    simulate,
+    static,
+)
 
 KINDS = {
     "cpu": kernels,
     "gpu": kernels,
+    "export": export,
     "flops": flops,
     "host": host,
     "inference": inference,
