@@ -409,9 +409,12 @@ def _own(name: str, options: argparse.Namespace) -> int:
         result = module.main(options)
     except ValueError as error:
         raise OptionError(str(error)) from None
-    # The small form has a file of its own: it does not replace what a longer run measured.
-    default = _default_out(f"{name} quick" if options.quick else name, "cuda")
-    return _finish(result, options, default, options.models and not options.quick)
+    # The small form has a file of its own, and so have exported files: they do not replace what a longer run
+    # measured; other sections alone have none.
+    sections = getattr(options, "sections", None)
+    stem = "exports" if sections == ["exports"] else f"{name} quick" if options.quick else name
+    partial = (sections and stem != "exports") or (options.models and not options.quick)
+    return _finish(result, options, _default_out(stem, "cuda"), partial)
 
 
 def _static(options: argparse.Namespace) -> int:

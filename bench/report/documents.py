@@ -16,7 +16,9 @@ _MARKER = re.compile(r"<!-- /?bench:\S+ -->")
 # What documents say of results that a machine could not give yet, by the beginning of the file's name.
 _ABSENT = {
     "nvidia-": "Not measured: no GPU was available.",
-    **dict.fromkeys(("scaling-", "memory-", "model-quick-", "host-", "static"), "Not measured yet."),
+    **dict.fromkeys(
+        ("scaling-", "memory-", "model-quick-", "host-", "static", "export-"), "Not measured yet."
+    ),
     "simulate-": "Not simulated yet.",
 }
 

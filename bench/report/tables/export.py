@@ -30,10 +30,8 @@ def _labels(rows: list[dict]) -> str:
 
 
 def _cell(row: dict) -> str:
-    if row["status"] == "skipped":
-        return "–"
     if "agreement" not in row:
-        return row["status"]
+        return "–" if row["reason"].startswith("views") else f"{row['status']}: {row['reason']}"
     ties = f" ({row['differ']} ties)" if row["differ"] and row["status"] == "ok" else ""
     wrong = "**wrong** " if row["status"] != "ok" else ""
     return f"{wrong}{100 * row['agreement']:.3f} %{ties}, {seconds(row['call_s'])}"
