@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import BY_ID
 from test_atm_native import CASES
 from test_atm_native import _check as check_atm
-from test_query_attention_native import _check as check_query_attention
+from test_query_attention import check as check_query_attention
 
 from segvit_kernels import _library
 from segvit_kernels.testing import query_attention
@@ -222,7 +223,7 @@ def test_atm_without_tensor_cores(case, dtype, without_tensor_cores):
 @HALVES
 @pytest.mark.parametrize("case", query_attention.CASES, ids=lambda c: c.name)
 def test_query_attention_without_tensor_cores(case, dtype, without_tensor_cores):
-    check_query_attention(case, dtype, "cuda")
+    check_query_attention(case, dtype, BY_ID["cuda"])
 
 
 @pytest.mark.parametrize("capability", ["75", "90"])

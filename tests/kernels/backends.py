@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -64,6 +65,27 @@ BY_ID = {backend.id: backend for backend in BACKENDS}
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant(Backend):
+    """A row that one operator adds: a backend of which it has two implementations.
+
+    Attributes:
+        module, replaced: ``module.<name>`` is this while the operator runs.
+    """
+
+    module: ModuleType | None = None
+    replaced: tuple[str, Any] = ("", None)
+
+    def op(self, operator: str) -> Callable[..., Any]:
+        call = super().op(operator)
+
+        def run(*arguments: Any) -> Any:
+            with mock.patch.object(self.module, *self.replaced):
+                return call(*arguments)
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
 class Launchers:
     """Triton's launchers with launch parameters of the test's own, in the place of a `Backend`.
 
@@ -81,10 +103,10 @@ class Launchers:
         return functools.partial(getattr(self.module, operator), config=self.configs.get(operator))
 
 
-def _rows(ids: tuple[str, ...]) -> list[Backend]:
+def _rows(ids: tuple[str, ...], also: tuple[Backend, ...]) -> list[Backend]:
     unknown = set(ids) - set(BY_ID)
     assert not unknown, f"no such backend: {unknown}"
-    return [b for b in BACKENDS if (b.id in ids or not ids) and (b.ptx or not PTX)]
+    return [b for b in (*BACKENDS, *also) if (b.id in ids or b in also or not ids) and (b.ptx or not PTX)]
 
 
 def _mark(names: str, rows: list[tuple[Any, ...]], ids: list[str]) -> pytest.MarkDecorator:
@@ -93,13 +115,34 @@ def _mark(names: str, rows: list[tuple[Any, ...]], ids: list[str]) -> pytest.Mar
     return pytest.mark.parametrize(names, parameters, indirect=["backend"])
 
 
-def each_backend(*ids: str) -> pytest.MarkDecorator:
-    """The test's ``backend`` is each of the table, or of these."""
-    rows = _rows(ids)
+def each_backend(*ids: str, also: tuple[Backend, ...] = ()) -> pytest.MarkDecorator:
+    """The test's ``backend`` is each of the table, or of these; and of those that the operator adds."""
+    rows = _rows(ids, also)
     return _mark("backend", [(b,) for b in rows], [b.id for b in rows])
 
 
-def each_dtype(*ids: str, dtypes: tuple[torch.dtype, ...] = tuple(NAMES)) -> pytest.MarkDecorator:
-    """The test's ``backend`` is each of the table, or of these, and ``dtype`` each of its own among these."""
-    rows = [(b, d) for b in _rows(ids) for d in b.dtypes if d in dtypes]
+def each_dtype(
+    *ids: str, also: tuple[Backend, ...] = (), dtypes: tuple[torch.dtype, ...] = tuple(NAMES)
+) -> pytest.MarkDecorator:
+    """As `each_backend`, and the test's ``dtype`` is each of the backend's that is among these."""
+    rows = [(b, d) for b in _rows(ids, also) for d in b.dtypes if d in dtypes]
     return _mark("backend, dtype", rows, [f"{b.id}-{NAMES[d]}" for b, d in rows])
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bitwise, for every name that is expected."""
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def assert_threads_change_nothing(run: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """``run()`` by one, two and three threads: named results, bitwise the same."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])

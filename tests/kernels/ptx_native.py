@@ -31,6 +31,7 @@ os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests/kernels", "tests/csrc", "csrc")]
 
 resources = importlib.import_module("resources")
+BY_ID = importlib.import_module("backends").BY_ID
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -135,9 +136,9 @@ def check_atm(dtype: torch.dtype) -> None:
 
 
 def check_query_attention(dtype: torch.dtype) -> None:
-    from test_query_attention_native import CASES, _check
+    from test_query_attention import BY_NAME, check
 
-    _check(next(case for case in CASES if case.name == "odd"), dtype, "cuda")
+    check(BY_NAME["odd"], dtype, BY_ID["cuda"])
 
 
 def check_mask_loss(dtype: torch.dtype) -> None:
@@ -157,7 +158,6 @@ def check_semantic_argmax(dtype: torch.dtype) -> None:
 
 
 def check_subsample_norm(dtype: torch.dtype) -> None:
-    from backends import BY_ID
     from test_subsample_norm import BY_NAME, check
 
     for name in ("few_channels", "odd_grid"):

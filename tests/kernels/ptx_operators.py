@@ -17,7 +17,7 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_battery
 import test_atm_triton as atm
 import test_mask_loss_triton as mask_loss
-import test_query_attention_triton as query_attention
+import test_query_attention as query_attention
 import test_semantic_argmax_triton as semantic_argmax
 import test_subsample_norm as subsample_norm
 import torch
@@ -40,7 +40,7 @@ def check_atm(dtype):
 
 
 def check_query_attention(dtype):
-    query_attention._check(query_attention.BY_NAME["odd"], dtype)
+    query_attention.check(query_attention.BY_NAME["odd"], dtype, BY_ID["triton"])
 
 
 def check_mask_loss(dtype):

@@ -5,7 +5,14 @@ import math
 
 import pytest
 import torch
-from backends import BY_ID, HALVES, each_backend, each_dtype
+from backends import (
+    BY_ID,
+    HALVES,
+    assert_same,
+    assert_threads_change_nothing,
+    each_backend,
+    each_dtype,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels import fvcore_handles
@@ -37,11 +44,6 @@ def everything(case, inputs, gradients, backend, *, dtype=None, backward=None):
     grads = (backward or backend).op("subsample_norm_bwd")(*gradients, x, weight, *results[3:], *place)
     names = (*OUTPUTS, "mean", "rstd", "grad_x", "grad_weight", "grad_bias")
     return dict(zip(names, (*results, *grads), strict=True))
-
-
-def same(found, expected):
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
 
 
 def check(case, dtype, backend, *, used=ALL, backward=None):
@@ -142,7 +144,7 @@ def test_float32_results_of_half_tokens(backend, dtype, poisoned):
     assert found["normed"].dtype == torch.float32
     for name in ("normed", "normed_sub"):
         assert torch.equal(found[name].to(dtype), expected[name])
-    same(found, {name: expected[name] for name in ("x_sub", "mean", "rstd", "grad_x", "grad_weight")})
+    assert_same(found, {name: expected[name] for name in ("x_sub", "mean", "rstd", "grad_x", "grad_weight")})
 
 
 @each_backend()
@@ -150,7 +152,7 @@ def test_float32_parameters_of_half_tokens(backend, poisoned):
     inputs, gradients = drawn(SMALL, backend, torch.float16)
     mixed = {n: t if n == "x" else t.float() for n, t in inputs.items()}
     expected = everything(SMALL, inputs, gradients, backend)
-    same(everything(SMALL, mixed, gradients, backend), expected)
+    assert_same(everything(SMALL, mixed, gradients, backend), expected)
 
 
 @each_dtype()
@@ -165,38 +167,30 @@ def test_strides(backend, dtype, poisoned):
     assert odd["x"].stride(0) == summed[0].stride(2) == 0
     odd_gradients = (torch.cat([gradients[0], gap], dim=-1)[..., : SMALL.channels], *summed)
     expected = everything(SMALL, plain, gradients, backend)
-    same(everything(SMALL, odd, odd_gradients, backend), expected)
+    assert_same(everything(SMALL, odd, odd_gradients, backend), expected)
     turned = {**plain, "x": plain["x"].permute(2, 0, 1).contiguous().permute(1, 2, 0)}
-    same(everything(SMALL, turned, gradients, backend), expected)
+    assert_same(everything(SMALL, turned, gradients, backend), expected)
     # No row begins at a multiple of a vector, and what lies between them is NaN.
     shifted = {**plain, "x": torch.cat([gap[..., :1], plain["x"], gap[..., :2]], -1)[..., 1:-2]}
     unaligned = tuple(torch.cat([gap[:, : g.shape[1], :3], g], dim=-1)[..., 3:] for g in gradients)
     # Single elements in place of vectors may be added in another order.
     torch.testing.assert_close(everything(SMALL, shifted, unaligned, backend), expected)
     parameters = {n: t if n == "x" else torch.stack([t, t * math.nan], -1)[:, 0] for n, t in plain.items()}
-    same(everything(SMALL, parameters, gradients, backend), expected)
+    assert_same(everything(SMALL, parameters, gradients, backend), expected)
 
 
 @each_backend()
 def test_repeatable(backend, poisoned):
     inputs, gradients = drawn(SMALL, backend)
     first, second = (everything(SMALL, inputs, gradients, backend) for _ in range(2))
-    same(second, first)
+    assert_same(second, first)
 
 
 @each_backend("cpu", "cuda")
 def test_threads_change_nothing(backend, poisoned):
     case = SubsampleNormCase("threads", 2, (9, 11), 24)
     inputs, gradients = drawn(case, backend)
-    before, threads = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            threads.append(everything(case, inputs, gradients, backend))
-    finally:
-        torch.set_num_threads(before)
-    for found in threads[1:]:
-        same(found, threads[0])
+    assert_threads_change_nothing(lambda: everything(case, inputs, gradients, backend))
 
 
 @each_backend()
@@ -234,8 +228,8 @@ def test_through_the_public_function(backend, dtype, poisoned):
     inputs, gradients = drawn(SMALL, backend, dtype)
     result, grads = with_gradients(subsample_layer_norm, SMALL, inputs, gradients, backend=backend.name)
     expected = everything(SMALL, inputs, gradients, backend)
-    same(result._asdict(), {name: expected[name] for name in OUTPUTS})
-    same(grads, {name: expected[f"grad_{name}"].to(dtype) for name in grads})
+    assert_same(result._asdict(), {name: expected[name] for name in OUTPUTS})
+    assert_same(grads, {name: expected[f"grad_{name}"].to(dtype) for name in grads})
 
 
 @each_backend("triton", "cpu", "cuda")
@@ -246,7 +240,7 @@ def test_float64_is_refused_when_asked_for_and_left_to_eager_otherwise(backend, 
     expected = subsample_layer_norm(*inputs.values(), **SMALL.options, backend="eager")
     monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
     found = subsample_layer_norm(*inputs.values(), **SMALL.options)
-    same(found._asdict(), expected._asdict())
+    assert_same(found._asdict(), expected._asdict())
 
 
 @each_backend("triton")
