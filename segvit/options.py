@@ -162,7 +162,12 @@ class LabelOptions(_Checked):
 class DataOptions(LabelOptions):
     """Data"""
 
-    data: str = option(..., "folder of pictures and label maps in a usual layout, or 'synthetic'")
+    data: str = option(
+        ...,
+        "folder of pictures and label maps in a usual layout; ade20k:FOLDER, pascal-context:, "
+        "pascal-context-60:, coco-stuff:, coco-panoptic:, cityscapes:, voc: for these in their own files; or "
+        "'synthetic'",
+    )
 
 
 @dataclass(kw_only=True)
@@ -521,7 +526,9 @@ class BenchConfig(_Checked):
 class DataConfig(LabelOptions):
     """Looking at data"""
 
-    folder: str = option(..., "folder of pictures and label maps", positional=True)
+    folder: str = option(
+        ..., "folder of pictures and label maps; as --data of `segvit train`", positional=True
+    )
     sheet: str | None = option(
         "data-check.png", "contact sheet to write: pictures with their labels over them"
     )

@@ -39,6 +39,9 @@ def run(config: DataConfig) -> int:
     print(f"{config.folder}: {layout}")
     splits, problems = look(layout, config)
     _print(files_table(splits))
+    if layout.known:
+        known, form = layout.known
+        print(*(known.compare(form, split.name, len(split.listing.pairs)) for split in splits), sep="\n")
     dataset, trouble = open_training(config, splits)
     if dataset is not None and not trouble:
         print()
@@ -52,7 +55,7 @@ def run(config: DataConfig) -> int:
         for pair, facts in zip(split.listing.pairs, split.facts, strict=True)
         if not facts.problem
     ]
-    understood = Understood(dataset, [facts for *_, facts in usable])
+    understood = Understood(dataset, [facts for *_, facts in usable], layout)
     if usable:
         print()
         _print(understood.table([facts for *_, facts in usable]))

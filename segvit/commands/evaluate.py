@@ -12,6 +12,7 @@ from typing import Any
 
 import segvit_kernels
 from segvit.data import check_data, folder_options, open_dataset
+from segvit.data.known import known_folder
 from segvit.exporting import open_model
 from segvit.exporting.exported import ExportedModel
 from segvit.inference.passes import check_options
@@ -108,7 +109,7 @@ def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any]
     writers: dict[str, Callable[[dict[str, Any], Path], Any]] = {}
     mapping = config.label_mapping if isinstance(config.label_mapping, str) else None
     inputs = [Path(name) for name in (config.names, mapping) if name]
-    inputs += [Path(config.data) / name for name in ("names.txt", "objectInfo150.txt")]
+    inputs += [known_folder(config.data)[0] / name for name in ("names.txt", "objectInfo150.txt")]
     if Path(config.checkpoint).is_dir():
         folder = find_checkpoint(config.checkpoint)
         inputs += [folder / "config.json", folder / "model.safetensors"]

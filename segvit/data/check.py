@@ -13,7 +13,6 @@ import numpy as np
 from segvit.data.folder import SegmentationFolder, folder_options
 from segvit.data.inspection import Facts, colour_text, inspect
 from segvit.data.layouts import Layout, Listing
-from segvit.data.pictures import stored_label
 from segvit.options import DataConfig
 
 __all__ = ["Split", "Understood", "files_table", "look", "open_training"]
@@ -43,7 +42,14 @@ def look(layout: Layout, config: DataConfig) -> tuple[list[Split], dict[str, lis
         except FileNotFoundError as error:
             problems["cannot be used"].append(str(error))
             continue
-        facts = inspect(listing.pairs, layout.root, channels=config.channels, progress=config.progress)
+        facts = inspect(
+            listing.pairs,
+            layout.root,
+            channels=config.channels,
+            progress=config.progress,
+            read=layout.read_label,
+            kind=layout.reader,
+        )
         splits.append(Split(name or "all", listing, facts))
         problems["pictures without label map"] += [str(picture) for picture, _ in listing.unlabelled]
         problems["label maps without picture"] += map(str, listing.orphans)
@@ -74,8 +80,8 @@ def open_training(config: DataConfig, splits: Sequence[Split]) -> tuple[Segmenta
 class Understood:
     """Stored values as classes, or as they are where they could not be understood."""
 
-    def __init__(self, dataset: SegmentationFolder | None, facts: Sequence[Facts]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: SegmentationFolder | None, facts: Sequence[Facts], layout: Layout) -> None:
+        self.dataset, self.read = dataset, layout.read_label
         if dataset is not None:
             self.names = dataset.class_names or tuple(f"class {i}" for i in range(dataset.num_classes))
         else:
@@ -94,7 +100,7 @@ class Understood:
 
     def labels(self, label: Path) -> np.ndarray:
         """(H, W), -1 where there is no class."""
-        stored = stored_label(label)
+        stored = self.read(label)
         if self.dataset is not None:
             found = self.dataset.classes_of(stored, label)
             return np.where(found == self.dataset.ignore_index, -1, found)

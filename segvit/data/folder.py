@@ -20,10 +20,11 @@ import torch
 from torch.utils.data import Dataset
 
 from segvit.data.inspection import Facts, Summary, colour_text, inspect, size_problem, summarize
+from segvit.data.known import Form, Known
 from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
 from segvit.data.layouts import Listing, find_layout
 from segvit.data.names import ClassList, read_classes
-from segvit.data.pictures import StoredLabel, colours_problem, read_image, stored_label
+from segvit.data.pictures import StoredLabel, colours_problem, read_image
 from segvit.data.synthetic import SyntheticShapes
 from segvit.options import LabelOptions
 
@@ -39,7 +40,7 @@ class SegmentationFolder(Dataset):
     0 ... num_classes - 1 or `ignore_index`.
 
     Args:
-        root: the folder.
+        root: the folder; "ade20k:FOLDER" and so on for a data set in its own files (`segvit.data.known`).
         split: "training" or "validation" (also found as train, val, train2017, ...), or any other's name.
         names: class names, or a file of them (see `read_classes`); `root/names.txt`, or ADE20K's
             `root/objectInfo150.txt`, when not given.
@@ -89,11 +90,19 @@ class SegmentationFolder(Dataset):
             raise ValueError(f"reduce_zero_label: got {reduce_zero_label!r}, expected True, False or 'auto'")
         if not 0 <= validation_share < 1:
             raise ValueError(f"validation_share: got {validation_share}, expected 0 to below 1")
-        self.root, self.split, self.ignore_index = Path(root), split, ignore_index
+        self.split, self.ignore_index = split, ignore_index
         self.channels, self.value_range, self.progress = channels, tuple(value_range) or None, progress
         self.layout = find_layout(root, image_pattern, label_pattern, split_list)
+        self.root = self.layout.root
         self.validation_share = validation_share
-        classes = self._class_list(names)
+        if self.known:
+            for option, value in (("names", names), ("label_mapping", label_mapping)):
+                if value is not None:
+                    raise ValueError(f"{option}: not with {self.known[0].title}, which is known")
+            if reduce_zero_label != "auto":
+                raise ValueError(f"reduce_zero_label: not with {self.known[0].title}, which is known")
+            label_mapping = self.known[1].table(self.root)
+        classes = self.known[0].classes if self.known else self._class_list(names)
         self.listing, self._split_on_disk, self.said = self.layout.pool(split, validation_share)
         self.files = self._pairs(self.listing)
 
@@ -154,6 +163,11 @@ class SegmentationFolder(Dataset):
     # What the values mean
 
     @property
+    def known(self) -> tuple[Known, Form] | None:
+        """The data set of the field that this is, and in which form, where that was said."""
+        return self.layout.known
+
+    @property
     def reduce_zero_label(self) -> bool:
         """Whether stored 0 is ignored and stored k is class k - 1."""
         return self.reading.reduce_zero_label
@@ -201,6 +215,8 @@ class SegmentationFolder(Dataset):
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:
             raise ValueError(self._unknown_colours(unknown, whole))
+        if self.known:
+            self.known[0].check(self.known[1], self._mapping, whole.where)
         self._set_reading(self._read(whole))
         self._agree(summaries)
         self._summaries, self._summary = summaries, whole
@@ -216,7 +232,14 @@ class SegmentationFolder(Dataset):
         return self.num_classes == 2 or (self._wanted == "auto" and self._zero not in ("class", "ignored"))
 
     def _inspect(self, pairs: Sequence[tuple[Path, Path]]) -> list[Facts]:
-        return inspect(pairs, self.root, channels=self.channels, progress=self.progress)
+        return inspect(
+            pairs,
+            self.root,
+            channels=self.channels,
+            progress=self.progress,
+            read=self.layout.read_label,
+            kind=self.layout.reader,
+        )
 
     def _agree(self, summaries: Mapping[str, Summary]) -> None:
         """Refuse splits of which each says something else."""
@@ -307,7 +330,7 @@ class SegmentationFolder(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         image_path, label_path = self.files[index]
         image = read_image(image_path, self.channels, self.value_range)
-        stored = stored_label(label_path)
+        stored = self.layout.read_label(label_path)
         if stored.colour and not self._colours:
             raise ValueError(colours_problem(label_path, stored))
         size, expected = stored.values.shape[::-1], tuple(image.shape[:0:-1])

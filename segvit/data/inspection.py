@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from segvit.data.pictures import probe, read_image, stored_label
+from segvit.data.pictures import StoredLabel, probe, read_image, stored_label
 from segvit.system.progress import progress_bar
 
 __all__ = ["Facts", "Summary", "inspect", "summarize"]
@@ -89,9 +89,20 @@ def inspect(
     *,
     channels: int = 3,
     progress: bool = False,
+    read: Callable[[Path], StoredLabel] = stored_label,
+    kind: str = "",
 ) -> list[Facts]:
-    """Facts about every pair of picture and label map, with a progress bar where they are not known yet."""
-    keys = [_key(picture, label, channels) for picture, label in pairs]
+    """Facts about every pair of picture and label map, with a progress bar where they are not known yet.
+
+    Args:
+        pairs: the files.
+        root: their folder.
+        channels: of the pictures.
+        progress: show the bar.
+        read: reads a label map.
+        kind: says which that is.
+    """
+    keys = [_key(picture, label, f"{kind}{channels}") for picture, label in pairs]
     file = _cache_file(root)
     cached = _read_cache(file)
     found: list[Facts | None] = []
@@ -105,7 +116,7 @@ def inspect(
         workers = min(8, os.cpu_count() or 1)
         with progress_bar(progress) as bar, ThreadPoolExecutor(workers) as pool:
             task = bar.add_task("look at the data", total=len(new))
-            looks = pool.map(lambda index: _look(*pairs[index], channels), new)
+            looks = pool.map(lambda index: _look(*pairs[index], channels, read), new)
             for index, facts in zip(new, looks, strict=True):
                 found[index] = _kept[keys[index]] = _facts(facts)
                 # A file that cannot be read is looked at again: what was missing may be there then.
@@ -116,14 +127,14 @@ def inspect(
     return [facts for facts in found if facts is not None]
 
 
-def _look(picture: Path, label: Path, channels: int) -> dict[str, Any]:
+def _look(picture: Path, label: Path, channels: int, read: Callable[[Path], StoredLabel]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     try:
         if channels in (1, 3) and picture.suffix.lower() not in (".tif", ".tiff", ".npy"):
             facts["picture"] = probe(picture, decode=True)
         else:
             facts["picture"] = read_image(picture, channels).shape[:0:-1]
-        stored = stored_label(label)
+        stored = read(label)
         values, counts = np.unique(stored.values, return_counts=True)
         if len(values) > _MOST_VALUES:
             raise ValueError(f"{label}: {len(values)} different values, no label map")
@@ -209,8 +220,8 @@ def colour_text(colour: int) -> str:
 # The cache
 
 
-def _key(picture: Path, label: Path, channels: int) -> str:
-    parts = [str(channels)]
+def _key(picture: Path, label: Path, kind: str) -> str:
+    parts = [kind]
     for path in (picture, label):
         try:
             status = path.stat()

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES
+from segvit.data.known import KNOWN, Form, Known, known_folder
+from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES, StoredLabel, stored_label
 from segvit.system.text import read_lines
 
 __all__ = ["Layout", "Listing", "find_layout"]
@@ -49,6 +50,7 @@ class Layout:
 
     Attributes:
         zero: what its own convention says of stored 0: "class", "ignored", "ignored if absent" or None.
+        data_set, form: the name of a data set in `segvit.data.known`, and which of its forms this is.
     """
 
     root: Path
@@ -56,6 +58,8 @@ class Layout:
     labels: str
     split_list: str | None = None
     zero: str | None = None
+    data_set: str | None = None
+    form: int = 0
     _found: dict[str, Listing] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -64,6 +68,30 @@ class Layout:
 
     def splits(self) -> list[str]:
         """Names of the splits that are there; none where the patterns know no split."""
+        found = self._splits()
+        return found if self.known is None else [name for name in self.known[1].splits if name in found]
+
+    @property
+    def known(self) -> tuple[Known, Form] | None:
+        """The data set, and the form of it, that this is; None where nobody said."""
+        return (
+            None if self.data_set is None else (KNOWN[self.data_set], KNOWN[self.data_set].forms[self.form])
+        )
+
+    @property
+    def reader(self) -> str:
+        """Names what `read_label` does and reads besides the label map."""
+        if self.known is None:
+            return ""
+        form = self.known[1]
+        beside = sorted(self.root.glob(form.beside)) if form.beside else []
+        return " ".join([form.what, *(f"{path.name} {path.stat().st_mtime_ns}" for path in beside)])
+
+    def read_label(self, path: Path) -> StoredLabel:
+        """A label map as it is stored."""
+        return stored_label(path) if self.known is None else self.known[1].read(path)
+
+    def _splits(self) -> list[str]:
         pattern = self.split_list or self.images
         if "{split}" not in pattern:
             return []
@@ -102,6 +130,9 @@ class Layout:
         found = self.splits()
         if split in found:
             return split
+        if self.known is not None:
+            name = dict(zip(("training", "validation"), self.known[1].splits, strict=True)).get(split)
+            return name if name in found else None
         group = _group(split)
         similar = [name for name in found if group is not None and _group(name) == group]
         if len(similar) > 1:
@@ -176,7 +207,8 @@ class Layout:
         """
         name = self.resolve(split)
         group = _group(split)
-        has_validation = any(_group(other) == "validation" for other in self.splits())
+        has_validation = self.resolve("validation") is not None if self.known else False
+        has_validation = has_validation or any(_group(other) == "validation" for other in self.splits())
         if name is not None and (group != "training" or has_validation):
             return self.listing(name), name, ""
         rest = self.resolve("training") if group == "validation" else name
@@ -211,13 +243,24 @@ def find_layout(
 ) -> Layout:
     """The layout of a folder, by the patterns given or the only usual one that fits.
 
+    Args:
+        root: the folder, perhaps with a known data set's name before it (`segvit.data.known`).
+        image_pattern, label_pattern, split_list: see `Layout`.
+
     Raises:
         FileNotFoundError: no such folder, or no layout fits.
-        ValueError: several fit; half of the patterns is missing, or they do not go together.
+        ValueError: several fit; half of the patterns is missing, or they do not go together; patterns for a
+            known data set.
     """
-    root = Path(root)
+    root, known = known_folder(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder (expected images/SPLIT and annotations/SPLIT)")
+    if known is not None:
+        if image_pattern or label_pattern or split_list:
+            raise ValueError(
+                f"image_pattern, label_pattern, split_list: not with {known}:, whose files are known"
+            )
+        return _find_known(root, known)
     if image_pattern or label_pattern:
         if not (image_pattern and label_pattern):
             missing = "label_pattern" if image_pattern else "image_pattern"
@@ -247,6 +290,19 @@ def find_layout(
     if gone is None:
         raise FileNotFoundError(f"{root}: no picture with a label map here (expected {expected})")
     raise FileNotFoundError(f"{gone}: no such folder (expected {expected})")
+
+
+def _find_known(root: Path, name: str) -> Layout:
+    known = KNOWN[name]
+    for folder in (root, *(root / name for name in known.below)):
+        for number, form in enumerate(known.forms):
+            layout = Layout(folder, form.images, form.labels, form.split_list, data_set=name, form=number)
+            if _is_there(layout) and _has_pairs(layout):
+                return layout
+        if known.elsewhere and (folder / known.elsewhere[0]).exists():
+            raise ValueError(f"{folder}: is {known.elsewhere[1]}; expected {known.title}")
+    forms = " or ".join(dict.fromkeys(f"{form.images} with {form.labels}" for form in known.forms))
+    raise FileNotFoundError(f"{root}: no {known.title} here (expected {forms})")
 
 
 def _usual(root: Path, split_list: str | None) -> Iterator[list[Layout]]:

@@ -35,12 +35,13 @@ __all__ = [
     "probe",
     "read_image",
     "read_label",
+    "read_matlab",
     "stored_label",
     "to_bytes",
 ]
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy")
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy", ".mat")
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
 _lock = threading.Lock()
@@ -257,6 +258,8 @@ class StoredLabel(NamedTuple):
 def stored_label(path: str | os.PathLike) -> StoredLabel:
     """Read a label map file: one channel, a palette, or colours; alpha channels must be opaque.
 
+    A MATLAB file's is its variable `LabelMap` or `S` (extra `mat`).
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: it cannot be decoded, was compressed with loss, or holds values that are no whole numbers.
@@ -267,6 +270,12 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
     palette = None
     if path.suffix.lower() == ".npy":
         array = _load_array(path)
+    elif path.suffix.lower() == ".mat":
+        found = read_matlab(path)
+        names = [name for name in ("LabelMap", "S") if name in found]
+        if not names:
+            raise ValueError(f"{path}: has no LabelMap and no S, but {', '.join(found) or 'nothing'}")
+        array = found[names[0]]
     else:
         image = _open(path)
         if image is None:
@@ -307,6 +316,27 @@ def colours_problem(path: str | os.PathLike, label: StoredLabel) -> str:
         f"{path}: got a label image of shape {(*label.values.shape, 3)}, colours where label values are "
         "expected; give each class its colour in the names file, 'name red green blue'"
     )
+
+
+def read_matlab(path: Path, *names: str) -> dict[str, Any]:
+    """The variables of a MATLAB file, all or those that must be there.
+
+    Raises:
+        ValueError: it is damaged, of version 7.3, or has one not.
+        ImportError: SciPy is not installed.
+    """
+    scipy_io: Any = require("scipy.io", extra="mat")
+    with _named(path):
+        try:
+            found = scipy_io.loadmat(path, variable_names=list(names) or None)
+        except NotImplementedError:
+            raise _WholeMessageError(
+                f"{path}: a MATLAB 7.3 file, which is not read; save it in MATLAB with '-v7'"
+            ) from None
+    found = {name: value for name, value in found.items() if not name.startswith("__")}
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{path}: has no variable {missing[0]}")
+    return found
 
 
 def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -69,7 +69,7 @@ def train(config: TrainConfig, training: Any = None, validation: Any = None) -> 
     if validation is None:
         validation = data("validation", config.synthetic_validation)
     understood = check_data(training, validation)
-    if isinstance(training, SegmentationFolder):  # what the files said, for the run's record
+    if isinstance(training, SegmentationFolder) and not training.known:  # what the files said, for the record
         config = dataclasses.replace(config, reduce_zero_label=training.reduce_zero_label)
     weights = config.class_weights
     if not isinstance(weights, str):
