@@ -12,13 +12,17 @@ import math
 import re
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from segvit.commands import COMMANDS, OPERANDS
 from segvit.system.extras import require
 from segvit.system.text import did_you_mean, parse_yaml, read_text, shown, yaml_value
 
-__all__ = ["command_help", "find_command", "parse"]
+__all__ = ["RECIPES", "command_help", "find_command", "parse"]
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+_WITH_RECIPES = ("train", "evaluate")
 
 
 # Values
@@ -192,6 +196,23 @@ class _Options:
             raise ValueError(f"{path}: the file is empty, expected options (key: value)")
         if root.id != "mapping":
             raise ValueError(f"{path}: got {_shown_node(root, path)}, expected options (key: value)")
+        self._read_mapping(root, path)
+
+    def read_recipe(self, name: str, command: str) -> None:
+        """Take what a recipe says for a command.
+
+        Raises:
+            ValueError: no such recipe.
+        """
+        names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+        if name not in names:
+            raise ValueError(f"--recipe: got {shown(name)}, expected one of {', '.join(names)}")
+        path = str(RECIPES / f"{name}.yaml")
+        for key, section in parse_yaml(read_text(path), path).value:
+            if key.value == command:
+                self._read_mapping(section, path)
+
+    def _read_mapping(self, root: Any, path: str) -> None:
         seen = set()
         for key_node, value_node in root.value:
             place = f"{path}: line {key_node.start_mark.line + 1}"
@@ -274,6 +295,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     # argparse takes -1 for a number, and -1e-3 for an option.
     parser._negative_number_matcher = re.compile(r"-(\d|\.\d|inf$|nan$)")
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given here win")
+    if command in _WITH_RECIPES:
+        text = "options of a recipe in segvit/recipes; those of --config and those given here win"
+        parser.add_argument("--recipe", metavar="NAME", help=text)
     parser.add_argument(
         "--print-config", "--print_config", action="store_true", help="print all options as YAML and exit"
     )
@@ -378,6 +402,8 @@ def parse(command: str, words: list[str]) -> Any:
     if extra:
         raise ValueError(f"got {shown(extra[0])} where no argument is expected (see --help)")
     show = given.pop("print_config", False)
+    if "recipe" in given:
+        options.read_recipe(given.pop("recipe"), command)
     if "config" in given:
         path = given.pop("config")
         if not path.strip():
