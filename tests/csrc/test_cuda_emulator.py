@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from backends import BY_ID
-from test_atm_native import CASES
-from test_atm_native import _check as check_atm
+from test_atm import CASES
+from test_atm import check as check_atm
 from test_query_attention import check as check_query_attention
 
 from segvit_kernels import _library
@@ -217,7 +217,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=[
 @HALVES
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_atm_without_tensor_cores(case, dtype, without_tensor_cores):
-    check_atm(case, dtype, "cuda")
+    check_atm(case, dtype, BY_ID["cuda"])
 
 
 @HALVES

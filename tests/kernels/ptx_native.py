@@ -130,9 +130,9 @@ def machine(arch: str, edit: Callable[[str, str], str] | None = None) -> Iterato
 
 
 def check_atm(dtype: torch.dtype) -> None:
-    from test_atm_native import SMALL, _check
+    from test_atm import SMALL, check
 
-    _check(dataclasses.replace(SMALL, heads=1, broadcast=True), dtype, "cuda")
+    check(dataclasses.replace(SMALL, heads=1, broadcast=True), dtype, BY_ID["cuda"])
 
 
 def check_query_attention(dtype: torch.dtype) -> None:

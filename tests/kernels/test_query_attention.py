@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention import check_dropout_bits, gapped, log_sum_exp, turned
 from backends import (
     BY_ID,
     Variant,
@@ -19,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels import BackendUnavailableError, fvcore_handles
 from segvit_kernels.ops import query_attention as module
-from segvit_kernels.ops._philox import keep_mask
 from segvit_kernels.ops.query_attention import query_attention, query_attention_reference
 from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
 from segvit_kernels.testing.query_attention import (
@@ -77,11 +77,6 @@ def everything(case, inputs, gradient, backend, *, backward=None, scale=None, se
     grads = backwards(gradient, *tensors, output, lse, *options, deterministic)
     named = {f"grad_{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}
     return {"output": output, "lse": lse, **named}
-
-
-def log_sum_exp(inputs, scale):
-    query, key = inputs["query"].double().transpose(1, 2), inputs["key"].double().permute(0, 2, 3, 1)
-    return (query @ key * scale).logsumexp(-1)
 
 
 def check(case, dtype, backend, *, deterministic=True):
@@ -172,33 +167,18 @@ def test_scale_zero_keeps_what_is_not_a_number(backend):
     assert found[0, 1].isnan().all() and found[0, [0, 2]].isfinite().all()
 
 
-def check_dropout_bits(keys, backend):
-    """With zero queries and one-hot values every weight can be read off the output."""
-    batch, queries, heads, p = 2, 19, 3, 0.4
-    query = torch.zeros(batch, queries, heads, 32, device=backend.device)
-    key, seed = torch.randn(batch, keys, heads, 32), torch.tensor([-(2**62) - 12345])
-    expected = keep_mask(seed, p, range(batch), range(heads), heads, queries, keys)
-    factor = 65536 / (65536 - round(p * 65536)) / keys
+def dropout_bits(keys, backend):
+    def forward(*arguments):
+        *tensors, seed, p = arguments
+        return backend.op("query_attention_fwd")(*tensors, seed, 1.0, p)[0]
 
-    def weights(seed, first):
-        one_hot = torch.eye(keys)[:, first : first + 32]
-        one_hot = F.pad(one_hot, (0, 32 - one_hot.shape[1]))
-        value = one_hot[None, :, None].expand(batch, keys, heads, 32)
-        rest = (t.to(backend.device) for t in (key, value, seed))
-        output, _ = backend.op("query_attention_fwd")(query, *rest, 1.0, p)
-        return output.cpu().transpose(1, 2)[..., : min(32, keys - first)]
-
-    for first in range(0, keys, 32):
-        found, kept = weights(seed, first), expected[..., first : first + 32]
-        assert torch.equal(found != 0, kept)
-        torch.testing.assert_close(found, kept * factor)
-    assert not torch.equal(weights(seed + 1, 0) != 0, expected[..., :32])
+    check_dropout_bits(keys, forward, backend.device)
 
 
 @each_backend()
 def test_dropout_bits_are_the_same(backend, poisoned):
     for keys in (30,) if backend.name == "triton" else (30, 300):
-        check_dropout_bits(keys, backend)
+        dropout_bits(keys, backend)
 
 
 @each_backend(also=(BLOCKS,))
@@ -219,12 +199,6 @@ def test_strides(backend, dtype, poisoned):
     """Heads before tokens, the gradient of a sum, queries expanded over the batch, rows with a gap."""
     plain, gradient = drawn(SMALL, backend, dtype)
     plain["query"] = plain["query"][:1].expand(2, -1, -1, -1).contiguous()
-
-    def turned(t):
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-
-    def gapped(t):
-        return torch.cat([t, torch.full_like(t, math.nan)], dim=-1)[..., : t.shape[-1]]
 
     odd = {
         "query": plain["query"][:1].expand(2, -1, -1, -1),
