@@ -20,7 +20,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-OPERATORS = ("atm", "linear", "mask_loss", "query_attention", "semantic_argmax", "subsample_norm")
+OPERATORS = (
+    "atm",
+    "linear",
+    "mask_loss",
+    "panoptic_argmax",
+    "query_attention",
+    "semantic_argmax",
+    "subsample_norm",
+)
 # One entry per instruction set, in csrc/cpu/isa.h too.
 X86 = {
     "portable": [],

@@ -59,6 +59,11 @@ const Definitions definitions;
 #else
 #define SEGVIT_BIND_MASK_LOSS
 #endif
+#if defined(SEGVIT_WITH_panoptic_argmax)
+#define SEGVIT_BIND_PANOPTIC_ARGMAX SEGVIT_BIND(panoptic_argmax)
+#else
+#define SEGVIT_BIND_PANOPTIC_ARGMAX
+#endif
 #if defined(SEGVIT_WITH_semantic_argmax)
 #define SEGVIT_BIND_SEMANTIC_ARGMAX SEGVIT_BIND(semantic_argmax)
 #else
@@ -78,6 +83,7 @@ void bind_cpu(StableLibrary& m) {
   SEGVIT_BIND_LINEAR
   SEGVIT_BIND_QUERY_ATTENTION
   SEGVIT_BIND_MASK_LOSS
+  SEGVIT_BIND_PANOPTIC_ARGMAX
   SEGVIT_BIND_SEMANTIC_ARGMAX
   SEGVIT_BIND_SUBSAMPLE_NORM
 }
@@ -90,6 +96,7 @@ void bind_cuda(StableLibrary& m) {
   SEGVIT_BIND_ATM
   SEGVIT_BIND_QUERY_ATTENTION
   SEGVIT_BIND_MASK_LOSS
+  SEGVIT_BIND_PANOPTIC_ARGMAX
   SEGVIT_BIND_SEMANTIC_ARGMAX
   SEGVIT_BIND_SUBSAMPLE_NORM
 }

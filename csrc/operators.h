@@ -25,6 +25,11 @@
       Tensor input, Tensor weight, Optional bias, Optional panels, Optional factors, bool gelu,                   \
       Optional norm_weight, Optional norm_bias, double norm_eps, Optional scale, Optional residual);              \
                                                                                                                   \
+  std::tuple<Tensor, Tensor, Tensor> panoptic_argmax(                                                             \
+      Tensor mask_logits, Tensor scores, int64_t height, int64_t width, int64_t resized_height,                   \
+      int64_t resized_width, int64_t crop_height, int64_t crop_width, bool first, bool last, double threshold,    \
+      bool weighted);                                                                                             \
+                                                                                                                  \
   std::tuple<Tensor, Tensor> query_attention_fwd(                                                                 \
       Tensor query, Tensor key, Tensor value, Optional seed, double scale, double dropout_p,                      \
       Optional key_padding_mask);                                                                                 \

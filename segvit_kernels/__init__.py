@@ -35,6 +35,13 @@ from segvit_kernels.ops.mask_loss import (
     mask_matching_cost,
     mask_matching_cost_reference,
 )
+from segvit_kernels.ops.panoptic_argmax import (
+    PanopticArgmax,
+    PanopticSegments,
+    panoptic_argmax,
+    panoptic_argmax_reference,
+    panoptic_segments,
+)
 from segvit_kernels.ops.query_attention import (
     QueryAttentionFunction,
     query_attention,
@@ -60,6 +67,8 @@ __all__ = [
     "MatchingCost",
     "PackedLinear",
     "PackedWeight",
+    "PanopticArgmax",
+    "PanopticSegments",
     "QueryAttentionFunction",
     "QueryDownsample",
     "QueryUpsample",
@@ -87,6 +96,9 @@ __all__ = [
     "operator_names",
     "pack_linears",
     "pack_weight",
+    "panoptic_argmax",
+    "panoptic_argmax_reference",
+    "panoptic_segments",
     "query_attention",
     "query_attention_reference",
     "record_backends",

@@ -36,7 +36,15 @@ STUB = environment.ROOT / "segvit_kernels" / "testing" / "stub" / "__init__.py"
 CACHE = environment.ROOT / "build" / "simulate"
 ARCH = "sm_90"
 DTYPE, BATCHES = "bfloat16", (16, 1)
-OPERATORS = ("atm", "query_attention", "mask_loss", "mask_matching", "semantic_argmax", "subsample_norm")
+OPERATORS = (
+    "atm",
+    "query_attention",
+    "mask_loss",
+    "mask_matching",
+    "semantic_argmax",
+    "panoptic_argmax",
+    "subsample_norm",
+)
 # What branches on data do: work is done (False), or skipped wherever it may be (True); the truth is between.
 DATA = {
     "mask_loss": {"every tile meets its class": False, "no tile does": True},

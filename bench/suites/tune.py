@@ -115,6 +115,14 @@ SPACES: dict[str, tuple[Space, ...]] = {
             {"block_q": (32, 64), "head": (0, 32, 64), "num_stages": (1, 2, 3), "maxnreg": (0, 128, 168)},
         ),
     ),
+    "panoptic_argmax": (
+        Space(
+            ("panoptic_argmax",),
+            "mask2former",
+            "forward",
+            {"tile_x": (8, 16, 32), "block_q": (8, 16, 32), "num_warps": (2, 4, 8), "num_stages": (1, 2)},
+        ),
+    ),
     "subsample_norm": (
         Space(
             ("subsample_norm_fwd", "half"),

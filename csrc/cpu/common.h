@@ -91,4 +91,26 @@ class Scratch {
   char* memory_;
 };
 
+// parallel() with so many bytes of memory for every thread: calls f(task, memory).
+template <class F>
+void parallel(int64_t tasks, size_t bytes, const F& f) {
+  std::atomic<int64_t> next{0};
+  parallel(std::min<int64_t>(tasks, torch::stable::get_num_threads()), [&](int64_t) {
+    Scratch memory(bytes);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      f(task, memory.as<char>());
+  });
+}
+
+// Lays arrays one after the other, each on a cache line of its own.
+struct Layout {
+  char* memory;
+  size_t bytes = 0;
+  template <class T>
+  void take(T*& array, int64_t elements) {
+    if (memory) array = reinterpret_cast<T*>(memory + bytes);
+    bytes += round_up(elements * sizeof(T), 64);
+  }
+};
+
 }  // namespace segvit

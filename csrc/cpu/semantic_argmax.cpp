@@ -4,7 +4,6 @@
 // little more memory than they have. One task is a few rows of a part of the width.
 #include "semantic_argmax.h"
 
-#include <atomic>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -155,17 +154,6 @@ SemanticHead find_head(const Mixing* mixings, int64_t count, int64_t classes, He
   return {keep, static_cast<int32_t>(head.index.size()), head.index.data(), head.rest.data(), outside};
 }
 
-// Lays arrays one after the other, each on a cache line of its own.
-struct Layout {
-  char* memory;
-  size_t bytes = 0;
-  template <class T>
-  void take(T*& array, int64_t elements) {
-    if (memory) array = reinterpret_cast<T*>(memory + bytes);
-    bytes += round_up(elements * sizeof(T), 64);
-  }
-};
-
 size_t lay_out(SemanticScratch& s, const SemanticArgmax& args, int64_t queries, char* memory) {
   Layout layout{memory};
   int64_t held = round_up(queries, 4), classes = round_up(args.classes, kArgmaxClasses);
@@ -288,17 +276,12 @@ std::tuple<Tensor, Tensor> semantic_argmax(
   size_t size = lay_out(none, args, held, nullptr);
   int64_t chunks = (width + args.chunk - 1) / args.chunk, runs = (height + kRowsPerTask - 1) / kRowsPerTask;
   auto* kernel = SEGVIT_PICK(semantic_argmax);
-  int64_t tasks = batch * runs * chunks, threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  std::atomic<int64_t> next{0};
-  parallel(threads, [&](int64_t) {
-    Scratch memory(size);
+  parallel(batch * runs * chunks, size, [&](int64_t task, char* memory) {
     SemanticScratch scratch{};
-    lay_out(scratch, args, held, memory.as<char>());
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      int64_t x = task % chunks * args.chunk, y = task / chunks % runs * kRowsPerTask;
-      kernel(args, task / chunks / runs, y, std::min(height, y + kRowsPerTask), x,
-             std::min(width, x + args.chunk), scratch);
-    }
+    lay_out(scratch, args, held, memory);
+    int64_t x = task % chunks * args.chunk, y = task / chunks % runs * kRowsPerTask;
+    kernel(args, task / chunks / runs, y, std::min(height, y + kRowsPerTask), x,
+           std::min(width, x + args.chunk), scratch);
   });
   return {labels, scores};
 }

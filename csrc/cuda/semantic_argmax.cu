@@ -19,6 +19,7 @@
 // 204 and 14 KiB.
 #include "../operators.h"
 #include "common.cuh"
+#include "resize.cuh"
 
 namespace segvit::cuda {
 
@@ -28,7 +29,7 @@ constexpr int kStacks = 64;    // tensors of masks in one launch
 constexpr int kThreads = 256;  // eight warps
 constexpr int kQueries = 32;   // of one block in shared memory; a multiple of them is stored
 [[maybe_unused]] constexpr float kSigmaScale = 1024;
-constexpr float kProbsScale = 16384, kLargestHalf = 65504, kHuge = 1e30f;
+constexpr float kProbsScale = 16384, kLargestHalf = 65504;
 
 // Masks of a view: (Q, h, w), the last stride 1; strides in elements.
 struct Masks {
@@ -151,43 +152,14 @@ SEGVIT_DEVICE int covering_groups(const Argmax& a, int image, int y, int x) {
 struct Axis {
   double step, offset;  // few computations, and float32 would lose what far windows add to their offsets
 };
-struct Place {
-  int before, after;
-  float way;
-};
 SEGVIT_DEVICE Place place_of(int i, Axis axis, int cells) {
   double place = fmin(fmax(i * axis.step + axis.offset, 0.0), cells - 1.0);
   int before = static_cast<int>(place);
   return {before, min(before + 1, cells - 1), static_cast<float>(place - before)};
 }
 
-// Weights of zero must stay zero beside an infinite logit.
-template <class T>
-SEGVIT_DEVICE float cell(const T* from) {
-  float largest = sizeof(T) == 4 ? kHuge : kLargestHalf;
-  return fminf(fmaxf(to_float(*from), -largest), largest);
-}
-// The four cells of a pixel and its way between them.
-struct Taps {
-  int upper_left, upper_right, lower_left, lower_right;
-  float down, right;
-};
 SEGVIT_DEVICE Taps taps_of(const Masks& masks, int y, int x, Axis ay, Axis ax) {
-  Place row = place_of(y, ay, masks.h), column = place_of(x, ax, masks.w);
-  int upper = row.before * masks.row_stride, lower = row.after * masks.row_stride;
-  return {upper + column.before,
-          upper + column.after,
-          lower + column.before,
-          lower + column.after,
-          row.way,
-          column.way};
-}
-template <class T>
-SEGVIT_DEVICE float interpolate(const T* mask, const Taps& taps) {
-  float above = cell(mask + taps.upper_left), below = cell(mask + taps.lower_left);
-  above += taps.right * (cell(mask + taps.upper_right) - above);
-  below += taps.right * (cell(mask + taps.lower_right) - below);
-  return above + taps.down * (below - above);
+  return taps_of(place_of(y, ay, masks.h), place_of(x, ax, masks.w), masks.row_stride);
 }
 
 // Calls f(view, y axis, x axis, share) for every view of the image that meets the tile; share(y, x) is the
@@ -300,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_mma_kernel(const 
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                   const T* mask = data + min(q + j, a.queries - 1) * masks.query_stride;
-                  float logit = interpolate(mask, taps[i]);
+                  float logit = interpolate(mask, taps[i], kLargestHalf);
                   if (a.sigmoid)
                     values[j] = share[i] * fast_rcp(1 / kSigmaScale + fast_exp2(logit * -kLog2e - 10));
                   else
@@ -367,11 +339,11 @@ __global__ void __launch_bounds__(kThreads, 1) semantic_argmax_fma_kernel(const 
               int64_t offset = min(first + i, a.queries - 1) * masks.query_stride;
               float logit;
               if (a.type == Type::f32)
-                logit = interpolate(reinterpret_cast<const float*>(masks.data) + offset, taps);
+                logit = interpolate(reinterpret_cast<const float*>(masks.data) + offset, taps, kHuge);
               else if (a.type == Type::f16)
-                logit = interpolate(reinterpret_cast<const half*>(masks.data) + offset, taps);
+                logit = interpolate(reinterpret_cast<const half*>(masks.data) + offset, taps, kLargestHalf);
               else
-                logit = interpolate(reinterpret_cast<const bf16*>(masks.data) + offset, taps);
+                logit = interpolate(reinterpret_cast<const bf16*>(masks.data) + offset, taps, kLargestHalf);
               sigma[i * kPixels + pixel] =
                   share * (a.sigmoid ? fast_rcp(1 + fast_exp2(logit * -kLog2e)) : logit);
             }

@@ -27,6 +27,7 @@ KERNELS = {
         "mask_pairs_kernel",
         "mask_sum_kernel",
     },
+    "panoptic_argmax": {"panoptic_argmax_cells_kernel", "panoptic_argmax_kernel"},
     "query_attention": set(),
     "semantic_argmax": {
         "semantic_argmax_fma_kernel",

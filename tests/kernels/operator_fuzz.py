@@ -24,6 +24,7 @@ from torch import Tensor
 
 import segvit_kernels as kernels
 from segvit_kernels.testing import assert_within_budget
+from segvit_kernels.testing.panoptic_argmax import assert_panoptic
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
@@ -466,6 +467,57 @@ def argmax(draw: Draw) -> Call:
     return call
 
 
+def panoptic(draw: Draw) -> Call:
+    dtype, kind = draw.choice(DTYPES), draw.choice(("plain", "twice", "cropped"))
+    batch, queries, size = draw.choice((0, 1, 2)), draw.size(), (draw.size(33), draw.size(33))
+    grid = (draw.size(9), draw.size(9))
+    tensors = {
+        "mask_logits": draw.tensor((batch, queries, *grid), dtype, 3.0),
+        "scores": draw.tensor((batch, queries), draw.choice((torch.float32, dtype))),
+    }
+    options: dict[str, Any] = {
+        "size": size,
+        "activation": draw.choice(("sigmoid", "sigmoid_first", "none")),
+        "threshold": draw.choice((0.5, 0.1, 0.9)),
+        "weighted": draw.maybe(),
+    }
+    if kind != "plain":
+        options["resized"] = (draw.size(17), draw.size(17))
+    if kind == "cropped":
+        options["crop"] = tuple(draw.randint(1, side) for side in options["resized"])
+    special = draw.maybe(0.1)
+    if special:
+        name = draw.choice(list(tensors))
+        tensors[name] = draw.poison(tensors[name])
+
+    def ours(backend: str | None = None, **x: Tensor) -> list:
+        return list(kernels.panoptic_argmax(**x, backend=backend, **options))
+
+    def check(backend: str, x: dict[str, Tensor], found: list) -> None:
+        result = kernels.PanopticArgmax(*found)
+        if not special:
+            assert_panoptic("drawn", result, {"resized": None, "crop": None, **options, **x})
+        elif batch:
+            assert int(result.queries.min()) >= -1 and int(result.queries.max()) < queries
+            assert (result.kept <= torch.minimum(result.won, result.above)).all()
+
+    call = Call(tensors, ours, None, (), dtype, special=special, check=check)
+    if draw.maybe(0.1):
+        masks, scores = tensors["mask_logits"], tensors["scores"]
+        wrong = {
+            "mask_logits": [masks[..., 0], masks.to(torch.int32), None, [masks]],
+            "scores": [scores[..., None], scores.to(torch.int64), None],
+            "size": [(3,), 3, (0, 4), (1.5, 2), None, "ab"],
+            "resized": [(3,), 3, (0, 4), (1.5, 2)],
+            "crop": [(3,), (0, 1), (100, 100)],
+            "activation": ["relu", None],
+            "threshold": [math.nan, "x", None, math.inf],
+            "weighted": ["yes", 2],
+        }
+        call.bad, call.ours = corrupted(draw, wrong, kernels.panoptic_argmax, tensors, options)
+    return call
+
+
 OPERATORS: dict[str, Callable[[Draw], Call]] = {
     "fused_atm": lambda draw: attention(draw, True),
     "query_attention": lambda draw: attention(draw, False),
@@ -473,6 +525,7 @@ OPERATORS: dict[str, Callable[[Draw], Call]] = {
     "mask_loss": loss,
     "mask_matching_cost": matching,
     "semantic_argmax": argmax,
+    "panoptic_argmax": panoptic,
 }
 
 

@@ -164,7 +164,22 @@ def check_subsample_norm(dtype: torch.dtype) -> None:
         check(BY_NAME[name], dtype, BY_ID["cuda"])
 
 
-CHECKS = (check_atm, check_query_attention, check_mask_loss, check_semantic_argmax, check_subsample_norm)
+def check_panoptic_argmax(dtype: torch.dtype) -> None:
+    from backends import BY_ID
+    from test_panoptic_argmax import BY_NAME, check
+
+    for name in ("odd", "mask2former"):
+        check(BY_NAME[name], dtype, BY_ID["cuda"], planted=True)
+
+
+CHECKS = (
+    check_atm,
+    check_query_attention,
+    check_mask_loss,
+    check_semantic_argmax,
+    check_panoptic_argmax,
+    check_subsample_norm,
+)
 
 
 def main(arch: str, *names: str) -> int:

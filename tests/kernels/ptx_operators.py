@@ -17,6 +17,7 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_battery
 import test_atm as atm
 import test_mask_loss_triton as mask_loss
+import test_panoptic_argmax as panoptic_argmax
 import test_query_attention as query_attention
 import test_semantic_argmax_triton as semantic_argmax
 import test_subsample_norm as subsample_norm
@@ -52,6 +53,11 @@ def check_mask_loss(dtype):
     call = mask_loss.Call.draw(2, 20, [(5, 7)], (21, 37), torch.uint8, 7, dtype=dtype)
     mask_loss._check_matching(call, {**few, "programs": 8})  # several to a tile, whose sums are added
     mask_loss.kernels._config = config
+
+
+def check_panoptic_argmax(dtype):
+    for name in ("odd", "mask2former"):
+        panoptic_argmax.check(panoptic_argmax.BY_NAME[name], dtype, BY_ID["triton"], planted=True)
 
 
 def check_semantic_argmax(dtype):

@@ -25,6 +25,7 @@ from segvit_kernels.triton import (
     _plan,
     atm,
     mask_loss,
+    panoptic_argmax,
     query_attention,
     semantic_argmax,
     subsample_norm,
@@ -218,6 +219,14 @@ def argmax(draw):
     return [(semantic_argmax.semantic_argmax, (masks, probs, [], *options))]
 
 
+def panoptic(draw):
+    masks, scores = tensor(draw, 2, 37, 4, 6), tensor(draw, 2, 37)
+    resized = draw.choice([(4, 6), (8, 8)])
+    first = draw.choice([True, False])
+    options = (first, not first, draw.choice([0.5, 0.25]), draw.choice([True, False]))
+    return [(panoptic_argmax.panoptic_argmax, (masks, scores, 16, 24, *resized, *resized, *options))]
+
+
 def norms(draw):
     batch, channels, place = draw.choice([1, 2]), draw.choice([33, 64]), (3, 4, 2, 1)
     x = tensor(draw, batch, 13, channels)
@@ -252,6 +261,7 @@ DRAWN = {
     "query_attention": lambda draw: attention(draw, False),
     "mask_loss": losses,
     "semantic_argmax": argmax,
+    "panoptic_argmax": panoptic,
     "subsample_norm": norms,
 }
 

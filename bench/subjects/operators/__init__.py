@@ -9,6 +9,7 @@ from bench.subjects.operators import (
     atm,
     mask_loss,
     mask_matching,
+    panoptic_argmax,
     query_attention,
     semantic_argmax,
     subsample_norm,
@@ -48,7 +49,15 @@ __all__ = [
     "tensors",
 ]
 
-_MODULES = (atm, query_attention, mask_loss, mask_matching, semantic_argmax, subsample_norm)
+_MODULES = (
+    atm,
+    query_attention,
+    mask_loss,
+    mask_matching,
+    semantic_argmax,
+    panoptic_argmax,
+    subsample_norm,
+)
 
 
 def by_name() -> dict[str, Operator]:

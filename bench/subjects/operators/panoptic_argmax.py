@@ -1,0 +1,130 @@
+"""The panoptic argmax: peers, checks, costs and targets. Inputs are random; in the shapes called "trained" an
+eighth of the queries has an area to itself and the others are nowhere, as in a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import timing
+from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations
+from segvit_kernels import PanopticArgmax, panoptic_argmax, panoptic_argmax_reference
+from segvit_kernels.testing.panoptic_argmax import PanopticCase, assert_panoptic
+
+BATCHES = (16, 1, 4)
+
+
+@dataclass(frozen=True)
+class Case(PanopticCase):
+    """A batch of images; ``planted`` masks are those of a trained model."""
+
+    planted: bool = False
+
+
+def _mask2former(name: str, size: tuple[int, int], planted: bool = False) -> Case:
+    """100 queries at a quarter of 1024², σ at 384², as transformers takes them."""
+    return Case(name, 1, 100, (256, 256), size, (384, 384), None, "sigmoid_first", 0.5, True, planted)
+
+
+SHAPES = (
+    _mask2former("mask2former", (1024, 1024)),
+    _mask2former("mask2former trained", (1024, 1024), True),
+    _mask2former("mask2former large trained", (2000, 3000), True),
+    Case("eomt", 1, 200, (160, 160), (1024, 1024), (640, 640)),
+    Case("segvit", 1, 150, (40, 40), (640, 640)),
+)
+TINY = Case("tiny", 1, 6, (4, 4), (24, 20))
+
+
+def peers(backend: str) -> list[Peer]:
+    def ours(name: str) -> Peer:
+        what = f"panoptic_argmax, backend {name}"
+        return Peer(name, what, lambda x: tuple(panoptic_argmax(**x, backend=name)), modes=("forward",))
+
+    def plain(**x: Any) -> tuple[Tensor, ...]:
+        return tuple(panoptic_argmax_reference(**x)[0])
+
+    what = "interpolated, sigmoid, products, maximum and counts at full size"
+    return [
+        replace(ours(backend), name="fused"),
+        *([ours("eager")] if backend != "eager" else []),
+        Peer("plain", what, lambda x: plain(**x), modes=("forward",)),
+        *compilations(
+            plain,
+            f"torch.compile: {what}",
+            call=lambda f, x: f(**x),
+            modes=("forward",),
+            dynamic=False,
+        ),
+    ]
+
+
+def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict, tuple]:
+    return case.inputs(dtype, device, torch.randint(2**31, (1,)).item(), case.planted), ()
+
+
+def costs(case: Case, itemsize: int, mode: str) -> list[Cost]:
+    (h, w), masks = case.grid, case.batch * case.queries
+    pixels = case.size[0] * case.size[1]
+    cells = case.resized or case.grid
+    sigmas = {"sigmoid": pixels, "sigmoid_first": cells[0] * cells[1], "none": 0}[case.activation]
+    # Of every query: the operator may pass over those that it proves to change nothing.
+    return [Cost(masks * (h * w + 1) * itemsize + case.batch * pixels * 3, 0, masks * sigmas)]
+
+
+def check_cases(tiny: bool) -> list[tuple[str, Case]]:
+    if tiny:
+        twice = replace(TINY, name="tiny_twice", batch=2, resized=(9, 7), activation="sigmoid_first")
+        trained = replace(TINY, name="tiny_trained", queries=40, planted=True, weighted=True)
+        return [("values", TINY), ("values", twice), ("values", trained)]
+    main, *others = SHAPES
+    odd = Case("odd", 3, 21, (7, 5), (101, 37), activation="sigmoid_first")
+    smaller = Case("smaller", 2, 19, (40, 40), (13, 17))
+    checks = [("values", replace(main, batch=batch)) for batch in BATCHES]
+    checks += [("values", odd), ("values", smaller), ("repeat", replace(main, batch=2))]
+    return checks + [("values", replace(case, batch=batch)) for case in others for batch in BATCHES]
+
+
+def draw(check: Check, device: torch.device) -> dict[str, Any]:
+    return inputs(check.case, getattr(torch, check.dtype), device)[0]
+
+
+def launch(check: Check, drawn: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    with timing.poisoned():
+        return panoptic_argmax(**drawn, backend=backend)._asdict()
+
+
+def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
+    row = {"quantity": "queries", "passed": True, "reason": None, "differ": 0}
+    for index in range(check.case.batch):
+        own = slice(index, index + 1)
+        one = {**drawn, "mask_logits": drawn["mask_logits"][own], "scores": drawn["scores"][own]}
+        found = PanopticArgmax(**{name: result[own] for name, result in results.items()})
+        try:
+            row["differ"] += assert_panoptic(f"image {index}", found, one)
+        except AssertionError as wrong:
+            row |= {"passed": False, "reason": row["reason"] or str(wrong)}
+    return [row]
+
+
+def _targets() -> tuple[Target, ...]:
+    gpu, cpu = ("gpu", "mask2former", 16, "bfloat16"), ("cpu", "mask2former", 1, "float32")
+    time, memory = ("timings", "forward"), ("memory", "forward")
+    return (
+        Target("against plain PyTorch", *gpu, *time, ("plain",), 15.0),
+        Target("memory against plain PyTorch", *gpu, *memory, ("plain",), None, 0.05),
+        Target("against the plain formula", *cpu, *time, ("plain",), 4.0),
+        Target("memory against the plain formula", *cpu, *memory, ("plain",), None, 0.05),
+    )
+
+
+OPERATOR = Operator.of(
+    globals(),
+    name="panoptic_argmax",
+    cpu_shapes=(("mask2former", 1), ("mask2former trained", 1), ("mask2former large trained", 1)),
+    modes=("forward",),
+    targets=_targets(),
+)
