@@ -8,6 +8,14 @@
 ``transformers``: Hugging Face's mask-classification models. Nothing here imports the libraries themselves.
 """
 
-from segvit_kernels.integrations.transformers import post_process_semantic_segmentation, use_fused_loss
+from segvit_kernels.integrations.transformers import (
+    post_process_panoptic_segmentation,
+    post_process_semantic_segmentation,
+    use_fused_loss,
+)
 
-__all__ = ["post_process_semantic_segmentation", "use_fused_loss"]
+__all__ = [
+    "post_process_panoptic_segmentation",
+    "post_process_semantic_segmentation",
+    "use_fused_loss",
+]

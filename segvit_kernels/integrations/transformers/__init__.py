@@ -6,6 +6,11 @@ those that they inherit from, and by what they hold. What a model of it needs co
 """
 
 from segvit_kernels.integrations.transformers.losses import use_fused_loss
+from segvit_kernels.integrations.transformers.panoptic import post_process_panoptic_segmentation
 from segvit_kernels.integrations.transformers.semantic import post_process_semantic_segmentation
 
-__all__ = ["post_process_semantic_segmentation", "use_fused_loss"]
+__all__ = [
+    "post_process_panoptic_segmentation",
+    "post_process_semantic_segmentation",
+    "use_fused_loss",
+]
