@@ -8,7 +8,7 @@ OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%.py,$(wildcard segvit_kernels/ops/*.py)))
 
-.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize lint docs bench report tune gpu precompile clean
+.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize wheels lint docs bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ native: $(VENV)/.installed  ## C++ kernels for the CPU, and CUDA C++ kernels whe
 
 emulator: $(VENV)/.installed  ## the CUDA C++ kernels built to run on the CPU, for tests
 	$(BIN)/python csrc/build.py --emulate --out build/native
+
+wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with the native library (CUDA where nvcc is)
+	$(BIN)/python csrc/wheels.py
 
 # Leaks are torch's own; the battery of the CPU kernels, sanitizers in place of speed.
 sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer and UBSan

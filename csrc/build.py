@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,33 +106,36 @@ def _gencode(archs: str) -> list[str]:
     return flags + ([f"-gencode=arch=compute_{newest},code=compute_{newest}"] if newest else [])
 
 
-def _cxx() -> str:
-    return os.environ.get("CXX", "c++")
+def _cxx(args: argparse.Namespace) -> list[str]:
+    """The C++ compiler: CXX, this machine's, or the cross compiler under its usual name."""
+    default = "c++" if args.machine == platform.machine() else f"{args.machine}-linux-gnu-g++"
+    return shlex.split(os.environ.get("CXX", default))
 
 
 def _nvcc(args: argparse.Namespace) -> str | None:
     """nvcc, where CUDA kernels are wanted and it is there."""
-    return None if args.cpu_only or args.emulate or not args.archs else find_nvcc()
+    foreign = args.machine != platform.machine()
+    return None if args.cpu_only or args.emulate or not args.archs or foreign else find_nvcc()
 
 
-def _knows(compiler: str, flags: list[str], language: str = "c++") -> bool:
+def _knows(compiler: list[str], flags: list[str], language: str = "c++") -> bool:
     """Whether a compiler knows these flags."""
-    command = [compiler, *flags, "-x", language, "-E", os.devnull]
+    command = [*compiler, *flags, "-x", language, "-E", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _identity(cxx: str) -> str:
+def _identity(cxx: list[str]) -> str:
     """Version of the C++ compiler.
 
     Raises:
         RuntimeError: there is none, or it is too old.
     """
-    text = _run([cxx, "-x", "c++", "-dM", "-E", os.devnull])
+    text = _run([*cxx, "-x", "c++", "-dM", "-E", os.devnull])
     macros = dict(re.findall(r"#define (\w+) (.*)", text))
     name, major = ("Clang", "__clang_major__") if "__clang__" in macros else ("GCC", "__GNUC__")
     if (version := int(macros.get(major, 0))) < LEAST[name]:
         raise RuntimeError(
-            f"{cxx} is {name} {version}; the least is GCC {LEAST['GCC']} or Clang {LEAST['Clang']}"
+            f"{cxx[0]} is {name} {version}; the least is GCC {LEAST['GCC']} or Clang {LEAST['Clang']}"
         )
     return macros["__VERSION__"]
 
@@ -139,7 +145,8 @@ def _plan(
 ) -> list[tuple[Path, str, list[str]]]:
     """(source, name of the object, command without output) of everything to compile."""
     include = ["-isystem", str(torch_folder / "include")]
-    cxx = [_cxx(), "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O3"]
+    compiler = _cxx(args)
+    cxx = [*compiler, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O3"]
     # GCC's own headers of intrinsics would warn of what they mean to leave uninitialised.
     cxx += [
         "-Wall",
@@ -148,7 +155,8 @@ def _plan(
         "-Wno-uninitialized",
         "-Wno-unknown-warning-option",
     ]
-    cxx += [TORCH_VERSION, *["-g1"] * args.debug]
+    first = ["-include", str(HERE / "older.h")]
+    cxx += [TORCH_VERSION, *first, *["-g1"] * args.debug]
     if args.sanitize:
         cxx += [f"-fsanitize={args.sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
     chosen = args.only.split(",") if args.only else list(OPERATORS)
@@ -172,10 +180,13 @@ def _plan(
             for source in sources
         ]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    known = {isa for isa, flags in SPECIAL.values() if x86 and _knows(cxx[0], flags)}
+    x86 = args.machine.lower() in ("x86_64", "amd64")
+    known = {isa for isa, flags in SPECIAL.values() if x86 and _knows(compiler, flags)}
     cxx += [f"-DSEGVIT_{isa.upper()}" for isa in sorted(known)]
     plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
+    if args.glibc:
+        older = HERE / "older.cpp"
+        plan.append((older, "older.o", [*cxx, "-c", str(older)]))
     for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):
             every = list(X86.items()) if x86 else [("portable", [])]
@@ -197,9 +208,10 @@ def _plan(
             *["-lineinfo"] * args.debug,
         ]
         flags += [
-            f for f in ["--compress-mode=size"] if _knows(nvcc, [f], "cu")
+            f for f in ["--compress-mode=size"] if _knows([nvcc], [f], "cu")
         ]  # a fifth; CUDA 12.8 and later
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012", TORCH_VERSION, "-DUSE_CUDA"]
+        flags += first
         flags += [*include, *_gencode(args.archs)]
         for source in sources_in("cuda", "*.cu"):
             plan.append((source, f"cuda_{source.stem}.o", [*flags, "-c", str(source)]))
@@ -215,7 +227,7 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
     import torch
 
     nvcc = _nvcc(args)
-    compilers = _identity(_cxx()), nvcc and _run([nvcc, "--version"])
+    compilers = _identity(_cxx(args)), nvcc and _run([nvcc, "--version"])
     plan = [item for item in _plan(args, Path(torch.__file__).parent, nvcc) if item[1].startswith(prefix)]
     headers = b"".join(p.read_bytes() for p in sorted(HERE.rglob("*.h")) + sorted(HERE.rglob("*.cuh")))
     folder = ROOT / "build" / "native"
@@ -223,7 +235,8 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
 
     def compile_one(item: tuple[Path, str, list[str]]) -> Path:
         source, name, command = item
-        content = headers + source.read_bytes() + repr((command, compilers, torch.__version__)).encode()
+        said = [word.replace(str(HERE), "csrc") for word in command]  # the same in any checkout
+        content = headers + source.read_bytes() + repr((said, compilers, torch.__version__)).encode()
         target = folder / f"{hashlib.sha256(content).hexdigest()[:16]}_{name}"
         if not target.exists():
             temporary = target.with_suffix(".part")
@@ -256,21 +269,65 @@ def build(args: argparse.Namespace) -> Path:
     library = Path(args.out) / library_name(args.emulate)
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.part")
-    # nvcc links, where it is, since it knows where its runtime lies.
-    command = [nvcc, "-cudart=static"] if nvcc else [_cxx()]
-    command += ["-shared", "-o", str(temporary), *map(str, compiled.values()), f"-L{torch_folder / 'lib'}"]
-    # libtorch.so itself is empty; through it the CUDA part is found where torch has one.
-    for option in ("--no-as-needed", "-ltorch", "-ltorch_cpu", "--as-needed"):
-        command += ["-Xlinker", option] if option.startswith("--") else [option]
-    if args.sanitize:
-        command.append(f"-fsanitize={args.sanitize}")
-    _run(command, args.verbose)
+    with tempfile.TemporaryDirectory() as scratch:
+        command, last, folder = _linker(args, nvcc), [], torch_folder / "lib"
+        if args.machine != platform.machine():
+            folder = _stand_ins(args, list(compiled.values()), Path(scratch))
+        command += ["-shared", "-o", str(temporary), *map(str, compiled.values()), f"-L{folder}"]
+        # libtorch.so itself is empty; through it the CUDA part is found where torch has one.
+        for option in ("--no-as-needed", "-ltorch", "-ltorch_cpu", "--as-needed"):
+            command += ["-Xlinker", option] if option.startswith("--") else [option]
+        if args.glibc:
+            last.append(_run([*_cxx(args), "-print-file-name=libstdc++.so"]).strip())
+        if args.sanitize:
+            last.append(f"-fsanitize={args.sanitize}")
+        _run(command + last, args.verbose)
     temporary.replace(library)
     return library
 
 
-def _run(command: list[str], verbose: bool = False) -> str:
-    """What a command prints."""
+def _linker(args: argparse.Namespace, nvcc: str | None) -> list[str]:
+    """What links: the compiler; nvcc, where it is, since it knows where its runtime lies; or, for machines with
+    an older glibc than this one's, Zig's compiler, which has the symbols of every version.
+
+    Raises:
+        RuntimeError: an older glibc is wanted, and there is no Zig.
+    """
+    if not args.glibc:
+        return [nvcc, "-cudart=static"] if nvcc else _cxx(args)
+    if importlib.util.find_spec("ziglang") is None:
+        raise RuntimeError(f"--glibc {args.glibc} needs Zig's linker: pip install ziglang")
+    target = f"{args.machine}-linux-gnu.{args.glibc}"
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-lpthread", "-ldl", "-lm", "-lrt"]
+    if nvcc:
+        said = _run([nvcc, "--dryrun", "-cudart=static", "-shared", "x.o", "-o", "x.so"], merged=True)
+        folders = re.findall(r'"(-L[^"]+)"', "".join(re.findall(r"LIBRARIES=.*", said)))
+        if not folders:
+            raise RuntimeError(f"{nvcc} does not say where its runtime lies:\n{said}")
+        command += [*folders, "-lcudart_static"]
+    return command
+
+
+def _stand_ins(args: argparse.Namespace, compiled: list[Path], folder: Path) -> Path:
+    """Libraries with the names of torch's and the symbols of its stable ABI that are asked for, to link for a
+    machine whose torch is not here."""
+    asked = _run([_tool(args, "nm"), "--undefined-only", *map(str, compiled)])
+    symbols = sorted(set(re.findall(r" U ((?:aoti_)?torch_\w+)", asked)))
+    for name, found in (("libtorch.so", []), ("libtorch_cpu.so", symbols)):
+        source = folder / f"{name}.c"
+        source.write_text("".join(f"void {symbol}(void) {{}}\n" for symbol in found))
+        command = [*_cxx(args), "-x", "c", "-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{name}"]
+        _run([*command, "-o", str(folder / name), str(source)])
+    return folder
+
+
+def _tool(args: argparse.Namespace, name: str) -> str:
+    """One of the programs that go with the compiler."""
+    return _run([*_cxx(args), f"-print-prog-name={name}"]).strip()
+
+
+def _run(command: list[str], verbose: bool = False, merged: bool = False) -> str:
+    """What a command prints; its errors too if ``merged``."""
     if verbose:
         print(" ".join(command), flush=True)
     try:
@@ -281,7 +338,7 @@ def _run(command: list[str], verbose: bool = False) -> str:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     if result.stderr.strip() and verbose:
         print(result.stderr, file=sys.stderr, flush=True)
-    return result.stdout
+    return result.stdout + result.stderr * merged
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -297,6 +354,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="operators to build, with commas between")
     parser.add_argument("--sanitize", default="", help="e.g. address,undefined; implies --debug")
     parser.add_argument("--debug", action="store_true", help="with line numbers")
+    parser.add_argument(
+        "--glibc",
+        default=os.environ.get("SEGVIT_KERNELS_GLIBC", ""),
+        help="for machines with this glibc ('2.28') or a later one; needs ziglang (default: this machine's)",
+    )
+    parser.add_argument(
+        "--machine",
+        default=os.environ.get("SEGVIT_KERNELS_MACHINE") or platform.machine(),
+        help="x86_64 or aarch64, by a cross compiler; without CUDA (default: this machine)",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args(arguments)

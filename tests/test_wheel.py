@@ -1,6 +1,9 @@
-"""A wheel with the native library: built, unpacked elsewhere, used by another process."""
+"""Wheels: built, what they ask for, unpacked elsewhere and used by another process."""
 
+import importlib.util
+import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -8,7 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import segvit_kernels
 from segvit_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,37 +29,67 @@ print(folder, torch.__version__, q.grad.isfinite().all().item())
 """
 
 
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+wheels = _load("wheels")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Sources are compiled by `make native` before; the wheel then links and packs."""
     if _native.library().reason is not None:
         pytest.skip(f"backend cpu: {_native.library().reason}")
-    setuptools = pytest.importorskip("setuptools", "77", reason="building wheels here needs setuptools ≥ 77")
-    assert setuptools
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--wheel-dir", str(out), str(ROOT)],
-        env={
-            **os.environ,
-            "SEGVIT_KERNELS_NATIVE": "1",
-            "SEGVIT_KERNELS_CUDA_ARCHS": _native.library().cuda_archs,
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = out.glob("*.whl")
-    return found
+    for name, least in (("setuptools", "77"), ("ziglang", None), ("elftools", None)):
+        pytest.importorskip(name, least, reason="wheels: pip install 'segvit-kernels[wheels]'")
+    return wheels.build(tmp_path_factory.mktemp("wheel"), platform.machine(), _native.library().cuda_archs)
 
 
 def test_one_wheel_for_every_python(wheel):
-    assert wheel.name.split("-")[2:4] == ["py3", "none"] and "any" not in wheel.stem.split("-")[-1]
+    assert wheel.name.split("-")[2:] == ["py3", "none", f"manylinux_2_28_{platform.machine()}.whl"]
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if n.startswith("segvit_kernels/libsegvit_native")]
     assert "segvit_kernels/triton/atm.py" in names and "segvit/cli.py" in names
     assert {f"segvit/serve/page/{name}" for name in ("index.html", "style.css", "script.js")} <= set(names)
     assert not [n for n in names if n.startswith(("tests", "bench", "csrc", "examples"))]
+
+
+def test_the_wheel_says_what_of_others_is_inside(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/sboms/segvit-kernels.cdx.json")]
+    bill = json.loads(archive.read(name))
+    assert bill["bomFormat"] == "CycloneDX"
+    assert bill["metadata"]["component"]["version"] == segvit_kernels.__version__
+    found = {part["name"]: part["version"] for part in bill["components"]}
+    assert found["torch"] == torch.__version__ and "libstdc++" in found
+    assert ("CUDA runtime" in found) == bool(_native.library().cuda_archs)
+
+
+def test_a_library_that_asks_for_too_much_is_refused(wheel, monkeypatch, tmp_path):
+    """The library that `make native` links is of this machine's glibc; fewer promises, and each is missed."""
+    library = Path(zipfile.ZipFile(wheel).extract("segvit_kernels/libsegvit_native.so", tmp_path))
+    assert wheels.faults(library) == []
+    monkeypatch.setattr(wheels, "LIBRARIES", wheels.LIBRARIES - {"libstdc++.so.6"})
+    monkeypatch.setattr(wheels, "MOST", wheels.MOST | {"GLIBCXX": "3.4.9"})
+    found = wheels.faults(library)
+    assert found[0] == "needs libstdc++.so.6" and "asks for GLIBCXX_3.4.21, 3.4.9 at most" in found
+    source = tmp_path / "old_abi.cpp"
+    source.write_text("namespace at { void add(); }\nextern \"C\" void use() { at::add(); }\n")
+    bad = tmp_path / "bad.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", bad, source], check=True)
+    assert "asks for _ZN2at3addEv, which is not of the stable ABI" in wheels.faults(bad)
+
+
+def test_the_pure_wheel(tmp_path):
+    pytest.importorskip("setuptools", "77", reason="wheels: pip install 'segvit-kernels[wheels]'")
+    wheel = wheels.build(tmp_path, None)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.endswith("-py3-none-any.whl") and not [n for n in names if n.endswith(".so")]
+    assert "segvit_kernels/testing/stub/libcuda.c" in names and "segvit/py.typed" in names
 
 
 def test_the_source_distribution_can_build_it(tmp_path):

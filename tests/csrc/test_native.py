@@ -99,10 +99,10 @@ def _compiler(path, macros):
 def test_compilers_that_are_too_old_are_refused(build, tmp_path, macros, said):
     compiler = _compiler(tmp_path / "c++", macros | {"__VERSION__": '"some version"'})
     if said is None:
-        assert build._identity(compiler) == '"some version"'
+        assert build._identity([compiler]) == '"some version"'
     else:
         with pytest.raises(RuntimeError, match=f"{tmp_path}.* {said}"):
-            build._identity(compiler)
+            build._identity([compiler])
 
 
 def test_only_linux_builds(build, monkeypatch):
