@@ -8,7 +8,7 @@ OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%.py,$(wildcard segvit_kernels/ops/*.py)))
 
-.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize wheels lint docs bench report tune gpu precompile clean
+.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ emulator: $(VENV)/.installed  ## the CUDA C++ kernels built to run on the CPU, f
 
 wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with the native library (CUDA where nvcc is)
 	$(BIN)/python csrc/wheels.py
+
+hub: $(VENV)/.installed  ## the package in the form of the Kernel Hub, into build/hub
+	$(BIN)/python csrc/hub.py
 
 # Leaks are torch's own; the battery of the CPU kernels, sanitizers in place of speed.
 sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer and UBSan

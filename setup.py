@@ -47,9 +47,7 @@ class AnyPythonWheel(bdist_wheel):
     def write_wheelfile(self, wheelfile_base: str, *args: object, **kwargs: object) -> None:
         super().write_wheelfile(wheelfile_base, *args, **kwargs)
         build = _load("build")
-        text = _load("sbom").bill(
-            self.distribution.get_version(), build.parse([]) if NATIVE else None, build
-        )
+        text = _load("sbom").bill(self.distribution.get_version(), build.parse([]) if NATIVE else None, build)
         folder = Path(wheelfile_base) / "sboms"
         folder.mkdir(exist_ok=True)
         (folder / "segvit-kernels.cdx.json").write_text(text)

@@ -171,6 +171,7 @@ def _plan(
     definitions = ", ".join(f'"{schema}"' for schema in schemas())
     # In C++ a symbolic size is an integer like any other.
     stamp.append("-DSEGVIT_DEFINITIONS=" + definitions.replace("SymInt", "int"))
+    stamp.append(f"-DSEGVIT_NAMESPACE={args.namespace}_{'emulated' if args.emulate else 'native'}")
     library = HERE / "library.cpp"
     if args.emulate:
         flags = [*cxx, *include, "-Wno-unknown-pragmas", "-DSEGVIT_EMULATE", "-x", "c++"]
@@ -287,8 +288,8 @@ def build(args: argparse.Namespace) -> Path:
 
 
 def _linker(args: argparse.Namespace, nvcc: str | None) -> list[str]:
-    """What links: the compiler; nvcc, where it is, since it knows where its runtime lies; or, for machines with
-    an older glibc than this one's, Zig's compiler, which has the symbols of every version.
+    """What links: the compiler; nvcc, where it is, since it knows where its runtime lies; or, for machines
+    with an older glibc than this one's, Zig's compiler, which has the symbols of every version.
 
     Raises:
         RuntimeError: an older glibc is wanted, and there is no Zig.
@@ -363,6 +364,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--machine",
         default=os.environ.get("SEGVIT_KERNELS_MACHINE") or platform.machine(),
         help="x86_64 or aarch64, by a cross compiler; without CUDA (default: this machine)",
+    )
+    parser.add_argument(
+        "--namespace", default="segvit", help="of torch's operators, _native is added (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true")

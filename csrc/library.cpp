@@ -1,5 +1,5 @@
-// Defines the operators in the namespace segvit_native, so that a program without Python has them too, and binds
-// them. Their schemas stand in segvit_kernels/ops; csrc/build.py passes them on.
+// Defines the operators in a namespace of their own, by default segvit_native, so that a program without Python has
+// them too, and binds them. Their schemas stand in segvit_kernels/ops; csrc/build.py passes them and the namespace on.
 //
 // Only the stable ABI of LibTorch is used: one binary for every Python and for torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
@@ -11,18 +11,15 @@ namespace {
 
 using torch::stable::detail::StableLibrary;
 
-#if defined(SEGVIT_EMULATE)
-#define SEGVIT_NAMESPACE "segvit_emulated"
-#else
-#define SEGVIT_NAMESPACE "segvit_native"
-#endif
+#define SEGVIT_TEXT(name) #name
+#define SEGVIT_TEXT_OF(macro) SEGVIT_TEXT(macro)
 
 // Exported models carry a copy of this library. In a program that loads two copies the first one's operators are
 // used, and the other, whose schemas may be another version's, binds nothing.
 class Definitions {
  public:
   Definitions() {
-    aoti_torch_library_init_fragment(SEGVIT_NAMESPACE, __FILE__, __LINE__, &library_);
+    aoti_torch_library_init_fragment(SEGVIT_TEXT_OF(SEGVIT_NAMESPACE), __FILE__, __LINE__, &library_);
     for (const char* schema : {SEGVIT_DEFINITIONS})
       first = first && aoti_torch_library_def(library_, schema) == AOTI_TORCH_SUCCESS;
   }
@@ -107,11 +104,11 @@ void bind_cuda(StableLibrary& m) {
 #if defined(SEGVIT_EMULATE)
 // The CUDA kernels, run thread by thread on the CPU: for tests.
 #define SEGVIT_CUDA_ARCHS "emulated"
-STABLE_TORCH_LIBRARY_IMPL(segvit_emulated, CPU, m) { bind_cuda(m); }
+STABLE_TORCH_LIBRARY_IMPL(SEGVIT_NAMESPACE, CPU, m) { bind_cuda(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(segvit_native, CPU, m) { bind_cpu(m); }
+STABLE_TORCH_LIBRARY_IMPL(SEGVIT_NAMESPACE, CPU, m) { bind_cpu(m); }
 #if defined(SEGVIT_CUDA_ARCHS)
-STABLE_TORCH_LIBRARY_IMPL(segvit_native, CUDA, m) { bind_cuda(m); }
+STABLE_TORCH_LIBRARY_IMPL(SEGVIT_NAMESPACE, CUDA, m) { bind_cuda(m); }
 #else
 #define SEGVIT_CUDA_ARCHS ""
 #endif

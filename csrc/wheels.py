@@ -1,7 +1,7 @@
-"""Every wheel of this source tree: ``python csrc/wheels.py``; needs torch, setuptools, a C++ compiler and ziglang.
+"""Every wheel of this tree: ``python csrc/wheels.py``; needs torch, setuptools, ziglang and a C++ compiler.
 
-The pure one, which has Triton's kernels and PyTorch; for Linux one a machine, with the CPU library inside and,
-where nvcc is, the CUDA kernels. All are for every Python and, by LibTorch's stable ABI, for torch 2.11 and
+The pure one, which has Triton's kernels and PyTorch; for Linux one a machine, with the CPU library inside,
+and the CUDA kernels where nvcc is. All are for every Python and, by LibTorch's stable ABI, for torch 2.11 and
 later. What a library asks of the machine where it is loaded is read out of it and compared with what its name
 promises. The machine that is not this one's takes a cross compiler (g++-aarch64-linux-gnu).
 """
@@ -44,16 +44,22 @@ def faults(library: Path) -> list[str]:
         elf = ELFFile(file)
         needed = {tag.needed for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")}
         found += [f"needs {name}" for name in sorted(needed - LIBRARIES)]
-        for _, auxiliaries in elf.get_section_by_name(".gnu.version_r").iter_versions():
+        asked = elf.get_section_by_name(".gnu.version_r")
+        for _, auxiliaries in asked.iter_versions() if asked else ():
             for auxiliary in auxiliaries:
                 kind, _, version = auxiliary.name.partition("_")
                 if kind not in MOST or versions(version) > versions(MOST[kind]):
                     found.append(f"asks for {auxiliary.name}, {MOST.get(kind)} at most")
         versioned = elf.get_section_by_name(".gnu.version")
         for number, symbol in enumerate(elf.get_section_by_name(".dynsym").iter_symbols()):
-            if symbol["st_shndx"] != "SHN_UNDEF" or symbol["st_info"]["bind"] == "STB_WEAK" or not symbol.name:
+            if (
+                symbol["st_shndx"] != "SHN_UNDEF"
+                or symbol["st_info"]["bind"] == "STB_WEAK"
+                or not symbol.name
+            ):
                 continue
-            unversioned = versioned.get_symbol(number)["ndx"] in ("VER_NDX_LOCAL", "VER_NDX_GLOBAL")
+            local = "VER_NDX_LOCAL", "VER_NDX_GLOBAL"
+            unversioned = versioned is None or versioned.get_symbol(number)["ndx"] in local
             if unversioned and not re.match(r"(aoti_)?torch_|_Unwind_|__tls_get_addr", symbol.name):
                 found.append(f"asks for {symbol.name}, which is not of the stable ABI")
     return found

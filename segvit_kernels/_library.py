@@ -220,7 +220,7 @@ class Operator:
         """The implementation of a backend, imported or loaded when it is first needed."""
         if name not in self.kernels:
             if name == "triton":
-                module = importlib.import_module(f"segvit_kernels.triton.{self.stem}")
+                module = importlib.import_module(f"{__package__}.triton.{self.stem}")
                 self.kernels[name] = getattr(module, self.name)
             else:
                 self.kernels[name] = _native.implementation(name, self.name, device)
@@ -307,7 +307,7 @@ def define(
     """
     name, _, rest = schema.partition("(")
     arguments, _, results = rest.partition(") -> ")
-    qualname = f"segvit::{name}"
+    qualname = f"{_native.NAMESPACE}::{name}"
     _native.SCHEMAS[name] = schema
     operator = _operators[name] = Operator(name, eager, macs, refuse, ("eager", *backends), isa)
 
@@ -318,7 +318,8 @@ def define(
         return operator((*args, *defaults[len(args) :]), backend)
 
     torch.library.define(qualname, f"({arguments}, str? backend=None) -> {results}")
-    op = getattr(torch.ops.segvit, name).default
+    packet = getattr(getattr(torch.ops, _native.NAMESPACE), name)
+    op = packet.default
     count = len(op._schema.arguments)
     defaults = [argument.default_value for argument in op._schema.arguments[:-1]]
     operator.arity = count - 1
@@ -330,9 +331,7 @@ def define(
 
     torch.library.impl(qualname, "default", implementation)
     torch.library.register_fake(qualname, lambda *args, backend=None: fake(*args[: count - 1]))
-    register_flop_formula(getattr(torch.ops.segvit, name))(
-        lambda *shapes, out_shape=None, **kwargs: 2 * macs(*shapes[: count - 1])
-    )
+    register_flop_formula(packet)(lambda *shapes, out_shape=None, **kwargs: 2 * macs(*shapes[: count - 1]))
     return call
 
 
@@ -364,7 +363,7 @@ def fvcore_handles() -> dict[str, Callable]:
 
         return count
 
-    return {f"segvit::{name}": handle(operator) for name, operator in _operators.items()}
+    return {f"{_native.NAMESPACE}::{name}": handle(operator) for name, operator in _operators.items()}
 
 
 def why_not_operator(operator: str, name: str, device: torch.device) -> str | None:

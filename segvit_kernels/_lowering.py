@@ -64,7 +64,7 @@ def lower_to_native(program: torch.export.ExportedProgram) -> list[str]:
         if not isinstance(module, GraphModule):
             continue
         for node in module.graph.nodes:
-            if node.op == "call_function" and getattr(node.target, "namespace", "") == "segvit":
+            if node.op == "call_function" and getattr(node.target, "namespace", "") == _native.NAMESPACE:
                 found[_lower(node)] = None
         module.recompile()
     return list(found)
@@ -97,6 +97,6 @@ def _lower(node: Node) -> str:
 def _described(name: str, device: torch.device) -> Any:
     """The native library's operator, with the shapes of its results, which compilers ask for."""
     native: Any = _native.implementation(_BACKENDS[device.type], name, device)
-    operator = getattr(torch.ops.segvit, name).default
+    operator = getattr(getattr(torch.ops, _native.NAMESPACE), name).default
     torch.library.register_fake(native._schema.name, lambda *args: operator(*args))
     return native

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+NAMESPACE = "segvit"
+"""Of the operators in ``torch.ops``; csrc/hub.py writes another."""
+
 LIBRARY_VARIABLE = "SEGVIT_KERNELS_LIBRARY"
 """Environment variable: path of a native library to load instead of the package's own."""
 
@@ -155,7 +158,7 @@ def why_not(name: str, device: torch.device, capability: tuple[int, int] | None)
 
 def _qualified(name: str, operator: str, device: torch.device) -> str:
     emulated = name == "cuda" and device.type == "cpu"
-    return f"{'segvit_emulated' if emulated else 'segvit_native'}::{operator}"
+    return f"{NAMESPACE}_{'emulated' if emulated else 'native'}::{operator}"
 
 
 def runs_isa(isa: str) -> bool:

@@ -78,7 +78,7 @@ def test_a_library_that_asks_for_too_much_is_refused(wheel, monkeypatch, tmp_pat
     found = wheels.faults(library)
     assert found[0] == "needs libstdc++.so.6" and "asks for GLIBCXX_3.4.21, 3.4.9 at most" in found
     source = tmp_path / "old_abi.cpp"
-    source.write_text("namespace at { void add(); }\nextern \"C\" void use() { at::add(); }\n")
+    source.write_text('namespace at { void add(); }\nextern "C" void use() { at::add(); }\n')
     bad = tmp_path / "bad.so"
     subprocess.run(["c++", "-shared", "-fPIC", "-o", bad, source], check=True)
     assert "asks for _ZN2at3addEv, which is not of the stable ABI" in wheels.faults(bad)

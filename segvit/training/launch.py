@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +58,7 @@ def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: An
         if file is None:
             return result
         if fabric.is_global_zero:
-            file.write_bytes(pickle.dumps(result))
+            torch.save(result, file)
         return None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -83,7 +82,7 @@ def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "result"
             fabric.launch(_run, file, function, *args)
-            return pickle.loads(file.read_bytes())
+            return torch.load(file, weights_only=True)
     except torch.multiprocessing.ProcessExitedException as error:
         raise OSError(f"devices: one of the processes was ended from outside ({error})") from None
     except torch.multiprocessing.ProcessRaisedException as error:

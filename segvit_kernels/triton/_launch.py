@@ -101,7 +101,7 @@ def pinned(arch: str) -> dict[str, Any]:
     name, _, multiprocessors = arch.partition(":")
     if multiprocessors:
         return {**pinned(name), "multiprocessors": int(multiprocessors)}
-    folder = resources.files("segvit_kernels.triton") / "configs"
+    folder = resources.files(__package__) / "configs"
     path = folder / f"{name}.json"
     if not path.is_file():
         # What AMD's compiler does not take (registers by number, TF32) stands in no file of theirs.
