@@ -1,4 +1,4 @@
-"""The bill of materials in a wheel (``.dist-info/sboms/``, PEP 770): what of others is inside, in CycloneDX."""
+"""The bill of materials in a wheel (``.dist-info/sboms/``, PEP 770): what of others is inside, CycloneDX."""
 
 from __future__ import annotations
 
