@@ -26,6 +26,7 @@ ROOT = HERE.parent
 OPERATORS = (
     "atm",
     "linear",
+    "mask_binarize",
     "mask_loss",
     "panoptic_argmax",
     "query_attention",

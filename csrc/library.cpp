@@ -50,6 +50,13 @@ const Definitions definitions;
 #else
 #define SEGVIT_BIND_QUERY_ATTENTION
 #endif
+#if defined(SEGVIT_WITH_mask_binarize)
+#define SEGVIT_BIND_MASK_BINARIZE SEGVIT_BIND(mask_binarize)
+#define SEGVIT_BIND_MASK_RLE SEGVIT_BIND(mask_rle)
+#else
+#define SEGVIT_BIND_MASK_BINARIZE
+#define SEGVIT_BIND_MASK_RLE
+#endif
 #if defined(SEGVIT_WITH_mask_loss)
 #define SEGVIT_BIND_MASK_LOSS \
   SEGVIT_BIND(mask_loss_fwd) SEGVIT_BIND(mask_loss_bwd) SEGVIT_BIND(mask_matching_sums)
@@ -78,6 +85,8 @@ void bind_cpu(StableLibrary& m) {
   using namespace segvit::cpu;
   SEGVIT_BIND_ATM
   SEGVIT_BIND_LINEAR
+  SEGVIT_BIND_MASK_BINARIZE
+  SEGVIT_BIND_MASK_RLE
   SEGVIT_BIND_QUERY_ATTENTION
   SEGVIT_BIND_MASK_LOSS
   SEGVIT_BIND_PANOPTIC_ARGMAX
@@ -91,6 +100,7 @@ void bind_cuda(StableLibrary& m) {
   if (!definitions.first) return;
   using namespace segvit::cuda;
   SEGVIT_BIND_ATM
+  SEGVIT_BIND_MASK_BINARIZE
   SEGVIT_BIND_QUERY_ATTENTION
   SEGVIT_BIND_MASK_LOSS
   SEGVIT_BIND_PANOPTIC_ARGMAX

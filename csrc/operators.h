@@ -37,6 +37,10 @@
       Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, Optional seed,       \
       double scale, double dropout_p, bool deterministic, Optional key_padding_mask);                             \
                                                                                                                   \
+  std::tuple<Tensor, Tensor, Tensor> mask_binarize(                                                               \
+      Tensor mask_logits, Optional boxes, int64_t height, int64_t width, double threshold, int64_t layout);       \
+  std::tuple<Tensor, Tensor> mask_rle(Tensor columns, int64_t height);                                            \
+                                                                                                                  \
   std::tuple<Tensor, Tensor> mask_loss_fwd(                                                                       \
       std::vector<Tensor> mask_logits, Tensor targets, Optional matches, int64_t num_classes,                     \
       double focal_alpha, double focal_gamma, bool mask_ignored);                                                 \

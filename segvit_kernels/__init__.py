@@ -26,6 +26,7 @@ from segvit_kernels.modules import (
 )
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
 from segvit_kernels.ops.linear import PackedWeight, linear, linear_reference, pack_weight, why_not_packed
+from segvit_kernels.ops.mask_binarize import BinaryMasks, mask_binarize, mask_binarize_reference
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MaskLossFunction,
@@ -60,6 +61,7 @@ __all__ = [
     "ATMFunction",
     "ATMOutput",
     "BackendUnavailableError",
+    "BinaryMasks",
     "Folded",
     "FusedATM",
     "MaskLoss",
@@ -88,6 +90,8 @@ __all__ = [
     "linear_reference",
     "load_native_copy",
     "lower_to_native",
+    "mask_binarize",
+    "mask_binarize_reference",
     "mask_loss",
     "mask_loss_reference",
     "mask_matching_cost",

@@ -102,7 +102,7 @@ void parallel(int64_t tasks, size_t bytes, const F& f) {
   });
 }
 
-// Lays arrays one after the other, each on a cache line of its own.
+// Lays arrays one after the other, each on a cache line of its own; without memory it only counts.
 struct Layout {
   char* memory;
   size_t bytes = 0;

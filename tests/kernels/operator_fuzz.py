@@ -24,6 +24,7 @@ from torch import Tensor
 
 import segvit_kernels as kernels
 from segvit_kernels.testing import assert_within_budget
+from segvit_kernels.testing.mask_binarize import assert_masks, oracle, unpacked
 from segvit_kernels.testing.panoptic_argmax import assert_panoptic
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -518,10 +519,56 @@ def panoptic(draw: Draw) -> Call:
     return call
 
 
+def binarize(draw: Draw) -> Call:
+    dtype = draw.choice(DTYPES)
+    batch, count, size = draw.choice((0, 1, 2)), draw.choice((0, 1, 3)), (draw.size(), draw.size())
+    logits = draw.tensor((batch, count, draw.size(33), draw.size(33)), dtype)
+    special = draw.maybe(0.1)
+    logits = draw.poison(logits) if special else logits
+    given: dict[str, Any] = {"size": size, "threshold": draw.choice((0.0, 0.0, 0.7, -1.3)), "boxes": None}
+    if draw.maybe(0.3):
+        corners = torch.rand(batch, count, 4, generator=torch.Generator().manual_seed(draw.getrandbits(31)))
+        given["boxes"] = draw.lay_out((corners * 1.4 - 0.2) * torch.tensor([*size[::-1], *size[::-1]]))
+
+    def ours(backend: str | None = None, format: str = "bool", **x: Tensor) -> list:
+        found = kernels.mask_binarize(x["logits"], **given, format=format, backend=backend)
+        return [found.masks, found.areas, found.boxes]
+
+    def check(backend: str, x: dict[str, Tensor], found: list) -> None:
+        arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+        truth, ordinary = (
+            oracle({**given, "mask_logits": x["logits"]}, d) for d in (torch.float64, arithmetic)
+        )
+        masks = kernels.BinaryMasks(*found)
+        if special:  # how far rounding reaches depends on the cells
+            truth = ordinary = masks.masks.double() - 0.5
+        assert_masks(backend, masks, truth, ordinary)
+        bits, *rest = ours(backend, "packed", **x)
+        assert torch.equal(unpacked(bits, size[1]), found[0]) and torch.equal(rest[0], found[1])
+        encoded, *rest = ours(backend, "rle", **x)
+        again = kernels.mask_binarize(found[0].double(), size, threshold=0.5, format="rle", backend="eager")
+        assert encoded == again.masks and torch.equal(rest[1], found[2])
+
+    call = Call({"logits": logits}, ours, None, (), dtype, special=special, check=check)
+    if draw.maybe(0.1):
+        wrong = {
+            "mask_logits": [logits[0] if batch else logits[..., 0], logits.to(torch.int32), [], None],
+            "size": [(3,), 3, (0, 4), (1.5, 2), None, (2**16, 2**16)],
+            "boxes": [torch.zeros(3, 4), [], torch.zeros(batch, count, 4, dtype=torch.bool)],
+            "threshold": [math.nan, math.inf, "x", None],
+            "format": ["coco", None, 1],
+        }
+        call.bad, call.ours = corrupted(
+            draw, wrong, kernels.mask_binarize, {"mask_logits": logits, "size": size}
+        )
+    return call
+
+
 OPERATORS: dict[str, Callable[[Draw], Call]] = {
     "fused_atm": lambda draw: attention(draw, True),
     "query_attention": lambda draw: attention(draw, False),
     "subsample_layer_norm": norm,
+    "mask_binarize": binarize,
     "mask_loss": loss,
     "mask_matching_cost": matching,
     "semantic_argmax": argmax,

@@ -141,6 +141,15 @@ def check_query_attention(dtype: torch.dtype) -> None:
     check(BY_NAME["odd"], dtype, BY_ID["cuda"])
 
 
+def check_mask_binarize(dtype: torch.dtype) -> None:
+    from test_mask_binarize_native import check
+
+    from segvit_kernels.testing.mask_binarize import BinarizeCase
+
+    case = BinarizeCase("box", 1, 2, (6, 5), (40, 70), boxes=True, coherent=True)
+    check(case.name, case.inputs(dtype), "cuda")
+
+
 def check_mask_loss(dtype: torch.dtype) -> None:
     from test_mask_loss_native import CASES, test_case, test_matching_cost
 
@@ -175,6 +184,7 @@ def check_panoptic_argmax(dtype: torch.dtype) -> None:
 CHECKS = (
     check_atm,
     check_query_attention,
+    check_mask_binarize,
     check_mask_loss,
     check_semantic_argmax,
     check_panoptic_argmax,

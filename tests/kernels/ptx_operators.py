@@ -16,6 +16,7 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 
 import ptx_battery
 import test_atm as atm
+import test_mask_binarize_triton as mask_binarize
 import test_mask_loss_triton as mask_loss
 import test_panoptic_argmax as panoptic_argmax
 import test_query_attention as query_attention
@@ -43,6 +44,10 @@ def check_atm(dtype):
 
 def check_query_attention(dtype):
     query_attention.check(query_attention.BY_NAME["odd"], dtype, BY_ID["triton"], deterministic=False)
+
+
+def check_mask_binarize(dtype):
+    mask_binarize.check(mask_binarize.FEW[2], dtype)
 
 
 def check_mask_loss(dtype):

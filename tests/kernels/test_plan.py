@@ -24,6 +24,7 @@ from segvit_kernels.triton import (
     _launch,
     _plan,
     atm,
+    mask_binarize,
     mask_loss,
     panoptic_argmax,
     query_attention,
@@ -227,6 +228,17 @@ def panoptic(draw):
     return [(panoptic_argmax.panoptic_argmax, (masks, scores, 16, 24, *resized, *resized, *options))]
 
 
+def binaries(draw):
+    logits = tensor(draw, draw.choice([1, 2]), 5, 4, 6)
+    boxes = draw.choice([None, torch.ones(*logits.shape[:2], 4)])
+    return [
+        (
+            mask_binarize.mask_binarize,
+            (logits, boxes, 16, 24, draw.choice([0.0, 0.5]), draw.choice([0, 1, 2])),
+        )
+    ]
+
+
 def norms(draw):
     batch, channels, place = draw.choice([1, 2]), draw.choice([33, 64]), (3, 4, 2, 1)
     x = tensor(draw, batch, 13, channels)
@@ -259,6 +271,7 @@ def again(args):
 DRAWN = {
     "atm": lambda draw: attention(draw, True),
     "query_attention": lambda draw: attention(draw, False),
+    "mask_binarize": binaries,
     "mask_loss": losses,
     "semantic_argmax": argmax,
     "panoptic_argmax": panoptic,

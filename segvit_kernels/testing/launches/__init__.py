@@ -21,7 +21,15 @@ from typing import Any
 
 from segvit_kernels.testing.machine_code import Code, disassembled, instruction_mix, serialised
 
-OPERATORS = ("atm", "mask_loss", "panoptic_argmax", "query_attention", "semantic_argmax", "subsample_norm")
+OPERATORS = (
+    "atm",
+    "mask_binarize",
+    "mask_loss",
+    "panoptic_argmax",
+    "query_attention",
+    "semantic_argmax",
+    "subsample_norm",
+)
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
