@@ -6,7 +6,7 @@ from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import mask_binarize
 
 KERNELS = {
-    "_mask_binarize_kernel": Demand(32, barriers=0),
+    "_mask_binarize_kernel": Demand(24, barriers=0),
     "_mask_binarize_merge_kernel": Demand(12, barriers=0),
 }
 
