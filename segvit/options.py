@@ -26,6 +26,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "InferenceOptions",
+    "PackConfig",
     "PredictConfig",
     "ServeConfig",
     "TrainConfig",
@@ -165,8 +166,8 @@ class DataOptions(LabelOptions):
     data: str = option(
         ...,
         "folder of pictures and label maps in a usual layout; ade20k:FOLDER, pascal-context:, "
-        "pascal-context-60:, coco-stuff:, coco-panoptic:, cityscapes:, voc: for these in their own files; or "
-        "'synthetic'",
+        "pascal-context-60:, coco-stuff:, coco-panoptic:, cityscapes:, voc: for these in their own files; "
+        "shards, 'FOLDER/{00000..00123}.tar'; or 'synthetic'",
     )
 
 
@@ -533,6 +534,21 @@ class DataConfig(LabelOptions):
         "data-check.png", "contact sheet to write: pictures with their labels over them"
     )
     pictures: int = option(24, "pictures on the contact sheet", at_least=1, at_most=400)
+    channels: int = option(
+        3, "channels of the pictures: 3 for RGB, 1 for grey, or the number they have", at_least=1
+    )
+    progress: bool = option(True, "show a progress bar")
+
+
+@dataclass(kw_only=True)
+class PackConfig(LabelOptions):
+    """Packing"""
+
+    folder: str = option(
+        ..., "folder of pictures and label maps; as --data of `segvit train`", positional=True
+    )
+    out: str = option(..., "folder for the shards", positional=True)
+    pictures: int = option(1000, "pictures of a shard, at most", at_least=1)
     channels: int = option(
         3, "channels of the pictures: 3 for RGB, 1 for grey, or the number they have", at_least=1
     )

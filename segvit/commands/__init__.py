@@ -7,6 +7,7 @@ from segvit.options import (
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
+    PackConfig,
     PredictConfig,
     ServeConfig,
     TrainConfig,
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
         "how fast a model runs on this machine, where the time goes, and what to switch on",
     ),
     "data check": (DataConfig, "what a folder of images and label maps holds, and how it is understood"),
+    "data pack": (PackConfig, "write a data set as tars with an index, which train and evaluate read"),
     "demo": (DemoConfig, "train a small model on synthetic data and write an HTML report"),
 }
 # What stands behind the command, for its usage.
@@ -37,4 +39,5 @@ OPERANDS = {
     "export": "CHECKPOINT OUT ",
     "bench": "MODEL ",
     "data check": "FOLDER ",
+    "data pack": "FOLDER OUT ",
 }

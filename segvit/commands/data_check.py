@@ -15,11 +15,13 @@ from segvit.data.check import Understood, files_table, look, open_training
 from segvit.data.inspection import Facts
 from segvit.data.layouts import find_layout
 from segvit.data.pictures import as_rgb, read_image
+from segvit.data.shards import Shards, are_shards
 from segvit.options import DataConfig
 from segvit.pictures.contact_sheet import contact_sheet
 from segvit.pictures.palette import class_palette
 from segvit.pictures.visualize import MADE_HERE, save_picture
 from segvit.system.files import atomic_write, check_result_file
+from segvit.system.progress import progress_bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +35,8 @@ def run(config: DataConfig) -> int:
     Raises:
         ValueError, OSError: what training or evaluation on this folder would end with.
     """
+    if are_shards(config.folder):
+        return _check_shards(config)
     if config.sheet:
         check_result_file("sheet", config.sheet, ".png", MADE_HERE)
     layout = find_layout(config.folder, config.image_pattern, config.label_pattern, config.split_list)
@@ -70,6 +74,30 @@ def run(config: DataConfig) -> int:
         print(f"\n{len(places)} pictures with their labels: {config.sheet}", flush=True)
     if trouble:
         raise ValueError(trouble)
+    return 0
+
+
+def _check_shards(config: DataConfig) -> int:
+    """Read every sample of shards, and print how many pixels each class has."""
+    problems = []
+    for split in Shards(config.folder).splits:
+        dataset = Shards(config.folder, split, channels=config.channels, value_range=config.value_range)
+        names = dataset.class_names or tuple(f"class {i}" for i in range(dataset.num_classes))
+        pixels = np.zeros(len(names), np.int64)
+        with progress_bar(config.progress) as bar:
+            for index in bar.track(range(len(dataset)), description=split):
+                try:
+                    label = dataset[index]["label"]
+                except ValueError as error:
+                    problems.append(str(error))
+                    continue
+                pixels += np.bincount(label[label != dataset.ignore_index], minlength=len(names))
+        print(*dataset.check(), sep="\n")
+        order = [index for index in np.argsort(-pixels, kind="stable") if pixels[index]]
+        _print([("class", "pixels"), *((names[i], f"{pixels[i] / pixels.sum():.2%}") for i in order)])
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{problems[0]}{more}")
     return 0
 
 

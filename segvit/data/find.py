@@ -113,6 +113,8 @@ def _one_opens(found: list[Found]) -> list[Found]:
     problems = []
     for picture in found:
         try:
+            if not picture.file.is_file():
+                raise FileNotFoundError(f"{picture.name}: no such image file")
             probe(picture.open())
             break
         except (ValueError, OSError, ImportError) as error:

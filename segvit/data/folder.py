@@ -25,6 +25,7 @@ from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
 from segvit.data.layouts import Listing, find_layout
 from segvit.data.names import ClassList, read_classes
 from segvit.data.pictures import StoredLabel, colours_problem, read_image
+from segvit.data.shards import Shards, are_shards
 from segvit.data.synthetic import SyntheticShapes
 from segvit.options import LabelOptions
 
@@ -437,7 +438,20 @@ def open_dataset(
     synthetic_size: int = 96,
     **options: Any,
 ) -> Dataset:
-    """`data` as on the command line: "synthetic", or the folder of a `SegmentationFolder` (`options`)."""
+    """`data` as on the command line: "synthetic", shards, or a `SegmentationFolder`'s folder (`options`).
+
+    Raises:
+        ValueError: options that shards do not take, which have their names and classes inside; and as those.
+    """
     if data == "synthetic":
         return SyntheticShapes(split, synthetic_length, synthetic_size)
+    if are_shards(data):
+        for name in ("names", "label_mapping", "image_pattern", "label_pattern", "split_list"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}: not with shards, which have classes and labels inside")
+        taken = ("ignore_index", "channels", "value_range")
+        shards = Shards(data, split, **{name: options[name] for name in taken if name in options})
+        if options.get("reduce_zero_label", "auto") not in ("auto", shards.reduce_zero_label):
+            raise ValueError("reduce_zero_label: not with shards, which have classes and labels inside")
+        return shards
     return SegmentationFolder(data, split, **options)

@@ -28,13 +28,13 @@ from typing import Any
 
 from segvit.system.failures import one_line
 from segvit.system.files import atomic_write, locked, replace
+from segvit.system.tars import BLOCK, END, tar_member
 from segvit.system.text import read_json
 
 __all__ = ["CannotWriteError", "Files", "Output", "Record", "Tars", "Writer"]
 
 Writer = Callable[[Any], Any]  # takes a path, or a binary file
 _SETTINGS = "manifest.json"
-_BLOCK = 512
 
 
 class CannotWriteError(OSError):
@@ -286,7 +286,7 @@ class Tars:
                 if self._file is None:
                     self._path, self._lines = path.with_name(f"{path.name}.part"), []
                     self._file = self._path.open("wb", buffering=0)
-                _append(self._file, b"".join(_member(name, data) for name, data in members))
+                _append(self._file, b"".join(tar_member(name, data) for name, data in members))
                 self._lines.append(line)
                 if len(self._lines) >= self.pictures:
                     self._finish()
@@ -316,7 +316,7 @@ class Tars:
             self._file = None
             self._path.unlink()
             return
-        _append(self._file, bytes(2 * _BLOCK))
+        _append(self._file, END)
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
@@ -329,19 +329,13 @@ class Tars:
 Output = Files | Tars
 
 
-def _member(name: str, data: bytes) -> bytes:
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    return header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape") + data + bytes(-len(data) % _BLOCK)
-
-
 def _groups(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Of every picture whose files are whole in a tar that may be cut off: where they end, and its line."""
     with path.open("rb") as file, suppress(tarfile.TarError):
         size = os.fstat(file.fileno()).st_size
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                end = member.offset_data + member.size + -member.size % _BLOCK
+                end = member.offset_data + member.size + -member.size % BLOCK
                 if end > size:
                     return
                 if member.name.endswith(".json"):

@@ -20,6 +20,7 @@ from typing import Any
 
 import segvit_kernels
 from segvit.data import SegmentationFolder, check_data, folder_options, open_dataset
+from segvit.data.shards import Shards
 from segvit.model.losses import weights_of_classes
 from segvit.options import TrainConfig
 from segvit.system.interrupts import Interrupted, Interrupts, obey_parent
@@ -69,7 +70,7 @@ def train(config: TrainConfig, training: Any = None, validation: Any = None) -> 
     if validation is None:
         validation = data("validation", config.synthetic_validation)
     understood = check_data(training, validation)
-    if isinstance(training, SegmentationFolder) and not training.known:  # what the files said, for the record
+    if isinstance(training, (SegmentationFolder, Shards)) and not training.known:  # for the run's record
         config = dataclasses.replace(config, reduce_zero_label=training.reduce_zero_label)
     weights = config.class_weights
     if not isinstance(weights, str):

@@ -553,7 +553,7 @@ def _check_result(words: list[str], root: Path) -> None:
     """A run that went well gave what it should."""
     from segvit.commands.parser import parse
 
-    command = "data check" if words[0] == "data" else words[0]
+    command = " ".join(words[:2]) if words[0] == "data" else words[0]
     config = parse(command, words[len(command.split()) :])
     if command == "predict":
         from segvit.data.find import find_pictures

@@ -481,6 +481,12 @@ def test_a_tree_its_list_and_its_tar_give_the_same(model, checkpoint, tree, tmp_
             line["error"] for line in lines_of(out).values() if "error" in line
         )
         assert not list(out.glob(".*")) and not list(out.rglob("*overlay*"))
+    listed.write_text("nowhere.png\n")
+    with pytest.raises(ValueError, match=r"^nowhere\.png: no such image file"):
+        predict(checkpoint, tmp_path / "none", [listed])
+    listed.write_text(f"nowhere.png\n{tree / 'a.png'}\n")
+    with pytest.raises(ValueError, match=r"1 of 2 pictures are done, .* failed: nowhere\.png: no such image"):
+        predict(checkpoint, tmp_path / "one", [listed])
     whole = packed.read_bytes()
     packed.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"tree\.tar: no whole, uncompressed tar"):

@@ -1,0 +1,182 @@
+"""A data set in tars, as `segvit data pack` writes it (`segvit.data.pack`).
+
+    SHARDS/00000.tar     pictures as they were, NAME.jpg, and label maps, NAME.label.png: classes, the largest
+                         number of 8 or 16 bits for pixels without one (WebDataset's names)
+    SHARDS/00000.json    its index: the split, names and places of its samples, its length, what all share
+    SHARDS/shards.json   which tars there are
+
+Samples have the order of the folder that was packed, and its names: a run draws the same ones at the same
+steps from either, and may go on from one with the other.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from segvit.data.pictures import PictureBytes, read_image
+from segvit.system.extras import require
+from segvit.system.failures import one_line
+from segvit.system.text import read_json
+
+__all__ = ["LIST", "Shards", "are_shards", "label_kind", "read_index"]
+
+LIST = "shards.json"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_KINDS = {"names": list, "pictures": list, "labels": list, "split": str, "bytes": int, "data": dict}
+
+
+def are_shards(data: str) -> bool:
+    """Whether `data` on the command line names shards: a pattern of tars, or their folder."""
+    return data.lower().endswith(".tar") or (Path(data) / LIST).is_file()
+
+
+def label_kind(num_classes: int) -> tuple[type, int]:
+    """The type of stored labels, and the number of pixels without class."""
+    return (np.uint8, 255) if num_classes <= 255 else (np.uint16, 65535)
+
+
+def read_index(tar: Path) -> dict[str, Any]:
+    """What stands beside a shard.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, or none.
+    """
+    path = tar.with_suffix(".json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it is the index of {tar.name} (segvit data pack)")
+    index = read_json(path, dict)
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(index.get(name), kind)]
+    if wrong or len({len(index[name]) for name in ("names", "pictures", "labels")}) != 1:
+        raise ValueError(f"{path}: no index of a shard ({', '.join(wrong) or 'lists of several lengths'})")
+    return index
+
+
+def _expand(pattern: str) -> list[Path]:
+    """'a/{00000..00002}.tar' -> its three files; '*' stands for what is there."""
+    names = [pattern]
+    while match := _RANGE.search(names[0]):
+        low, high = match[1], match[2]
+        if int(low) > int(high) or int(high) - int(low) >= 1 << 20:
+            raise ValueError(f"data: got {match[0]} in {pattern!r}, expected a number and a larger one")
+        numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
+        names = [_RANGE.sub(number, name, count=1) for name in names for number in numbers]
+    paths = [Path(name) for name in names]
+    if any("*" in name for name in names):
+        paths = [path for one in paths for path in sorted(one.parent.glob(one.name))]
+    return paths
+
+
+def _listed(path: Path) -> list[str]:
+    names = read_json(path, dict).get("shards")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: no list of shards")
+    return names
+
+
+class Shards(Dataset):
+    """A split of a data set in shards; items and attributes as those of `SegmentationFolder`.
+
+    Args:
+        data: the folder, or a pattern of tars, 'shards/{00000..00012}.tar', of which those of other splits do
+            not count.
+        split: "training" or "validation".
+        ignore_index: the label of pixels without a class.
+        channels, value_range: see `segvit.data.read_image`.
+
+    Attributes:
+        splits: all that the shards have.
+
+    Raises:
+        FileNotFoundError: a shard or its index is missing, or there is none of the split.
+        ValueError: a shard is truncated, or shards are of several data sets; when an item is read, one that
+            cannot be decoded.
+    """
+
+    known = None
+
+    def __init__(
+        self,
+        data: str,
+        split: str = "training",
+        *,
+        ignore_index: int = 255,
+        channels: int = 3,
+        value_range: Sequence[float] = (),
+    ) -> None:
+        folder = Path(data)
+        listed = folder / LIST
+        self.tars = [folder / name for name in _listed(listed)] if listed.is_file() else _expand(data)
+        self.root = self.tars[0].parent if self.tars else folder
+        self.split, self.ignore_index = split, ignore_index
+        self.channels, self.value_range = channels, tuple(value_range) or None
+        self.files: list[tuple[Path, str]] = []
+        self._places: list[tuple[int, int, int, int, int]] = []
+        shared: dict[str, Any] | None = None
+        splits: set[str] = set()
+        self._count = 0
+        for number, tar in enumerate(self.tars):
+            if not tar.is_file():
+                raise FileNotFoundError(f"{tar}: no such shard")
+            index = read_index(tar)
+            if (size := tar.stat().st_size) != index["bytes"]:
+                raise ValueError(
+                    f"{tar}: {size:,} bytes, {index['bytes']:,} when it was written: truncated or changed"
+                )
+            if shared is not None and shared != index["data"]:
+                raise ValueError(f"{tar}: is of another data set than {self.tars[0].name}")
+            shared = index["data"]
+            splits.add(index["split"])
+            if index["split"] != split:
+                continue
+            self._count += 1
+            self.files += [(self.root / name, name) for name in index["names"]]
+            pairs = zip(index["pictures"], index["labels"], strict=True)
+            self._places += [(number, *picture, *label) for picture, label in pairs]
+        self.splits = sorted(splits)
+        if shared is None or split not in splits:
+            here = ", ".join(self.splits) or "none"
+            raise FileNotFoundError(f"{data}: no shard of {split} (splits here: {here})")
+        self.num_classes = shared["num_classes"]
+        self.class_names = None if shared["class_names"] is None else tuple(shared["class_names"])
+        colours = shared["palette"]
+        self.palette = None if colours is None else tuple(tuple(colour) for colour in colours)
+        self.reduce_zero_label = shared["reduce_zero_label"]
+        if 0 <= ignore_index < self.num_classes:
+            raise ValueError(
+                f"ignore_index: got {ignore_index}, which is one of the {self.num_classes} classes"
+            )
+
+    def check(self) -> list[str]:
+        """A line that says what there is."""
+        what = f"{len(self):,} pictures of {self.split} in {self._count:,} shards"
+        return [f"data: {what}, {self.num_classes} classes"]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
+        number, start, length, label_start, label_length = self._places[index]
+        tar, name = self.tars[number], self.files[index][1]
+        with tar.open("rb") as file:
+            file.seek(start)
+            picture = file.read(length)
+            file.seek(label_start)
+            data = file.read(label_length)
+        image = read_image(PictureBytes(picture, f"{tar}: {name}"), self.channels, self.value_range)
+        try:
+            with require("PIL.Image", extra="train").open(io.BytesIO(data)) as stored:
+                values = torch.from_numpy(np.array(stored).astype(np.int64))
+        except Exception as error:  # Pillow's have many classes
+            raise ValueError(
+                f"{tar}: the label map of {name} cannot be decoded ({one_line(error)})"
+            ) from None
+        label = torch.where(values == label_kind(self.num_classes)[1], self.ignore_index, values)
+        return {"image": image, "label": label, "name": Path(name).stem}
