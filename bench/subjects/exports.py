@@ -110,8 +110,8 @@ run = lambda pictures: program(torch.from_numpy(pictures))[0].numpy()
 _PROGRAM = """
 import tempfile, zipfile, torch
 torch.set_num_threads(threads)
-with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-    torch.ops.load_library(archive.extract("program/segvit/libsegvit_native.so", folder))
+with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as place:
+    torch.ops.load_library(archive.extract("program/segvit/libsegvit_native.so", place))
 program = torch._inductor.aoti_load_package(path)
 run = lambda pictures: program(torch.from_numpy(pictures)).numpy()
 """
