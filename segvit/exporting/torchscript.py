@@ -59,7 +59,7 @@ class _Script:
                 warnings.simplefilter("ignore")
                 self.script = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = str(error).strip().splitlines()[0].split(". ")[0][:200]
             raise ValueError(f"{path}: TorchScript cannot load it ({reason})") from None
         text = extra[KEY]
         self.text = text.decode() if isinstance(text, bytes) else text

@@ -283,6 +283,9 @@ def test_torchscript(model, folder):
     assert_same_up_to_ties(found.predict(images), tiny_model(), images)
     with pytest.raises(ValueError, match="size"):
         segvit.export(model, folder / "y.torchscript")
+    (folder / "broken.torchscript").write_bytes((folder / "x.torchscript").read_bytes()[:999])
+    with pytest.raises(ValueError, match=r"broken\.torchscript: TorchScript cannot load it \([^.]*\)$"):
+        open_model(folder / "broken.torchscript")
 
 
 def test_openvino_takes_any_size_from_the_graph(anything):
