@@ -151,12 +151,11 @@ def check_mask_binarize(dtype: torch.dtype) -> None:
 
 
 def check_mask_loss(dtype: torch.dtype) -> None:
-    from test_mask_loss_native import CASES, test_case, test_matching_cost
+    from test_mask_loss import BY_NAME, test_case, test_matching_cost
 
     for name in ("stacked", "matched_labels", "bool_masks", "soft_masks"):
-        case = next(case for case in CASES if case.name == name)
-        test_case(case, dtype, "cuda", None)
-    test_matching_cost(case, dtype, "cuda", None)
+        test_case(BY_NAME[name], BY_ID["cuda"], dtype, None)
+    test_matching_cost(BY_NAME[name], dtype, BY_ID["cuda"], None)
 
 
 def check_semantic_argmax(dtype: torch.dtype) -> None:

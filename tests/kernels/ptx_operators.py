@@ -17,19 +17,21 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_battery
 import test_atm as atm
 import test_mask_binarize_triton as mask_binarize
-import test_mask_loss_triton as mask_loss
+import test_mask_loss as mask_loss
 import test_panoptic_argmax as panoptic_argmax
 import test_query_attention as query_attention
 import test_semantic_argmax_triton as semantic_argmax
 import test_subsample_norm as subsample_norm
 import torch
 from backends import BY_ID, Launchers
+from mask_loss_calls import Call, check_matching
 
 from segvit_kernels.ops.semantic_argmax import View
 from segvit_kernels.testing import ptx
 from segvit_kernels.testing.launches import OPERATORS, module
 from segvit_kernels.testing.semantic_argmax import SemanticCase
-from segvit_kernels.triton import atm as kernels
+from segvit_kernels.triton import atm as atm_kernels
+from segvit_kernels.triton import mask_loss as mask_loss_kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,7 +41,7 @@ ONE_VIEW = SemanticCase("view", ((1, 5, 7),), 20, 7, (30, 41), (View.whole(0, (5
 def check_atm(dtype):
     case = dataclasses.replace(atm.SMALL, heads=1, broadcast=True)
     for plan in ({"splits": 2}, {"plan": "heads"}):
-        atm.check(case, dtype, Launchers(kernels, {"atm_fwd": plan}), deterministic=False)
+        atm.check(case, dtype, Launchers(atm_kernels, {"atm_fwd": plan}), deterministic=False)
 
 
 def check_query_attention(dtype):
@@ -51,13 +53,13 @@ def check_mask_binarize(dtype):
 
 
 def check_mask_loss(dtype):
-    config, few = mask_loss.kernels._config, mask_loss.FEW
-    mask_loss.kernels._config = lambda *arguments: {**config(*arguments), **few}
-    case = next(case for case in mask_loss.CASES if case.name == "bool_masks")
-    mask_loss.test_on_the_device(case, dtype, "cpu")
-    call = mask_loss.Call.draw(2, 20, [(5, 7)], (21, 37), torch.uint8, 7, dtype=dtype)
-    mask_loss._check_matching(call, {**few, "programs": 8})  # several to a tile, whose sums are added
-    mask_loss.kernels._config = config
+    config, few = mask_loss_kernels._config, mask_loss.FEW
+    mask_loss_kernels._config = lambda *arguments: {**config(*arguments), **few}
+    mask_loss.test_case(mask_loss.BY_NAME["bool_masks"], BY_ID["triton"], dtype, None)
+    call = Call.draw(2, 20, [(5, 7)], (21, 37), torch.uint8, 7, dtype=dtype)
+    several = {**few, "programs": 8}  # to a tile, whose sums are added
+    check_matching(call, Launchers(mask_loss_kernels, {"mask_matching_sums": several}))
+    mask_loss_kernels._config = config
 
 
 def check_panoptic_argmax(dtype):
