@@ -6,6 +6,7 @@ import sys
 
 from segvit.options import TrainConfig
 from segvit.system.interrupts import Interrupted
+from segvit.system.machine import first_process
 from segvit.training.score import miou_text
 from segvit.training.train import train
 
@@ -17,6 +18,8 @@ def run(config: TrainConfig) -> int:
     except Interrupted as error:
         print(f"segvit train: {error}", file=sys.stderr)
         return 128 + error.signum
+    if not first_process():
+        return 0
     score = miou_text(result["miou"]) or "no labelled pixel to evaluate"
     best = f" (best {100 * result['best_miou']:.2f})" if result["best_miou"] is not None else ""
     minutes = result["seconds"] / 60

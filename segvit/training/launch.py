@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,8 @@ def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: An
             torch.save(result, file)
         return None
     except RuntimeError as error:
+        if fabric.world_size > 1 and re.search(r"Connection (closed|reset) by peer", str(error)):
+            raise OSError("another of the processes has ended, which says why; --resume goes on") from None
         if "DataLoader worker" not in str(error):
             raise
         reason = "as when memory is short, of which fewer need less"

@@ -3,6 +3,7 @@
     python kill.py --kills 200      kill -9 at so many random moments, half of them with two processes
     python kill.py --points 1       kill -9, and a full disk, at every single operation on files
     python kill.py --points 7       at every seventh
+    python kill.py --nodes          one process, two nodes of one and of two: one curve; a process that ends
 
 Every run is a child forked from this process, which has imported all that it imports. After the last try of a
 run its weights, optimizer, random states, log, evaluation and links are compared with the undisturbed run's,
@@ -50,14 +51,15 @@ def options(folder: Path, **changes: object) -> TrainConfig:
 
 
 class Run:
-    """Children that train in one folder: one, or two as torchrun would start them."""
+    """Children that train in one folder: one, or several as torchrun would start them, on so many nodes."""
 
-    def __init__(self, config: TrainConfig, processes: int = 1, hook: object = None) -> None:
+    def __init__(self, config: TrainConfig, processes: int = 1, hook: object = None, nodes: int = 1) -> None:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
         self.children = [
-            _fork(lambda rank=rank: _child(config, rank, processes, port, hook)) for rank in range(processes)
+            _fork(lambda rank=rank: _child(config, rank, processes, port, hook, nodes))
+            for rank in range(processes)
         ]
 
     def wait(self, seconds: float) -> list[int] | None:
@@ -99,15 +101,16 @@ def _fork(work: object) -> int:
     return child
 
 
-def _child(config: TrainConfig, rank: int, processes: int, port: int, hook: object) -> int:
+def _child(config: TrainConfig, rank: int, processes: int, port: int, hook: object, nodes: int = 1) -> int:
     log = os.open(f"{config.out}.{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if processes > 1:
         os.environ |= {
             "TORCHELASTIC_RUN_ID": "kill", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
+            "RANK": str(rank), "LOCAL_RANK": str(rank % (processes // nodes)), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes // nodes), "GROUP_RANK": str(rank // (processes // nodes)),
+            "GROUP_WORLD_SIZE": str(nodes),
             "ROLE_RANK": str(rank), "ROLE_WORLD_SIZE": str(processes),
         }  # fmt: skip
     if hook is not None:
@@ -282,6 +285,57 @@ def at_every_operation(root: Path, stride: int, kind: str, expected: dict) -> st
             point += stride
 
 
+def several_nodes(root: Path) -> str:
+    """One curve of losses whatever the processes, also when others go on; one that ends ends all."""
+    changes = {
+        "model": {**MODEL, "decoder_dropout": 0.0, "drop_path": 0.0}, "max_steps": 20, "ema": None,
+        "checkpoint_every": 10, "keep_checkpoints": "all", "evaluate_every": 0, "log_every": 1,
+    }  # fmt: skip
+    curves = {}
+    for processes in (1, 2, 4):
+        config = options(root / f"nodes{processes}", batch_size=4 // processes, **changes)
+        if (codes := Run(config, processes, nodes=min(2, processes)).wait(300)) != [0] * processes:
+            raise FoundError(f"{config.out}: exit codes {codes}: {_logs(config)}")
+        curves[processes] = _losses(config)
+    # What four have begun one finishes.
+    shutil.rmtree(root / "nodes4" / "checkpoints" / "20")
+    config = options(root / "nodes4", batch_size=4, **changes)
+    if (codes := Run(config).wait(300)) != [0]:
+        raise FoundError(f"{config.out}: resumed, exit codes {codes}: {_logs(config)}")
+    curves["4, then 1"] = _losses(config)
+    for processes, losses in curves.items():
+        apart = max(abs(a - b) for a, b in zip(losses, curves[1], strict=True))
+        if apart > 1e-5 or len(losses) != 20 or max(losses) - min(losses) < 0.1:
+            raise FoundError(f"{processes} processes: losses {losses}, by one process {curves[1]}")
+    # One is killed: the other ends by itself, with a line, and the same command goes on.
+    config = options(root / "killed", batch_size=2, **{**changes, "max_steps": 100000})
+    run = Run(config, 2, nodes=2)
+    while not (root / "killed" / "checkpoints" / "10").is_dir():
+        if run.wait(0.02) is not None:
+            raise FoundError(f"{config.out}: ended: {_logs(config)}")
+    os.kill(run.children[1], signal.SIGKILL)
+    codes = run.wait(60)
+    if codes != [2, -signal.SIGKILL] or "another of the processes has ended" not in _logs(config):
+        raise FoundError(f"{config.out}: exit codes {codes} after one was killed: {_logs(config)}")
+    step = max(
+        int(path.name) for path in (root / "killed" / "checkpoints").iterdir() if path.name.isdecimal()
+    )
+    config = options(root / "killed", batch_size=2, **{**changes, "max_steps": step + 10})
+    if (codes := Run(config, 2, nodes=2).wait(300)) != [0, 0] or len(_losses(config)) != step + 10:
+        raise FoundError(f"{config.out}: resumed after a kill, exit codes {codes}: {_logs(config)}")
+    return "3 numbers of processes, 2 nodes: one curve, resumed by others; a killed process ends all"
+
+
+def _losses(config: TrainConfig) -> list[float]:
+    with (Path(config.out) / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def _logs(config: TrainConfig) -> str:
+    out = Path(config.out)
+    return "".join(path.read_text() for path in out.parent.glob(f"{out.name}.*.log"))[-2000:]
+
+
 def _one_line_and_nothing_temporary(config: TrainConfig, point: int) -> None:
     log = Path(f"{config.out}.0.log").read_text().splitlines()
     errors = [line for line in log if line.startswith("OSError: ")]
@@ -296,6 +350,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--points", type=int, default=0)
+    parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -303,6 +358,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         import_what_runs_import(options(root / "first"))
+        if arguments.nodes:
+            try:
+                print(several_nodes(root), flush=True)
+            except FoundError as error:
+                print(error)
+                return 1
+        if not (arguments.kills or arguments.points):
+            return 0
         for processes in (1, 2) if arguments.kills else (1,):
             config = options(root / f"whole{processes}")
             before = time.monotonic()

@@ -12,9 +12,9 @@ TESTS = Path(__file__).resolve().parent
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_disturbed_runs_go_on_bitwise():
-    command = [sys.executable, str(TESTS / "kill.py"), "--kills", "4", "--points", "101"]
+    command = [sys.executable, str(TESTS / "kill.py"), "--kills", "4", "--points", "101", "--nodes"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and all(int(line.split()[0]) >= 2 for line in lines), done.stdout
+    assert len(lines) == 5 and all(int(line.split()[0]) >= 2 for line in lines), done.stdout
