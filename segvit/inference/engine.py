@@ -141,6 +141,8 @@ class _LabelMaps(nn.Module):
         self.runs = passes(size, options, model.config.backbone.patch_size)
         self.network = copy_of(model).eval().unfuse().requires_grad_(False)
         shift, scale = self.network.fold_normalisation(_PIXEL)
+        self.shift: Tensor
+        self.scale: Tensor | None
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
         crops = {run.crop for run in self.runs}

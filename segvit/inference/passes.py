@@ -90,10 +90,11 @@ def check_options(options: InferenceOptions, patch: int) -> None:
     window, stride = options.window, options.stride
     if window is not None and (window < patch or window % patch):
         raise ValueError(f"window: got {window}, expected a multiple of the patch size {patch}")
-    if stride is not None and window is None:
-        raise ValueError(f"stride: got {stride} without a window")
-    if stride is not None and not 0 < stride <= window:
-        raise ValueError(f"stride: got {stride}, expected 1 to {window}, the window")
+    if stride is not None:
+        if window is None:
+            raise ValueError(f"stride: got {stride} without a window")
+        if not 0 < stride <= window:
+            raise ValueError(f"stride: got {stride}, expected 1 to {window}, the window")
     if not options.scales:
         raise ValueError("scales: got none, expected positive numbers")
 
@@ -151,7 +152,7 @@ def label_maps(model: Segmenter, images: Tensor, options: InferenceOptions) -> T
     Raises:
         ValueError: options that cannot be; see `passes`.
     """
-    patch, size = model.config.backbone.patch_size, tuple(images.shape[-2:])
+    patch, size = model.config.backbone.patch_size, (images.shape[-2], images.shape[-1])
     runs = passes(size, options, patch)
     outputs = [model(crops) for crops in crops_of(images, runs)]
     grids = tuple(model.mask_grid(run.crop) for run in runs)
@@ -251,7 +252,7 @@ def _together(runs: list[Pass], most: int) -> list[list[Pass]]:
     for run in runs:
         last = chunks[-1] if chunks else None
         same = last and (last[0].resized, last[0].crop) == (run.resized, run.crop)
-        if same and len(last) < most:
+        if last and same and len(last) < most:
             last.append(run)
         else:
             chunks.append([run])

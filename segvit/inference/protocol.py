@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -44,6 +44,15 @@ class Foldable(Segmenter, Protocol):
     """
 
     mean: Tensor
+
+    def eval(self) -> Foldable:
+        """Out of training; returns self."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Foldable:
+        """Whether its parameters have gradients; returns self."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules inside, itself among them."""
 
     def fuse(self) -> Foldable:
         """Fold what depends on parameters alone; returns self."""

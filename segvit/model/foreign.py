@@ -153,10 +153,10 @@ def timm_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _pack(names: dict[str, Tensor], attention: str) -> None:
     """query, key and value of one block to qkv, in place; incomplete ones stay as they are."""
-    weights = [names.get(f"{attention}{part}.weight") for part in "qkv"]
+    weights = [names[key] for part in "qkv" if (key := f"{attention}{part}.weight") in names]
     separate = [f"{attention}{part}.bias" for part in "qkv"]
     split = [f"{attention}{part}_bias" for part in "qkv"]  # EVA and BEiT, whose keys have no bias
-    if all(weight is not None for weight in weights):
+    if len(weights) == 3:
         names[f"{attention}qkv.weight"] = torch.cat(weights)
         for part in "qkv":
             del names[f"{attention}{part}.weight"]
@@ -234,7 +234,8 @@ def _why_doubtful(
     post_norm = "residual post-norm blocks (norms after attention and feed-forward, as in EVA-02-E)"
     keys = [key for key in state if re.search(r"(^|\.)blocks\.0\.", key)]
     ordered = keys != sorted(keys)  # safetensors sorts
-    parts = list(dict.fromkeys(re.search(r"blocks\.0\.(\w+)", key)[1] for key in keys))
+    found = (re.search(r"blocks\.0\.(\w+)", key) for key in keys)
+    parts = list(dict.fromkeys(match[1] for match in found if match))
     parts = [part for part in parts if part in ("attn", "norm1", "mlp", "norm2")]
     if ordered and parts == ["attn", "norm1", "mlp", "norm2"]:
         return f"not a plain ViT: it has {post_norm}"

@@ -6,6 +6,7 @@ Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2, equation 5, with t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class SegViTLoss(nn.Module):
         super().__init__()
         if 0 <= ignore_index < num_classes:
             raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes")
+        self.class_weights: Tensor | None
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.weights = {"class": class_weight, "focal": focal_weight, "dice": dice_weight}
@@ -129,7 +131,7 @@ class SegViTLoss(nn.Module):
             terms[prefix + "class"] = self.weights["class"] * class_term / token_sum
             terms[prefix + "focal"] = self.weights["focal"] * focal / pair_sum
             terms[prefix + "dice"] = self.weights["dice"] * dice / pair_sum
-        return {**terms, "total": sum(terms.values())}
+        return {**terms, "total": cast(Tensor, sum(terms.values()))}
 
     def _check(self, output: SegViTOutput, labels: Tensor) -> None:
         classes, batch = self.num_classes, output.mask_logits.shape[0]
@@ -139,7 +141,7 @@ class SegViTLoss(nn.Module):
             raise ValueError(f"labels must have shape ({batch}, H, W), got {tuple(labels.shape)}")
         for class_logits, mask_logits in [output[:2], *output.auxiliary]:
             if class_logits.shape != (batch, classes, classes + 1):
-                expected = (batch, classes, classes + 1)
+                expected = f"({batch}, {classes}, {classes + 1})"
                 raise ValueError(f"class_logits must have shape {expected}, got {tuple(class_logits.shape)}")
             if mask_logits.ndim != 4 or mask_logits.shape[:2] != (batch, classes):
                 expected = f"({batch}, {classes}, h, w)"

@@ -252,7 +252,7 @@ def linear(
             unknown.
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
-    around = {"norm": norm, "scale": scale, "residual": residual}
+    around: dict[str, Any] = {"norm": norm, "scale": scale, "residual": residual}
     autograd = transformed(backend) or differentiable(input, weight, bias, *(norm or ())[:2], scale, residual)
     autocast = autocast_dtype(input.device) is not None
     if backend is None and (packed is None or autograd or autocast or input.dtype not in _HALVES):
