@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class _LabelMaps(nn.Module):
         for block in self.network.plain_blocks() if int8 else []:
             unpack_linears(block)
             pack_linears(block, int8=True)
-        freeze(self.network)
+        freeze(cast(nn.Module, self.network))
         # Every stage classifies its tokens: here the last stage's alone, after the network.
         self.class_head = self.network.take_class_head()
         grids = tuple(model.mask_grid(run.crop) for run in self.runs)
