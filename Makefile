@@ -96,7 +96,7 @@ report: $(VENV)/.installed  ## tables and figures of README.md and docs/ from be
 
 # Needs a GPU; as the next target, nothing installed but torch with Triton.
 tune:  ## launch parameters of the Triton kernels, timed on this machine's GPU and pinned
-	for operator in atm query_attention mask_loss semantic_argmax panoptic_argmax subsample_norm; do \
+	for operator in atm query_attention mask_loss semantic_argmax panoptic_argmax mask_iou subsample_norm; do \
 		PYTHONPATH=. $(PYTHON) -m bench tune $$operator || exit; done
 
 # Needs torch and Triton with a GPU, nothing installed: runs from the source tree with the machine's own Python.

@@ -85,6 +85,7 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     p = commands.add_parser("kernels", help="the operators against their peers: correctness, time, memory")
     p.set_defaults(run=_kernels)
     _out(p, own), _machine(p), _budget(p, 540.0), _smoke(p), _names(p, "--peers", "peers")
+    _names(p, "--operators", "operators, on a CPU")
     p.add_argument("--rounds", type=_positive, default=9, help="samples of a peer on a CPU (%(default)s)")
     p.add_argument("--in-process", action="store_true", help="GPU: no child processes (for debugging)")
 
@@ -272,10 +273,14 @@ def _kernels(options: argparse.Namespace) -> int:
     if options.smoke and options.device == "cuda":
         # Triton reads this when it is imported, in the children too.
         os.environ["TRITON_INTERPRET"] = "1"
+    from bench.subjects import operators
+
+    _check_names("--operators", options.operators, list(operators.by_name()), "operator")
     if _device(options) == "cuda":
-        from bench.subjects import operators
         from bench.suites import gpu
 
+        if options.operators:
+            raise OptionError("--operators: for a run on a CPU only")
         operators.check_peers("triton", options.peers)
         plan = gpu.Plan(options.smoke, _checked_dtypes(), options.peers)
         with tempfile.TemporaryDirectory() as folder:
@@ -293,8 +298,9 @@ def _kernels(options: argparse.Namespace) -> int:
             rounds=options.rounds,
             smoke=options.smoke,
             names=options.peers,
+            only=options.operators,
         )
-    return _finish(result, options, _default_out("", _device(options)), options.peers)
+    return _finish(result, options, _default_out("", _device(options)), options.peers or options.operators)
 
 
 def _checked_dtypes() -> tuple[str, ...]:

@@ -27,6 +27,7 @@ OPERATORS = (
     "atm",
     "linear",
     "mask_binarize",
+    "mask_iou",
     "mask_loss",
     "panoptic_argmax",
     "query_attention",

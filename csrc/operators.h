@@ -25,6 +25,9 @@
       Tensor input, Tensor weight, Optional bias, Optional panels, Optional factors, bool gelu,                   \
       Optional norm_weight, Optional norm_bias, double norm_eps, Optional scale, Optional residual);              \
                                                                                                                   \
+  std::tuple<Tensor, Tensor, Tensor> mask_iou(                                                                    \
+      Tensor a, Tensor b, int64_t height, int64_t width, bool soft, double threshold);                            \
+                                                                                                                  \
   std::tuple<Tensor, Tensor, Tensor> panoptic_argmax(                                                             \
       Tensor mask_logits, Tensor scores, int64_t height, int64_t width, int64_t resized_height,                   \
       int64_t resized_width, int64_t crop_height, int64_t crop_width, bool first, bool last, double threshold,    \

@@ -27,6 +27,7 @@ from segvit_kernels.modules import (
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
 from segvit_kernels.ops.linear import PackedWeight, linear, linear_reference, pack_weight, why_not_packed
 from segvit_kernels.ops.mask_binarize import BinaryMasks, mask_binarize, mask_binarize_reference
+from segvit_kernels.ops.mask_iou import MaskIoU, mask_iou, mask_iou_reference
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MaskLossFunction,
@@ -64,6 +65,7 @@ __all__ = [
     "BinaryMasks",
     "Folded",
     "FusedATM",
+    "MaskIoU",
     "MaskLoss",
     "MaskLossFunction",
     "MatchingCost",
@@ -92,6 +94,8 @@ __all__ = [
     "lower_to_native",
     "mask_binarize",
     "mask_binarize_reference",
+    "mask_iou",
+    "mask_iou_reference",
     "mask_loss",
     "mask_loss_reference",
     "mask_matching_cost",

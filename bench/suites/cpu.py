@@ -176,6 +176,7 @@ def run(
     rounds: int = 9,
     smoke: bool = False,
     names: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
     progress: Callable[[str], None] = print,
 ) -> dict:
     """The result of a whole run, as plain data (schema: docs/benchmarking.md).
@@ -223,7 +224,7 @@ def run(
             work = functools.partial(_memory, op, peer, shape, batch)
             section(f"{op.name} {shape} batch {batch} memory of {peer.name}", key, work)
 
-    found = operators.by_name().values()
+    found = [op for name, op in operators.by_name().items() if not only or name in only]
     shapes = {op.name: [(op.tiny.name, op.tiny.batch)] if smoke else list(op.cpu_shapes) for op in found}
     for op in found:
         time_all(op, *shapes[op.name][0])

@@ -43,6 +43,7 @@ OPERATORS = (
     "mask_matching",
     "semantic_argmax",
     "panoptic_argmax",
+    "mask_iou",
     "subsample_norm",
 )
 # What branches on data do: work is done (False), or skipped wherever it may be (True); the truth is between.

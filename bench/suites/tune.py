@@ -115,6 +115,14 @@ SPACES: dict[str, tuple[Space, ...]] = {
             {"block_q": (32, 64), "head": (0, 32, 64), "num_stages": (1, 2, 3), "maxnreg": (0, 128, 168)},
         ),
     ),
+    "mask_iou": (
+        Space(
+            ("mask_iou",),
+            "instances",
+            "forward",
+            {"block": (16, 32, 64), "pixels": (16, 32, 64), "programs": (4, 8), "num_warps": (4, 8)},
+        ),
+    ),
     "panoptic_argmax": (
         Space(
             ("panoptic_argmax",),

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
+#include "resize.h"
 
 namespace segvit {
 
@@ -111,6 +111,25 @@ struct Layout {
     if (memory) array = reinterpret_cast<T*>(memory + bytes);
     bytes += round_up(elements * sizeof(T), 64);
   }
+};
+
+// A ResizeAxis in memory: in float32 and without fused products, as F.interpolate finds its places.
+struct AxisTable {
+  std::vector<int32_t> cells;
+  std::vector<float> shares;
+
+  AxisTable(int64_t size, int64_t count) {
+    int64_t padded = size + 16;
+    cells.resize(padded), shares.resize(padded);
+    float step = static_cast<float>(count) / static_cast<float>(size);
+    for (int64_t i = 0; i < padded; ++i) {
+      volatile float product = (static_cast<float>(std::min(i, size - 1)) + 0.5f) * step;
+      float place = std::clamp(product - 0.5f, 0.0f, static_cast<float>(count - 1));
+      cells[i] = static_cast<int32_t>(place);
+      shares[i] = place - static_cast<float>(cells[i]);
+    }
+  }
+  ResizeAxis view() const { return {cells.data(), shares.data()}; }
 };
 
 }  // namespace segvit

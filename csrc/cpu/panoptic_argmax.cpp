@@ -15,25 +15,6 @@ constexpr int64_t kMostRows = 32, kLongest = 512, kTasksPerThread = 8;
 constexpr int64_t kCellsHeld = 1 << 17;  // floats of scratch memory
 constexpr float kLargestScore = 1e8f;    // of which no product with a mask is infinite
 
-// In float32 and without fused products, as F.interpolate finds its places.
-struct Axis {
-  std::vector<int32_t> cells;
-  std::vector<float> shares;
-
-  Axis(int64_t size, int64_t count) {
-    int64_t padded = size + 16;
-    cells.resize(padded), shares.resize(padded);
-    float step = static_cast<float>(count) / static_cast<float>(size);
-    for (int64_t i = 0; i < padded; ++i) {
-      volatile float product = (static_cast<float>(std::min(i, size - 1)) + 0.5f) * step;
-      float place = std::clamp(product - 0.5f, 0.0f, static_cast<float>(count - 1));
-      cells[i] = static_cast<int32_t>(place);
-      shares[i] = place - static_cast<float>(cells[i]);
-    }
-  }
-  PanopticAxis view() const { return {cells.data(), shares.data()}; }
-};
-
 size_t lay_out(PanopticScratch& s, const PanopticArgmax& args, int64_t queries, char* memory) {
   Layout layout{memory};
   int64_t padded = round_up(queries);
@@ -82,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> panoptic_argmax(
   args.grid_height = mask_logits.size(2), args.grid_width = mask_logits.size(3);
   args.cells_height = crop_height, args.cells_width = crop_width;
   args.resize = resized_height != args.grid_height || resized_width != args.grid_width;
-  Axis cells_y(resized_height, args.grid_height), cells_x(resized_width, args.grid_width);
-  Axis y(height, crop_height), x(width, crop_width);
+  AxisTable cells_y(resized_height, args.grid_height), cells_x(resized_width, args.grid_width);
+  AxisTable y(height, crop_height), x(width, crop_width);
   args.cells_y = cells_y.view(), args.cells_x = cells_x.view(), args.y = y.view(), args.x = x.view();
   args.height = height, args.width = width;
   args.first = first, args.last = last, args.weighted = weighted;

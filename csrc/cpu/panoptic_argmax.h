@@ -1,18 +1,11 @@
 #pragma once
 
-#include "isa.h"
+#include "resize.h"
 
 namespace segvit {
 
 // Pixels of a row that are worked on at a time; cells over which one largest value is kept.
 constexpr int kPanopticTile = 64, kPanopticCells = 16;
-
-// Where the places of an axis lie among cells: the cell before each and the share of the next one. Sixteen more
-// entries than places, copies of the last.
-struct PanopticAxis {
-  const int32_t* cells;
-  const float* shares;
-};
 
 // The queries of an image that take part, by rising index.
 struct PanopticQueries {
@@ -28,9 +21,9 @@ struct PanopticArgmax {
   int64_t grid_height, grid_width;                 // of the masks
   int64_t cells_height, cells_width;               // of what is interpolated to the output
   bool resize;                                     // the latter are interpolated from the masks
-  PanopticAxis cells_y, cells_x;                   // among cells of the masks, if so
+  ResizeAxis cells_y, cells_x;                   // among cells of the masks, if so
   int64_t height, width;
-  PanopticAxis y, x;
+  ResizeAxis y, x;
   bool first, last, weighted;  // σ before or after the last interpolation; score · mask is compared
   float threshold;
   const PanopticQueries* images;

@@ -42,16 +42,6 @@ struct Panoptic {
   int* areas;  // (B, 3, Q), zeros
 };
 
-// In float32, as F.interpolate finds it.
-SEGVIT_DEVICE Place place_of(int i, float step, int cells) {
-  float place = (static_cast<float>(i) + 0.5f) * step - 0.5f;
-  place = fminf(fmaxf(place, 0.0f), static_cast<float>(cells - 1));
-  int before = static_cast<int>(place);
-  return {before, min(before + 1, cells - 1), place - static_cast<float>(before)};
-}
-
-SEGVIT_DEVICE float sigmoid(float x) { return fast_rcp(1 + fast_exp2(x * -kLog2e)); }
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) panoptic_argmax_cells_kernel(const Panoptic a) {
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -13,6 +13,14 @@ struct Place {
   float way;
 };
 
+// In float32, as F.interpolate finds it.
+SEGVIT_DEVICE Place place_of(int i, float step, int cells) {
+  float place = (static_cast<float>(i) + 0.5f) * step - 0.5f;
+  place = fminf(fmaxf(place, 0.0f), static_cast<float>(cells - 1));
+  int before = static_cast<int>(place);
+  return {before, min(before + 1, cells - 1), place - static_cast<float>(before)};
+}
+
 // The four cells of a pixel, as offsets, and its way between them.
 struct Taps {
   int upper_left, upper_right, lower_left, lower_right;
@@ -38,5 +46,7 @@ SEGVIT_DEVICE float interpolate(const T* mask, const Taps& taps, float largest) 
   below += taps.right * (cell(taps.lower_right) - below);
   return above + taps.down * (below - above);
 }
+
+SEGVIT_DEVICE float sigmoid(float x) { return fast_rcp(1 + fast_exp2(x * -kLog2e)); }
 
 }  // namespace segvit::cuda

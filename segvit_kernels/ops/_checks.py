@@ -43,6 +43,21 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     return value
 
 
+def size_pair(name: str, value: Any) -> tuple[int, int]:
+    """A (height, width) of at least 1 × 1.
+
+    Raises:
+        TypeError: a side is no whole number.
+        ValueError: not two of them, or less than 1.
+    """
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} is {value!r}; expected (height, width)")
+    height, width = (whole(name, n) for n in value)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} is {tuple(value)}; expected (height, width), at least 1 x 1")
+    return height, width
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False.
 

@@ -41,12 +41,12 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import unit_stride
-from segvit_kernels.ops._checks import flag, number, whole
+from segvit_kernels.ops._checks import flag, number, size_pair, whole
+from segvit_kernels.ops._resize import finite, upsampled
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = ("sigmoid", "sigmoid_first", "none")
 _MOST_QUERIES = 2**14
-_HUGE = 1e30  # stands for infinity: an infinite logit times an interpolation weight of 0 is not a number
 _LARGEST_SCORE = 1e8  # of which no product with a mask is infinite
 _BUDGET = 2**19  # elements of a block on the CPU: 2 MiB stay in the cache
 
@@ -93,7 +93,7 @@ def panoptic_argmax_reference(
         what :func:`panoptic_argmax` gives, and the products (B, Q, H, W) of scores and masks, −∞ for queries
         that take no part.
     """
-    masks = mask_logits.nan_to_num(nan=-_HUGE).clamp(-_HUGE, _HUGE)
+    masks = finite(mask_logits)
     if resized is not None:
         masks = F.interpolate(masks, size=tuple(resized), mode="bilinear", align_corners=False)
     if crop is not None:
@@ -118,25 +118,6 @@ def panoptic_argmax_reference(
         *(hits.sum((2, 3), dtype=torch.int32) for hits in (won, above, won & above)),
     )
     return result, products
-
-
-def _axis(size: int, cells: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every place of an axis of ``size`` over ``cells`` cells the two cells around it and the share of the
-    second, in the dtype in which ``F.interpolate`` finds them."""
-    place = torch.arange(size, dtype=dtype, device=device).add_(0.5).mul_(cells / size).sub_(0.5)
-    place.clamp_(0, cells - 1)
-    lower = place.long()
-    return lower, (lower + 1).clamp_(max=cells - 1), place.sub_(lower)
-
-
-def _resized(masks: Tensor, height: int, width: int) -> Tensor:
-    """(Q, h, w) to (Q, height, width), bilinear."""
-    for axis, size in ((1, height), (2, width)):
-        if size != masks.shape[axis]:
-            lower, upper, share = _axis(size, masks.shape[axis], masks.dtype, masks.device)
-            share = share[:, None] if axis == 1 else share
-            masks = masks.index_select(axis, lower).lerp_(masks.index_select(axis, upper), share)
-    return masks
 
 
 @torch.no_grad()
@@ -168,20 +149,17 @@ def _eager(
                 continue
         score = scores[b, index].to(dtype).clamp_(max=_LARGEST_SCORE)
         parts = score >= 0
-        masks = mask_logits[b, index].to(dtype).nan_to_num_(nan=-_HUGE).clamp_(-_HUGE, _HUGE)
-        masks = _resized(masks, resized_height, resized_width)[:, :crop_height, :crop_width]
+        masks = finite(mask_logits[b, index].to(dtype))
+        masks = upsampled(masks, resized_height, resized_width)[:, :crop_height, :crop_width]
         if first:
             masks = masks.sigmoid()
-        upper, lower, share = _axis(height, crop_height, dtype, device)
         rank = torch.arange(len(index), 0, -1, dtype=dtype, device=device)[:, None, None]
         rows = max(1, (_BUDGET if cpu else 2**26) // (len(index) * width))
         for top in range(0, height, rows):
             own = slice(top, top + rows)
-            block = masks.index_select(1, upper[own])
-            block.lerp_(masks.index_select(1, lower[own]), share[own, None])
-            block = _resized(block, block.shape[1], width)
+            block = upsampled(masks, height, width, own)
             if last:
-                block = block.sigmoid_()
+                block = block.sigmoid()
             product = block * score[:, None, None]
             above = (product if weighted else block).ge(threshold) & parts[:, None, None]
             product.masked_fill_(~parts[:, None, None], -torch.inf)
@@ -272,9 +250,11 @@ def panoptic_argmax(
     """
     _library.check_backend(backend)
     _validate(mask_logits, scores)
-    height, width = _size("size", size)
-    resized_height, resized_width = mask_logits.shape[2:] if resized is None else _size("resized", resized)
-    crop_height, crop_width = (resized_height, resized_width) if crop is None else _size("crop", crop)
+    height, width = size_pair("size", size)
+    resized_height, resized_width = (
+        mask_logits.shape[2:] if resized is None else size_pair("resized", resized)
+    )
+    crop_height, crop_width = (resized_height, resized_width) if crop is None else size_pair("crop", crop)
     if crop_height > resized_height or crop_width > resized_width:
         raise ValueError(
             f"crop is {(crop_height, crop_width)}; expected at most {(resized_height, resized_width)}, the "
@@ -298,15 +278,6 @@ def panoptic_argmax(
         backend,
     )
     return PanopticArgmax(queries, inside, *areas.unbind(1))
-
-
-def _size(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} is {value!r}; expected (height, width)")
-    height, width = (whole(name, n) for n in value)
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} is {tuple(value)}; expected (height, width), at least 1 x 1")
-    return height, width
 
 
 def _validate(mask_logits: Any, scores: Any) -> None:

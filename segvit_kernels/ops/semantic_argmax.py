@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import unit_stride
-from segvit_kernels.ops._checks import flag, number, tensors, whole
+from segvit_kernels.ops._checks import flag, number, size_pair, tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = ("sigmoid", "none")
@@ -667,11 +667,7 @@ def _validate(
             f"class_probs has shape {shape}; expected ({count}, {queries}, classes), as mask_logits has "
             "views and queries, and 1 to 32768 classes"
         )
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise ValueError(f"size is {size!r}; expected (height, width)")
-    height, width = (whole("size", n) for n in size)
-    if height < 1 or width < 1:
-        raise ValueError(f"size is {tuple(size)}; expected (height, width), at least 1 x 1")
+    height, width = size_pair("size", size)
     if views is not None:
         if not isinstance(views, Views):
             raise TypeError(f"views is a {type(views).__name__}; expected a Views")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 FALLBACK = "default"
 CDNA = "gfx942"
@@ -117,3 +118,9 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not less than ``n`` ≥ 1."""
     return 1 << (n - 1).bit_length()
+
+
+def addressable(tensor: Tensor, axes: int) -> Tensor:
+    """The tensor itself, or a copy where 32-bit offsets along the last ``axes`` axes would not reach."""
+    reach = sum((n - 1) * abs(s) for n, s in zip(tensor.shape[-axes:], tensor.stride()[-axes:], strict=True))
+    return tensor if reach < 2**31 else tensor.contiguous()

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, cdiv, pinned, target
+from segvit_kernels.triton._launch import Launch, addressable, cdiv, pinned, target
 from segvit_kernels.triton._plan import planned
+from segvit_kernels.triton._resize import between, finite, place_of, sigmoid
 
 _LARGEST_SCORE = tl.constexpr(1e8)  # of which no product with a mask is infinite
 _NOBODY = tl.constexpr(2**30)  # more than any code
@@ -36,27 +37,6 @@ def _config(arch: str) -> dict[str, Any]:
     """Launch parameters: ``tile_y``, ``tile_x``; ``block_q`` queries at a time; ``cells`` of a preparing
     program; ``num_warps``; ``num_stages``."""
     return dict(pinned(arch)["panoptic_argmax"])
-
-
-@triton.jit
-def _place(i, step, cells):
-    """The cell before place i of an axis, the one after it and its share."""
-    place = (i.to(tl.float32) + 0.5) * step - 0.5
-    place = tl.minimum(tl.maximum(place, 0.0), cells - 1.0)
-    before = place.to(tl.int32)
-    return before, tl.minimum(before + 1, cells - 1), place - before.to(tl.float32)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
-
-
-@triton.jit
-def _finite(x, LARGEST: tl.constexpr):
-    """Weights of zero must stay zero beside an infinite logit; what is no number is no mask."""
-    x = tl.where(x == x, x, -LARGEST)
-    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
 
 
 @triton.jit
@@ -78,26 +58,18 @@ def _panoptic_argmax_prepare_kernel(
         rows = masks_ptr + (q.to(tl.int64) * stride_mq)[:, None]
         valid = (q[:, None] < Q) & (i[None, :] < cells_h * cells_w)
         if RESIZE:
-            y0, y1, wy = _place(y, step_y, h)
-            x0, x1, wx = _place(x, step_x, w)
-            above = _between(rows + (y0 * stride_mh)[None, :], x0, x1, wx, stride_mw, valid, LARGEST)
-            below = _between(rows + (y1 * stride_mh)[None, :], x0, x1, wx, stride_mw, valid, LARGEST)
+            y0, y1, wy = place_of(y, step_y, h)
+            x0, x1, wx = place_of(x, step_x, w)
+            above = between(rows + (y0 * stride_mh)[None, :], x0, x1, wx, stride_mw, valid, LARGEST)
+            below = between(rows + (y1 * stride_mh)[None, :], x0, x1, wx, stride_mw, valid, LARGEST)
             value = above + wy[None, :] * (below - above)
         else:
             ptrs = rows + (y * stride_mh + x * stride_mw)[None, :]
-            value = _finite(tl.load(ptrs, mask=valid, other=0.0).to(tl.float32), LARGEST)
+            value = finite(tl.load(ptrs, mask=valid, other=0.0).to(tl.float32), LARGEST)
         if FIRST:
-            value = _sigmoid(value)
+            value = sigmoid(value)
         out = cells_ptr + i.to(tl.int64)[:, None] * PADDED_Q + q[None, :]
         tl.store(out, tl.trans(value.to(cells_ptr.dtype.element_ty)), mask=i[:, None] < cells_h * cells_w)
-
-
-@triton.jit
-def _between(rows, x0, x1, share, stride_w, valid, LARGEST: tl.constexpr):
-    """Cells [queries, cells] of a row of masks, between two of its own."""
-    left = _finite(tl.load(rows + (x0 * stride_w)[None, :], mask=valid, other=0.0).to(tl.float32), LARGEST)
-    right = _finite(tl.load(rows + (x1 * stride_w)[None, :], mask=valid, other=0.0).to(tl.float32), LARGEST)
-    return left + share[None, :] * (right - left)
 
 
 @triton.jit
@@ -119,8 +91,8 @@ def _panoptic_argmax_kernel(
     cells_ptr += b * cells_h * cells_w * PADDED_Q
     scores_ptr += b * stride_sb
     areas_ptr += b * 3 * Q
-    y0, y1, wy = _place(tl.minimum(y, H - 1), step_y, cells_h)
-    x0, x1, wx = _place(tl.minimum(x, W - 1), step_x, cells_w)
+    y0, y1, wy = place_of(tl.minimum(y, H - 1), step_y, cells_h)
+    x0, x1, wx = place_of(tl.minimum(x, W - 1), step_x, cells_w)
     upper_left, upper_right = (y0 * cells_w + x0).to(tl.int64), (y0 * cells_w + x1).to(tl.int64)
     lower_left, lower_right = (y1 * cells_w + x0).to(tl.int64), (y1 * cells_w + x1).to(tl.int64)
     wy, wx = wy[:, None], wx[:, None]
@@ -138,7 +110,7 @@ def _panoptic_argmax_kernel(
         below += wx * (tl.load(ptrs + (lower_right * PADDED_Q)[:, None]).to(tl.float32) - below)
         value = above + wy * (below - above)
         if LAST:
-            value = _sigmoid(value)
+            value = sigmoid(value)
         product = value * tl.minimum(score, _LARGEST_SCORE)[None, :]
         if WEIGHTED:
             value = product
@@ -188,9 +160,7 @@ def _launches(
     if batch == 0:
         return (queries, inside, areas), []
 
-    # Offsets inside a mask are of 32 bits.
-    reach = (h - 1) * abs(mask_logits.stride(2)) + (w - 1) * abs(mask_logits.stride(3))
-    mask_logits = mask_logits if reach < 2**31 else mask_logits.contiguous()
+    mask_logits = addressable(mask_logits, 2)
     block_q = config["block_q"]
     padded_q = cdiv(count, block_q) * block_q
     resize = (resized_height, resized_width) != (h, w)

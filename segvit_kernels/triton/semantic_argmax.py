@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segvit_kernels.triton._launch import Launch, cdiv, next_power_of_2, pinned, target
+from segvit_kernels.triton._launch import Launch, addressable, cdiv, next_power_of_2, pinned, target
 from segvit_kernels.triton._plan import planned
 
 _SIGMA_SCALE = 1024.0  # of half-precision σ
@@ -660,12 +660,6 @@ def _semantic_argmax_held_kernel(
             tl.store(scores_ptr + outputs, best * tl.load(units_ptr + b) / sigma_scale)
 
 
-def _addressable(tensor: Tensor, axes: int) -> Tensor:
-    """The tensor itself, or a copy where 32-bit offsets along the last ``axes`` axes would not reach."""
-    reach = sum((n - 1) * abs(s) for n, s in zip(tensor.shape[-axes:], tensor.stride()[-axes:], strict=True))
-    return tensor if reach < 2**31 else tensor.contiguous()
-
-
 def _in_rows(masks: Tensor) -> Tensor:
     """The masks, or a copy where 16 neighbours of a row may be none in memory: the preparing kernel tells the
     compiler that they are, which then reads them at once if strides are multiples of 16."""
@@ -729,7 +723,7 @@ def _launches(
 
     block_queries = max(block_q, next_power_of_2(queries))
 
-    class_probs = _addressable(class_probs, 2)
+    class_probs = addressable(class_probs, 2)
     constants = {
         "QUERIES": block_queries,
         "PADDED_Q": padded_q,
@@ -748,7 +742,7 @@ def _launches(
         views_here, _, h, w = masks.shape
         if views_here == 0:
             continue
-        masks = _in_rows(_addressable(masks, 2))
+        masks = _in_rows(addressable(masks, 2))
         # With the one for class probabilities as many as run at once.
         programs = min(cdiv(h * w, constants["BLOCK_CELLS"]), config["multiprocessors"] // views_here - 1)
         programs = max(1, programs)

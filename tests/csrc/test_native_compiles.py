@@ -17,6 +17,7 @@ KERNELS = {
         "attention_bwd_sum_kernel",
     },
     "attention_fwd": {"attention_fwd_kernel", "attention_masks_kernel"},
+    "mask_iou": {"mask_iou_kernel", "mask_iou_sum_kernel"},
     "mask_binarize": {"mask_binarize_kernel", "mask_binarize_merge_kernel"},
     "mask_loss": {
         "mask_area_kernel",

@@ -25,6 +25,7 @@ from torch import Tensor
 import segvit_kernels as kernels
 from segvit_kernels.testing import assert_within_budget
 from segvit_kernels.testing.mask_binarize import assert_masks, oracle, unpacked
+from segvit_kernels.testing.mask_iou import assert_iou
 from segvit_kernels.testing.panoptic_argmax import assert_panoptic
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -468,6 +469,47 @@ def argmax(draw: Draw) -> Call:
     return call
 
 
+def overlap(draw: Draw) -> Call:
+    dtype, soft = draw.choice(DTYPES), draw.maybe()
+    batch, size = draw.choice((0, 1, 2)), (draw.size(33), draw.size(33))
+    tensors, flags = {}, {}
+    for name in "ab":
+        count = draw.choice((0, 1, 2, 3, 9, 20, 40))
+        if draw.maybe(0.3):
+            flags[name] = draw.lay_out(draw.tensor((batch, count, *size), torch.float32) > 0)
+        else:
+            tensors[name] = draw.tensor((batch, count, draw.size(9), draw.size(9)), dtype, 3.0)
+    special = draw.maybe(0.1) and bool(tensors)
+    if special:
+        name = draw.choice(list(tensors))
+        tensors[name] = draw.poison(tensors[name])
+    options: dict[str, Any] = {"size": size, "soft": soft, "threshold": draw.choice((0.0, 0.5, -0.3))}
+
+    def ours(backend: str | None = None, **x: Tensor) -> list:
+        return list(kernels.mask_iou(**flags, **x, backend=backend, **options))
+
+    def check(backend: str, x: dict[str, Tensor], found: list) -> None:
+        result = kernels.MaskIoU(*found)
+        if special:
+            assert result.union.isfinite().all() and (result.iou <= 1 + 1e-3).all()
+            return
+        double = any(t.dtype == torch.float64 for t in x.values())
+        assert_iou("drawn", result, {**options, **flags, **x}, torch.float64 if double else torch.float32)
+
+    call = Call(tensors, ours, None, (), dtype, special=special, check=check)
+    if draw.maybe(0.1) and len(tensors) == 2:
+        a, b = tensors["a"], tensors["b"]
+        wrong = {
+            "a": [a[..., 0], a.to(torch.int32), None, [a]],
+            "b": [b[0] if batch else b[..., 0], b.to(torch.int64), None],
+            "size": [(3,), 3, (0, 4), (1.5, 2), "ab"],
+            "threshold": [math.nan, "x", None],
+            "soft": ["yes", 2],
+        }
+        call.bad, call.ours = corrupted(draw, wrong, kernels.mask_iou, tensors, options)
+    return call
+
+
 def panoptic(draw: Draw) -> Call:
     dtype, kind = draw.choice(DTYPES), draw.choice(("plain", "twice", "cropped"))
     batch, queries, size = draw.choice((0, 1, 2)), draw.size(), (draw.size(33), draw.size(33))
@@ -573,6 +615,7 @@ OPERATORS: dict[str, Callable[[Draw], Call]] = {
     "mask_matching_cost": matching,
     "semantic_argmax": argmax,
     "panoptic_argmax": panoptic,
+    "mask_iou": overlap,
 }
 
 

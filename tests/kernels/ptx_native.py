@@ -172,6 +172,14 @@ def check_subsample_norm(dtype: torch.dtype) -> None:
         check(BY_NAME[name], dtype, BY_ID["cuda"])
 
 
+def check_mask_iou(dtype: torch.dtype) -> None:
+    from backends import BY_ID
+    from test_mask_iou import BY_NAME, check
+
+    for name, soft in (("targets", False), ("as_they_are", True)):
+        check(BY_NAME[name], dtype, BY_ID["cuda"], soft)
+
+
 def check_panoptic_argmax(dtype: torch.dtype) -> None:
     from backends import BY_ID
     from test_panoptic_argmax import BY_NAME, check
@@ -187,6 +195,7 @@ CHECKS = (
     check_mask_loss,
     check_semantic_argmax,
     check_panoptic_argmax,
+    check_mask_iou,
     check_subsample_norm,
 )
 

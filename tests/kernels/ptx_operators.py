@@ -17,6 +17,7 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_battery
 import test_atm as atm
 import test_mask_binarize_triton as mask_binarize
+import test_mask_iou as mask_iou
 import test_mask_loss as mask_loss
 import test_panoptic_argmax as panoptic_argmax
 import test_query_attention as query_attention
@@ -60,6 +61,11 @@ def check_mask_loss(dtype):
     several = {**few, "programs": 8}  # to a tile, whose sums are added
     check_matching(call, Launchers(mask_loss_kernels, {"mask_matching_sums": several}))
     mask_loss_kernels._config = config
+
+
+def check_mask_iou(dtype):
+    for name, soft in (("targets", False), ("as_they_are", True)):
+        mask_iou.check(mask_iou.BY_NAME[name], dtype, BY_ID["triton"], soft)
 
 
 def check_panoptic_argmax(dtype):

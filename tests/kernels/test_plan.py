@@ -25,6 +25,7 @@ from segvit_kernels.triton import (
     _plan,
     atm,
     mask_binarize,
+    mask_iou,
     mask_loss,
     panoptic_argmax,
     query_attention,
@@ -220,6 +221,12 @@ def argmax(draw):
     return [(semantic_argmax.semantic_argmax, (masks, probs, [], *options))]
 
 
+def overlaps(draw):
+    a, b = tensor(draw, 2, 5, 4, 6), draw.choice([tensor(draw, 2, 3, 4, 6), torch.ones(2, 3, 8, 9).bool()])
+    options = (draw.choice([True, False]), draw.choice([0.0, 0.25]))
+    return [(mask_iou.mask_iou, (a, b, 8, 9, *options))]
+
+
 def panoptic(draw):
     masks, scores = tensor(draw, 2, 37, 4, 6), tensor(draw, 2, 37)
     resized = draw.choice([(4, 6), (8, 8)])
@@ -275,6 +282,7 @@ DRAWN = {
     "mask_loss": losses,
     "semantic_argmax": argmax,
     "panoptic_argmax": panoptic,
+    "mask_iou": overlaps,
     "subsample_norm": norms,
 }
 

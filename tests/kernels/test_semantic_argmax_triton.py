@@ -373,9 +373,9 @@ def test_empty_batch():
 
 def test_far_strides_are_copied():
     near = torch.empty(2, 8, 4, 32, device="meta")
-    assert kernels._addressable(near, 2) is near
+    assert kernels.addressable(near, 2) is near
     far = torch.empty_strided((2, 8, 4, 32), (2**33, 2**30, 2**30, 1), device="meta")
-    assert kernels._addressable(far, 2).is_contiguous()
+    assert kernels.addressable(far, 2).is_contiguous()
 
 
 @pytest.mark.parametrize(("w", "strides"), [(1, (4096, 256, 16, 1)), (16, (8192, 512, 32, 2))])

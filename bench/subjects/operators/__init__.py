@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bench.subjects.operators import (
     atm,
+    mask_iou,
     mask_loss,
     mask_matching,
     panoptic_argmax,
@@ -56,6 +57,7 @@ _MODULES = (
     mask_matching,
     semantic_argmax,
     panoptic_argmax,
+    mask_iou,
     subsample_norm,
 )
 

@@ -3,8 +3,9 @@ eighth of the queries has an area to itself and the others are nowhere, as in a 
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from bench.measure import timing
 from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations
 from segvit_kernels import PanopticArgmax, panoptic_argmax, panoptic_argmax_reference
+from segvit_kernels.integrations import post_process_panoptic_segmentation
 from segvit_kernels.testing.panoptic_argmax import PanopticCase, assert_panoptic
 
 BATCHES = (16, 1, 4)
@@ -47,10 +49,26 @@ def peers(backend: str) -> list[Peer]:
     def plain(**x: Any) -> tuple[Tensor, ...]:
         return tuple(panoptic_argmax_reference(**x)[0])
 
+    found = importlib.util.find_spec("transformers")
+    missing = None if found else "transformers is not installed"
+    whole = "Mask2Former's panoptic post-processing, all queries kept"
+
+    def processed(x: dict[str, Any]) -> tuple[Tensor, ...]:
+        from transformers import Mask2FormerImageProcessor
+
+        results = Mask2FormerImageProcessor().post_process_panoptic_segmentation(_outputs(x), **_options(x))
+        return tuple(result["segmentation"] for result in results)
+
+    def dropped_in(x: dict[str, Any]) -> tuple[Tensor, ...]:
+        results = post_process_panoptic_segmentation(_outputs(x), **_options(x))
+        return tuple(result["segmentation"] for result in results)
+
     what = "interpolated, sigmoid, products, maximum and counts at full size"
     return [
         replace(ours(backend), name="fused"),
         *([ours("eager")] if backend != "eager" else []),
+        Peer("drop-in", f"{whole}, by segvit_kernels.integrations", dropped_in, modes=("forward",)),
+        Peer("transformers", whole, processed, modes=("forward",), missing=missing),
         Peer("plain", what, lambda x: plain(**x), modes=("forward",)),
         *compilations(
             plain,
@@ -60,6 +78,30 @@ def peers(backend: str) -> list[Peer]:
             dynamic=False,
         ),
     ]
+
+
+class Mask2FormerForUniversalSegmentationOutput(NamedTuple):
+    """Masks and classes under the names by which transformers' outputs are known."""
+
+    masks_queries_logits: Tensor
+    class_queries_logits: Tensor
+
+
+def _outputs(x: dict[str, Any]) -> Mask2FormerForUniversalSegmentationOutput:
+    """A model's output whose queries have these scores; of no class where the score is negative."""
+    scores = x["scores"][..., None]
+    none = (scores < 0).float()
+    likely = scores.clamp(min=0.0)
+    probabilities = torch.cat([likely * (1 - none), (1 - likely) * (1 - none), none], -1)
+    return Mask2FormerForUniversalSegmentationOutput(x["mask_logits"], probabilities.log())
+
+
+def _options(x: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "threshold": 0.0,
+        "label_ids_to_fuse": set(),
+        "target_sizes": [x["size"]] * len(x["scores"]),
+    }
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict, tuple]:

@@ -24,6 +24,7 @@ from segvit_kernels.testing.machine_code import Code, disassembled, instruction_
 OPERATORS = (
     "atm",
     "mask_binarize",
+    "mask_iou",
     "mask_loss",
     "panoptic_argmax",
     "query_attention",
