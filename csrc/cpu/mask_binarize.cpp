@@ -85,15 +85,16 @@ std::tuple<Tensor, Tensor, Tensor> mask_binarize(Tensor mask_logits, Optional bo
   const Axis whole_y(h, height), whole_x(w, width);
   std::vector<BinaryStats> stats(batch * count * strips, BinaryStats{0, kNone, kNone, 0, 0});
   auto* kernel = SEGVIT_PICK(mask_binarize);
-  parallel(batch * count * strips, [&](int64_t task) {
+  BinaryScratch none{};
+  size_t scratch_bytes = lay_out(none, h, w, width, nullptr);
+  parallel(batch * count * strips, scratch_bytes, [&](int64_t task, char* memory) {
     int64_t index = task / strips, y0 = task % strips * kStrip;
     BinaryMask mask = shared;
     mask.logits = logits + (index / count * mask_logits.stride(0) + index % count * mask_logits.stride(1)) *
                                size_of(shared.type);
     mask.out = out + index * bytes;
     BinaryScratch scratch{};
-    Scratch memory(lay_out(scratch, h, w, width, nullptr));
-    lay_out(scratch, h, w, width, memory.as<char>());
+    lay_out(scratch, h, w, width, memory);
     auto run = [&](const Axis& y, const Axis& x) {
       mask.y = y.view(), mask.x = x.view();
       kernel(mask, y0, std::min(y0 + kStrip, height), scratch, stats[task]);

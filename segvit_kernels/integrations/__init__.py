@@ -9,12 +9,14 @@
 """
 
 from segvit_kernels.integrations.transformers import (
+    post_process_instance_segmentation,
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,
     use_fused_loss,
 )
 
 __all__ = [
+    "post_process_instance_segmentation",
     "post_process_panoptic_segmentation",
     "post_process_semantic_segmentation",
     "use_fused_loss",
