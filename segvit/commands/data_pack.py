@@ -7,7 +7,7 @@ from pathlib import Path
 from segvit.data import SegmentationFolder, check_data, folder_options
 from segvit.data.pack import pack
 from segvit.options import PackConfig
-from segvit.system.files import make_folder
+from segvit.system.files import locked, make_folder
 
 
 def run(config: PackConfig) -> int:
@@ -22,7 +22,11 @@ def run(config: PackConfig) -> int:
         print(line, flush=True)
     out = Path(config.out)
     make_folder(out)
-    written, shards = pack(datasets, out, config.pictures, progress=config.progress)
+    try:
+        with locked(out / ".lock"):
+            written, shards = pack(datasets, out, config.pictures, progress=config.progress)
+    except BlockingIOError:
+        raise ValueError(f"out: another pack runs in {out}; choose another folder") from None
     there = f", {shards - written} were there" if written < shards else ""
     counts = ", ".join(f"{len(dataset):,} pictures of {dataset.split}" for dataset in datasets)
     print(f"{counts} in {shards:,} shards{there}: --data '{out}/{{{0:05d}..{shards - 1:05d}}}.tar'")

@@ -53,6 +53,8 @@ def pack(
         plan += [(dataset, range(*pair)) for pair in itertools.pairwise(bounds)]
     names = [f"{number:05d}.tar" for number in range(len(plan))]
     listed = {"shards": names, "data": {d.split: _made_of(d) for d in datasets}}
+    for left in out.glob(".*.tmp"):  # of one that was killed
+        left.unlink()
     path = out / LIST
     if path.is_file() and read_json(path, dict) != listed:
         raise ValueError(f"out: {out} holds shards of other data; choose another folder")

@@ -122,7 +122,7 @@ class Record:
         settings = json.loads(json.dumps(settings))
         if not path.is_file():
             text = json.dumps(settings, indent=2) + "\n"
-            atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), self.scratch)
             return
         before = read_json(path, dict)
         for name, value in settings.items():
@@ -322,7 +322,8 @@ class Tars:
         self._file = None
         final = self._path.with_suffix("")
         text = b"".join(map(_as_line, self._lines))
-        atomic_write(final.with_suffix(".jsonl"), lambda temporary: temporary.write_bytes(text))
+        lines = final.with_suffix(".jsonl")
+        atomic_write(lines, lambda temporary: temporary.write_bytes(text), self.record.scratch)
         replace(self._path, final)
 
 

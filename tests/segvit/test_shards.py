@@ -93,13 +93,14 @@ def test_shards_hold_the_folders_samples_in_its_order(folder, tmp_path, capsys):
         )
 
 
-def test_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path, capsys):
+def test_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path, capsys, monkeypatch):
     out, again = tmp_path / "shards", tmp_path / "again"
     pack(folder, out)
     expected = contents(out)
     kept = (out / "00000.tar").stat().st_mtime_ns
     (out / "00001.json").unlink()  # a kill came before the index, and one within a shard
-    (out / "00002.tar").write_bytes(expected["00002.tar"][:700])
+    (out / ".00002.tar.0123abcd.tmp").write_bytes(expected.pop("00002.tar")[:700])
+    expected["00002.tar"] = (out / "00002.tar").rename(tmp_path / "00002.tar").read_bytes()
     time.sleep(0.01)
     pack(folder, out)
     assert "in 4 shards, 2 were there" in capsys.readouterr().out
@@ -113,6 +114,13 @@ def test_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path, capsys):
     (folder / "images" / "training" / "b.png").write_bytes(b"no picture")
     assert main(["data", "pack", str(folder), str(tmp_path / "x"), "--no-progress"]) == 2
     assert "b.png: not a picture" in capsys.readouterr().err and not list(tmp_path.glob("x/*.tar"))
+
+    def taken(path):
+        raise BlockingIOError
+
+    monkeypatch.setattr("segvit.commands.data_pack.locked", taken)
+    assert main(["data", "pack", str(tmp_path / "elsewhere"), str(out), "--no-progress"]) == 2
+    assert f"out: another pack runs in {out}" in capsys.readouterr().err
 
 
 def test_many_classes_and_known_data_sets(tmp_path, shared_dir):
