@@ -88,7 +88,7 @@ class Known:
     def compare(self, form: Form, split: str, pictures: int) -> str:
         """How many pictures there are and how many there should be."""
         published = dict(zip(form.splits, form.pictures, strict=True)).get(split)
-        count = f"{self.title}: {pictures:,} pictures of {split}"
+        count = f"{self.title}: {pictures:,} picture{'' if pictures == 1 else 's'} of {split}"
         if published is None:
             return count
         return f"{count}, as published" if pictures == published else f"{count}, {published:,} are published"

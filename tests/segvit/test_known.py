@@ -258,7 +258,7 @@ def test_voc(voc, capsys):
     )
     run(DataConfig(folder=f"voc:{voc}", sheet=str(voc / "sheet.png"), progress=False))
     printed = capsys.readouterr().out
-    assert "PASCAL VOC 2012: 1 pictures of train, 1,464 are published" in printed and "tvmonitor" in printed
+    assert "PASCAL VOC 2012: 1 picture of train, 1,464 are published" in printed and "tvmonitor" in printed
     for path in (voc / "VOC2012" / "SegmentationClass").iterdir():  # as some programs save them
         Image.open(path).convert("RGB").save(path)
     assert counted(opened(f"voc:{voc}")) == expected
