@@ -43,6 +43,7 @@ OPERATORS = (
     "mask_matching",
     "semantic_argmax",
     "panoptic_argmax",
+    "mask_binarize",
     "mask_iou",
     "subsample_norm",
 )

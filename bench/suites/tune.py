@@ -123,6 +123,14 @@ SPACES: dict[str, tuple[Space, ...]] = {
             {"block": (16, 32, 64), "pixels": (16, 32, 64), "programs": (4, 8), "num_warps": (4, 8)},
         ),
     ),
+    "mask_binarize": (
+        Space(
+            ("mask_binarize", "pixels"),
+            "mask2former",
+            "forward",
+            {"tile_y": (4, 8, 16), "tile_x": (64, 128), "programs": (4, 8, 16), "num_warps": (2, 4, 8)},
+        ),
+    ),
     "panoptic_argmax": (
         Space(
             ("panoptic_argmax",),

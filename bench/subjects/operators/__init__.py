@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bench.subjects.operators import (
     atm,
+    mask_binarize,
     mask_iou,
     mask_loss,
     mask_matching,
@@ -57,6 +58,7 @@ _MODULES = (
     mask_matching,
     semantic_argmax,
     panoptic_argmax,
+    mask_binarize,
     mask_iou,
     subsample_norm,
 )

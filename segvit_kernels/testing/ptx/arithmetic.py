@@ -25,11 +25,13 @@ def _two(name: str, numpy: str) -> None:
     def binary(emit: Emitter, i: Instruction) -> None:
         if _is_float(i):
             return _floating(name, emit, i)
-        if set(i.modifiers[:-1]) - {"wrap"}:
+        relu = name in ("min", "max") and i.modifiers[:-1] == ("relu",) and i.modifiers[-1].startswith("s")
+        if set(i.modifiers[:-1]) - {"wrap"} and not relu:
             raise unknown(i)
         dtype = NUMPY[i.modifiers[-1]]
         a, b = (emit.use(o, dtype) for o in i.operands[1:])
-        emit.set(i.operands[0], dtype, f"{numpy}({a}, {b})")
+        value = f"{numpy}({a}, {b})"
+        emit.set(i.operands[0], dtype, f"np.maximum({value}, 0)" if relu else value)
 
 
 for _name, _numpy in {"add": "add", "sub": "subtract", "min": "minimum", "max": "maximum"}.items():
