@@ -1,5 +1,5 @@
-"""Binary masks of instances: peers, checks, costs and targets. Masks are blobs, as a trained model has them; all
-of them are instances to the post-processing that is measured beside them."""
+"""Binary masks of instances: peers, checks, costs and targets. Masks are blobs, as of a trained model; all of
+them are instances to the post-processing that is measured beside them."""
 
 from __future__ import annotations
 
