@@ -6,7 +6,7 @@ from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import panoptic_argmax
 
 KERNELS = {
-    "_panoptic_argmax_prepare_kernel": Demand(16, tensor=0),
+    "_panoptic_argmax_prepare_kernel": Demand(10, tensor=0),
     "_panoptic_argmax_kernel": Demand(20, tensor=0),
 }
 
