@@ -6,7 +6,7 @@
 // keeps the best product. Pixels above the threshold are counted by a vote of the warp for every query, into shared
 // memory, those won once at the end of a tile. Counts are whole numbers: their sum is the same in any order.
 //
-// Bytes: masks once per tile, from the caches; 3 bytes a pixel are written. 46 registers on sm_80.
+// Bytes: masks once per tile, from the caches; 3 bytes a pixel are written. 40 registers on sm_80.
 #include "../operators.h"
 #include "common.cuh"
 #include "resize.cuh"
