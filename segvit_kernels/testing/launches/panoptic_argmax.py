@@ -7,7 +7,7 @@ from segvit_kernels.triton import panoptic_argmax
 
 KERNELS = {
     "_panoptic_argmax_prepare_kernel": Demand(10, tensor=0),
-    "_panoptic_argmax_kernel": Demand(20, tensor=0),
+    "_panoptic_argmax_kernel": Demand(20, tensor=0, stack=8),
 }
 
 # name: (batch, queries, grid, size, resized), dtype of the masks, options
