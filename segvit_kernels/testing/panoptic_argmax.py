@@ -125,6 +125,7 @@ def assert_panoptic(
 
     parting = ~none.all(1)
     assert torch.equal(found.queries >= 0, parting), f"{name}: which pixels have a query"
+    assert found.queries.max() < count, f"{name}: query {int(found.queries.max())} of {count}"
     index = found.queries.long().clamp(min=0)[:, None]
     chosen = products.gather(1, index)[:, 0]
     assert bool((chosen > -torch.inf)[parting].all()), f"{name}: a query that takes no part has pixels"
