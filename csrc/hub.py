@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import platform
 import re
@@ -19,7 +18,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+
+import wheels
+
+import build as native
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = 1  # of the interface: grows when a name or an argument goes
@@ -30,13 +32,6 @@ tags:
 - kernels
 ---
 {readme}"""
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def relative(text: str, depth: int) -> str:
@@ -72,7 +67,7 @@ def namespace() -> str:
     """Of this state of the sources."""
     files = [p for p in (ROOT / "segvit_kernels").rglob("*") if p.suffix in (".py", ".json")]
     content = b"".join(p.relative_to(ROOT).as_posix().encode() + p.read_bytes() for p in sorted(files))
-    content += _load("build").sources_hash().encode()
+    content += native.sources_hash().encode()
     return f"segvit_{hashlib.sha256(content).hexdigest()[:12]}"
 
 
@@ -93,7 +88,7 @@ def build(out: Path, archs: str) -> list[Path]:
     Raises:
         RuntimeError: the library cannot be built, or asks for more than the Hub's kernels may.
     """
-    native, wheels, name = _load("build"), _load("wheels"), namespace()
+    name = namespace()
     arguments = ["--glibc", wheels.GLIBC, "--namespace", name, "--archs", archs]
     args = native.parse(arguments)
     machine = f"{platform.machine()}-linux"
@@ -128,7 +123,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "hub", help="folder (default: build/hub)"
     )
-    archs = _load("wheels").CUDA_ARCHS
+    archs = wheels.CUDA_ARCHS
     parser.add_argument("--archs", default=archs, help="of CUDA, '' for none (default: %(default)s)")
     args = parser.parse_args()
     try:

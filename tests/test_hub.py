@@ -1,12 +1,12 @@
 """The package in the Kernel Hub's form, loaded by `kernels` in a process without this source tree."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import hub
 import pytest
 
 from segvit_kernels import _native
@@ -92,16 +92,6 @@ for name, module, config in (
     assert masks.grad.isfinite().all()
 print("well")
 """
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hub = _load("hub")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Wheels: built, what they ask for, unpacked elsewhere and used by another process."""
 
-import importlib.util
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wheels
 
 import segvit_kernels
 from segvit_kernels import _native
@@ -27,16 +27,6 @@ torch.testing.assert_close(masks.double(), truth.mask_logits, rtol=1e-5, atol=1e
 output.sum().backward()
 print(folder, torch.__version__, q.grad.isfinite().all().item())
 """
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-wheels = _load("wheels")
 
 
 @pytest.fixture(scope="module")

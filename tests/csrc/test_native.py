@@ -1,6 +1,5 @@
 """The native library itself: found, refused with a reason, on every instruction set, on random inputs."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import build
 from segvit_kernels import (
     _native,
     fused_atm,
@@ -67,14 +67,6 @@ def test_a_library_built_for_something_else_is_refused(monkeypatch, tmp_path):
     assert "was built from other sources" in reason and "make native" in reason
 
 
-@pytest.fixture(scope="module")
-def build():
-    """The module csrc/build.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "csrc")
-        return importlib.import_module("build")
-
-
 def _compiler(path, macros):
     path.write_text(
         "#!/bin/sh\n" + "".join(f"echo '#define {name} {value}'\n" for name, value in macros.items())
@@ -96,7 +88,7 @@ def _compiler(path, macros):
         ({"__GNUC__": 4, "__clang__": 1, "__clang_major__": 14}, None),
     ],
 )
-def test_compilers_that_are_too_old_are_refused(build, tmp_path, macros, said):
+def test_compilers_that_are_too_old_are_refused(tmp_path, macros, said):
     compiler = _compiler(tmp_path / "c++", macros | {"__VERSION__": '"some version"'})
     if said is None:
         assert build._identity([compiler]) == '"some version"'
@@ -105,13 +97,13 @@ def test_compilers_that_are_too_old_are_refused(build, tmp_path, macros, said):
             build._identity([compiler])
 
 
-def test_only_linux_builds(build, monkeypatch):
+def test_only_linux_builds(monkeypatch):
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
     with pytest.raises(RuntimeError, match="the native library is for Linux"):
         build.build(build.parse([]))
 
 
-def test_objects_of_another_compiler_are_not_used(build, monkeypatch, tmp_path):
+def test_objects_of_another_compiler_are_not_used(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "_plan", lambda *_: [(ROOT / "csrc/cpu/isa.cpp", "isa.o", ["compiler"])])
     monkeypatch.setattr(
