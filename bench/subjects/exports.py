@@ -156,7 +156,9 @@ def picture() -> Tensor:
 
 def expected(case: Case, pictures: list[Tensor]) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     """The model, and labels and scores of ``predict`` for pictures."""
-    model = models.segvit(case).eval().requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.segvit(case).eval().requires_grad_(False)
     return model, [model.predict(p, case.inference, return_scores=True) for p in pictures]
 
 
