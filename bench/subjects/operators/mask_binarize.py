@@ -135,9 +135,9 @@ def check_cases(tiny: bool) -> list[tuple[str, Case]]:
         return [("values", TINY), ("values", replace(noise, batch=1)), ("values", boxes)]
     main, *others = SHAPES
     smaller = Case("smaller", 2, 9, (40, 40), (13, 17))
-    checks = [("values", replace(main, batch=batch)) for batch in (1, 4)]
+    checks = [("values", replace(main, batch=batch)) for batch in BATCHES]
     checks += [("values", noise), ("values", boxes), ("values", smaller), ("repeat", replace(main, batch=2))]
-    return checks + [("values", case) for case in others]
+    return checks + [("values", replace(case, batch=batch)) for case in others for batch in BATCHES]
 
 
 def draw(check: Check, device: torch.device) -> dict[str, Any]:
