@@ -281,7 +281,9 @@ def build(args: argparse.Namespace) -> Path:
         for option in ("--no-as-needed", "-ltorch", "-ltorch_cpu", "--as-needed"):
             command += ["-Xlinker", option] if option.startswith("--") else [option]
         if args.glibc:
-            last.append(_run([*_cxx(args), "-print-file-name=libstdc++.so"]).strip())
+            # The compiler's own support code: Zig's tells other features of processors.
+            for library_of in ("libstdc++.so", "libgcc.a"):
+                last.append(_run([*_cxx(args), f"-print-file-name={library_of}"]).strip())
         if args.sanitize:
             last.append(f"-fsanitize={args.sanitize}")
         _run(command + last, args.verbose)

@@ -21,6 +21,7 @@ import pathlib, sys, torch, kernels
 
 folder = pathlib.Path("hub")
 segvit = kernels.get_local_kernel(folder, backend="cpu")
+assert segvit._native.library().isa == sys.argv[1]  # the code of this processor
 assert not [name for name in sys.modules if name == "segvit_kernels" or name.startswith("segvit_kernels.")]
 q = torch.randn(2, 5, 3, 16, requires_grad=True)
 truth = segvit.atm_reference(*[q.double()] * 3)
@@ -121,7 +122,7 @@ def test_loads_and_runs_without_the_source_tree(repository):
     unset = ("PYTHONPATH", "SEGVIT_KERNELS_LIBRARY", "SEGVIT_KERNELS_BACKEND", "TRITON_INTERPRET")
     variables = {k: v for k, v in os.environ.items() if k not in unset} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", USE],
+        [sys.executable, "-P", "-c", USE, _native.library().isa],
         cwd=repository.parent,
         env=variables,
         capture_output=True,
