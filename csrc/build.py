@@ -91,6 +91,18 @@ def find_nvcc() -> str | None:
     return str(found) if found.exists() else None
 
 
+def nvcc_version(nvcc: str) -> str:
+    """As nvcc says it, such as 13.0.88.
+
+    Raises:
+        RuntimeError: it says none.
+    """
+    said = _run([nvcc, "--version"])
+    if found := re.search(r"release [\d.]+, V([\d.]+)", said):
+        return found[1]
+    raise RuntimeError(f"{nvcc} does not say its version:\n{said}")
+
+
 def _own_arch() -> str:
     """The architecture of this machine's GPU; from 9.0 on with the features of that chip alone ("90a")."""
     import torch

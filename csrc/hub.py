@@ -14,7 +14,6 @@ import json
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -53,12 +52,12 @@ def copy(folder: Path, namespace: str) -> None:
     for path in folder.rglob("*.py"):
         text = relative(path.read_text(encoding="utf-8"), len(path.relative_to(folder).parts) - 1)
         path.write_text(text, encoding="utf-8")
-    native = folder / "_native.py"
+    named = folder / "_native.py"
     text, changed = re.subn(
-        r'^NAMESPACE = "segvit"$', f'NAMESPACE = "{namespace}"', native.read_text(), flags=re.M
+        r'^NAMESPACE = "segvit"$', f'NAMESPACE = "{namespace}"', named.read_text(), flags=re.M
     )
     assert changed == 1
-    native.write_text(text)
+    named.write_text(text)
     with (folder / "__init__.py").open("a", encoding="utf-8") as file:
         file.write("\nfrom .integrations import kernels as layers  # noqa: E402\n")
 
@@ -69,12 +68,6 @@ def namespace() -> str:
     content = b"".join(p.relative_to(ROOT).as_posix().encode() + p.read_bytes() for p in sorted(files))
     content += native.sources_hash().encode()
     return f"segvit_{hashlib.sha256(content).hexdigest()[:12]}"
-
-
-def _cuda_version(nvcc: str) -> str:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    major, minor = re.search(r"release (\d+)\.(\d+)", said).groups()
-    return f"cu{major}{minor}"
 
 
 def _capabilities(archs: str) -> list[str]:
@@ -96,7 +89,8 @@ def build(out: Path, archs: str) -> list[Path]:
     backends = {"torch-universal": {"type": "cpu"}, f"torch-stable-abi211-cpu-{machine}": {"type": "cpu"}}
     if nvcc := native._nvcc(args):
         cuda = {"type": "cuda", "archs": _capabilities(archs)}
-        backends[f"torch-stable-abi211-{_cuda_version(nvcc)}-{machine}"] = cuda
+        major, minor, *_ = native.nvcc_version(nvcc).split(".")
+        backends[f"torch-stable-abi211-cu{major}{minor}-{machine}"] = cuda
     with tempfile.TemporaryDirectory() as scratch:
         library = native.build(native.parse([*arguments, "--out", scratch]))
         if wrong := wheels.faults(library):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 from typing import Any
 
 
-def _component(name: str, version: str, licence: str, kind: str = "library", **more: Any) -> dict[str, Any]:
+def _component(name: str, version: str, licence: str, **more: Any) -> dict[str, Any]:
     return {
-        "type": kind,
+        "type": "library",
         "name": name,
         "version": version,
         "licenses": [{"license": {"name": licence}}],
@@ -35,9 +33,7 @@ def bill(version: str, args: argparse.Namespace | None, build: Any) -> str:
         runtime = "GPL-3.0-or-later WITH GCC-exception-3.1"
         inside.append(_component("libstdc++", number, runtime, description=templates))
         if (nvcc := build._nvcc(args)) is not None:
-            said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-            found = re.search(r"release [\d.]+, V([\d.]+)", said)
-            number = found[1] if found else "unknown"
+            number = build.nvcc_version(nvcc)
             tools.append({"type": "application", "name": "nvcc", "version": number})
             linked = "cudart_static, linked in"
             inside.append(_component("CUDA runtime", number, "NVIDIA CUDA Toolkit EULA", description=linked))

@@ -79,6 +79,13 @@ class MaskLoss(nn.Module):
         return mask_loss(mask_logits, targets)
 
 
+def _replacing(name: str, forward: Callable[..., Any]) -> type[nn.Module]:
+    """The layer for transformers' class of this name."""
+    described = f"In place of transformers' {name}: see ``use_fused_loss``."
+    members = {"forward": forward, "can_torch_compile": False, "has_backward": True, "__doc__": described}
+    return type(name, (nn.Module,), {**members, "__module__": __name__})
+
+
 def _criterion(name: str, term: str) -> type[nn.Module]:
     def forward(
         self: Any,
@@ -91,9 +98,7 @@ def _criterion(name: str, term: str) -> type[nn.Module]:
         outputs = masks_queries_logits, class_queries_logits, mask_labels, class_labels
         return losses._losses(self, term, *outputs, auxiliary_predictions)
 
-    described = f"The losses of transformers' {name}, in place of its: see ``use_fused_loss``."
-    members = {"forward": forward, "can_torch_compile": False, "has_backward": True, "__doc__": described}
-    return type(name, (nn.Module,), {**members, "__module__": __name__})
+    return _replacing(name, forward)
 
 
 def _matcher(name: str, term: str) -> type[nn.Module]:
@@ -108,9 +113,7 @@ def _matcher(name: str, term: str) -> type[nn.Module]:
             self, term, masks_queries_logits, class_queries_logits, mask_labels, class_labels
         )
 
-    described = f"The matching of transformers' {name}, in place of its: see ``use_fused_loss``."
-    members = {"forward": forward, "can_torch_compile": False, "has_backward": True, "__doc__": described}
-    return type(name, (nn.Module,), {**members, "__module__": __name__})
+    return _replacing(name, forward)
 
 
 for _name, _term in losses._CRITERIA.items():

@@ -48,6 +48,18 @@ class Peer:
     missing: str | None = None
 
 
+def judged_by_image(batch: int, quantity: str, hold: Callable[[slice], int | None]) -> list[dict[str, Any]]:
+    """One row from ``hold(the image)``, which asserts and may count what differs within rounding: a float64
+    oracle of a whole batch would not fit."""
+    row: dict[str, Any] = {"quantity": quantity, "passed": True, "reason": None, "differ": 0}
+    for index in range(batch):
+        try:
+            row["differ"] += hold(slice(index, index + 1)) or 0
+        except AssertionError as wrong:
+            row |= {"passed": False, "reason": row["reason"] or f"image {index}: {wrong}"}
+    return [row]
+
+
 def compilations(
     function: Callable,
     what: str,

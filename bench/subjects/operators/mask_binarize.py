@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations
+from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations, judged_by_image
 from segvit_kernels import BinaryMasks, mask_binarize, mask_binarize_reference
 from segvit_kernels.integrations import post_process_instance_segmentation
 from segvit_kernels.testing.mask_binarize import BinarizeCase, assert_masks, oracle
@@ -150,21 +150,14 @@ def launch(check: Check, drawn: dict[str, Any], backend: str) -> dict[str, Tenso
 
 
 def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
-    row: dict[str, Any] = {"quantity": "masks", "passed": True, "reason": None, "differ": 0}
-    for index in range(check.case.batch):
-        own = slice(index, index + 1)
-        boxes = drawn["boxes"]
-        one = {
-            **drawn,
-            "mask_logits": drawn["mask_logits"][own],
-            "boxes": None if boxes is None else boxes[own],
-        }
+    def hold(own: slice) -> int:
         found = BinaryMasks(**{name: result[own] for name, result in results.items()})
-        try:
-            row["differ"] += assert_masks(f"image {index}", found, oracle(one), oracle(one, torch.float32))
-        except AssertionError as wrong:
-            row |= {"passed": False, "reason": row["reason"] or str(wrong)}
-    return [row]
+        boxes = drawn["boxes"]
+        part = {"mask_logits": drawn["mask_logits"][own], "boxes": None if boxes is None else boxes[own]}
+        one = {**drawn, **part}
+        return assert_masks("masks", found, oracle(one), oracle(one, torch.float32))
+
+    return judged_by_image(check.case.batch, "masks", hold)
 
 
 def _targets() -> tuple[Target, ...]:

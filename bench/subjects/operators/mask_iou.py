@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations
+from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations, judged_by_image
 from segvit_kernels import MaskIoU, mask_iou, mask_iou_reference
 from segvit_kernels.testing.mask_iou import IoUCase, assert_iou
 
@@ -90,16 +90,11 @@ def launch(check: Check, drawn: dict[str, Any], backend: str) -> dict[str, Tenso
 
 
 def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
-    row = {"quantity": "sums", "passed": True, "reason": None}
-    for index in range(check.case.batch):
-        own = slice(index, index + 1)
-        one = {**drawn, "a": drawn["a"][own], "b": drawn["b"][own]}
+    def hold(own: slice) -> None:
         found = MaskIoU(**{name: result[own] for name, result in results.items()})
-        try:
-            assert_iou(f"image {index}", found, one, torch.float32)
-        except AssertionError as wrong:
-            row |= {"passed": False, "reason": row["reason"] or str(wrong)}
-    return [row]
+        assert_iou("sums", found, {**drawn, "a": drawn["a"][own], "b": drawn["b"][own]}, torch.float32)
+
+    return judged_by_image(check.case.batch, "sums", hold)
 
 
 def _targets() -> tuple[Target, ...]:

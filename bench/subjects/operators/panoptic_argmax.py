@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations
+from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations, judged_by_image
 from segvit_kernels import PanopticArgmax, panoptic_argmax, panoptic_argmax_reference
 from segvit_kernels.integrations import post_process_panoptic_segmentation
 from segvit_kernels.testing.panoptic_argmax import PanopticCase, assert_panoptic
@@ -140,16 +140,12 @@ def launch(check: Check, drawn: dict[str, Any], backend: str) -> dict[str, Tenso
 
 
 def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
-    row = {"quantity": "queries", "passed": True, "reason": None, "differ": 0}
-    for index in range(check.case.batch):
-        own = slice(index, index + 1)
-        one = {**drawn, "mask_logits": drawn["mask_logits"][own], "scores": drawn["scores"][own]}
+    def hold(own: slice) -> int:
         found = PanopticArgmax(**{name: result[own] for name, result in results.items()})
-        try:
-            row["differ"] += assert_panoptic(f"image {index}", found, one)
-        except AssertionError as wrong:
-            row |= {"passed": False, "reason": row["reason"] or str(wrong)}
-    return [row]
+        one = {**drawn, "mask_logits": drawn["mask_logits"][own], "scores": drawn["scores"][own]}
+        return assert_panoptic("queries", found, one)
+
+    return judged_by_image(check.case.batch, "queries", hold)
 
 
 def _targets() -> tuple[Target, ...]:
