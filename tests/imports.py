@@ -68,7 +68,8 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("subjects", "subjects", "measure"),
         Floor("report", "report", "measure subjects"),
         Floor("suites", "suites", "measure simulator subjects"),
-        Floor("entrances", "__main__ test_kernels test_model", "measure subjects report suites"),
+        Floor("commands", "commands", "measure subjects report suites"),
+        Floor("entrances", "__main__ test_kernels test_model", "measure subjects suites commands"),
         Floor("names", ""),
     ],
 }

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bench.measure import environment, timing
-from bench.suites import gpu, tune
+from bench.suites import _gpu_tasks, gpu, tune
 
 ARCH = "sm_90"
 MANIFEST = "segvit-precompiled.json"
@@ -83,11 +83,11 @@ def _zeros_like_meta(t: torch.Tensor) -> torch.Tensor:
     return torch.zeros(elements, dtype=t.dtype).as_strided(t.size(), t.stride())
 
 
-def launch(plan: gpu.Plan, only: Sequence[str] | None, tell: Callable[[str], object]) -> None:
+def launch(plan: _gpu_tasks.Plan, only: Sequence[str] | None, tell: Callable[[str], object]) -> None:
     """Every launch of ours that ``bench gpu`` makes under ``plan``, on the GPU of this process."""
     device = torch.device("cuda", 0)
     with mock.patch.object(timing, "poisoned", contextlib.nullcontext), Idle():
-        for what, work in gpu.launches(plan, device, only):
+        for what, work in _gpu_tasks.launches(plan, device, only):
             try:
                 work()
             except Exception as error:  # the machine with the GPU will compile it, or fail likewise
@@ -101,8 +101,8 @@ def fill(smoke: bool, only: Sequence[str] | None) -> int:
     from segvit_kernels.testing.stub.torch_cuda import pretended
 
     there, counted = stub.install(ARCH), gpu.Compiled()
-    dtypes = ("float32",) if smoke else gpu.DTYPES
-    plan = gpu.Plan(smoke, dtypes, candidates=() if smoke else tune.load(gpu.CANDIDATES))
+    dtypes = ("float32",) if smoke else _gpu_tasks.DTYPES
+    plan = _gpu_tasks.Plan(smoke, dtypes, candidates=() if smoke else tune.load(gpu.CANDIDATES))
     with pretended(there):
         launch(plan, only, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps({"launches": there.launches, **counted.take()}))

@@ -6,19 +6,16 @@ a CPU by the resident set of a process of its own. A training step is forward, l
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
 from bench.measure import environment, peaks, timing
 from bench.subjects import models
 from bench.subjects.published import MODELS, TINY, Model
-from bench.suites import _options
 
 MODES = ("inference", "training")
 QUICK = ("vit_b_ade20k_512",)
@@ -118,38 +115,3 @@ def run(
     described = {**environment.describe(device), "threads": threads}
     result = {"schema": 1, "kind": "memory", "measurement": not smoke, "environment": described}
     return result | {"rows": found, "elapsed_s": round(time.time() - begun, 1)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench memory``."""
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write (default: results/memory- and the device)"
-    )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
-    parser.add_argument("--batch", type=int, default=1, help="images of a call (default %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the network; in training, of autocast (default %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model; not a measurement")
-
-
-def main(options: argparse.Namespace) -> dict:
-    """The result of a parsed command line.
-
-    Raises:
-        ValueError: an option that cannot be; the message is for the user.
-    """
-    _options.check(options)
-    return run(
-        names=options.models,
-        batch=options.batch,
-        dtype=options.dtype,
-        threads=options.threads,
-        quick=options.quick,
-        smoke=options.smoke,
-    )

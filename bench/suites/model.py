@@ -9,7 +9,6 @@ engines and files have a process each.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from bench.measure import environment, peaks, timing
 from bench.subjects import models
 from bench.subjects.models import Subject
 from bench.subjects.published import BY_FORMULA, MODELS, QUICK, TINY, Model
-from bench.suites import _options, engines, memory
+from bench.suites import engines, memory
 
 DTYPES = ("float32", "bfloat16")
 SECTIONS = ("ways", "libraries", "decoders", "engines", "exports")
@@ -273,56 +272,3 @@ def run(
 
 
 # ---------------------------------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``bench model``."""
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to write (default: results/model- and the device)"
-    )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models (default: all)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default 1)")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default: the first two"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default %(default)s)")
-    parser.add_argument("--rounds", type=int, help="samples of every subject (default 7; quick 3)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
-    parser.add_argument(
-        "--sections",
-        nargs="+",
-        choices=SECTIONS,
-        help="only these (default: all but exports; quick: nor engines)",
-    )
-    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keeps what other engines read")
-    parser.add_argument("--busy", action="store_true", help="engines beside a busy process a core too")
-    parser.add_argument("--quick", action="store_true", help="a ViT-S at 512×512 alone")
-    parser.add_argument(
-        "--budget", type=float, default=float("inf"), help="seconds after which nothing new begins"
-    )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model; not a measurement")
-
-
-def main(options: argparse.Namespace) -> dict:
-    """The result of a parsed command line.
-
-    Raises:
-        OptionError: an option that cannot be; the message is for the user.
-    """
-    options.rounds = (3 if options.quick else 7) if options.rounds is None else options.rounds
-    _options.check(options)
-    sections = options.sections or SECTIONS[: -2 if options.quick else -1]
-    return run(
-        names=options.models,
-        batches=options.batch,
-        dtypes=options.dtype or DTYPES,
-        threads=options.threads,
-        rounds=options.rounds,
-        compiled=options.compile,
-        sections=sections,
-        quick=options.quick,
-        smoke=options.smoke,
-        budget_s=options.budget,
-        graphs=options.graphs,
-        busy=options.busy,
-    )

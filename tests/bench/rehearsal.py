@@ -117,11 +117,11 @@ def main() -> int:
 
     import bench.__main__
     from bench.measure import peaks
-    from bench.suites import gpu
+    from bench.suites import _gpu_tasks
 
     torch._dynamo.reset = peaks.gc.collect = lambda: None  # seconds each, for nothing here
 
-    gpu.COMMAND = (sys.executable, str(Path(__file__).resolve()))
+    _gpu_tasks.COMMAND = (sys.executable, str(Path(__file__).resolve()))
     with tempfile.TemporaryDirectory() as folder, pretended(there):
         sanitize_nothing(Path(folder))
         return bench.__main__.main(sys.argv[1:])

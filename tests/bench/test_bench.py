@@ -12,7 +12,7 @@ from bench import report
 from bench.__main__ import main
 from bench.subjects import counts, models, operators
 from bench.subjects.published import MODELS, TINY
-from bench.suites import cpu, everything, flops, gpu, scaling
+from bench.suites import _gpu_tasks, cpu, everything, flops, scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = [(name, mode) for name, op in operators.by_name().items() for mode in op.modes]
@@ -195,7 +195,7 @@ def test_bad_options_are_one_line(tmp_path, capsys):
 
 def test_every_shape_batch_and_dtype_is_timed_and_checked():
     for op in operators.by_name().values():
-        groups = gpu._timing_groups(op, False)
+        groups = _gpu_tasks._timing_groups(op, False)
         assert len(groups) == len(set(groups))
         checked = {(case.name, case.batch) for kind, case in op.check_cases(False) if kind == "values"}
         assert {group[:2] for group in groups} <= checked

@@ -108,7 +108,7 @@ def test_exported_files_have_a_result_of_their_own(tmp_path, monkeypatch, words,
     """Which does not replace the one of whole models, where other sections alone are not kept."""
     result = {"schema": 1, "kind": "model", "rows": [], "environment": {"commit": None}}
     monkeypatch.setattr("bench.suites.model.run", lambda **_: result)
-    monkeypatch.setattr("bench.__main__.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.commands._options.RESULTS", tmp_path)
     monkeypatch.setattr("bench.measure.environment.instruction_set", lambda: "avx512")
     monkeypatch.setattr("bench.measure.environment.cpu_model", lambda: "A Processor")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -21,8 +21,8 @@ from bench.__main__ import main
 from bench.measure import timing
 from bench.report import targets
 from bench.subjects import operators, parameters
-from bench.suites import cache, gpu, tune
-from bench.suites.gpu import sanitizer
+from bench.suites import _gpu_rows, _gpu_tasks, cache, gpu, tune
+from bench.suites._gpu_tasks import sanitizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
@@ -68,7 +68,7 @@ def test_the_rehearsal_leaves_the_files_of_a_run(rehearsed):
     folder, printed, _ = rehearsed
     names = {path.name for path in folder.iterdir()}
     results = {"nvidia-h100-80gb-hbm3.json", "model-nvidia-h100-80gb-hbm3.json"}
-    assert results <= names <= results | {gpu.ROWS, gpu.LOG}, printed
+    assert results <= names <= results | {_gpu_rows.ROWS, gpu.LOG}, printed
     result = report.load(folder / "nvidia-h100-80gb-hbm3.json")
     assert result["kind"] == "gpu" and result["measurement"] is False and result["correct"] is True
     assert {e["name"] for e in result["sections"]} == set(gpu.SECTIONS)
@@ -77,7 +77,7 @@ def test_the_rehearsal_leaves_the_files_of_a_run(rehearsed):
         result[t] for t in ("checks", "ceilings", "costs", "timings", "memory", "candidates", "native")
     )
     checked = {(r["operator"], r["dtype"]) for r in result["checks"] if r["status"] == "ok"}
-    assert checked == {(op, dtype) for op in operators.by_name() for dtype in gpu.DTYPES}
+    assert checked == {(op, dtype) for op in operators.by_name() for dtype in _gpu_tasks.DTYPES}
     assert {r["quantity"] for r in result["checks"] if r["kind"] == "graph_dropout"} == {
         "new dropout mask",
         "finite",
@@ -107,12 +107,14 @@ ELSEWHERE = "runs in other tests"
 NO_GPU = "a machine without a GPU"
 FULL_SIZE = "the smoke run has one size; runs in other tests"
 LEFT_OUT = {
-    "bench/suites/gpu.py": {
+    "bench/suites/gpu.py": dict.fromkeys(("Compiled._count", "work", "_log", "_Section"), ELSEWHERE),
+    "bench/suites/_gpu_rows.py": {},
+    "bench/suites/_gpu_tasks.py": {
         "_context": NO_GPU,
+        "_lost": ELSEWHERE,
         "_timing_groups": FULL_SIZE,
         "odd": FULL_SIZE,
         "launches": "bench precompile",
-        **dict.fromkeys(("Compiled._count", "_lost", "work", "_log", "_Section"), ELSEWHERE),
     },
     "bench/suites/tune.py": {
         **dict.fromkeys(("Space.candidates", "dumps", "pin", "_begin", "main"), "bench tune"),
@@ -202,7 +204,7 @@ def test_a_kill_leaves_readable_files(tmp_path):
         process.communicate()
         kept = gpu.read(folder)
         assert len(kept) >= lines > 0
-        whole = (folder / gpu.ROWS).read_text().splitlines()
+        whole = (folder / _gpu_rows.ROWS).read_text().splitlines()
         unreadable = [line for line in whole if line.strip()]
         assert len(unreadable) - len(kept) <= 3, "at most the line in flight of each worker"
         for path in folder.glob("*.json"):
@@ -261,7 +263,7 @@ def section(monkeypatch, tmp_path, tasks, deadline: float = 60.0) -> gpu._Sectio
 
 def test_a_dead_worker_costs_one_task(tmp_path, monkeypatch):
     """The task in flight fails, the section goes on after it, and a restart that dies too gives up."""
-    tasks = [gpu.Task("checks", {"name": str(n)}, None) for n in range(3)]
+    tasks = [_gpu_tasks.Task("checks", {"name": str(n)}, None) for n in range(3)]
     own = section(monkeypatch, tmp_path, tasks)
     script = (
         "import json, sys; path, start = sys.argv[1], int(sys.argv[2]); f = open(path, 'a')\n"
@@ -274,7 +276,7 @@ def test_a_dead_worker_costs_one_task(tmp_path, monkeypatch):
 
     def start(index: int = 0) -> None:
         with own.printed.open("ab") as printed:
-            command = [sys.executable, "-c", script, str(tmp_path / gpu.ROWS), str(index)]
+            command = [sys.executable, "-c", script, str(tmp_path / _gpu_rows.ROWS), str(index)]
             own.process = subprocess.Popen(command, stderr=printed)
 
     monkeypatch.setattr(own, "start", start)
@@ -288,7 +290,7 @@ def test_a_dead_worker_costs_one_task(tmp_path, monkeypatch):
 
 
 def test_a_hanging_worker_is_killed_and_the_rest_skipped(tmp_path, monkeypatch):
-    tasks = [gpu.Task("checks", {"name": str(n)}, None) for n in range(2)]
+    tasks = [_gpu_tasks.Task("checks", {"name": str(n)}, None) for n in range(2)]
     own = section(monkeypatch, tmp_path, tasks, deadline=-1)
     monkeypatch.setattr(gpu, "GRACE_S", 0.0)
     own.rows.write(begin=0)
@@ -324,7 +326,9 @@ def test_what_a_failing_task_printed_stands_in_the_log(tmp_path, monkeypatch):
     def exhausted(context):
         raise torch.OutOfMemoryError("tried to allocate 80 GB")
 
-    tasks = [gpu.Task("checks", {"name": n}, f) for n, f in (("a", run), ("b", fail), ("c", exhausted))]
+    tasks = [
+        _gpu_tasks.Task("checks", {"name": n}, f) for n, f in (("a", run), ("b", fail), ("c", exhausted))
+    ]
     monkeypatch.setitem(gpu.SECTIONS, "machine", lambda plan: tasks)
     printed = tmp_path / "printed"
     printed.write_text("left over")
@@ -345,7 +349,7 @@ def test_a_lost_context_ends_the_worker(tmp_path, monkeypatch):
         raise RuntimeError("an illegal memory access was encountered")
         yield
 
-    tasks = [gpu.Task("checks", {"name": str(n)}, broken) for n in range(2)]
+    tasks = [_gpu_tasks.Task("checks", {"name": str(n)}, broken) for n in range(2)]
     monkeypatch.setitem(gpu.SECTIONS, "machine", lambda plan: tasks)
     monkeypatch.setattr(gpu, "_lost", lambda device: True)
     assert gpu.work("machine", tmp_path, gpu.Plan(True), start=0, deadline=time.time() + 60) == 3
@@ -358,7 +362,7 @@ def test_a_lost_context_ends_the_worker(tmp_path, monkeypatch):
 def test_rows_are_read_to_the_last_whole_line(tmp_path):
     rows = gpu.Rows(tmp_path, "machine")
     rows.write(table="checks", name="a", max_error=float("inf"))
-    with (tmp_path / gpu.ROWS).open("a") as file:
+    with (tmp_path / _gpu_rows.ROWS).open("a") as file:
         file.write('{"section": "machine", "table": "che')
     assert [r["name"] for r in gpu.latest(gpu.read(tmp_path))] == ["a"]
     again = gpu.Rows(tmp_path, "timings")
