@@ -25,6 +25,7 @@ from segvit_kernels.modules import (
     unpack_linears,
 )
 from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
+from segvit_kernels.ops.factored_masks import factored_mask_loss, factored_matching_cost
 from segvit_kernels.ops.linear import PackedWeight, linear, linear_reference, pack_weight, why_not_packed
 from segvit_kernels.ops.mask_binarize import BinaryMasks, mask_binarize, mask_binarize_reference
 from segvit_kernels.ops.mask_iou import MaskIoU, mask_iou, mask_iou_reference
@@ -84,6 +85,8 @@ __all__ = [
     "atm_reference",
     "backend",
     "exportable",
+    "factored_mask_loss",
+    "factored_matching_cost",
     "freeze",
     "fused_atm",
     "fvcore_handles",

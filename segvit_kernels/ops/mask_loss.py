@@ -577,29 +577,10 @@ def mask_loss(
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
     entries = tensors("mask_logits", mask_logits)
-    whole("ignore_index", ignore_index)
-    classes = _validate(entries, targets, num_classes, focal_alpha, focal_gamma, ignore_index)
-    queries = entries[0].shape[1]
-    if matches is None and queries != classes:
-        raise ValueError(f"mask_logits has {queries} queries; expected {classes}, one a target, or matches")
-    if matches is not None:
-        _expect_pairs("matches", matches, entries[0])
-        if matches.dtype != torch.int64:
-            raise TypeError(f"matches has dtype {matches.dtype}; expected torch.int64")
-        if _can_read(matches) and not bool(((matches >= -1) & (matches < classes)).all()):
-            low, high = matches.min().item(), matches.max().item()
-            raise ValueError(f"matches holds {low} to {high}; expected -1 to {classes - 1}")
-    if pair_weights is not None:
-        _expect_pairs("pair_weights", pair_weights, entries[0])
-    if num_masks is not None and not isinstance(num_masks, Tensor):
-        number("num_masks", num_masks, 0)
-    if flag("mask_ignored", mask_ignored) and targets.ndim == 4:
-        raise ValueError("mask_ignored is True with masks; expected labels: masks have no ignored pixels")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-
-    if differentiable(targets):
-        raise ValueError("targets requires a gradient, which there is none of; expected targets.detach()")
+    classes = _checked(
+        entries, targets, matches, num_classes, ignore_index, focal_alpha, focal_gamma, mask_ignored,
+        pair_weights, num_masks, reduction,
+    )  # fmt: skip
     if transformed(backend):
         entries = full_precision(*entries)
         return mask_loss_reference(
@@ -619,7 +600,62 @@ def mask_loss(
         sums, areas = MaskLossFunction.apply(*options, *entries)
     else:
         sums, areas = _mask_loss_fwd(entries, *options)
-    present, area = _active(matches, areas, targets.ndim == 3, queries)
+    losses = _reduced(sums, areas, targets, matches, mask_ignored, pair_weights, num_masks, reduction)
+    return _only(losses) if isinstance(mask_logits, Tensor) else losses
+
+
+def _checked(
+    entries: list[Tensor],
+    targets: Tensor,
+    matches: Tensor | None,
+    num_classes: int | None,
+    ignore_index: int,
+    focal_alpha: float,
+    focal_gamma: float,
+    mask_ignored: bool,
+    pair_weights: Tensor | None,
+    num_masks: Tensor | float | None,
+    reduction: str,
+    name: str = "mask_logits",
+) -> int:
+    """Refuse arguments of a loss that do not go together; the number of targets."""
+    whole("ignore_index", ignore_index)
+    classes = _validate(entries, targets, num_classes, focal_alpha, focal_gamma, ignore_index)
+    queries = entries[0].shape[1]
+    if matches is None and queries != classes:
+        raise ValueError(f"{name} has {queries} queries; expected {classes}, one a target, or matches")
+    if matches is not None:
+        _expect_pairs("matches", matches, entries[0])
+        if matches.dtype != torch.int64:
+            raise TypeError(f"matches has dtype {matches.dtype}; expected torch.int64")
+        if _can_read(matches) and not bool(((matches >= -1) & (matches < classes)).all()):
+            low, high = matches.min().item(), matches.max().item()
+            raise ValueError(f"matches holds {low} to {high}; expected -1 to {classes - 1}")
+    if pair_weights is not None:
+        _expect_pairs("pair_weights", pair_weights, entries[0])
+    if num_masks is not None and not isinstance(num_masks, Tensor):
+        number("num_masks", num_masks, 0)
+    if flag("mask_ignored", mask_ignored) and targets.ndim == 4:
+        raise ValueError("mask_ignored is True with masks; expected labels: masks have no ignored pixels")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+    if differentiable(targets):
+        raise ValueError("targets requires a gradient, which there is none of; expected targets.detach()")
+    return classes
+
+
+def _reduced(
+    sums: Tensor,
+    areas: Tensor,
+    targets: Tensor,
+    matches: Tensor | None,
+    mask_ignored: bool,
+    pair_weights: Tensor | None,
+    num_masks: Tensor | float | None,
+    reduction: str,
+) -> MaskLoss:
+    """The losses, lists of one a entry, from the sums (L, B, Q, 4) and the areas of the targets."""
+    present, area = _active(matches, areas, targets.ndim == 3, sums.shape[2])
     pixels = (
         areas.sum(1, keepdim=True).clamp(min=1) if mask_ignored else targets.shape[-2] * targets.shape[-1]
     )
@@ -634,8 +670,19 @@ def mask_loss(
     if reduction == "mean":
         divisor = counted if num_masks is None else num_masks
         losses = losses / (divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1))
-    single = isinstance(mask_logits, Tensor)
-    return MaskLoss(*(term[0] if single else list(term) for term in losses), counted, present)
+    return MaskLoss(*map(list, losses), counted, present)
+
+
+def _only(losses: MaskLoss) -> MaskLoss:
+    """Of lists of one loss the loss itself."""
+    focal, bce, dice = (term[0] for term in losses[:3])
+    return MaskLoss(focal, bce, dice, losses.num_masks, losses.present)
+
+
+def _costs(products: Tensor, totals: Tensor, areas: Tensor, pixels: int) -> MatchingCost:
+    focal, bce = (products[:2] + totals[:2, ..., None]) / pixels
+    dice = 1 - (2 * products[2] + 1) / (totals[2][..., None] + areas[:, None] + 1)
+    return MatchingCost(focal, bce, dice)
 
 
 def _expect_pairs(name: str, tensor: Tensor, logits: Tensor) -> None:
@@ -777,7 +824,4 @@ def mask_matching_cost(
     products, totals, areas = _mask_matching_sums(
         mask_logits.detach(), targets, classes, float(focal_alpha), float(focal_gamma), backend
     )
-    pixels = targets.shape[-2] * targets.shape[-1]
-    focal, bce = (products[:2] + totals[:2, ..., None]) / pixels
-    dice = 1 - (2 * products[2] + 1) / (totals[2][..., None] + areas[:, None] + 1)
-    return MatchingCost(focal, bce, dice)
+    return _costs(products, totals, areas, targets.shape[-2] * targets.shape[-1])
