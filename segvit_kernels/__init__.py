@@ -38,6 +38,13 @@ from segvit_kernels.ops.mask_loss import (
     mask_matching_cost,
     mask_matching_cost_reference,
 )
+from segvit_kernels.ops.mask_points import (
+    PointCost,
+    PointLoss,
+    mask_loss_at_points,
+    mask_matching_cost_at_points,
+    uncertain_points,
+)
 from segvit_kernels.ops.panoptic_argmax import (
     PanopticArgmax,
     PanopticSegments,
@@ -74,6 +81,8 @@ __all__ = [
     "PackedWeight",
     "PanopticArgmax",
     "PanopticSegments",
+    "PointCost",
+    "PointLoss",
     "QueryAttentionFunction",
     "QueryDownsample",
     "QueryUpsample",
@@ -100,8 +109,10 @@ __all__ = [
     "mask_iou",
     "mask_iou_reference",
     "mask_loss",
+    "mask_loss_at_points",
     "mask_loss_reference",
     "mask_matching_cost",
+    "mask_matching_cost_at_points",
     "mask_matching_cost_reference",
     "native_library",
     "operator_names",
@@ -120,6 +131,7 @@ __all__ = [
     "semantic_argmax_reference",
     "subsample_layer_norm",
     "subsample_layer_norm_reference",
+    "uncertain_points",
     "unpack_linears",
     "why_not",
     "why_not_packed",

@@ -5,17 +5,20 @@
     model = use_fused_loss(Mask2FormerForUniversalSegmentation.from_pretrained(...))   # training
     maps = post_process_semantic_segmentation(model(**inputs), target_sizes)           # inference
 
-``transformers``: Hugging Face's mask-classification models. Nothing here imports the libraries themselves.
+``transformers``: Hugging Face's mask-classification models. ``eomt``: tue-mps/eomt and LightlyTrain.
+``detectron2``: Mask2Former, OneFormer and Mask DINO. Nothing here imports the libraries themselves.
 """
 
+from segvit_kernels.integrations.criteria import use_fused_loss
+from segvit_kernels.integrations.detectron2 import fused_set_criterion
 from segvit_kernels.integrations.transformers import (
     post_process_instance_segmentation,
     post_process_panoptic_segmentation,
     post_process_semantic_segmentation,
-    use_fused_loss,
 )
 
 __all__ = [
+    "fused_set_criterion",
     "post_process_instance_segmentation",
     "post_process_panoptic_segmentation",
     "post_process_semantic_segmentation",

@@ -222,8 +222,9 @@ def factored_mask_loss(
         queries: (B, Q, C), float32, float16, bfloat16 or float64 (eager only); or a list of such (deep
             supervision), for one loss per entry.
         features: (B, C, h, w), dtype and device of ``queries``.
-        targets, matches, num_classes, ignore_index, focal_alpha, focal_gamma, mask_ignored, pair_weights,
-            num_masks, reduction, backend: as in :func:`~segvit_kernels.mask_loss`.
+        targets, matches, num_classes, ignore_index: as in :func:`~segvit_kernels.mask_loss`.
+        focal_alpha, focal_gamma, mask_ignored, pair_weights: likewise.
+        num_masks, reduction, backend: likewise.
         budget: bytes of logits that exist at a time, at least those of one query; 32 MiB on a CPU and
             256 MiB elsewhere unless given.
 
@@ -290,8 +291,8 @@ def factored_matching_cost(
     Args:
         queries: (B, Q, C), as in :func:`factored_mask_loss`.
         features: (B, C, h, w), dtype and device of ``queries``.
-        targets, num_classes, focal_alpha, focal_gamma, backend: as in
-            :func:`~segvit_kernels.mask_matching_cost`.
+        targets, num_classes, focal_alpha, focal_gamma: as in :func:`~segvit_kernels.mask_matching_cost`.
+        backend: likewise.
         budget: bytes of logits that exist at a time, as in :func:`factored_mask_loss`.
 
     Returns:

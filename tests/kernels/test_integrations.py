@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from segvit_kernels.integrations import _masks as fused
 from segvit_kernels.integrations import post_process_semantic_segmentation, use_fused_loss
-from segvit_kernels.integrations.transformers import losses as fused
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[transformers]'")
 import transformers as hf
@@ -539,11 +539,12 @@ def test_the_example_runs(capsys):
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
+    model = make_model("eomt")
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(
         ImportError, match=r"^scipy.optimize is not installed; .*segvit-kernels\[transformers\]'$"
     ):
-        use_fused_loss(make_model("eomt"))
+        use_fused_loss(model)
 
 
 def test_importing_the_integrations_imports_no_transformers():

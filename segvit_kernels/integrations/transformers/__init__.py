@@ -8,7 +8,6 @@ those that they inherit from, and by what they hold. What a model of it needs co
 """
 
 from segvit_kernels.integrations.transformers.instances import post_process_instance_segmentation
-from segvit_kernels.integrations.transformers.losses import use_fused_loss
 from segvit_kernels.integrations.transformers.panoptic import post_process_panoptic_segmentation
 from segvit_kernels.integrations.transformers.semantic import post_process_semantic_segmentation
 
@@ -16,5 +15,4 @@ __all__ = [
     "post_process_instance_segmentation",
     "post_process_panoptic_segmentation",
     "post_process_semantic_segmentation",
-    "use_fused_loss",
 ]

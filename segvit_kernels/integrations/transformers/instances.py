@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segvit_kernels.integrations.transformers.kinds import known_base
+from segvit_kernels.integrations._kinds import known_base
 from segvit_kernels.integrations.transformers.panoptic import _counted_on, _fitted
 from segvit_kernels.ops._checks import flag, number, whole
 from segvit_kernels.ops.mask_binarize import mask_binarize

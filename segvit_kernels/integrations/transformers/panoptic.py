@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit_kernels.integrations.transformers.kinds import known_base
+from segvit_kernels.integrations._kinds import known_base
 from segvit_kernels.ops._checks import number
 from segvit_kernels.ops.panoptic_argmax import (
     first_of_stuff,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segvit_kernels.integrations.transformers.kinds import known_base
+from segvit_kernels.integrations._kinds import known_base
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 
 # The size to which the image processor resizes the mask logits before their sigmoid.

@@ -1,4 +1,4 @@
-"""What an object of transformers is, told without importing it."""
+"""What an object of another library is, told without importing it."""
 
 from __future__ import annotations
 

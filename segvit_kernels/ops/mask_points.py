@@ -1,0 +1,380 @@
+"""Mask losses and matching costs at points: the estimator of PointRend and Mask2Former.
+
+A matched pair's mask logits and target are read at P points (x, y) of [0, 1]², bilinearly between the centres
+of cells and with zeros beyond the border (``F.grid_sample`` at 2·point − 1, align_corners=False). With x the
+logits there and t the targets,
+
+    bce = mean(softplus(x) − x·t)      dice = 1 − (2 Σ σ(x) t + 1) / (Σ σ(x) + Σ t + 1).
+
+The points are given, or sampled where masks are uncertain (Kirillov et al., CVPR 2020, section 3.1; Cheng et
+al., CVPR 2022, section 3.3): of ``oversample_ratio`` · P uniform points those with the smallest |x|, for
+``importance_sample_ratio`` of P, and uniform points for the rest. Random numbers are drawn in the order of
+those papers' implementations, so that the same seed gives the same points.
+
+No mask and no target is copied: logits are read for some pairs at a time, targets of any dtype where they
+stand. Kept for the backward are the points and the logits there, (pairs, P). The gradient of the logits is
+the adjoint of the reading.
+
+Refused: points of another shape, indices out of range, targets for another number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from segvit_kernels import _library
+from segvit_kernels.ops._autograd import first_derivative_only, transformed
+from segvit_kernels.ops._checks import number, whole
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_BUDGETS = {"cpu": 2**25}  # bytes of masks and candidates that exist at a time
+_BUDGET = 2**28  # on other devices
+
+Indices = Sequence[tuple[Tensor, Tensor]]
+
+
+@_library.exportable
+class PointLoss(NamedTuple):
+    """``bce`` and ``dice``, scalar or (K,), and the ``points`` (K, P, 2) at which they were computed."""
+
+    bce: Tensor
+    dice: Tensor
+    points: Tensor
+
+
+@_library.exportable
+class PointCost(NamedTuple):
+    """``bce`` and ``dice``, both (Q, M)."""
+
+    bce: Tensor
+    dice: Tensor
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _read(masks: Tensor, points: Tensor) -> Tensor:
+    """(n, C, P) of (n, C, h, w) at points (n, P, 2) of each image."""
+    grid = 2.0 * points[:, :, None].to(masks.dtype) - 1.0
+    return F.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
+
+
+def _parts(pairs: int, each: int, device: torch.device) -> Iterator[slice]:
+    """Pairs of ``each`` bytes, as many at a time as the budget holds."""
+    step = max(1, _BUDGETS.get(device.type, _BUDGET) // each)
+    for start in range(0, pairs, step):
+        yield slice(start, min(start + step, pairs))
+
+
+class _AtPoints(torch.autograd.Function):
+    """Logits (K, P) of pairs (image, query) at points (K, P, 2) of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, mask_logits: Tensor, images: Tensor, queries: Tensor, points: Tensor) -> Tensor:
+        dtype = _computed(mask_logits.dtype)
+        result = points.new_empty(points.shape[:2], dtype=dtype)
+        each = mask_logits.shape[2] * mask_logits.shape[3] * dtype.itemsize
+        for own in _parts(len(points), each, points.device):
+            masks = mask_logits[images[own], queries[own]].to(dtype)
+            result[own] = _read(masks[:, None], points[own])[:, 0]
+        ctx.save_for_backward(images, queries, points)
+        ctx.shape, ctx.dtype = mask_logits.shape, mask_logits.dtype
+        return result
+
+    @staticmethod
+    @first_derivative_only("mask_loss_at_points", "F.grid_sample")
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        images, queries, points = ctx.saved_tensors
+        result = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
+        height, width = ctx.shape[2:]
+        for own in _parts(len(points), 2 * height * width * grad.element_size(), grad.device):
+            grid = 2.0 * points[own][:, :, None].to(grad.dtype) - 1.0
+            shape = grad.new_empty((len(grid), 1, height, width))  # its values are not read
+            part, _ = torch.ops.aten.grid_sampler_2d_backward(
+                grad[own][:, None, :, None].contiguous(), shape, grid, 0, 0, False, [True, False]
+            )
+            place = (images[own], queries[own])
+            result.index_put_(place, part[:, 0].to(ctx.dtype), accumulate=True)
+        return result, None, None, None
+
+
+def _read_targets(targets: Tensor, chosen: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
+    """Targets ``chosen`` (k,) of (M, H, W) at points (k or 1, P, 2) of ``size``, that they are padded to."""
+    height, width = targets.shape[1:]
+    result: Any = 0.0
+    # As F.grid_sample computes places.
+    x, y = ((2.0 * points[..., i] - 1.0 + 1.0) * (size[1 - i] / 2) - 0.5 for i in range(2))
+    left, top = x.floor(), y.floor()
+    for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
+        for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            place = row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()
+            values = targets[(chosen[:, None], *place)].to(points.dtype)
+            result = result + values * (weight_y * weight_x * inside)
+    return result
+
+
+def _check_logits(mask_logits: Tensor) -> None:
+    if not isinstance(mask_logits, Tensor):
+        raise TypeError(f"mask_logits is a {type(mask_logits).__name__}; expected a tensor")
+    if mask_logits.dtype not in _DTYPES:
+        raise TypeError(
+            f"mask_logits has dtype {mask_logits.dtype}; expected float32, float16, bfloat16 or float64"
+        )
+    if mask_logits.ndim != 4 or min(mask_logits.shape[1:]) < 1:
+        raise ValueError(
+            f"mask_logits has shape {tuple(mask_logits.shape)}; expected (batch, queries, height, width), "
+            "not empty"
+        )
+
+
+def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """The targets as a list."""
+    _check_logits(mask_logits)
+    if not isinstance(targets, (Tensor, list, tuple)):
+        raise TypeError(f"targets is a {type(targets).__name__}; expected a tensor or a list of tensors")
+    given = list(targets)
+    if len(given) != len(mask_logits):
+        raise ValueError(f"targets has {len(given)} images; expected {len(mask_logits)}, as mask_logits")
+    for i, target in enumerate(given):
+        if not isinstance(target, Tensor):
+            raise TypeError(f"targets[{i}] is a {type(target).__name__}; expected a tensor")
+        if target.ndim != 3 or min(target.shape[1:]) < 1:
+            raise ValueError(f"targets[{i}] has shape {tuple(target.shape)}; expected (masks, height, width)")
+        if target.device != mask_logits.device:
+            raise ValueError(
+                f"targets[{i}] is on {target.device}; expected {mask_logits.device}, as mask_logits"
+            )
+    return given
+
+
+def _checked_indices(
+    indices: Indices, mask_logits: Tensor, targets: list[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Image and query of every pair."""
+    batch = len(mask_logits)
+    if not isinstance(indices, (list, tuple)) or len(indices) != batch:
+        got = (
+            f"length {len(indices)}" if isinstance(indices, (list, tuple)) else f"a {type(indices).__name__}"
+        )
+        raise ValueError(f"indices is of {got}; expected {batch} pairs of queries and targets, one an image")
+    images, chosen = [], []
+    for i, (queries, masks) in enumerate(indices):
+        if len(queries) != len(masks):
+            raise ValueError(
+                f"indices[{i}] has {len(queries)} queries and {len(masks)} targets; expected as many"
+            )
+        limits = {"queries": (queries, mask_logits.shape[1])}
+        if targets is not None:
+            limits["targets"] = (masks, len(targets[i]))
+        for name, (index, most) in limits.items():
+            if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < most:
+                got = f"{int(index.min())} to {int(index.max())}"
+                raise ValueError(f"indices[{i}] has {name} {got}; expected 0 to {most - 1}")
+        images.append(torch.full((len(queries),), i, dtype=torch.int64))
+        chosen.append(queries.long())
+    device = mask_logits.device
+    return torch.cat(images).to(device), torch.cat(chosen).to(device)
+
+
+def _checked_points(points: Tensor, count: int, what: str, device: torch.device) -> Tensor:
+    if not isinstance(points, Tensor) or not points.is_floating_point():
+        raise TypeError("points is no floating-point tensor; expected (x, y) in [0, 1]")
+    if points.ndim != 3 or points.shape[0] != count or points.shape[1] < 1 or points.shape[2] != 2:
+        raise ValueError(f"points has shape {tuple(points.shape)}; expected ({count}, points, 2), {what}")
+    if points.device != device:
+        raise ValueError(f"points is on {points.device}; expected {device}, as mask_logits")
+    return points
+
+
+@torch.no_grad()
+def uncertain_points(
+    mask_logits: Tensor,
+    indices: Indices,
+    num_points: int = 12544,
+    *,
+    oversample_ratio: float = 3.0,
+    importance_sample_ratio: float = 0.75,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Points of every matched pair, most of them where its mask is least certain.
+
+    PointRend's and Mask2Former's; the rule stands at the top of this module.
+
+    Args:
+        mask_logits: (B, Q, h, w), before the sigmoid.
+        indices: for every image its matched queries and their targets, both (Kᵢ,) int64, as Hungarian
+            matchers give them.
+        num_points: P.
+        oversample_ratio: uniform candidates in multiples of P, at least 1.
+        importance_sample_ratio: the share of P taken from them, 0 to 1.
+        generator: of the random numbers; torch's own of the device unless given.
+
+    Returns:
+        (K, P, 2), (x, y) in [0, 1], of torch's default dtype; the pairs of the first image come first.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or shape, or out of range.
+    """
+    _check_logits(mask_logits)
+    images, queries = _checked_indices(indices, mask_logits, None)
+    return _uncertain(
+        mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
+    )
+
+
+def _uncertain(
+    mask_logits: Tensor,
+    images: Tensor,
+    queries: Tensor,
+    num_points: int,
+    oversample_ratio: float,
+    importance_sample_ratio: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    count = whole("num_points", num_points, 1)
+    candidates = int(count * number("oversample_ratio", oversample_ratio, 1))
+    certain = int(number("importance_sample_ratio", importance_sample_ratio, 0, 1) * count)
+    device, dtype = mask_logits.device, _computed(mask_logits.dtype)
+    options: Any = {"device": device, "generator": generator}
+    points = torch.empty(len(images), count, 2, device=device)
+    # A CPU draws the rows of a tensor one after the other: a part of them at a time gives the same numbers.
+    drawn = None if device.type == "cpu" else torch.rand(len(images), candidates, 2, **options)
+    each = (mask_logits.shape[2] * mask_logits.shape[3] + 8 * candidates) * dtype.itemsize
+    for own in _parts(len(images), each, device):
+        some = torch.rand(len(images[own]), candidates, 2, **options) if drawn is None else drawn[own]
+        masks = mask_logits[images[own], queries[own]].to(dtype)
+        uncertainty = -_read(masks[:, None], some)[:, 0].abs()
+        best = uncertainty.topk(certain, dim=1).indices
+        points[own, :certain] = some.gather(1, best[..., None].expand(-1, -1, 2))
+    if certain < count:
+        points[:, certain:] = torch.rand(len(images), count - certain, 2, **options)
+    return points
+
+
+def mask_loss_at_points(
+    mask_logits: Tensor,
+    targets: Sequence[Tensor] | Tensor,
+    indices: Indices,
+    points: Tensor | None = None,
+    *,
+    num_points: int = 12544,
+    oversample_ratio: float = 3.0,
+    importance_sample_ratio: float = 0.75,
+    num_masks: Tensor | float | None = None,
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+) -> PointLoss:
+    """BCE and dice of matched masks at points: Mask2Former's loss, without copies of masks and targets.
+
+    Mask2Former (CVPR 2022), section 3.3; the formulas stand at the top of this module.
+
+    Args:
+        mask_logits: (B, Q, h, w), float32, float16, bfloat16 or float64, before the sigmoid.
+        targets: for every image (Mᵢ, Hᵢ, Wᵢ), bool or numbers in [0, 1]; images of several sizes are taken as
+            padded with zeros, at the right and at the bottom, to the largest height and width.
+        indices: for every image its matched queries and their targets, both (Kᵢ,) int64; K is their sum.
+        points: (K, P, 2), (x, y) in [0, 1], the first image's pairs first. Sampled by
+            :func:`uncertain_points` unless given.
+        num_points, oversample_ratio, importance_sample_ratio, generator: of the sampling.
+        num_masks: what "mean" divides by in place of K, at least 1: under data parallelism, the mean over
+            the processes.
+        reduction: "mean", the sum over pairs divided by their number; "sum"; or "none", (K,).
+
+    Returns:
+        ``bce``, ``dice`` and ``points``. float32 (float64 for float64 logits), differentiable in
+        ``mask_logits``; zeros that keep the graph where nothing is matched.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or shape, or out of range.
+    """
+    given = _checked_masks(mask_logits, targets)
+    images, queries = _checked_indices(indices, mask_logits, given)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+    if num_masks is not None and not isinstance(num_masks, Tensor):
+        number("num_masks", num_masks, 0)
+    with torch.no_grad():
+        if points is None:
+            points = _uncertain(
+                mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
+            )
+        _checked_points(points, len(images), "those of every pair", mask_logits.device)
+        dtype = _computed(mask_logits.dtype)
+        size = [max((target.shape[axis] for target in given), default=1) for axis in (1, 2)]
+        t = torch.empty(points.shape[:2], dtype=dtype, device=points.device)
+        first = 0
+        for target, (_, chosen) in zip(given, indices, strict=True):
+            # Of a point, its place and four neighbours with their weights.
+            for own in _parts(len(chosen), 16 * points.shape[1] * dtype.itemsize, points.device):
+                place = slice(first + own.start, first + own.stop)
+                some = chosen[own].to(target.device)
+                t[place] = _read_targets(target, some, points[place].to(dtype), size)
+            first += len(chosen)
+    if transformed():
+        x = _read(mask_logits[images, queries][:, None].to(dtype), points)[:, 0]
+    else:
+        x = _AtPoints.apply(mask_logits, images, queries, points)
+    bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
+    p = x.sigmoid()
+    dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+    if reduction == "none":
+        return PointLoss(bce, dice, points)
+    bce, dice = bce.sum(), dice.sum()
+    if reduction == "mean":
+        divisor = len(images) if num_masks is None else num_masks
+        divisor = divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1)
+        bce, dice = bce / divisor, dice / divisor
+    return PointLoss(bce, dice, points)
+
+
+@torch.no_grad()
+def mask_matching_cost_at_points(
+    mask_logits: Tensor,
+    targets: Sequence[Tensor] | Tensor,
+    points: Tensor | None = None,
+    *,
+    num_points: int = 12544,
+    generator: torch.Generator | None = None,
+) -> list[PointCost]:
+    """BCE and dice cost between every query and every target of an image, at points that they all share.
+
+    Mask2Former (CVPR 2022), section 3.3. No gradient.
+
+    Args:
+        mask_logits: (B, Q, h, w), before the sigmoid, as in :func:`mask_loss_at_points`.
+        targets: for every image (Mᵢ, Hᵢ, Wᵢ), bool or numbers in [0, 1], not padded.
+        points: (B, P, 2), (x, y) in [0, 1]; ``num_points`` uniform ones of each image unless given.
+        num_points, generator: of the sampling.
+
+    Returns:
+        For every image ``bce`` and ``dice``, both (Q, Mᵢ), float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or shape, or out of range.
+    """
+    given = _checked_masks(mask_logits, targets)
+    whole("num_points", num_points, 1)
+    if points is not None:
+        _checked_points(points, len(given), "those of every image", mask_logits.device)
+    dtype, costs = _computed(mask_logits.dtype), []
+    for i, (masks, target) in enumerate(zip(mask_logits, given, strict=True)):
+        own = (
+            torch.rand(1, num_points, 2, device=masks.device, generator=generator)
+            if points is None
+            else points[i : i + 1]
+        )
+        x = _read(masks[None].to(dtype), own)[0]  # (Q, P)
+        every = torch.arange(len(target), device=target.device)
+        t = _read_targets(target, every, own.to(dtype), target.shape[1:])
+        outside, p = -F.logsigmoid(-x), x.sigmoid()  # F.softplus is linear above 20
+        bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]
+        dice = 1 - (2 * p @ t.mT + 1) / (p.sum(1)[:, None] + t.sum(1) + 1)
+        costs.append(PointCost(bce, dice))
+    return costs
