@@ -24,7 +24,8 @@ from segvit_kernels.modules import (
     same_grid,
     unpack_linears,
 )
-from segvit_kernels.ops.atm import ATMFunction, ATMOutput, atm_reference, fused_atm
+from segvit_kernels.ops.atm import ATMFunction, ATMOutput, WeightedATMOutput, atm_reference, fused_atm
+from segvit_kernels.ops.attention_weights import attention_weights, attention_weights_reference
 from segvit_kernels.ops.factored_masks import factored_mask_loss, factored_matching_cost
 from segvit_kernels.ops.linear import PackedWeight, linear, linear_reference, pack_weight, why_not_packed
 from segvit_kernels.ops.mask_binarize import BinaryMasks, mask_binarize, mask_binarize_reference
@@ -90,8 +91,11 @@ __all__ = [
     "SubsampledNorm",
     "View",
     "Views",
+    "WeightedATMOutput",
     "__version__",
     "atm_reference",
+    "attention_weights",
+    "attention_weights_reference",
     "backend",
     "exportable",
     "factored_mask_loss",

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from segvit_kernels._folding import HOOKS, Folded, is_plain
 from segvit_kernels.ops._autograd import full_precision
-from segvit_kernels.ops.atm import ATMOutput, fused_atm
+from segvit_kernels.ops.atm import ATMOutput, WeightedATMOutput, fused_atm
+from segvit_kernels.ops.attention_weights import attention_weights
 from segvit_kernels.ops.linear import linear, pack_weight, why_not_packed
 from segvit_kernels.ops.query_attention import query_attention
 from segvit_kernels.ops.subsample_norm import check_tokens, subsample_layer_norm, subsample_tokens
@@ -67,6 +68,45 @@ class FusedATM(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
+    @classmethod
+    def from_multihead(cls, attention: nn.MultiheadAttention) -> FusedATM:
+        """A layer with copies of the weights of an ``nn.MultiheadAttention``, and what it computes.
+
+        Tensors have the batch first, whatever ``batch_first`` was, and ``need_weights="mean"`` gives what
+        ``need_weights=True`` gave (without dropout). Attention masks and weights of each head it has not.
+
+        Raises:
+            TypeError: ``attention`` is no ``nn.MultiheadAttention``, or its parameters are not its own.
+            ValueError: it has ``add_bias_kv`` or ``add_zero_attn``.
+        """
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise TypeError(f"attention is a {type(attention).__name__}; expected an nn.MultiheadAttention")
+        if attention.bias_k is not None or attention.add_zero_attn:
+            what = "add_zero_attn" if attention.add_zero_attn else "add_bias_kv"
+            raise ValueError(f"attention has {what}=True; expected none: FusedATM sees no token but features")
+        out, dim = attention.out_proj, attention.embed_dim
+        if not isinstance(out.weight, Tensor):
+            raise TypeError(f"attention.out_proj is a quantised {type(out).__name__}; expected nn.Linear")
+        packed, biases = attention.in_proj_weight, attention.in_proj_bias
+        weights = (
+            [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+            if packed is None
+            else packed.chunk(3)
+        )
+        options: dict[str, Any] = {"device": out.weight.device, "dtype": out.weight.dtype}
+        self = cls(dim, attention.num_heads, biases is not None, attention.dropout, **options)
+        parts = [None] * 3 if biases is None else biases.chunk(3)
+        for name, weight, bias in zip(
+            ("q", "k", "v", "proj"), (*weights, out.weight), (*parts, out.bias), strict=True
+        ):
+            layer = nn.Linear(weight.shape[1], dim, bias=bias is not None, **options)
+            setattr(self, name, layer)
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+                if bias is not None:
+                    layer.bias.copy_(bias)
+        return self.train(attention.training)
+
     def forward(
         self,
         query: Tensor,
@@ -75,7 +115,8 @@ class FusedATM(nn.Module):
         previous_masks: Tensor | None = None,
         need_masks: bool = True,
         key_padding_mask: Tensor | None = None,
-    ) -> ATMOutput:
+        need_weights: str | None = None,
+    ) -> ATMOutput | WeightedATMOutput:
         """Update tokens from features and give the masks.
 
         Args:
@@ -85,13 +126,16 @@ class FusedATM(nn.Module):
             previous_masks: masks of earlier stages, (B, Nq, Nk), added to the new ones.
             need_masks: whether ``mask_logits`` is wanted.
             key_padding_mask: (B, Nk), bool, True for tokens that no query may see.
+            need_weights: "mean" for the attention weights too, after the softmax and before dropout, their
+                mean over heads (:func:`~segvit_kernels.attention_weights`).
 
         Returns:
-            ``output`` (B, Nq, C) and ``mask_logits`` (B, Nq, Nk), or ``None`` without ``need_masks``.
+            ``output`` (B, Nq, C) and ``mask_logits`` (B, Nq, Nk), or ``None`` without ``need_masks``; with
+            ``need_weights`` also ``weights`` (B, Nq, Nk).
         """
         value = features if value is None else value
         projected = self.q(query), self.k(features), self.v(value)
-        return self.attend(*projected, previous_masks, need_masks, key_padding_mask)
+        return self.attend(*projected, previous_masks, need_masks, key_padding_mask, need_weights)
 
     def attend(
         self,
@@ -101,20 +145,28 @@ class FusedATM(nn.Module):
         previous_masks: Tensor | None = None,
         need_masks: bool = True,
         key_padding_mask: Tensor | None = None,
-    ) -> ATMOutput:
+        need_weights: str | None = None,
+    ) -> ATMOutput | WeightedATMOutput:
         """:meth:`forward` after the projections q, k and v, for callers that stack or fold these.
 
         Args:
             query: (B, Nq, C) or (1, Nq, C). key, value: (B, Nk, C). All three may be strided slices.
         """
+        if need_weights not in (None, "mean"):
+            raise ValueError(f"need_weights is {need_weights!r}; expected None or 'mean'")
+        heads = [x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value)]
         output, masks = fused_atm(
-            *(x.unflatten(-1, (self.num_heads, -1)) for x in (query, key, value)),
+            *heads,
             dropout_p=self.attn_drop if self.training else 0.0,
             previous_masks=previous_masks,
             need_masks=need_masks,
             key_padding_mask=key_padding_mask,
         )
-        return ATMOutput(self.proj_drop(self.proj(output.flatten(-2))), masks)
+        output = self.proj_drop(self.proj(output.flatten(-2)))
+        if need_weights is None:
+            return ATMOutput(output, masks)
+        weights = attention_weights(*heads[:2], key_padding_mask=key_padding_mask)
+        return WeightedATMOutput(output, masks, weights)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, attn_drop={self.attn_drop}"

@@ -57,6 +57,16 @@ class ATMOutput(NamedTuple):
     mask_logits: Tensor | None
 
 
+@_library.exportable
+class WeightedATMOutput(NamedTuple):
+    """As :class:`ATMOutput`, and ``weights`` (B, Nq, Nk), attention weights after the softmax, the mean over
+    heads."""
+
+    output: Tensor
+    mask_logits: Tensor | None
+    weights: Tensor
+
+
 def atm_reference(
     query: Tensor,
     key: Tensor,
