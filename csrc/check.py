@@ -1,7 +1,7 @@
 """The CUDA kernels on this machine's GPU: ``python csrc/check.py``; needs nvcc, a GPU and pytest.
 
-Builds them for this GPU, runs the device tests of ``test_*_native.py`` on backend "cuda", and the small
-cases once more under NVIDIA's compute-sanitizer, where it is and works: memcheck (accesses out of bounds,
+Builds them for this GPU, runs the cases of the operators' batteries on backend "cuda", and the small ones
+once more under NVIDIA's compute-sanitizer, where it is and works: memcheck (accesses out of bounds,
 leaked errors), racecheck (hazards in shared memory), initcheck is left out, since torch's allocator reuses
 memory. Exit code 1 if anything failed; what was skipped is said with its reason.
 """
@@ -21,8 +21,11 @@ import sanitizer
 
 import build
 
-FOLDER = build.ROOT / "tests" / "kernels"
-TESTS = sorted(str(path.relative_to(build.ROOT)) for path in FOLDER.glob("test_*_native.py"))
+SOURCES = [path.stem for path in sorted((build.HERE / "cuda").glob("*.cu"))]
+TESTS = [f"tests/kernels/test_{stem}.py" for stem in SOURCES if stem in build.OPERATORS]
+# A row of tests/kernels/backends.py.
+CASES = "cuda-gpu and (test_case or test_halves or test_shapes)"
+SMALL = "cuda-gpu and (test_case or test_halves) and (fp32 or bf16)"
 VARIABLES = {"PYTHONPATH": str(build.ROOT), "TRITON_INTERPRET": "0"}
 
 
@@ -58,7 +61,7 @@ def built(timeout: float) -> dict:
 
 def tests(timeout: float) -> dict:
     """The device tests, at all sizes."""
-    code, output = sanitizer.run(_pytest("on_the_device"), timeout, VARIABLES, build.ROOT)
+    code, output = sanitizer.run(_pytest(CASES), timeout, VARIABLES, build.ROOT)
     summary = _summary(output)
     row = {"name": "tests", "summary": summary, "output": output[-8000:]}
     # Tests that were all skipped prove nothing.
@@ -72,7 +75,7 @@ def tests(timeout: float) -> dict:
 
 def sanitize(tool: str, timeout: float) -> dict:
     """The small cases under one tool of compute-sanitizer."""
-    command = _pytest("test_on_the_device and (fp32 or bf16)")
+    command = _pytest(SMALL)
     return sanitizer.check(tool, command, timeout, variables=VARIABLES, summary=_summary, cwd=build.ROOT)
 
 

@@ -92,10 +92,9 @@ def ptx_machines() -> Iterator[Callable[[str], None]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def ptx_machine(request: pytest.FixtureRequest, ptx_machines: Callable[[str], None]) -> None:
-    """The machine of a file of one backend."""
-    for name, ending in (("triton", "_triton"), ("cuda", "_native")):
-        if request.module.__name__.endswith(ending):
-            ptx_machines(name)
+    """The machine of a file of Triton alone."""
+    if request.module.__name__.endswith("_triton"):
+        ptx_machines("triton")
 
 
 @pytest.hookimpl(wrapper=True)

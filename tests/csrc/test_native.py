@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import check
 import pytest
 import torch
 
@@ -116,6 +117,18 @@ def test_objects_of_another_compiler_are_not_used(monkeypatch, tmp_path):
     assert names[0] == names[2] != names[1]
 
 
+def test_a_gpu_gets_cases_of_every_operator_in_cuda():
+    """What `csrc/check.py` selects are names of tests."""
+    command = [*check._pytest(check.SMALL), "--collect-only"]
+    environment = {**os.environ, **check.VARIABLES, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert len(check.TESTS) == len(set(build.OPERATORS) - {"linear"})
+    for path in check.TESTS:
+        for dtype in ("fp32", "bf16"):
+            found = [n for n in done.stdout.splitlines() if n.startswith(f"{path}::")]
+            assert [n for n in found if dtype in n], (path, done.stdout[-2000:])
+
+
 @built
 def test_what_the_report_says():
     report = run(["-m", "segvit_kernels"]).stdout
@@ -141,7 +154,7 @@ def test_other_instruction_sets(isa):
     if isa not in RUNS:
         pytest.skip(f"this processor runs {', '.join(RUNS)}")
     tests, operators = ROOT / "tests" / "kernels", (ROOT / "segvit_kernels" / "ops").glob("[a-z]*.py")
-    files = [tests / f"test_{path.stem}{ending}.py" for path in operators for ending in ("", "_native")]
+    files = [file for path in operators for file in tests.glob(f"test_{path.stem}*.py")]
     command = [
         "-m",
         "pytest",
@@ -151,7 +164,7 @@ def test_other_instruction_sets(isa):
         "no:cacheprovider",
         "-k",
         "(test_case or NearTies) and cpu",
-        *(str(path) for path in files if path.exists()),
+        *map(str, files),
     ]
     result = run(command, SEGVIT_KERNELS_ISA=isa, PYTEST_ADDOPTS="")
     assert result.returncode == 0, result.stdout[-3000:]

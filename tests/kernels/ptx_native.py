@@ -142,12 +142,9 @@ def check_query_attention(dtype: torch.dtype) -> None:
 
 
 def check_mask_binarize(dtype: torch.dtype) -> None:
-    from test_mask_binarize_native import check
+    from test_mask_binarize import FEW, check
 
-    from segvit_kernels.testing.mask_binarize import BinarizeCase
-
-    case = BinarizeCase("box", 1, 2, (6, 5), (40, 70), boxes=True, coherent=True)
-    check(case.name, case.inputs(dtype), "cuda")
+    check(FEW[2], dtype, BY_ID["cuda"])
 
 
 def check_mask_loss(dtype: torch.dtype) -> None:
@@ -159,10 +156,10 @@ def check_mask_loss(dtype: torch.dtype) -> None:
 
 
 def check_semantic_argmax(dtype: torch.dtype) -> None:
-    from test_semantic_argmax_native import BY_NAME, test_case
+    from test_semantic_argmax import BY_NAME, check
 
     for kind in {dtype, torch.float32}:  # with tensor cores and without
-        test_case(BY_NAME["odd"], kind, True, "cuda", None)
+        check("odd", BY_NAME["odd"].inputs(kind, concentrated=True), BY_ID["cuda"])
 
 
 def check_subsample_norm(dtype: torch.dtype) -> None:

@@ -16,12 +16,12 @@ sys.path.insert(0, __file__.rsplit("/", 1)[0])
 
 import ptx_battery
 import test_atm as atm
-import test_mask_binarize_triton as mask_binarize
+import test_mask_binarize as mask_binarize
 import test_mask_iou as mask_iou
 import test_mask_loss as mask_loss
 import test_panoptic_argmax as panoptic_argmax
 import test_query_attention as query_attention
-import test_semantic_argmax_triton as semantic_argmax
+import test_semantic_argmax as semantic_argmax
 import test_subsample_norm as subsample_norm
 import torch
 from backends import BY_ID, Launchers
@@ -50,7 +50,7 @@ def check_query_attention(dtype):
 
 
 def check_mask_binarize(dtype):
-    mask_binarize.check(mask_binarize.FEW[2], dtype)
+    mask_binarize.check(mask_binarize.FEW[2], dtype, BY_ID["triton"])
 
 
 def check_mask_loss(dtype):
@@ -75,7 +75,8 @@ def check_panoptic_argmax(dtype):
 
 def check_semantic_argmax(dtype):
     for case, concentrated in ((semantic_argmax.BY_NAME["odd"], True), (ONE_VIEW, False)):
-        semantic_argmax.test_on_the_device(case, concentrated, dtype, "cpu")
+        inputs = case.inputs(dtype, concentrated=concentrated)
+        semantic_argmax.check(case.name, inputs, BY_ID["triton"], scores=False)
 
 
 def check_subsample_norm(dtype):

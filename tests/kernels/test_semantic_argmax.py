@@ -1,402 +1,365 @@
-"""The standard battery of semantic_argmax on the eager backend (Triton: test_semantic_argmax_triton.py)."""
+"""semantic_argmax: the battery of every backend; also ``_bounds``, ``_views`` and ``_function``."""
 
-import dataclasses
-import itertools
-from fractions import Fraction
+import math
 
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from backends import HALVES, PTX, assert_same, assert_threads_change_nothing, each_backend, each_dtype
 
-from segvit_kernels.ops import semantic_argmax as module
-from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax, semantic_argmax_reference
+from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 from segvit_kernels.testing import assert_within_budget
 from segvit_kernels.testing.semantic_argmax import CASES, SemanticCase, assert_labels, oracle
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BY_NAME = {case.name: case for case in CASES}
-VIEW_CASES = [case for case in CASES if case.views]
+NATIVE = ("cpu", "cuda", "cuda-gpu")
+QUICK = ("eager", *NATIVE, "triton-gpu")  # what Triton's interpreter has less of, in a file of its own
 RANDOM_OR_TRAINED = pytest.mark.parametrize("concentrated", [False, True], ids=["random", "trained"])
+# Few tiles keep the interpreter quick. Tiles that fit a GPU: on the PTX machine, and in test_pinned_tiles.
+TILES = {"tile_y": 32, "tile_x": 64, "block_q": 32}
 
 
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+@pytest.fixture(autouse=True)
+def few_tiles(request, monkeypatch):
+    """Of Triton's interpreter, for calls that give no configuration."""
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    if getattr(backend, "id", None) == "triton" and not PTX:
+        from segvit_kernels.triton import semantic_argmax as kernels
+
+        config = kernels._config
+
+        def few(shape, dtype, arch, reach):
+            return {**config(shape, dtype, arch, reach), **tiled(kernels, TILES, reach, 512)}
+
+        monkeypatch.setattr(kernels, "_config", few)
 
 
-def computed_in(dtype):
-    """What the eager backend computes in: half precision inputs are read as they are, sums are float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def tiled(kernels, tiles, reach, most):
+    """Launch parameters of Triton: tiles, and their footprint, a product of at most so many cells or none."""
+    cells = [kernels._footprint(tiles[f"tile_{a}"], r) for a, r in zip("yx", reach, strict=True)]
+    fits = 16 <= math.prod(cells) <= most
+    return {**tiles, "cells_y": cells[0] * fits, "cells_x": cells[1] * fits}
 
 
-def check(name, inputs, **options):
-    """Labels, with and without scores, and scores against the oracle; returns how many labels differ."""
-    truth = oracle(inputs, **options)
-    ordinary = oracle(inputs, computed_in(inputs["class_probs"].dtype), **options)
-    differing = assert_labels(name, semantic_argmax(**inputs, **options), truth, ordinary)
-    labels, scores = semantic_argmax(**inputs, **options, return_scores=True)
-    assert_labels(name, labels, truth, ordinary)
-    assert scores.dtype == ordinary.dtype
-    assert_within_budget("scores", scores, truth.amax(1), ordinary.amax(1))
-    return differing
+def named(*names):
+    return pytest.mark.parametrize("case", [BY_NAME[n] for n in names] or CASES, ids=lambda case: case.name)
 
 
-@pytest.fixture
-def shortcuts(monkeypatch):
-    """The number of pixels that the shortcut decided and left open, per block."""
-    blocks, decide = [], module._decide
-
-    def recorded(head, scores):
-        labels, undecided = decide(head, scores)
-        blocks.append((labels.numel() - len(undecided), len(undecided)))
-        return labels, undecided
-
-    monkeypatch.setattr(module, "_decide", recorded)
-    return blocks
+def stacks(masks):
+    return masks if isinstance(masks, list) else [masks]
 
 
-@RANDOM_OR_TRAINED
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@named(CASES)
-def test_labels_and_scores(case, dtype, concentrated, poisoned):
-    differing = check(case.name, case.inputs(dtype, concentrated=concentrated))
-    assert differing == 0 or dtype != torch.float64
+def reach_of(inputs):
+    """The steps of the operator from pixel to pixel, in cells."""
+    if inputs.get("views"):
+        return inputs["views"].reach
+    grid = stacks(inputs["mask_logits"])[0].shape[2:]
+    return [cells / length for cells, length in zip(grid, inputs["size"], strict=True)]
 
 
-def test_an_image_of_640():
-    case = SemanticCase("640", ((1, 40, 40),), 33, 19, (640, 640))
-    check(case.name, case.inputs(torch.float32))
+def run(inputs, backend, *, scores=False, activation="sigmoid", prune=0.0):
+    """Labels, or labels and scores."""
+    masks, probs, views = stacks(inputs["mask_logits"]), inputs["class_probs"], inputs.get("views")
+    shape = (views.batch if views else len(probs), *inputs["size"])
+    arguments = (views.tensors if views else [], *shape, views.reach if views else [])
+    labels, best = backend.op("semantic_argmax")(
+        masks, probs, *arguments, activation == "sigmoid", scores, prune
+    )
+    assert best.shape == (shape if scores else (0,))
+    return (labels, best) if scores else labels
 
 
-@named(CASES)
-def test_activation_none(case):
-    inputs = case.inputs(torch.float32)
-    masks = inputs["mask_logits"]
-    masks = masks.sigmoid() if isinstance(masks, torch.Tensor) else [m.sigmoid() for m in masks]
-    check(case.name, {**inputs, "mask_logits": masks}, activation="none")
+def check(name, inputs, backend, *, scores=True, **options):
+    """Labels, and with scores labels and scores, within the error budget; returns the labels.
+
+    Half precision is read as it is and summed in float32; on a GPU masks of half precision are multiplied as
+    float16.
+    """
+    given = stacks(inputs["mask_logits"])[0].dtype
+    computed = torch.float64 if given == torch.float64 else torch.float32
+    if given in HALVES and backend.name in ("triton", "cuda"):
+        computed = torch.float16
+    truth, ordinary = oracle(inputs, **options), oracle(inputs, computed, **options)
+    labels = run(inputs, backend, **options)
+    differ = assert_labels(name, labels, truth, ordinary)
+    allowed = 0.02 * labels.numel() + 1 if computed == torch.float16 else 0.002 * labels.numel() + 1
+    assert differ <= (0 if computed == torch.float64 else allowed), f"{name}: {differ} labels differ"
+    if scores:
+        again, best = run(inputs, backend, scores=True, **options)
+        assert_labels(f"{name} with scores", again, truth, ordinary)
+        assert best.dtype == (torch.float64 if computed == torch.float64 else torch.float32)
+        assert_within_budget("scores", best.to(computed), truth.amax(1), ordinary.amax(1))
+    return labels
 
 
-def test_mixed_dtypes():
-    inputs = BY_NAME["odd"].inputs(torch.float32)
-    inputs["mask_logits"] = inputs["mask_logits"].bfloat16()
-    check("bfloat16 masks, float32 probabilities", inputs)
+def kinds(backend):
+    """Whether few queries have nearly all class mass: random masses only where blocks are interpreted."""
+    return (False,) if backend.id in ("triton", "cuda") else (False, True)
 
 
-@RANDOM_OR_TRAINED
-@pytest.mark.parametrize("budget", [1, 3000])
-@named(CASES)
-def test_blocking_does_not_change_the_result(case, budget, concentrated, monkeypatch):
-    inputs = case.inputs(torch.float64, concentrated=concentrated)
-    expected = semantic_argmax(**inputs)
-    monkeypatch.setattr(module, "_BUDGET", budget)
-    torch.testing.assert_close(semantic_argmax(**inputs), expected, rtol=0, atol=0)
+@each_dtype()
+@named()
+def test_case(case, backend, dtype, poisoned):
+    scores = backend.id != "triton" or case.name in ("one_cell", "odd", "classes_300", "mixed")
+    for concentrated in kinds(backend):
+        inputs = case.inputs(dtype, backend.device, concentrated=concentrated)
+        check(case.name, inputs, backend, scores=scores)
 
 
-class TestShortcut:
-    def test_decides_most_pixels_of_a_trained_model(self, shortcuts):
-        semantic_argmax(**BY_NAME["classes_171"].inputs(torch.float32, concentrated=True))
-        decided, left = map(sum, zip(*shortcuts, strict=True))
-        assert decided > 9 * left
-
-    @pytest.mark.parametrize("options", [{"return_scores": True}, {"activation": "none"}])
-    def test_is_not_taken_where_it_has_no_bound(self, options, shortcuts):
-        semantic_argmax(**BY_NAME["classes_171"].inputs(torch.float32, concentrated=True), **options)
-        inputs = BY_NAME["classes_171"].inputs(torch.float32, concentrated=True)
-        inputs["class_probs"][0, 0, 0] = -1e-3
-        semantic_argmax(
-            **{**inputs, "mask_logits": inputs["mask_logits"][:1], "class_probs": inputs["class_probs"][:1]}
-        )
-        assert not shortcuts
-
-    def test_is_not_taken_on_spread_mass(self, shortcuts):
-        semantic_argmax(**BY_NAME["classes_150"].inputs(torch.float32))
-        assert not shortcuts
-
-    def test_is_given_up_where_it_leaves_most_pixels_open(self, shortcuts, monkeypatch):
-        monkeypatch.setattr(module, "_BUDGET", 2**12)  # many blocks
-        inputs = BY_NAME["classes_150"].inputs(torch.float64, concentrated=True)
-        inputs["mask_logits"] = torch.full_like(inputs["mask_logits"], -8) + inputs["mask_logits"] * 1e-2
-        check("flat", inputs)
-        assert len(shortcuts) == 1 and shortcuts[0][1] > shortcuts[0][0]
-
-    @pytest.mark.parametrize("light", [1, 120])
-    @pytest.mark.parametrize("count", [1, 2])
-    @pytest.mark.parametrize("scale", [0.5, 0.98, 1.02, 2.0])
-    def test_the_tail_may_flip_the_winner(self, scale, count, light, shortcuts):
-        """Class 0 leads by the heavy queries; light ones, on in the right half, all vote for class 1."""
-        probs = torch.zeros(count, 124, 9)
-        probs[:, 0, 0], probs[:, 1, 1] = 0.9, 0.9 - 0.2 / count
-        probs[:, 2:4, 2] = 0.5
-        probs[0, 4 : 4 + light, 1] = 0.2 * scale / light  # in the first view only
-        masks = torch.full((count, 124, 6, 8), -20.0)
-        masks[:, :2] = 20.0
-        masks[:, 4:, :, 4:] = 20.0
-        size = (40, 50)
-        views = None if count == 1 else Views([View.whole(0, (6, 8), size)] * count, 1, size)
-        inputs = {"mask_logits": masks, "class_probs": probs, "size": size, "views": views}
-        assert check("flipped", inputs) == 0
-        right = semantic_argmax(**inputs)[0, :, 40:]
-        assert bool((right == (1 if scale > 1 else 0)).all())
-        assert shortcuts  # it was tried
-
-    @pytest.mark.parametrize("seed", range(6))
-    def test_margins_as_small_as_the_tail(self, seed, shortcuts):
-        """Two heavy classes everywhere within the mass of the tail of each other, by little more or less."""
-        generator = torch.Generator().manual_seed(seed)
-        probs = torch.rand(1, 64, 40, generator=generator).double() ** 8 * 3e-3
-        probs[0, 0, 7], probs[0, 1, 3] = 1.0, 1.0
-        masks = torch.randn(1, 64, 5, 5, generator=generator).double()
-        masks[:, :2] = 2 + 0.02 * torch.randn(1, 2, 5, 5, generator=generator).double()
-        inputs = {"mask_logits": masks, "class_probs": probs, "size": (61, 47)}
-        assert check("close", inputs) == 0
-        assert shortcuts
-
-    def test_a_class_outside_the_head_wins_where_the_head_is_silent(self, shortcuts):
-        probs = torch.full((1, 80, 50), 1e-3)
-        probs[0, 0, 10] = 1.0
-        probs[0, 1:, 20] = 2e-3
-        masks = torch.full((1, 80, 4, 10), -30.0)
-        masks[0, 0, :, 1:] = 30.0
-        masks[0, 1:] = 0.0
-        inputs = {"mask_logits": masks, "class_probs": probs, "size": (20, 100)}
-        assert check("silent", inputs) == 0
-        labels = semantic_argmax(**inputs)
-        assert labels[0, 0, 0] == 20 and labels[0, 0, 99] == 10
-        assert shortcuts and shortcuts[0][0] > 0 < shortcuts[0][1]
+@each_dtype()
+@named("one_pixel", "smaller", "classes_171", "mixed")
+def test_no_activation(case, backend, dtype, poisoned):
+    """Probabilities, and any real numbers, negative scores among them."""
+    inputs = case.inputs(dtype, backend.device)
+    masks = stacks(inputs["mask_logits"])
+    for changed in ([m.sigmoid() for m in masks], masks, [-m.abs() for m in masks]):
+        check(case.name, {**inputs, "mask_logits": changed}, backend, activation="none")
+        if backend.id == "triton":
+            break
 
 
+@each_backend("eager", *NATIVE)
+@pytest.mark.parametrize("classes", [1, 2, 255, 256, 257, 300])
+@pytest.mark.parametrize("queries", [1, 3, 65])
+def test_numbers_of_classes(classes, queries, backend, poisoned):
+    case = SemanticCase("classes", ((1, 5, 4),), queries, classes, (11, 37))
+    inputs = case.inputs(torch.float32, backend.device)
+    assert check(case.name, inputs, backend).dtype == (torch.uint8 if classes <= 256 else torch.int16)
+    inputs["class_probs"][..., -1] += 1
+    assert (run(inputs, backend) == classes - 1).all()
+
+
+@each_backend(*NATIVE)
+@pytest.mark.parametrize("queries, classes", [(1030, 7), (9, 1100), (3, 2050)])
+def test_large_numbers(queries, classes, backend, poisoned):
+    """More queries or classes than are bounded in 8 bits or held at a time."""
+    case = SemanticCase("large", ((1, 3, 4),), queries, classes, (6, 21))
+    for concentrated in (False, True):
+        check(case.name, case.inputs(torch.float32, backend.device, concentrated=concentrated), backend)
+
+
+@each_backend(*NATIVE)
+@pytest.mark.parametrize(
+    "grid, size",
+    [((1, 1), (3, 70)), ((4, 5), (4, 5)), ((3, 40), (5, 43)), ((3, 200), (2, 70)), ((50, 700), (3, 5)),
+     ((2, 2), (33, 65)), ((2, 9), (2, 1030)), ((3, 130), (3, 1100)), ((2, 1500), (2, 700))],
+)  # fmt: skip
+def test_grids_and_sizes(grid, size, backend, poisoned):
+    """Coarse and fine, up and down, several parts of a row."""
+    case = SemanticCase("sizes", ((1, *grid),), 35, 21, size)
+    for concentrated in kinds(backend):
+        check(case.name, case.inputs(torch.float32, backend.device, concentrated=concentrated), backend)
+
+
+@each_backend("eager", *NATIVE)
 @pytest.mark.parametrize("heavy", [0, 4], ids=["spread", "concentrated"])
 @pytest.mark.parametrize("first, second", [(0, 1), (3, 17), (5, 149)])
-def test_ties_go_to_the_lower_class(first, second, heavy, shortcuts):
+def test_ties_go_to_the_lower_class(first, second, heavy, backend, poisoned):
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(1, 64, 150, generator=generator) / 4
     if heavy:
         probs[:, heavy:] *= 1e-3
     probs[..., first] += 0.5
     probs[..., second] = probs[..., first]
-    masks = torch.randn(1, 64, 6, 6, generator=generator) + 3
-    labels = semantic_argmax(masks, probs, (50, 40))
-    assert bool((labels == first).all())
-    assert bool(semantic_argmax(masks, probs * 0, (5, 4)).eq(0).all())
+    probs, masks = probs.to(backend.device), 3 + normal(backend, 1, 64, 6, 6)
+    views = Views([View.whole(0, (6, 6), (50, 40), g) for g in (0, 0, 1)], 1, (50, 40)).to(backend.device)
+    plain = {"mask_logits": masks, "class_probs": probs, "size": (50, 40)}
+    several = {"mask_logits": masks.expand(3, -1, -1, -1), "class_probs": probs.expand(3, -1, -1)}
+    for inputs in (plain, {**plain, **several, "views": views}):
+        assert (run(inputs, backend) == first).all() and (run(inputs, backend, scores=True)[0] == first).all()
+    for changed in ({"class_probs": probs * 0}, {"mask_logits": masks * 0 - 1e30}):
+        assert not run({**plain, **changed, "size": (5, 4)}, backend).any()
+
+
+@each_backend()
+def test_ties_everywhere_go_to_the_first_class(backend, poisoned):
+    inputs = BY_NAME["odd"].inputs(torch.float32, backend.device)
+    probs = inputs["class_probs"].mul_(64).round_().div_(64)  # sums that are exact in any order
+    probs[:] = probs[..., :1].clone()
+    for logits in inputs["mask_logits"]:
+        logits.zero_()
+    assert not run(inputs, backend).any()
+    inputs["class_probs"].zero_()
+    assert not run(inputs, backend).any()
+
+
+def normal(backend, *shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(backend.device)
 
 
 class TestViews:
-    @named([case for case in CASES if not case.views])
-    def test_whole_views_are_the_plain_form(self, case):
-        inputs = case.inputs(torch.float64)
+    @each_dtype(dtypes=(torch.float64, torch.float32))
+    @named("odd", "classes_171")
+    def test_whole_views_are_the_plain_form(self, case, backend, dtype):
+        inputs = case.inputs(dtype, backend.device)
         (batch, *grid), *_ = case.stacks
         views = Views([View.whole(b, tuple(grid), case.size) for b in range(batch)], batch, case.size)
-        plain = semantic_argmax(**inputs, return_scores=True)
-        labels, scores = semantic_argmax(**{**inputs, "views": views}, return_scores=True)
-        torch.testing.assert_close(labels, plain[0], rtol=0, atol=0)
-        torch.testing.assert_close(scores, plain[1], rtol=0, atol=5e-6)  # the maps travel in float32
+        labels, best = run(inputs, backend, scores=True)
+        found = run({**inputs, "views": views.to(backend.device)}, backend, scores=True)
+        assert (found[0] != labels).float().mean() < (1e-9 if dtype == torch.float64 else 0.01)
+        # The maps travel in float32.
+        torch.testing.assert_close(found[1], best, rtol=0, atol=5e-6 if dtype == torch.float64 else 2e-5)
 
-    @pytest.mark.parametrize("flip", [False, True])
-    @pytest.mark.parametrize(
-        "size, resized, top, left, crop",
-        [
-            ((23, 31), (23, 31), 4, 9, (12, 16)),
-            ((23, 31), (46, 62), 11, 30, (24, 24)),
-            ((40, 30), (20, 15), 0, 0, (24, 16)),  # padding at the right and bottom
-            ((17, 29), (30, 41), 7, 0, (16, 41)),
-        ],
-    )
-    def test_crop_against_brute_force(self, size, resized, top, left, crop, flip):
-        """Every output pixel looked up by hand in the map of the crop."""
-        grid = (4, 5)
-        mask = torch.randn(*grid, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        view = View.crop(0, size, resized, top, left, crop, grid, flip)
-
-        def place(pixel, length, new_length, start, window, cells, mirrored):
-            """Exact place of an output pixel's centre in cells of the crop, from its border; None outside."""
-            at = (Fraction(2 * pixel + 1, 2) * new_length / length) - start
-            if not 0 <= at < window:
-                return None
-            return (window - at if mirrored else at) * cells / window
-
-        def value(y, x):
-            total = 0.0
-            for i, j in itertools.product(range(grid[0]), range(grid[1])):
-                near = [
-                    max(0.0, 1 - abs(min(max(float(p) - 0.5, 0), n - 1) - k))
-                    for p, n, k in ((y, grid[0], i), (x, grid[1], j))
-                ]
-                total += near[0] * near[1] * float(mask[i, j])
-            return total
-
-        rows = [place(y, size[0], resized[0], top, crop[0], grid[0], False) for y in range(size[0])]
-        columns = [place(x, size[1], resized[1], left, crop[1], grid[1], flip) for x in range(size[1])]
-        inside_y = [y for y, at in enumerate(rows) if at is not None]
-        inside_x = [x for x, at in enumerate(columns) if at is not None]
-        assert view.rectangle == (inside_y[0], inside_x[0], inside_y[-1] + 1, inside_x[-1] + 1)
-        expected = torch.full(size, -1.0, dtype=torch.float64)
-        for y, x in itertools.product(inside_y, inside_x):
-            expected[y, x] = value(rows[y], columns[x])
-        # A second view, of a constant, covers the rest; in a group of its own it weighs a half.
-        views = Views([view, View.whole(0, (1, 1), size, 1)], 1, size)
-        masks = [mask[None, None], torch.zeros(1, 1, 1, 1, dtype=torch.float64)]
-        ones = torch.ones(2, 1, 1, dtype=torch.float64)
-        _, scores = semantic_argmax(masks, ones, size, views=views, return_scores=True)
-        covered = torch.zeros(size, dtype=torch.bool)
-        covered[inside_y[0] : inside_y[-1] + 1, inside_x[0] : inside_x[-1] + 1] = True
-        expected = torch.where(covered, (expected.sigmoid() + 0.5) / 2, 0.5)
-        torch.testing.assert_close(scores[0], expected, rtol=0, atol=3e-6)  # the maps travel in float32
-
-    def test_a_window_is_pasted(self):
-        """Where the image was not resized, a window is its map upsampled to the window, put in its place."""
-        mask = torch.randn(1, 3, 4, 4)
-        size, crop = (20, 24), (16, 16)
-        expected = torch.zeros(3, *size)
-        expected[:, 2:18, 5:21] = F.interpolate(mask.flip(-1), size=crop, mode="bilinear")[0].sigmoid()
-        views = [View.crop(0, size, size, 2, 5, crop, (4, 4), True), View.whole(0, (1, 1), size)]
-        count = 1 + (expected[0] > 0).float()
-        for channel in range(3):
-            probs = torch.zeros(2, 3, 1)
-            probs[0, channel] = 1
-            _, scores = semantic_argmax(
-                [mask, torch.zeros(1, 3, 1, 1)], probs, size, views=Views(views, 1, size), return_scores=True
-            )
-            torch.testing.assert_close(scores[0], expected[channel] / count, rtol=1e-5, atol=1e-6)
-
-    def test_groups_weigh_the_same(self):
+    @each_backend()
+    def test_groups_weigh_the_same(self, backend, poisoned):
         """Three views of a group against one of another: (mean of three + one) / 2, not the mean of four."""
-        size = (2, 2)
-        values = torch.tensor([0.1, 0.2, 0.6, 0.9]).view(4, 1, 1, 1)
-        views = [View.whole(0, (1, 1), size, group=g) for g in (5, 5, 5, -1)]
-        arguments = (values, torch.ones(4, 1, 1), size)
-        options = {"activation": "none", "return_scores": True}
-        _, scores = semantic_argmax(*arguments, views=Views(views, 1, size), **options)
-        torch.testing.assert_close(scores, torch.full((1, 2, 2), 0.6))
-        same = [dataclasses.replace(view, group=0) for view in views]
-        _, scores = semantic_argmax(*arguments, views=Views(same, 1, size), **options)
-        torch.testing.assert_close(scores, torch.full((1, 2, 2), 0.45))
+        values = torch.tensor([0.1, 0.2, 0.6, 0.9], device=backend.device).view(4, 1, 1, 1)
+        inputs = {"mask_logits": values, "class_probs": values.new_ones(4, 1, 1), "size": (2, 2)}
+        for groups, mean in (((5, 5, 5, -1), 0.6), ((0, 0, 0, 0), 0.45)):
+            views = Views([View.whole(0, (1, 1), (2, 2), g) for g in groups], 1, (2, 2)).to(backend.device)
+            _, best = run({**inputs, "views": views}, backend, scores=True, activation="none")
+            torch.testing.assert_close(best, torch.full_like(best, mean))
 
-    @named(VIEW_CASES)
-    def test_the_form_without_sync(self, case, monkeypatch):
-        """What other devices than the CPU run, here on CPU tensors; it must not look at a value."""
-        inputs = case.inputs(torch.float64)
-        expected = semantic_argmax(**inputs, return_scores=True)
-        views = inputs["views"]
-        masks = inputs["mask_logits"]
-        masks = list(masks) if isinstance(masks, torch.Tensor) else [m for stack in masks for m in stack]
-        parts = [
-            module._Part(mask, p.t(), (), (0, case.size[1]))
-            for mask, p in zip(masks, inputs["class_probs"], strict=True)
-        ]
-        for budget in (1, 2**20):
-            monkeypatch.setattr(module, "_BUDGET", budget)
-            result = tuple(torch.empty_like(t) for t in expected)
-            module._label_without_sync(parts, views.tensors, True, *result)
-            torch.testing.assert_close(result, expected)
-
-    @pytest.mark.parametrize("case", [BY_NAME["odd"], BY_NAME["mixed"]], ids=lambda case: case.name)
-    def test_other_devices_never_look_at_values(self, case):
-        """On meta tensors any look at a value raises."""
-        inputs = case.inputs(torch.float32, device="meta")
-        masks, views = inputs["mask_logits"], inputs["views"]
-        batch = views.batch if views else masks.shape[0]
-        result = module._eager(
-            [masks] if isinstance(masks, torch.Tensor) else masks,
-            inputs["class_probs"],
-            views.tensors if views else [],
-            batch,
-            *case.size,
-            [],
-            True,
-            True,
-            0.1,
-        )
-        assert [t.shape for t in result] == [(batch, *case.size)] * 2
-
-    def test_attributes(self):
-        views = BY_NAME["mixed"].inputs(torch.float32)["views"]
-        starts, layout, affine = views.tensors
-        assert starts.tolist() == [0, 3, 4, 6] and starts.dtype == layout.dtype == torch.int32
-        assert layout[:, :3].tolist() == [[1, 0, 2], [5, 0, 2], [4, 4, 1], [3, 1, 1], [0, 0, 1], [2, 3, 1]]
-        for row, map_ in zip(layout.tolist(), affine, strict=True):
-            view = views.views[row[0]]
-            assert tuple(row[3:]) == view.rectangle
-            torch.testing.assert_close(map_, torch.tensor(view.affine))
-        assert views.reach == [max(abs(v.affine[i]) for v in views.views) for i in (0, 2)]
-        moved = views.to("meta")
-        assert all(t.is_meta for t in moved.tensors) and not any(t.is_meta for t in views.tensors)
-        assert moved.size == views.size and len(moved) == 6
-
-    def test_refusals(self):
-        whole, size = View.whole(0, (2, 2), (8, 9)), (8, 9)
-        for view, message in (
-            (dataclasses.replace(whole, image=1), "view 1 has image 1; expected 0 to 0"),
-            (dataclasses.replace(whole, rectangle=(0, 0, 8, 10)), r"view 1 has rectangle .* size \(8, 9\)"),
-            (dataclasses.replace(whole, rectangle=(5, 0, 4, 9)), "view 1 has rectangle"),
-            (dataclasses.replace(whole, affine=(0.0, 1.0, 1.0, 0.0)), "view 1 has affine .* nonzero"),
-            (dataclasses.replace(whole, affine=(1.0, float("nan"), 1.0, 0.0)), "view 1 has affine"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                Views([whole, view], 1, size)
-        hole = [(0, 0, 8, 4), (0, 4, 3, 9), (4, 4, 8, 9), (2, 5, 6, 9)]
-        pieces = [dataclasses.replace(whole, rectangle=r) for r in hole]
-        with pytest.raises(ValueError, match=r"image 0 do not cover pixel \(3, 4\)"):
-            Views(pieces, 1, size)
-        Views([*pieces, dataclasses.replace(whole, rectangle=(3, 4, 4, 5))], 1, size)
-        with pytest.raises(ValueError, match=r"image 1 do not cover pixel \(0, 0\)"):
-            Views([whole], 2, size)
+    @each_backend("eager", *NATIVE)
+    def test_one_view_or_several_to_a_row(self, backend, poisoned):
+        """Parts of the output that one view covers, and others that flipped views and groups share."""
+        size, grid = (40, 150), (4, 9)
+        views = [View.crop(0, size, size, 0, x, (40, 70 + x // 7), grid) for x in (0, 70)]
+        views += [View.crop(0, size, size, 9, 30, (13, 99), grid, True, group) for group in (0, 2, 2)]
+        views = [View(v.image, tuple(torch.tensor(v.affine).tolist()), v.rectangle, v.group) for v in views]
+        case = SemanticCase("parts", ((len(views), *grid),), 50, 23, size, tuple(views), 1)
+        for concentrated in kinds(backend):
+            check(case.name, case.inputs(torch.float32, backend.device, concentrated=concentrated), backend)
 
 
+@each_backend(*QUICK)
 @pytest.mark.parametrize("tau", [1e-3, 0.05, 0.3, 5.0])
-@named([BY_NAME["wide"], BY_NAME["sliding"], BY_NAME["classes_150"]])
-def test_prune(case, tau):
-    inputs = case.inputs(torch.float64, concentrated=True)
-    check("pruned", inputs, prune=tau)
-    mass = inputs["class_probs"].sum(-1)
+@named("wide", "sliding", "classes_150")
+def test_prune(case, tau, backend, poisoned):
+    """Labels and scores of the formula; scores fall by at most the mass that is left out."""
+    inputs = case.inputs(torch.float32, backend.device, concentrated=True)
+    labels = check("pruned", inputs, backend, prune=tau)
+    mass = inputs["class_probs"].double().sum(-1)
     skipped = (mass * (mass < tau)).sum(1).max()  # a mean over views errs by no more than the worst view
     exact, pruned = oracle(inputs), oracle(inputs, prune=tau)
     assert (exact - pruned).min() >= 0 and (exact - pruned).max() <= skipped
-    _, scores = semantic_argmax(**inputs, prune=tau, return_scores=True)
-    change = (scores - exact.amax(1)).abs().max()
-    assert 0 < change <= skipped or tau < mass.min()
+    assert (exact - pruned).max() > 0 or tau < mass.min()
     if tau > mass.max():
-        assert not scores.any()
+        assert not labels.any()
 
 
-class LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
-@RANDOM_OR_TRAINED
-@pytest.mark.parametrize("repeat", [1, 3])
-def test_nothing_of_full_size(repeat, concentrated, monkeypatch):
-    """No tensor holds more than a block, or than the label map, whatever the number of views and classes."""
-    size, budget = (96, 96), 2**15
-    monkeypatch.setattr(module, "_BUDGET", budget)
-    crops = [View.crop(0, size, size, t, u, (64, 64), (4, 4)) for t in (0, 32) for u in (0, 32)] * repeat
-    case = SemanticCase("sliding", ((len(crops), 4, 4),), 64, 50 * repeat, size, tuple(crops), 1)
-    inputs = case.inputs(torch.float32, concentrated=concentrated)
-    views = inputs["views"]
-    arguments = ([inputs["mask_logits"]], inputs["class_probs"], views.tensors, 1, *size, views.reach)
-    with LargestTensor() as largest:
-        module._eager(*arguments, True, False, 0.0)
-    assert 0 < largest.elements <= max(budget, size[0] * size[1])
+@each_dtype(dtypes=(torch.float32, *HALVES))
+def test_infinite_logits(backend, dtype, poisoned):
+    """Weights of zero stay zero beside infinite logits, and σ is 0 or 1 where all four cells agree."""
+    masks = torch.full((1, 2, 4, 4), -math.inf, dtype=dtype, device=backend.device)
+    masks[0, 0, :, :2] = math.inf
+    masks[0, 1, :, 2:] = math.inf
+    probs = torch.eye(2, dtype=dtype, device=backend.device)[None]
+    labels = run({"mask_logits": masks, "class_probs": probs, "size": (8, 8)}, backend)
+    assert (labels[..., :3] == 0).all() and (labels[..., 5:] == 1).all()
 
 
-@pytest.mark.parametrize(
-    "case", [BY_NAME["odd"], BY_NAME["classes_300"], BY_NAME["mixed"]], ids=lambda c: c.name
-)
+@each_backend("eager", *NATIVE)
+def test_infinite_logits_are_the_limit(backend, poisoned):
+    """A mask that is certain (±inf, as if by masked_fill) gives what very large logits give."""
+    for concentrated in kinds(backend):
+        inputs = BY_NAME["classes_171"].inputs(torch.float32, backend.device, concentrated=concentrated)
+        large = inputs["mask_logits"].clone()
+        large[:, :90, 2] = -1e20
+        large[:, 90:100, 3, 1] = 1e20
+        infinite = torch.where(large.abs() > 1e10, large * float("inf"), large)
+        assert infinite.isinf().any() and not infinite.isnan().any()
+        assert torch.equal(*(run({**inputs, "mask_logits": m}, backend) for m in (large, infinite)))
+
+
+@each_backend(*QUICK)
+@named("classes_150", "classes_300", "sliding")
+def test_not_a_number_gives_some_class(case, backend):
+    for concentrated in kinds(backend):
+        inputs = [case.inputs(torch.float32, backend.device, concentrated=concentrated) for _ in range(2)]
+        inputs[0]["mask_logits"][:, ::3, ::2] = math.nan
+        inputs[1]["class_probs"][:, 3] = math.nan
+        for one in inputs:
+            for labels in (run(one, backend), run(one, backend, scores=True)[0]):
+                assert int(labels.min()) >= 0 and int(labels.max()) < case.classes
+
+
+@each_dtype(*QUICK, dtypes=(torch.float32, *HALVES))
+@named("odd", "mixed", "classes_171")
+def test_layouts_give_the_same_and_inputs_are_not_changed(case, backend, dtype):
+    """A slice of something larger; neither queries nor views in order of memory; one mask for all."""
+    for concentrated in kinds(backend):
+        inputs = case.inputs(dtype, backend.device, concentrated=concentrated)
+        expected, masks, wide = run(inputs, backend), stacks(inputs["mask_logits"]), []
+        for mask in masks:
+            whole = mask.new_full((*mask.shape[:3], mask.shape[3] + 5), math.nan).transpose(0, 2)
+            wide.append(whole.contiguous().transpose(0, 2)[..., 2:-3].copy_(mask))
+        odd = [m.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for m in masks]
+        probs = inputs["class_probs"].transpose(1, 2).contiguous().transpose(1, 2)
+        assert odd[0].stride(-1) != 1 and probs.stride(-1) != 1
+        function = {"views": inputs["views"], "size": case.size, "backend": backend.name}
+        for changed in (wide, odd):
+            before = [t.clone() for t in (*changed, probs)]
+            assert torch.equal(semantic_argmax(changed, probs, **function), expected)
+            assert all(map(torch.equal, (*changed, probs), before))
+        shared = [m[:1].expand(m.shape[0], -1, -1, -1) for m in masks]
+        copies = [m.contiguous() for m in shared]
+        assert torch.equal(*(run({**inputs, "mask_logits": m}, backend) for m in (shared, copies)))
+
+
+@each_backend("eager", *NATIVE)
+def test_mixed_dtypes(backend, poisoned):
+    inputs = BY_NAME["odd"].inputs(torch.float32, backend.device)
+    changed = {"mask_logits": inputs["mask_logits"].bfloat16()}
+    check("bfloat16 masks, float32 probabilities", {**inputs, **changed}, backend)
+    changed = {"class_probs": inputs["class_probs"].half()}
+    check("float32 masks, float16 probabilities", {**inputs, **changed}, backend)
+
+
+@each_backend()
+@named("classes_171", "mixed")
+def test_repeatable_and_with_scores_the_same_labels(case, backend):
+    for concentrated in kinds(backend):
+        inputs = case.inputs(torch.float32, backend.device, concentrated=concentrated)
+        (labels, best), again = (run(inputs, backend, scores=True) for _ in range(2))
+        assert torch.equal(again[0], labels) and torch.equal(again[1], best)
+        assert backend.name == "eager" or torch.equal(run(inputs, backend), labels)
+
+
+@each_backend("cpu", "cuda")
+@named("classes_171", "mixed")
+def test_threads_change_nothing(case, backend):
+    for concentrated in kinds(backend):
+        inputs = case.inputs(torch.float32, concentrated=concentrated)
+        assert_threads_change_nothing(
+            lambda inputs=inputs: dict(enumerate(run(inputs, backend, scores=True)))
+        )
+
+
+@each_backend()
+def test_the_batch_does_not_matter(backend):
+    case = SemanticCase("batch", ((3, 5, 6),), 40, 30, (20, 24))
+    inputs = case.inputs(torch.float32, backend.device)
+    whole = run(inputs, backend)
+    for i in range(3):
+        one = {name: inputs[name][i : i + 1] for name in ("mask_logits", "class_probs")}
+        assert_same({"one": run({**one, "size": case.size}, backend)}, {"one": whole[i : i + 1]})
+
+
+@each_backend()
+def test_empty_batch(backend):
+    masks, probs = (torch.empty(0, 5, *shape, device=backend.device) for shape in ((4, 4), (300,)))
+    labels, best = run({"mask_logits": masks, "class_probs": probs, "size": (8, 9)}, backend, scores=True)
+    assert labels.shape == best.shape == (0, 8, 9) and labels.dtype == torch.int16
+
+
+@each_backend("cpu", "cuda", "triton")
+def test_float64_is_refused(backend):
+    inputs = BY_NAME["odd"].inputs(torch.float64)
+    with pytest.raises(TypeError, match=f"'{backend.name}' takes float32.*mask_logits is float64"):
+        semantic_argmax(**inputs, backend=backend.name)
+
+
+@each_backend("eager", "cpu", "cuda")
 @pytest.mark.parametrize("need_scores", [False, True])
-def test_opcheck(case, need_scores):
+@named("odd", "classes_300", "mixed")
+def test_opcheck(case, need_scores, backend):
     inputs = case.inputs(torch.float32)
-    masks, views = inputs["mask_logits"], inputs["views"]
+    masks, views = stacks(inputs["mask_logits"]), inputs["views"]
     arguments = (
-        [masks] if isinstance(masks, torch.Tensor) else masks,
+        masks,
         inputs["class_probs"],
         views.tensors if views else [],
-        views.batch if views else masks.shape[0],
+        views.batch if views else masks[0].shape[0],
         *case.size,
         views.reach if views else [],
         True,
@@ -404,204 +367,5 @@ def test_opcheck(case, need_scores):
         0.0,
     )
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.segvit.semantic_argmax.default, arguments, test_utils=utils)
-
-
-@pytest.mark.parametrize(
-    "case", [BY_NAME["odd"], BY_NAME["classes_300"], BY_NAME["mixed"]], ids=lambda c: c.name
-)
-def test_meta_tensors(case):
-    labels, scores = semantic_argmax(**case.inputs(torch.float16, device="meta"), return_scores=True)
-    expected = semantic_argmax(**case.inputs(torch.float16))
-    assert labels.is_meta and labels.shape == scores.shape == expected.shape
-    assert labels.dtype == expected.dtype and scores.dtype == torch.float32
-
-
-def test_flops():
-    inputs = BY_NAME["odd"].inputs(torch.float32)
-    with FlopCounterMode(display=False) as counter:
-        semantic_argmax(**inputs)
-    assert counter.get_total_flops() == 2 * 2 * 20 * 19 * 100 * 37
-
-
-def test_compile_fullgraph_and_second_size():
-    torch._dynamo.reset()
-    frames = []
-
-    def backend(graph, examples):
-        frames.append(graph)
-        return graph.forward
-
-    def scaled(masks, probs):
-        return semantic_argmax(masks, probs, (4 * masks.shape[2], 4 * masks.shape[3]), return_scores=True)
-
-    compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend=backend)
-    for h, w in ((7, 5), (9, 11), (20, 6)):
-        masks, probs = torch.randn(2, 6, h, w), torch.rand(2, 6, 13)  # no two sizes alike
-        torch.testing.assert_close(compiled(masks, probs), scaled(masks, probs), rtol=0, atol=0)
-    assert len(frames) == 1
-
-
-def test_compile_with_inductor_and_views():
-    torch._dynamo.reset()
-    inputs = BY_NAME["mixed"].inputs(torch.float32)
-    compiled = torch.compile(lambda inputs: semantic_argmax(**inputs).long() + 1, fullgraph=True)
-    torch.testing.assert_close(compiled(inputs), semantic_argmax(**inputs).long() + 1)
-
-
-def test_export():
-    class Tail(torch.nn.Module):
-        def forward(self, masks, probs):
-            return semantic_argmax(masks, probs, (30, 20))
-
-    arguments = (torch.randn(1, 6, 7, 5), torch.rand(1, 6, 5))
-    program = torch.export.export(Tail(), arguments)
-    torch.testing.assert_close(program.module()(*arguments), Tail()(*arguments))
-    assert "segvit.semantic_argmax" in str(program.graph)
-
-
-@named([BY_NAME["odd"], BY_NAME["mixed"], BY_NAME["classes_171"]])
-def test_layouts_give_the_same_and_inputs_are_not_changed(case):
-    inputs = case.inputs(torch.float32, concentrated=True)
-    expected = semantic_argmax(**inputs)
-    masks = inputs["mask_logits"]
-    stacks = [masks] if isinstance(masks, torch.Tensor) else masks
-    odd = [m.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for m in stacks]
-    probs = inputs["class_probs"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert odd[0].stride(-1) != 1 and probs.stride(-1) != 1
-    before = [t.clone() for t in (*odd, probs)]
-    strided = {**inputs, "mask_logits": odd, "class_probs": probs}
-    torch.testing.assert_close(semantic_argmax(**strided), expected, rtol=0, atol=0)
-    torch.testing.assert_close([*odd, probs], before, rtol=0, atol=0)
-    shared = [m[:1].expand(m.shape[0], -1, -1, -1) for m in stacks]
-    same = {**inputs, "mask_logits": shared}
-    copies = {**inputs, "mask_logits": [m.contiguous() for m in shared]}
-    torch.testing.assert_close(semantic_argmax(**same), semantic_argmax(**copies), rtol=0, atol=0)
-
-
-def test_no_gradient_and_empty_batch():
-    masks = torch.randn(1, 3, 4, 4, requires_grad=True)
-    labels, scores = semantic_argmax(masks, torch.rand(1, 3, 2), (8, 8), return_scores=True)
-    assert not labels.requires_grad and not scores.requires_grad
-    labels, scores = semantic_argmax(masks[:0], torch.rand(0, 3, 300), (8, 9), return_scores=True)
-    assert labels.shape == scores.shape == (0, 8, 9) and labels.dtype == torch.int16
-
-
-@RANDOM_OR_TRAINED
-def test_infinite_logits_are_the_limit(concentrated):
-    """A mask that is certain (±inf, as if by masked_fill) gives what very large logits give."""
-    inputs = BY_NAME["classes_171"].inputs(torch.float32, concentrated=concentrated)
-    large = inputs["mask_logits"].clone()
-    large[:, :90, 2] = -1e20
-    large[:, 90:100, 3, 1] = 1e20
-    infinite = torch.where(large.abs() > 1e10, large * float("inf"), large)
-    assert infinite.isinf().any() and not infinite.isnan().any()
-    results = [semantic_argmax(**{**inputs, "mask_logits": m}) for m in (large, infinite)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_scattered_pixels_are_those_of_the_block():
-    """The path of pixels that the shortcut leaves open, on all pixels, with clamped places and ±inf."""
-    masks = torch.randn(6, 4, 5, dtype=torch.float64)
-    masks[0, 1], masks[1, :, 2] = float("inf"), -float("inf")
-    part = module._Part(masks, torch.rand(3, 6, dtype=torch.float64), (0.3, -1.2, -0.25, 4.9), (0, 24))
-    y, x = torch.cartesian_prod(torch.arange(18), torch.arange(24)).unbind(1)
-    block = module._mix(part, 0, 18, True)
-    assert block.isfinite().all()
-    torch.testing.assert_close(module._mix_at(part, y, x), block.flatten(1))
-
-
-@RANDOM_OR_TRAINED
-@named([BY_NAME["classes_150"], BY_NAME["classes_300"], BY_NAME["sliding"]])
-def test_not_a_number_gives_some_class(case, concentrated):
-    inputs = case.inputs(torch.float32, concentrated=concentrated)
-    inputs["mask_logits"][:, ::3, ::2] = float("nan")
-    assert int(semantic_argmax(**inputs).max()) < case.classes
-    inputs = case.inputs(torch.float32, concentrated=concentrated)
-    inputs["class_probs"][:, 3] = float("nan")
-    labels = semantic_argmax(**inputs)
-    assert int(labels.min()) >= 0 and int(labels.max()) < case.classes
-
-
-def test_autocast_changes_nothing():
-    inputs = BY_NAME["odd"].inputs(torch.float32)
-    expected = semantic_argmax(**inputs, return_scores=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(semantic_argmax(**inputs, return_scores=True), expected, rtol=0, atol=0)
-
-
-MASKS, PROBS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 6)
-VIEWS = Views([View.whole(i, (4, 5), (8, 9)) for i in range(2)], 2, (8, 9))
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        ({"mask_logits": MASKS[0]}, ValueError, r"mask_logits has shape \(3, 4, 5\); expected \(views"),
-        ({"mask_logits": []}, ValueError, "mask_logits is an empty list"),
-        ({"mask_logits": [MASKS, MASKS[:, :2]]}, ValueError, r"mask_logits\[1\] has shape .* 3 queries"),
-        ({"mask_logits": [MASKS, MASKS.half()]}, TypeError, r"mask_logits\[1\] has dtype torch.float16"),
-        ({"mask_logits": MASKS.long()}, TypeError, "mask_logits has dtype torch.int64"),
-        ({"mask_logits": MASKS.tolist()}, TypeError, r"mask_logits\[0\] is a list; expected a tensor"),
-        ({"mask_logits": MASKS[:, :, :0]}, ValueError, r"mask_logits has shape \(2, 3, 0, 5\)"),
-        ({"mask_logits": MASKS.to("meta")}, ValueError, "mask_logits is on meta; expected cpu"),
-        ({"class_probs": PROBS[:1]}, ValueError, r"class_probs has shape \(1, 3, 6\); expected \(2, 3, cl"),
-        ({"class_probs": PROBS[:, :2]}, ValueError, "class_probs has shape"),
-        ({"class_probs": PROBS[..., :0]}, ValueError, "class_probs has shape"),
-        ({"class_probs": PROBS.int()}, TypeError, "class_probs has dtype torch.int32"),
-        ({"class_probs": None}, TypeError, "class_probs is a NoneType"),
-        ({"size": (8,)}, ValueError, r"size is \(8,\)"),
-        ({"size": (0, 9)}, ValueError, r"size is \(0, 9\)"),
-        ({"views": [View.whole(0, (4, 5), (8, 9))]}, TypeError, "views is a list; expected a Views"),
-        ({"views": VIEWS, "size": (8, 8)}, ValueError, r"views are for size \(8, 9\); expected \(8, 8\)"),
-        ({"views": VIEWS, "mask_logits": MASKS[:1], "class_probs": PROBS[:1]}, ValueError, "holds 2 views"),
-        ({"views": VIEWS.to("meta")}, ValueError, r"views are on meta; expected cpu: views.to\(device\)"),
-        ({"activation": "softmax"}, ValueError, "activation is 'softmax'; expected one of sigmoid, none"),
-        ({"prune": -0.1}, ValueError, "prune is -0.1"),
-        ({"prune": float("nan")}, ValueError, "prune is nan"),
-        ({"backend": "cudnn"}, ValueError, "'cudnn'"),
-    ],
-)
-def test_refusals(change, error, message):
-    semantic_argmax(MASKS, PROBS, (8, 9), views=VIEWS)
-    with pytest.raises(error, match=message):
-        semantic_argmax(**{"mask_logits": MASKS, "class_probs": PROBS, "size": (8, 9), **change})
-
-
-class TestAssertLabels:
-    """The helper sees one wrong pixel, and lets pass what rounding explains."""
-
-    case = BY_NAME["odd"]
-
-    def arguments(self):
-        inputs = self.case.inputs(torch.float32)
-        truth = oracle(inputs)
-        return truth.argmax(1).to(torch.uint8), truth, oracle(inputs, torch.float32)
-
-    def test_one_wrong_pixel(self):
-        labels, truth, ordinary = self.arguments()
-        assert assert_labels("right", labels, truth, ordinary) == 0
-        labels[1, 99, 36] = truth[1, :, 99, 36].argmin()
-        with pytest.raises(AssertionError, match="1 of 7400 labels are wrong"):
-            assert_labels("wrong", labels, truth, ordinary)
-
-    def test_rounding_passes_and_is_counted(self):
-        labels, truth, ordinary = self.arguments()
-        other = int(truth[0, :, 3, 4].argmin())
-        ordinary[0, other, 3, 4] = truth[0, other, 3, 4] = truth[0, :, 3, 4].max() * (1 + 1e-8)
-        assert assert_labels("close", labels, truth, ordinary) == 1
-        ordinary[0, other, 3, 4] = truth[0, other, 3, 4] = truth[0, other, 3, 4] * (1 + 1e-4)
-        with pytest.raises(AssertionError, match="1 of 7400"):
-            assert_labels("not close", labels, truth, ordinary)
-
-    @pytest.mark.parametrize("change", [lambda x: x.to(torch.int16), lambda x: x[:1], lambda x: x + 250])
-    def test_dtype_shape_and_range(self, change):
-        labels, truth, ordinary = self.arguments()
-        with pytest.raises(AssertionError):
-            assert_labels("bad", change(labels), truth, ordinary)
-
-
-def test_reference_labels_are_the_argmax_of_its_scores():
-    inputs = BY_NAME["mixed"].inputs(torch.float64)
-    labels, scores = semantic_argmax_reference(**inputs)
-    torch.testing.assert_close(labels.long(), scores.argmax(1))
+    op = torch.ops.segvit.semantic_argmax.default
+    torch.library.opcheck(op, arguments, {"backend": backend.name}, test_utils=utils)

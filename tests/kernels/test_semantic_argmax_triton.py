@@ -1,84 +1,38 @@
-"""Semantic argmax in Triton's interpreter against float64; on a GPU where there is one (``-m gpu``)."""
+"""Launch parameters of the Triton kernels of semantic_argmax, in the interpreter."""
 
 import math
 
 import pytest
 import torch
-from backends import PTX
+from backends import PTX, Launchers
+from test_semantic_argmax import BY_NAME, TILES, check, reach_of, run, stacks, tiled
 
 from segvit_kernels.ops.semantic_argmax import View, Views
 from segvit_kernels.testing.semantic_argmax import CASES, SemanticCase, assert_labels, oracle
 from segvit_kernels.triton import semantic_argmax as kernels
 
-BY_NAME = {case.name: case for case in CASES}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 # Large tiles keep the interpreter quick, and are too large for GPUs, whose own test_pinned_tiles has.
 SMALL = {"tile_y": 8, "tile_x": 8, "cells": 64, "block_q": 32}
-LARGE = SMALL if PTX else {"tile_y": 32, "tile_x": 64, "cells": 512, "block_q": 32}
+LARGE = SMALL if PTX else {**TILES, "cells": 512}
 
 
-def _as_list(masks):
-    return masks if isinstance(masks, list) else [masks]
-
-
-def _run(inputs, *, sigmoid=True, scores=False, prune=0.0, config=None):
-    """The launcher as the operator calls it; ``config`` may give tiles, from which the rest follows."""
-    masks, views, (height, width) = _as_list(inputs["mask_logits"]), inputs["views"], inputs["size"]
-    probs = inputs["class_probs"]
-    reach = views.reach if views else [masks[0].shape[2] / height, masks[0].shape[3] / width]
-    config = dict(LARGE if config is None else config)
+def _launchers(inputs, config=LARGE):
+    """``config`` may give tiles, from which the rest follows."""
+    config = dict(config)
     if "cells" in config:
-        cells = [kernels._footprint(config[f"tile_{a}"], r) for a, r in zip("yx", reach, strict=True)]
-        fits = 16 <= math.prod(cells) <= config.pop("cells")
-        config |= {"cells_y": cells[0] * fits, "cells_x": cells[1] * fits}
-    batch = views.batch if views else len(masks[0])
-    tensors = views.tensors if views else []
-    reach = reach if views else []
-    return kernels.semantic_argmax(
-        masks, probs, tensors, batch, height, width, reach, sigmoid, scores, prune, config=config
-    )
+        most = config.pop("cells")
+        config = tiled(kernels, config, reach_of(inputs), most)
+    return Launchers(kernels, {"semantic_argmax": config})
 
 
-def _check(name, inputs, *, activation="sigmoid", **options):
-    """Labels, and with ``scores`` the winning scores, within the error budget."""
-    dtype = inputs["class_probs"].dtype
-    prune = options.get("prune", 0.0)
-    truth = oracle(inputs, activation=activation, prune=prune)
-    ordinary = oracle(inputs, dtype, activation=activation, prune=prune)
-    labels, scores = _run(inputs, sigmoid=activation == "sigmoid", **options)
-    differ = assert_labels(name, labels, truth, ordinary)
-    assert differ <= 0.02 * labels.numel() + 1, f"{name}: {differ} of {labels.numel()} labels differ"
-    if not options.get("scores"):
-        assert scores.shape == (0,)
-        return labels
-    best, eps = truth.amax(1), torch.finfo(dtype).eps
-    allowed = 2 * (ordinary.double() - truth).abs().max() + 4 * eps * best.max()
-    assert scores.dtype == torch.float32
-    assert (scores - best).abs().max() <= allowed
-    return labels
+def _run(inputs, *, config=LARGE, **options):
+    return run(inputs, _launchers(inputs, config), **options)
 
 
-@DTYPES
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_case(case, dtype, poisoned):
-    _check(case.name, case.inputs(dtype))
-
-
-@DTYPES
-@pytest.mark.parametrize("case", ["one_cell", "odd", "classes_300", "mixed"])
-def test_scores(case, dtype, poisoned):
-    inputs = BY_NAME[case].inputs(dtype)
-    labels = _check(case, inputs, scores=True)
-    assert torch.equal(labels, _run(inputs)[0])
-
-
-@DTYPES
-@pytest.mark.parametrize("case", ["one_pixel", "smaller", "mixed"])
-def test_no_activation(case, dtype, poisoned):
-    inputs = BY_NAME[case].inputs(dtype)
-    inputs["mask_logits"] = [m.sigmoid() for m in _as_list(inputs["mask_logits"])]
-    _check(case, inputs, activation="none", scores=True)
+def _check(name, inputs, *, config=LARGE, scores=False, **options):
+    return check(name, inputs, _launchers(inputs, config), scores=scores, **options)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +61,7 @@ def test_held_class_probs(case, poisoned):
     tile = {"tile_y": 16, "tile_x": 32} if max(case.size) > 40 else {"tile_y": 8, "tile_x": 8}
     config = {**LARGE, **tile, "held": 2**20, "programs": 1}
     labels = _check(case.name, inputs, config=config)
-    assert torch.equal(_check(case.name, inputs, scores=True, config=config), labels)
+    assert torch.equal(_run(inputs, scores=True, config=config)[0], labels)
 
 
 @DTYPES
@@ -133,18 +87,7 @@ def test_turns(parts, dtype, poisoned):
     probs[..., 35:] = probs[..., :35]
     for logits in inputs["mask_logits"]:
         logits.zero_()
-    assert torch.equal(_run(inputs, config=config)[0] < 35, torch.ones_like(labels, dtype=torch.bool))
-
-
-def test_ties_go_to_the_lower_class(poisoned):
-    inputs = BY_NAME["odd"].inputs(torch.float32)
-    probs = inputs["class_probs"].mul_(64).round_().div_(64)  # sums that are exact in any order
-    probs[:] = probs[..., :1].clone()
-    for logits in inputs["mask_logits"]:
-        logits.zero_()
-    assert not _run(inputs)[0].any()
-    inputs["class_probs"].zero_()
-    assert not _run(inputs)[0].any()
+    assert torch.equal(_run(inputs, config=config) < 35, torch.ones_like(labels, dtype=torch.bool))
 
 
 @pytest.fixture
@@ -192,7 +135,7 @@ def test_decided_tiles_skip_the_tail(dtype, held, blocks, poisoned):
     labels = _check("decided", inputs, config=config)
     assert blocks and len(blocks) == TILES, "every tile is decided by one block of 32 tokens"
     blocks.clear()
-    assert torch.equal(_run(inputs, config={**config, "head": 0})[0], labels)
+    assert torch.equal(_run(inputs, config={**config, "head": 0}), labels)
     assert len(blocks) == TILES * 5
 
 
@@ -242,7 +185,7 @@ def test_tails_of_several_views(dtype, blocks, poisoned):
     inputs["views"] = Views(views, 1, size)
     labels = _check("views", inputs, config=SMALL)
     some = len(blocks)
-    assert torch.equal(_run(inputs, config={**SMALL, "head": 0})[0], labels)
+    assert torch.equal(_run(inputs, config={**SMALL, "head": 0}), labels)
     assert some < len(blocks) - some
 
 
@@ -263,12 +206,12 @@ def test_prune(case, dtype, blocks, poisoned):
     generator = torch.Generator().manual_seed(3)
     probs = inputs["class_probs"]
     probs *= (torch.rand(probs.shape[:2], generator=generator) < 0.2).to(dtype)[..., None] * 0.9 + 0.1
-    full = _run(inputs, config={**LARGE, "head": 0}) and len(blocks)
+    _run(inputs, config={**LARGE, "head": 0})
+    full = len(blocks)
     blocks.clear()
-    for scores in (False, True):
-        _check(case, inputs, prune=0.5, scores=scores)
+    _check(case, inputs, prune=0.5, scores=True)
     assert len(blocks) < 2 * full
-    assert not _run(inputs, prune=1e6)[0].any()
+    assert not _run(inputs, prune=1e6).any()
 
 
 def test_bfloat16_is_converted(poisoned):
@@ -276,21 +219,21 @@ def test_bfloat16_is_converted(poisoned):
     case = BY_NAME["mixed"]
     inputs = case.inputs(torch.bfloat16)
     exact = {**inputs, "mask_logits": [m.to(torch.float16) for m in inputs["mask_logits"]]}
-    assert torch.equal(_run(inputs)[0], _run(exact)[0])
+    assert torch.equal(_run(inputs), _run(exact))
     inputs = BY_NAME["odd"].inputs(torch.bfloat16)
     inputs["mask_logits"][:, ::2] *= 1e6
     truth = oracle(inputs)
     ordinary = oracle({**inputs, "mask_logits": inputs["mask_logits"].clamp(-65504, 65504)}, torch.bfloat16)
-    assert_labels("huge", _run(inputs)[0], truth, ordinary)
+    assert_labels("huge", _run(inputs), truth, ordinary)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 60.0])
 def test_small_and_large_probabilities_keep_their_precision(scale, poisoned):
     """The probabilities of each view are scaled for float16, and weighed against those of other views."""
     inputs = BY_NAME["mixed"].inputs(torch.float16)
-    plain = _run(inputs)[0]
+    plain = _run(inputs)
     inputs["class_probs"] = inputs["class_probs"].float() * scale
-    assert (_run(inputs)[0] != plain).float().mean() < 0.01
+    assert (_run(inputs) != plain).float().mean() < 0.01
     inputs = BY_NAME["odd"].inputs(torch.float16)
     plain, best = _run(inputs, scores=True)
     inputs["class_probs"] = inputs["class_probs"].float() * scale
@@ -308,17 +251,6 @@ def test_small_sigmas_keep_their_precision(poisoned):
     torch.testing.assert_close(_run(inputs, scores=True)[1].double(), truth, rtol=3e-3, atol=0)
 
 
-def test_infinite_logits(poisoned):
-    """Weights of zero stay zero beside infinite logits, and σ is 0 or 1 where all four cells agree."""
-    for dtype in (torch.float32, torch.float16):
-        masks = torch.full((1, 2, 4, 4), -math.inf, dtype=dtype)
-        masks[0, 0, :, :2] = math.inf
-        masks[0, 1, :, 2:] = math.inf
-        inputs = {"mask_logits": masks, "class_probs": torch.eye(2, dtype=dtype)[None], "size": (8, 8)}
-        labels = _run({**inputs, "views": None}, config=SMALL)[0]
-        assert (labels[..., :3] == 0).all() and (labels[..., 5:] == 1).all()
-
-
 @pytest.mark.parametrize(
     ("case", "dtype", "held"),
     [
@@ -334,10 +266,10 @@ def test_not_a_number_gives_some_class(case, dtype, held, poisoned):
     config = {**LARGE, "held": held, "programs": 1}
     for tokens, classes in ((slice(1), []), ([], [3]), ([], slice(None))):
         inputs = case.inputs(dtype)
-        for masks in _as_list(inputs["mask_logits"]):
+        for masks in stacks(inputs["mask_logits"]):
             masks[:, tokens] = math.nan
         inputs["class_probs"][..., classes] = math.nan
-        labels = _run(inputs, config=config)[0]
+        labels = _run(inputs, config=config)
         assert int(labels.min()) >= 0 and int(labels.max()) < case.classes
     if dtype == torch.float32:
         assert not labels.any()
@@ -345,7 +277,7 @@ def test_not_a_number_gives_some_class(case, dtype, held, poisoned):
 
 def test_strides(poisoned):
     inputs = BY_NAME["mixed"].inputs(torch.float32)
-    labels = _run(inputs)[0]
+    labels = _run(inputs)
     first, second = inputs["mask_logits"]
     wide = torch.full((3, 35, 5, 12), math.nan)
     wide[..., 2:9] = first
@@ -354,22 +286,7 @@ def test_strides(poisoned):
         "mask_logits": [wide[..., 2:9], second.transpose(0, 1).contiguous().transpose(0, 1)],
         "class_probs": inputs["class_probs"].transpose(1, 2).contiguous().transpose(1, 2),
     }
-    assert torch.equal(_run(odd)[0], labels)
-
-
-def test_repeatable_and_inputs_untouched():
-    inputs = BY_NAME["mixed"].inputs(torch.float16)
-    before = [m.clone() for m in inputs["mask_logits"]]
-    first, second = _run(inputs, scores=True), _run(inputs, scores=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, inputs["mask_logits"], strict=True))
-
-
-def test_empty_batch():
-    masks, probs = torch.empty(0, 5, 4, 4), torch.empty(0, 5, 300)
-    labels, scores = kernels.semantic_argmax([masks], probs, [], 0, 8, 9, [], True, True, 0.0)
-    assert labels.shape == scores.shape == (0, 8, 9)
-    assert labels.dtype == torch.int16
+    assert torch.equal(_run(odd), labels)
 
 
 def test_far_strides_are_copied():
@@ -420,15 +337,3 @@ def test_configurations_are_pure_and_complete(arch):
                 assert config == kernels._config(*arguments)
                 assert sum(config["parts"]) * config["turns"] >= classes
                 assert config["head"] % config["block_q"] == 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
-)
-@pytest.mark.parametrize("concentrated", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_on_the_device(case, concentrated, dtype, device):
-    inputs = case.inputs(dtype, device, concentrated=concentrated)
-    truth, ordinary = oracle(inputs), oracle(inputs, dtype)
-    assert_labels(case.name, _run(inputs, config={})[0], truth, ordinary)
