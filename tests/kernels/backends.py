@@ -129,6 +129,14 @@ def each_dtype(
     return _mark("backend, dtype", rows, [f"{b.id}-{NAMES[d]}" for b, d in rows])
 
 
+class Graphs(list):
+    """For ``torch.compile(backend=…)``: runs graphs as they are, and keeps them."""
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
+        self.append(graph)
+        return graph.forward
+
+
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Bitwise, for every name that is expected."""
     for name in expected:

@@ -1,12 +1,25 @@
 """fused_atm: the battery of every backend, then what is the operator's own."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
-from attention import check_dropout_bits, gapped, log_sum_exp, turned
-from backends import BY_ID, assert_same, assert_threads_change_nothing, each_backend, each_dtype
+from attention import (
+    INPUTS,
+    SEED,
+    check_different_backends,
+    check_dropout_bits,
+    check_gradients,
+    check_refusals,
+    check_repeatable,
+    check_statistics,
+    check_zero_scale,
+    gapped,
+    turned,
+)
+from backends import Graphs, assert_same, assert_threads_change_nothing, each_backend, each_dtype
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels import FusedATM, atm_reference, fused_atm, fvcore_handles
@@ -15,8 +28,6 @@ from segvit_kernels.ops._philox import dropout_scale, dropout_threshold, keep_ma
 from segvit_kernels.testing import RELATIVE_NORM, assert_within_budget, relative_error
 from segvit_kernels.testing.atm import CASES, SHAPES, ATMCase, oracle
 
-INPUTS = ("query", "key", "value")
-SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
 BY_NAME = {case.name: case for case in CASES}
 SMALL = ATMCase("small", 2, 40, 70, 2, 32, previous_masks=True)
 
@@ -77,19 +88,9 @@ def check(case, dtype, backend, *, unused=None, deterministic=True):
     for name in ("output", "mask_logits"):
         assert found[name].dtype == dtype and found[name].is_contiguous()
         assert_within_budget(name, found[name], getattr(truth, name), getattr(plain, name))
-    assert found["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = log_sum_exp(inputs, case.head_dim**-0.5)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(found["lse"].double(), expected, rtol=tolerance, atol=tolerance)
-    for name in INPUTS:
-        grad = found[f"grad_{name}"]
-        assert grad.dtype == dtype and grad.is_contiguous()
-        if case.keys == 1 and name != "value":
-            # Softmax over one key: dP and δ cancel, and what is left is their rounding.
-            error = (grad.double() - true_grads[name]).abs().max()
-            assert error <= 128 * torch.finfo(dtype).eps, f"gradient of {name}: {error:.3g}"
-            continue
-        assert_within_budget(f"gradient of {name}", grad, true_grads[name], plain_grads[name])
+    check_statistics(found["lse"], inputs, case.head_dim**-0.5, tolerance)
+    check_gradients(found, true_grads, plain_grads, dtype, one_key=128 if case.keys == 1 else None)
     assert all(map(torch.equal, before, given))
 
 
@@ -154,7 +155,7 @@ def test_any_scale(scale, backend, poisoned):
     truth = atm_reference(*leaves, scale=scale)
     true_grads = torch.autograd.grad(truth, leaves, [g.double() for g in gradients])
     found = everything(case, inputs, gradients, backend, scale=scale)
-    torch.testing.assert_close(found.pop("lse").double(), log_sum_exp(inputs, scale), rtol=1e-5, atol=1e-5)
+    check_statistics(found.pop("lse"), inputs, scale, 1e-5)
     for (name, actual), expected in zip(found.items(), (*truth, *true_grads), strict=True):
         # In Triton weights of logits of some hundreds err by as many roundings.
         budget = 5e-5 if scale > 1 and backend.name == "triton" else 2e-5
@@ -202,10 +203,7 @@ def test_what_is_not_a_number_in_a_key_shows_everywhere(backend):
 
 @each_backend()
 def test_scale_zero_keeps_what_is_not_a_number(backend):
-    query, key = (torch.randn(1, n, 2, 16, device=backend.device) for n in (3, 5))
-    query[0, 1] = math.nan
-    found = fused_atm(query, key, key, scale=0.0, backend=backend.name).output
-    assert found[0, 1].isnan().all() and found[0, [0, 2]].isfinite().all()
+    check_zero_scale(lambda *tensors, **options: fused_atm(*tensors, **options).output, backend)
 
 
 @each_dtype()
@@ -248,10 +246,8 @@ def test_gradient_of_masks_summed_over_the_batch(backend, poisoned):
 def test_repeatable(broadcast, backend, poisoned):
     case = dataclasses.replace(SMALL, heads=1, broadcast=broadcast, dropout_p=0.1)
     inputs, gradients = drawn(case, backend)
-    first, second = (
-        everything(case, inputs, gradients, backend, seed=SEED.to(backend.device)) for _ in range(2)
-    )
-    assert_same(second, first)
+    seed = SEED.to(backend.device)
+    check_repeatable(lambda: everything(case, inputs, gradients, backend, seed=seed))
 
 
 @each_backend("cpu", "cuda")
@@ -278,14 +274,10 @@ def test_no_images(backend, poisoned):
 @each_backend("triton", "cpu", "cuda")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_forward_and_backward_by_different_backends(dropout_p, backend, poisoned):
-    """Scores computed again in another order: rounding in the exponent that no budget of one backend has."""
-    case, eager = dataclasses.replace(SMALL, dropout_p=dropout_p), BY_ID["eager"]
+    case = dataclasses.replace(SMALL, dropout_p=dropout_p)
     inputs, gradients = drawn(case, backend)
     _, truth = oracle(case, inputs, gradients, seed=SEED)
-    for forward, backward in ((backend, eager), (eager, backend)):
-        found = everything(case, inputs, gradients, forward, backward=backward)
-        for name in INPUTS:
-            assert relative_error(found[f"grad_{name}"], truth[name]) < 1e-6, name
+    check_different_backends(functools.partial(everything, case, inputs, gradients), backend, truth)
 
 
 @each_dtype(dtypes=(torch.float32, torch.bfloat16))
@@ -301,15 +293,9 @@ def test_through_the_public_function(backend, dtype, fixed_seed, poisoned):
 
 @each_backend("triton", "cpu", "cuda")
 def test_what_is_refused_when_asked_for_and_left_to_eager_otherwise(backend, monkeypatch):
-    double = SMALL.inputs(torch.float64)
-    with pytest.raises(TypeError, match=f"backend '{backend.name}' takes float32.*query is torch.float64"):
-        fused_atm(**double, backend=backend.name)
-    wide = ATMCase("wide", 1, 3, 5, 1, 136).inputs(torch.float32)
-    with pytest.raises(ValueError, match=f"backend '{backend.name}' takes head dims up to 128"):
-        fused_atm(**wide, backend=backend.name)
     monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
-    for inputs in (double, wide):
-        assert_same(fused_atm(**inputs)._asdict(), fused_atm(**inputs, backend="eager")._asdict())
+    wide = ATMCase("wide", 1, 3, 5, 1, 136)
+    check_refusals(fused_atm, backend, SMALL.inputs(torch.float64), wide.inputs(torch.float32))
 
 
 def opcheck(case, backend, utils):
@@ -435,13 +421,8 @@ def test_fvcore_counts_the_operator():
 
 def test_compile_fullgraph_and_second_size(fixed_seed):
     torch._dynamo.reset()
-    frames = []
-
-    def backend(graph, examples):
-        frames.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(fused_atm, fullgraph=True, dynamic=True, backend=backend)
+    frames = Graphs()
+    compiled = torch.compile(fused_atm, fullgraph=True, dynamic=True, backend=frames)
     for tokens in (9, 14, 21):
         q, k, v = (torch.randn(2, n, 3, 16, requires_grad=True) for n in (5, tokens, tokens))
         expected = fused_atm(q, k, v)

@@ -1,14 +1,29 @@
 """query_attention: the battery of every backend, then what is the operator's own."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attention import check_dropout_bits, gapped, log_sum_exp, turned
+from attention import (
+    BAD_ARGUMENTS,
+    SEED,
+    check_different_backends,
+    check_dropout_bits,
+    check_gradients,
+    check_refusals,
+    check_repeatable,
+    check_statistics,
+    check_zero_scale,
+    gapped,
+    tensors,
+    turned,
+)
 from backends import (
     BY_ID,
+    Graphs,
     Variant,
     assert_same,
     assert_threads_change_nothing,
@@ -31,7 +46,6 @@ from segvit_kernels.testing.query_attention import (
     with_gradients,
 )
 
-SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
 BY_NAME = {case.name: case for case in CASES}
 SMALL = QueryAttentionCase("small", 2, 50, 70, 2, 32)
 # Torch's kernel on the CPU, and the blocks that other devices and dropout take.
@@ -91,19 +105,10 @@ def check(case, dtype, backend, *, deterministic=True):
     found = everything(case, inputs, gradient, backend, seed=seed, deterministic=deterministic)
     assert found["output"].dtype == dtype and found["output"].is_contiguous()
     assert_within_budget("output", found["output"], truth, plain)
-    assert found["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6 if backend.name == "eager" else 1e-5
-    expected = log_sum_exp(inputs, case.head_dim**-0.5)
-    torch.testing.assert_close(found["lse"].double(), expected, rtol=tolerance, atol=tolerance)
-    for name in INPUTS:
-        grad = found[f"grad_{name}"]
-        assert grad.dtype == dtype and grad.is_contiguous()
-        if case.keys == 1 and name != "value":
-            # Softmax over one key: dP and δ cancel, and what is left is their rounding.
-            error = (grad.double() - true_grads[name]).abs().max()
-            assert error <= 128 * case.queries**0.5 * torch.finfo(dtype).eps, f"{name}: {error:.3g}"
-            continue
-        assert_within_budget(f"gradient of {name}", grad, true_grads[name], plain_grads[name])
+    check_statistics(found["lse"], inputs, case.head_dim**-0.5, tolerance)
+    one_key = 128 * case.queries**0.5 if case.keys == 1 else None
+    check_gradients(found, true_grads, plain_grads, dtype, one_key)
     assert all(map(torch.equal, before, given))
 
 
@@ -161,10 +166,7 @@ def test_what_is_not_finite_in_bfloat16(name, value, backend, poisoned):
 
 @each_backend()
 def test_scale_zero_keeps_what_is_not_a_number(backend):
-    query, key = (torch.randn(1, n, 2, 16, device=backend.device) for n in (3, 5))
-    query[0, 1] = math.nan
-    found = query_attention(query, key, key, scale=0.0, backend=backend.name)
-    assert found[0, 1].isnan().all() and found[0, [0, 2]].isfinite().all()
+    check_zero_scale(query_attention, backend)
 
 
 def dropout_bits(keys, backend):
@@ -188,7 +190,7 @@ def test_any_scale(scale, backend, poisoned):
     inputs, gradient = drawn(SMALL, backend)
     truth, true_grads = oracle(SMALL, inputs, gradient, scale=scale)
     found = everything(SMALL, inputs, gradient, backend, scale=scale)
-    torch.testing.assert_close(found["lse"].double(), log_sum_exp(inputs, scale), rtol=1e-5, atol=1e-5)
+    check_statistics(found["lse"], inputs, scale, 1e-5)
     assert relative_error(found["output"], truth) < 1e-5
     for name in INPUTS:
         assert relative_error(found[f"grad_{name}"], true_grads[name]) < 2e-5, name
@@ -234,8 +236,7 @@ def test_repeatable(broadcast, backend, poisoned):
     case = dataclasses.replace(SMALL, heads=1, broadcast=broadcast, dropout_p=0.1)
     inputs, gradient = drawn(case, backend)
     seed = SEED.to(backend.device)
-    first, second = (everything(case, inputs, gradient, backend, seed=seed) for _ in range(2))
-    assert_same(second, first)
+    check_repeatable(lambda: everything(case, inputs, gradient, backend, seed=seed))
 
 
 @each_backend("cpu", "cuda")
@@ -261,14 +262,10 @@ def test_no_images(backend, poisoned):
 @each_backend("triton", "cpu", "cuda")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_forward_and_backward_by_different_backends(dropout_p, backend, poisoned):
-    """Scores computed again in another order: rounding in the exponent that no budget of one backend has."""
-    case, eager = dataclasses.replace(SMALL, dropout_p=dropout_p), BY_ID["eager"]
+    case = dataclasses.replace(SMALL, dropout_p=dropout_p)
     inputs, gradient = drawn(case, backend)
     _, truth = oracle(case, inputs, gradient, seed=SEED)
-    for forward, backward in ((backend, eager), (eager, backend)):
-        found = everything(case, inputs, gradient, forward, backward=backward)
-        for name in INPUTS:
-            assert relative_error(found[f"grad_{name}"], truth[name]) < 1e-6, name
+    check_different_backends(functools.partial(everything, case, inputs, gradient), backend, truth)
 
 
 @each_dtype(dtypes=(torch.float32, torch.bfloat16))
@@ -285,16 +282,9 @@ def test_through_the_public_function(backend, dtype, fixed_seed, poisoned):
 
 @each_backend("triton", "cpu", "cuda")
 def test_what_is_refused_when_asked_for_and_left_to_eager_otherwise(backend, monkeypatch):
-    double = SMALL.inputs(torch.float64)
-    with pytest.raises(TypeError, match=f"backend '{backend.name}' takes float32.*query is torch.float64"):
-        query_attention(**double, backend=backend.name)
-    wide = QueryAttentionCase("wide", 1, 3, 5, 1, 136).inputs(torch.float32)
-    refusal = f"backend '{backend.name}' takes head dims up to 128; query has shape .* head dim 136"
-    with pytest.raises(ValueError, match=refusal):
-        query_attention(**wide, backend=backend.name)
     monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
-    for inputs in (double, wide):
-        assert torch.equal(query_attention(**inputs), query_attention(**inputs, backend="eager"))
+    wide = QueryAttentionCase("wide", 1, 3, 5, 1, 136).inputs(torch.float32)
+    check_refusals(query_attention, backend, SMALL.inputs(torch.float64), wide)
     leaves = {name: t.requires_grad_() for name, t in wide.items()}
     query_attention(**leaves).sum().backward()
     assert leaves["key"].grad.isfinite().all()
@@ -430,13 +420,8 @@ def test_fvcore_counts_the_operator():
 
 def test_compile_fullgraph_and_second_size():
     torch._dynamo.reset()
-    frames = []
-
-    def backend(graph, examples):
-        frames.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(query_attention, fullgraph=True, dynamic=True, backend=backend)
+    frames = Graphs()
+    compiled = torch.compile(query_attention, fullgraph=True, dynamic=True, backend=frames)
     for queries, keys in ((9, 14), (21, 15), (33, 40)):
         leaves = [torch.randn(2, n, 3, 16, requires_grad=True) for n in (queries, keys, keys)]
         actual, expected = compiled(*leaves), query_attention(*leaves)
@@ -578,28 +563,7 @@ def test_dropout_keeps_the_right_share_and_differs_between_calls():
     assert 0.7 * deviation < rows.std() < 1.3 * deviation
 
 
-def tensors(dtype=torch.float32, **changes):
-    shapes = {"query": (2, 5, 3, 16), "key": (2, 9, 3, 16), "value": (2, 9, 3, 16)}
-    return {n: torch.randn(s).to(dtype) for n, s in shapes.items()} | changes
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"query": torch.randn(2, 5, 48)}, ValueError, r"query has shape \(2, 5, 48\); expected"),
-        ({"key": torch.randn(2, 9, 3, 8)}, ValueError, r"key has .* expected \(2, 9, 3, 16\)"),
-        ({"value": torch.randn(2, 8, 3, 16)}, ValueError, r"value has shape .* expected \(2, 9, 3, 16\)"),
-        ({"query": torch.randn(3, 5, 3, 16)}, ValueError, "expected batch 2, the batch of key, or 1"),
-        ({"query": torch.randn(2, 0, 3, 16)}, ValueError, "at least one token"),
-        ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0"),
-        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
-        ({"backend": "cudnn"}, ValueError, "argument 'backend' is 'cudnn'; expected one of eager, triton"),
-        ({"query": torch.ones(2, 5, 3, 16, dtype=torch.int32)}, TypeError, "query has dtype torch.int32"),
-        ({"value": torch.randn(2, 9, 3, 16).half()}, TypeError, "value has dtype torch.float16"),
-        ({"key": torch.empty(2, 9, 3, 16, device="meta")}, ValueError, "key is on meta; expected cpu"),
-        ({"key": [1, 2]}, TypeError, "key is a list; expected a tensor"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARGUMENTS)
 def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         query_attention(**tensors(**changes))
