@@ -6,22 +6,28 @@ TESTS ?= tests
 FUZZ_RUNS ?= 2000
 OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
-BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%.py,$(wildcard segvit_kernels/ops/*.py)))
+BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
 
-.PHONY: demo test ptx fuzz gate gate-3.6 kill-test native emulator sanitize wheels hub lint docs bench report tune gpu precompile clean
+.PHONY: demo test check suite ptx fuzz gate gate-3.6 kill-test native emulator sanitize wheels hub lint docs bench report tune gpu precompile clean
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+# torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) torch numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	$(PIP) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small model on synthetic images and write an HTML report
 	$(BIN)/segvit demo
 
-native: $(VENV)/.installed  ## C++ kernels for the CPU, and CUDA C++ kernels where nvcc is; needs a C++ compiler
+native: $(VENV)/.torch  ## C++ kernels for the CPU, and CUDA C++ kernels where nvcc is; needs a C++ compiler
 	$(BIN)/python csrc/build.py
 
-emulator: $(VENV)/.installed  ## the CUDA C++ kernels built to run on the CPU, for tests
+emulator: $(VENV)/.torch  ## the CUDA C++ kernels built to run on the CPU, for tests
 	$(BIN)/python csrc/build.py --emulate --out build/native
 
 wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with the native library (CUDA where nvcc is)
@@ -36,12 +42,16 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py $(BATTERIES) tests/*/test_*native.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py $(BATTERIES) tests/csrc/test_native.py
 
-test: $(VENV)/.installed  ## lint and test
+test: check suite  ## lint and test
+
+check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+suite: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 kill-test: $(VENV)/.installed  ## training and bulk prediction, killed at random moments and at every operation on files, go on bitwise
@@ -59,7 +69,8 @@ gate: $(VENV)/.installed  ## the compile gate: machine code of every Triton kern
 # The same packages with an older Triton in front of them.
 $(OLD)/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv --without-pip $(OLD)
-	$(BIN)/python -m pip --python $(OLD)/bin/python install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	$(BIN)/python -m pip --python $(OLD)/bin/python install --quiet --disable-pip-version-check --no-compile \
+		--no-deps triton==3.6.0
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(OLD)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newer.pth"
 	touch $@
@@ -73,7 +84,7 @@ ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Trit
 		$(BIN)/python tests/kernels/ptx_battery.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
 			-k "triton and not vit and not cityscapes and not architectures" \
-			$(BATTERIES) tests/kernels/test_*_triton.py && \
+			$(BATTERIES) && \
 		$(BIN)/python tests/kernels/ptx_native.py $$arch || exit; done
 	$(BIN)/python tests/kernels/ptx_faults.py
 

@@ -12,6 +12,8 @@ from segvit_kernels.testing.launches import ALIKE, TARGETS, faults, module, reso
 from segvit_kernels.triton._launch import Launch
 
 Features = Callable[[Launch], set[Hashable]]
+Case = tuple[str, Launch]
+"""A launch and the name of the case that it is of."""
 
 
 def kernel_of(launch: Launch) -> set[Hashable]:
@@ -26,35 +28,40 @@ def code_of(launch: Launch) -> set[Hashable]:
     return {(kernel, *sorted({t.element_size() for t in tensors if t.is_floating_point()})), *flags}
 
 
+def chosen(launches: list[Case], features: Features | None) -> list[Case]:
+    """Those of ``launches`` that have every feature between them, few: in turn the one that adds most."""
+    if features is None:
+        return launches
+    own = [features(launch) for _, launch in launches]
+    left, found = set().union(*own), []
+    while left:
+        best = max(range(len(own)), key=lambda i: len(own[i] & left))
+        found.append(best)
+        left -= own[best]
+    return [launches[i] for i in sorted(found)]
+
+
 def rows(operator: str, arch: str, names: Sequence[str], features: Features | None) -> list[dict[str, Any]]:
-    """A row for every launch of an operator's cases, or for those with a feature that none before has."""
+    """A row for every launch of an operator's cases, or for a few that have all features between them."""
     found = module(operator)
     gate = {**found.EVERYWHERE, **(found.MORE if arch == "sm_90" else {})}
     cases = {name: {**found.EVERYWHERE, **found.MORE}[name] for name in names} or gate
+    launches = [(name, launch) for name, case in cases.items() for launch in found.launches(case, arch)]
     rows: list[dict[str, Any]] = []
     seen: dict[str, dict[str, Any]] = {}
-    kernels: set[str] = set()
-    taken: set[Hashable] = set()
-    for name, case in cases.items():
-        for launch in found.launches(case, arch):
-            kernel, own = launch.kernel.__name__, features(launch) if features else set()
-            if features and own <= taken:
-                continue
-            taken |= own
-            kernels.add(kernel)
-            compiled = launch.compile(GPUTarget(*TARGETS[arch]))
-            if compiled.hash not in seen:
-                seen[compiled.hash] = resources(compiled)
-            row = {"operator": operator, "case": name, "kernel": kernel}
-            row |= {"warps": launch.options["num_warps"], **seen[compiled.hash]}
-            row["wgmma"] = found.wgmma(row)
-            demand = found.KERNELS.get(kernel)
-            rows.append(
-                {**row, "faults": faults(row, arch, demand) if demand else ["no demand stands for it"]}
-            )
+    for name, launch in chosen(launches, features):
+        kernel = launch.kernel.__name__
+        compiled = launch.compile(GPUTarget(*TARGETS[arch]))
+        if compiled.hash not in seen:
+            seen[compiled.hash] = resources(compiled)
+        row = {"operator": operator, "case": name, "kernel": kernel}
+        row |= {"warps": launch.options["num_warps"], **seen[compiled.hash]}
+        row["wgmma"] = found.wgmma(row)
+        demand = found.KERNELS.get(kernel)
+        rows.append({**row, "faults": faults(row, arch, demand) if demand else ["no demand stands for it"]})
     if not names:
         demanded = {name for name, demand in found.KERNELS.items() if demand.everywhere or arch == "sm_90"}
-        for kernel in sorted(demanded - kernels):
+        for kernel in sorted(demanded - {launch.kernel.__name__ for _, launch in launches}):
             rows.append({"operator": operator, "case": None, "kernel": kernel, "faults": ["not launched"]})
     return rows
 
