@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_kernels as kernels
+import ptx_text
 
 from segvit_kernels.testing import ptx, relative_error
 
@@ -82,34 +83,10 @@ def attention(dtype):
         hold(f"attention, {name}", found, true, 2 * budget)
 
 
-CONFLICTS = """
-.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry conflicts(.param .u64 out) {
-    .reg .b32 %r<8>;
-    .reg .b64 %rd<4>;
-    .shared .align 16 .b8 buffer[4096];
-    mov.u32 %r1, %tid.x;
-    mov.u32 %r2, buffer;
-    mad.lo.s32 %r3, %r1, 16, %r2;
-    st.shared.v4.b32 [%r3], {%r1, %r1, %r1, %r1};  // four passes of eight lanes, no conflict
-    bar.warp.sync -1;
-    mad.lo.s32 %r4, %r1, 128, %r2;
-    st.shared.b32 [%r4], %r1;  // one bank
-    ld.shared.b32 %r5, [%r4];
-    ld.param.u64 %rd1, [out];
-    mad.wide.u32 %rd2, %r1, 8, %rd1;
-    st.global.b32 [%rd2], %r5;  // every other word: eight sectors
-    ret;
-}
-"""
-
-
 def count() -> None:
     """Bytes, sectors and bank conflicts of a kernel whose numbers can be told by hand."""
     out = torch.zeros(64, dtype=torch.int32)
-    found = ptx.run_ptx(CONFLICTS, "conflicts", (3, 1, 1), 32, [out], traffic=True)
+    found = ptx.run_ptx(ptx_text.CONFLICTS, "conflicts", (3, 1, 1), 32, [out], traffic=True)
     one = {"shared bytes written": 32 * 20, "shared bytes read": 128, "shared passes": 4 + 32 + 32}
     one |= {"bank conflicts": 62, "global bytes written": 128, "global sectors": 8}
     assert found.memory == {name: 3 * n for name, n in one.items()}, found.memory

@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 import ptx_kernels as kernels
 import ptx_native
+import ptx_text
 
 from segvit_kernels.testing import ptx, relative_error
 from segvit_kernels.testing.ptx import core
@@ -200,6 +201,17 @@ PLANTS = {
     ),
     "shared memory that nothing wrote": Plant(
         softmax, A, "uninitialised shared memory", r"st\.shared\.b32[^;]*;"
+    ),
+    "local memory that nothing wrote": Plant(
+        ptx_text.local, A, "uninitialised local memory", r"st\.local\.v2\.f32[^;]*;", machine=ptx_text.machine
+    ),
+    "a local address behind the end": Plant(
+        ptx_text.local, A, "out of bounds", r"(mul\.wide\.s32 %rd10, %r6, )4;", r"\g<1>8;",
+        machine=ptx_text.machine,
+    ),
+    "a local address between elements": Plant(
+        ptx_text.local, A, "misaligned", r"add\.u64 %rd4, %SP, 16", "add.u64 %rd4, %SP, 14",
+        machine=ptx_text.machine,
     ),
     "warps that write one address": Plant(
         softmax, A, "race", r"(st\.shared\.b32\s+)\[%r\d+\]", r"\1[global_smem]"

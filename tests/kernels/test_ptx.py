@@ -1,6 +1,6 @@
 """The PTX machine: kernels that the real compiler made, executed without a GPU.
 
-Each test is a process of its own: this one has Triton's interpreter. Long forms: ``make ptx``.
+What needs Triton's compiler is a process of its own: this one has its interpreter. Long forms: ``make ptx``.
 """
 
 import os
@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import ptx_native
+import ptx_text
 import pytest
+import torch
+
+from segvit_kernels.testing import ptx
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,3 +49,30 @@ def test_planted_faults_are_seen():
     """Each by its own message; those in CUDA C++ where its kernels can be compiled."""
     printed = run("ptx_faults.py")
     assert "MISSED" not in printed and printed.count("seen: ") >= (33 if ptx_native.missing() else 39)
+
+
+def test_local_memory():
+    """Of each thread its own, by addresses of the space and by generic ones."""
+    with ptx_text.machine("sm_80") as session:
+        ptx_text.local()
+    assert session.counts["local"].instructions["st.local.v4.f32"] == 5  # of 6 warps that begin
+
+
+@pytest.mark.parametrize(
+    ("at", "where"), [(8, "of local memory at 48, a thread has 48"), (-9, "0x7cffffffffffffec")]
+)
+def test_an_index_behind_the_end_of_local_memory_is_seen(at, where):
+    index = torch.zeros(150, dtype=torch.int32)
+    index[71] = at
+    with ptx_text.machine("sm_80"), pytest.raises(ptx.Fault, match="out of bounds") as caught:
+        ptx_text.local(index)
+    assert where in str(caught.value) and "block 1, thread 7" in str(caught.value)
+
+
+def test_local_memory_that_its_thread_did_not_write_is_seen():
+    """What lies before the array in it, and what another block's thread of the same number wrote."""
+    index = torch.zeros(150, dtype=torch.int32)
+    index[149] = -1
+    with ptx_text.machine("sm_80"), pytest.raises(ptx.Fault, match="uninitialised local memory") as caught:
+        ptx_text.local(index)
+    assert "block 2, thread 21" in str(caught.value)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from segvit_kernels.testing.ptx.floating import from_bf16, join_pair, round_bf16, split_pair
-from segvit_kernels.testing.ptx.memory import COPIED, Recent, spread
+from segvit_kernels.testing.ptx.memory import spread
 from segvit_kernels.testing.ptx.parser import BYTES, Address, Immediate, Instruction, Symbol, Vector
+from segvit_kernels.testing.ptx.shared import COPIED, Recent
 from segvit_kernels.testing.ptx.translate import FUNCTIONS, NUMPY, Emitter, function, instruction, unknown
 
 _SPACES = {

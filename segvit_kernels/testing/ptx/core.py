@@ -19,9 +19,11 @@ from segvit_kernels.testing.ptx import accesses, arithmetic, floating, products,
 from segvit_kernels.testing.ptx.accesses import Copies, shared_width
 from segvit_kernels.testing.ptx.faults import Fault, place
 from segvit_kernels.testing.ptx.flow import Flow
-from segvit_kernels.testing.ptx.memory import GlobalMemory, SharedMemory, joined, reduced, split
+from segvit_kernels.testing.ptx.memory import GlobalMemory, reduced
 from segvit_kernels.testing.ptx.parser import Kernel, parse
 from segvit_kernels.testing.ptx.products import Products
+from segvit_kernels.testing.ptx.shared import SharedMemory
+from segvit_kernels.testing.ptx.spaces import LOCAL_WINDOW, SHARED_WINDOW, GenericMemory, LocalMemory
 from segvit_kernels.testing.ptx.traffic import Counts, Traffic
 from segvit_kernels.testing.ptx.translate import Program
 from segvit_kernels.testing.ptx.warps import shuffle
@@ -99,10 +101,12 @@ class Machine:
         self.shared = SharedMemory(self.blocks, self.threads, shared_bytes, granule(program), self.fail)
         if traffic:
             self.memory.traffic = self.shared.traffic = Traffic(counts.memory, self.shape)
-        self.local = _Local(self)
-        self.generic = _Generic(self)
+        self.local = LocalMemory(self.shape, program.kernel.local_bytes, self.fail)
+        self.generic = GenericMemory(self)
         self.copies, self.products = Copies(self), Products(self)
-        self.shared_window, self.local_window = np.uint64(0x7E00 << 48), np.uint64(0x7D00 << 48)
+        self.shared_window, self.local_window = (
+            np.uint64(top << 48) for top in (SHARED_WINDOW, LOCAL_WINDOW)
+        )
         self.special = self._special(grid, block, numbers)
         self.registers: list[np.ndarray | None] = [None] * len(program.flow.bits)
         self.definitions: dict[int, Any] = {}
@@ -227,8 +231,8 @@ class Machine:
         """Whether a generic address lies there."""
         top = address >> np.uint64(48)
         if space in ("shared", "shared::cta"):
-            return top == 0x7E00
-        return top == 0x7D00 if space == "local" else (top != 0x7E00) & (top != 0x7D00)
+            return top == SHARED_WINDOW
+        return top == LOCAL_WINDOW if space == "local" else (top != SHARED_WINDOW) & (top != LOCAL_WINDOW)
 
     def together(self, site: int, mask: np.ndarray | None, members: np.ndarray | None = None) -> None:
         """Fails unless the lanes that a warp's instruction needs are all there."""
@@ -482,95 +486,6 @@ def granule(program: Program) -> int:
 
 _MEMORY = ("ld", "st", "atom", "red", "cp")
 _TOUCH = ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix")
-
-
-class _Local:
-    """Local memory: a stack for each thread."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine, self.size = machine, machine.program.kernel.local_bytes
-        stride = -(-self.size // 16) * 16
-        self.stride, self.data = stride, np.full(stride * machine.blocks * machine.threads, 0xFF, "u1")
-        lane = np.arange(machine.blocks)[:, None] * machine.threads + np.arange(machine.threads)
-        self.begin = lane * stride
-
-    def _index(self, site: int, address: np.ndarray, size: int, mask: np.ndarray | None) -> np.ndarray:
-        address = np.broadcast_to(address.astype("i8") & 0xFFFFFFFFFFFF, self.machine.shape)
-        wrong = (address > self.size - size) | (address < 0)
-        if mask is not None:
-            wrong = wrong & mask
-        if wrong.any():
-            self.machine.fail(site, "out of bounds", f"local memory, a thread has {self.size} bytes", wrong)
-        if (address & (size - 1)).any() and mask is None:
-            self.machine.fail(site, "misaligned", f"a local address that {size} does not divide", None)
-        address = np.clip(address, 0, self.size - size)
-        return (self.begin + address) >> (size.bit_length() - 1)
-
-    def load(self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None) -> list:
-        size = width * count
-        kind = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}[size]
-        return split(self.data.view(kind).take(self._index(site, address, size, mask)), width, count)
-
-    def store(
-        self, site: int, address: np.ndarray, values: Sequence, width: int, mask: np.ndarray | None
-    ) -> None:
-        size = width * len(values)
-        kind = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}[size]
-        index, data = self._index(site, address, size, mask), joined(values, width, self.machine.shape)
-        if mask is None:
-            self.data.view(kind)[index] = data
-        else:
-            mask = np.broadcast_to(mask, self.machine.shape)
-            self.data.view(kind)[index[mask]] = data[mask]
-
-
-class _Generic:
-    """Addresses that say themselves which space they are in."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-
-    def _spaces(self, address: np.ndarray, mask: np.ndarray | None) -> list[tuple[Any, np.ndarray, Any]]:
-        m, top = self.machine, address >> np.uint64(48)
-        parts = []
-        for space, chosen in (
-            (m.shared, top == 0x7E00), (m.local, top == 0x7D00),
-            (m.memory, (top != 0x7E00) & (top != 0x7D00)),
-        ):  # fmt: skip
-            here = chosen if mask is None else chosen & mask
-            if not here.any():
-                continue
-            inside = address if space is m.memory else address & np.uint64((1 << 48) - 1)
-            parts.append((space, inside, mask if chosen.all() else here))
-        return parts
-
-    def load(self, site: int, address: np.ndarray, width: int, count: int, mask: np.ndarray | None) -> list:
-        parts = self._spaces(address, mask)
-        if not parts:
-            return [np.zeros((1, 1), f"u{width}")] * count
-        found = None
-        for space, inside, here in parts:
-            values = space.load(site, inside, width, count, here)
-            found = (
-                values
-                if found is None
-                else [np.where(here, new, old) for new, old in zip(values, found, strict=True)]
-            )
-        return found
-
-    def store(
-        self, site: int, address: np.ndarray, values: Sequence, width: int, mask: np.ndarray | None
-    ) -> None:
-        for space, inside, here in self._spaces(address, mask):
-            space.store(site, inside, values, width, here)
-
-    def atomic(self, site: int, address: np.ndarray, values: Sequence, dtype: str, operation: Any, mask: Any,
-               shape: tuple[int, int]) -> np.ndarray:  # fmt: skip
-        found = np.zeros(shape, dtype)
-        for space, inside, here in self._spaces(address, mask):
-            old = space.atomic(site, inside, values, dtype, operation, here, shape)
-            found = old if here is None else np.where(here, old, found)
-        return found
 
 
 def _refused(kernel: Kernel, grid: tuple[int, int, int], threads: int, shared: int) -> str | None:

@@ -44,6 +44,7 @@ KINDS = {
     "misaligned": "an address that its access does not divide",
     "uninitialised register": "a register that nothing wrote",
     "uninitialised shared memory": "a read of shared memory that nothing wrote",
+    "uninitialised local memory": "a read of local memory that its thread did not write",
     "in flight": "data of an asynchronous copy or product before its wait",
     "race": "two threads at one shared byte, one of them writing, without a barrier between",
     "missing proxy fence": "generic writes that the asynchronous proxy reads without fence.proxy.async",

@@ -228,9 +228,8 @@ class _Parser:
                 continue
             if kernel is None and line.startswith(".section"):
                 break  # debugging information
-            if line.startswith(".loc"):
-                # Line 0 is code of no line of its own.
-                if (match := _LOCATION.match(line)) and match[2] != "0":
+            if match := _LOCATION.match(line):
+                if match[2] != "0":  # else code of no line of its own
                     source = f"{self.files.get(int(match[1]), '?')}:{match[2]}"
                 continue
             if kernel is None and not header:

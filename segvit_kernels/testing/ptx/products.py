@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from segvit_kernels.testing.ptx.memory import COPIED, PENDING
 from segvit_kernels.testing.ptx.parser import Immediate, Instruction, Vector
+from segvit_kernels.testing.ptx.shared import COPIED, PENDING
 from segvit_kernels.testing.ptx.translate import Emitter, function, instruction, unknown
 
 _TF32 = np.uint32(0xFFFFE000)
