@@ -106,7 +106,7 @@ def _run_slopes(
     column, way = _source(first, w, W)
     inner = (way >= 0) & (column < w - 1)
     way = tl.where(inner, way, 0.0)
-    by = tl.where(inner, w.to(tl.float32) / W.to(tl.float32), 0.0)  # to the next column
+    by = tl.where(inner, tl.cast(w, tl.float32) / tl.cast(W, tl.float32), 0.0)  # to the next column
     right = tl.minimum(column + 1, w - 1)
     v, d = (), ()  # of three rows: at the first column, and to the next
     for k in tl.static_range(3):

@@ -116,16 +116,17 @@ def _source(i, cells, size):
     The cell may be off by one at a boundary, where it does not matter; the way is exact but for one rounding.
     """
     position = (2 * i + 1) * cells - size  # in units of 1 / (2 size)
-    before = (position.to(tl.float32) / (2 * size).to(tl.float32)).to(tl.int32)
+    unit = tl.cast(2 * size, tl.float32)  # a size of 1 is a number of Python's
+    before = (position.to(tl.float32) / unit).to(tl.int32)
     before = tl.minimum(tl.maximum(before, 0), cells - 1)
-    return before, (position - before * (2 * size)).to(tl.float32) / (2 * size).to(tl.float32)
+    return before, (position - before * (2 * size)).to(tl.float32) / unit
 
 
 @triton.jit
 def _rows(y, h, H):
     """The row of the map above each output row y, the way past it, and the way to the next output row."""
     row, past = _source(y, h, H)
-    return row, past, h.to(tl.float32) / H.to(tl.float32)
+    return row, past, tl.cast(h, tl.float32) / tl.cast(H, tl.float32)
 
 
 @triton.jit
