@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import os
 import re
 import sys
@@ -84,7 +85,8 @@ def ptx_machines() -> Iterator[Callable[[str], None]]:
                     pytest.skip(reason)
             else:
                 from segvit_kernels.testing import ptx as machines
-            stack.enter_context(machines.machine(arch))
+            session = stack.enter_context(machines.machine(arch))
+            stack.callback(importlib.import_module("ptx_coverage").record, session)
             running.add(name)
 
         yield start
@@ -184,6 +186,8 @@ def poisoned():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "SEGVIT_PTX" in os.environ:
+        if os.environ.get("SEGVIT_PTX_DTYPES") == "turns":
+            items[:] = importlib.import_module("ptx_coverage").in_turn(items)
         return
     if not torch.cuda.is_available():
         reason = "needs a CUDA or ROCm device, this machine has none"

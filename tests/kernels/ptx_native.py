@@ -30,7 +30,7 @@ os.environ.setdefault(
 os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests/kernels", "tests/csrc", "csrc")]
 
-resources = importlib.import_module("resources")
+resources, ptx_coverage = (importlib.import_module(name) for name in ("resources", "ptx_coverage"))
 BY_ID = importlib.import_module("backends").BY_ID
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -214,6 +214,7 @@ def main(arch: str, *names: str) -> int:
                 except (AssertionError, RuntimeError) as error:
                     result, failed = f"FAILED: {error}", failed + 1
                 print(f"{what}: {result} ({time.process_time() - begin:.1f} s of CPU)", flush=True)
+        ptx_coverage.record(session)
     never = sorted(set().union(*KERNELS.values()) - {kernel_name(entry) for entry in session.launches})
     print(f"{len(session.launches)} kernels, {sum(session.launches.values())} launches; never: {never}")
     return failed + len(never)

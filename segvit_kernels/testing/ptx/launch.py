@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import math
 import os
 import struct
@@ -35,6 +37,7 @@ class Session:
     Attributes:
         launches: kernels by name, and how often they were launched.
         counts: of all launches, by kernel.
+        variants: how often each kernel was launched, by the dtypes of its tensors and a digest of its PTX.
     """
 
     arch: str
@@ -42,6 +45,7 @@ class Session:
     traffic: bool = False
     launches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: dict[str, Counts] = dataclasses.field(default_factory=dict)
+    variants: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     @property
     def capability(self) -> int:
@@ -63,8 +67,15 @@ class Session:
             text = self.edit(kernel, text)
         counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes, memory, self.traffic)
         self.launches[kernel] += 1
+        dtypes = frozenset(a.dtype for a in arguments if isinstance(a, Tensor))
+        self.variants[kernel, dtypes, _digest(text)] += 1
         total = self.counts.setdefault(kernel, Counts())
         total += counts
+
+
+@functools.cache
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:

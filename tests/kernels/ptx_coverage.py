@@ -1,0 +1,138 @@
+"""What ``make ptx`` executes, chosen and shown: ``python ptx_coverage.py FILE ARCH...`` prints the table.
+
+A row is a kernel of an architecture, a column the dtype of its tensors, a cell how many programs of them the
+compiler made, and how often they were launched. Fails where a kernel that the compile gate knows, or nvcc
+made, was not launched in a dtype that it takes. In a process without interpreter.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+
+from segvit_kernels.testing import ptx
+
+FILE = "SEGVIT_PTX_COVERAGE"
+FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+ANY = "any"  # of kernels that depend on no dtype
+COLUMNS = ("fp32", "fp16", "bf16", ANY)
+
+
+def in_turn(items: list[Any]) -> list[Any]:
+    """One dtype of each case: the first case's first, the second's second, and so on.
+
+    Of a test that has fewer cases than dtypes, all. What only the other dtypes of a case would show is the
+    product of a shape and a dtype: every shape and every dtype of every kernel remain.
+    """
+    families: dict[Any, dict[Any, list[Any]]] = collections.defaultdict(dict)
+    for item in items:
+        given = dict((getattr(item, "callspec", None) and item.callspec.params) or {})
+        if given.pop("dtype", None) in FLOATS:
+            families[item.path, item.originalname].setdefault(repr(sorted(given.items())), []).append(item)
+    left_out = set()
+    for cases in families.values():
+        if len(cases) >= max(map(len, cases.values())):
+            for number, dtypes in enumerate(cases.values()):
+                left_out |= set(dtypes) - {dtypes[number % len(dtypes)]}
+    return [item for item in items if item not in left_out]
+
+
+def column(dtypes: Iterable[Any]) -> str:
+    """Where a kernel with tensors of these dtypes stands: half precision before single, else "any"."""
+    found = {FLOATS.get(dtype) for dtype in dtypes}
+    return next((name for name in ("bf16", "fp16", "fp32") if name in found), ANY)
+
+
+def record(session: ptx.Session) -> None:
+    """Adds what a session launched to the file that ``SEGVIT_PTX_COVERAGE`` names, if it names one."""
+    if path := os.environ.get(FILE):
+        rows = ({"arch": session.arch, "kernel": k, "text": t, "column": column(d), "launches": n}
+                for (k, d, t), n in session.variants.items())  # fmt: skip
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _replaced(value: Any, dtype: str) -> Any:
+    """A case of the gate in another dtype."""
+    if isinstance(value, tuple):
+        return tuple(_replaced(part, dtype) for part in value)
+    return dtype if value in ("float32", "float16", "bfloat16") else value
+
+
+def of_triton(arch: str) -> Iterator[tuple[str, str]]:
+    """Kernels and columns of every launch that the gate compiles for ``arch``, in each of the dtypes."""
+    from segvit_kernels.testing.launches import OPERATORS, module
+
+    for operator in OPERATORS:
+        gate = module(operator)
+        for case in (gate.EVERYWHERE | gate.MORE if arch == "sm_90" else gate.EVERYWHERE).values():
+            for dtype in FLOATS:
+                for launch in gate.launches(_replaced(case, str(dtype).removeprefix("torch.")), arch):
+                    tensors = (a for a in launch.arguments.values() if isinstance(a, torch.Tensor))
+                    yield launch.kernel.fn.__name__, column(t.dtype for t in tensors)
+
+
+def of_nvcc(arch: str) -> dict[str, tuple[str, str]]:
+    """Kernel with its template's arguments, and its column, by their entries in PTX; none without nvcc."""
+    import ptx_native
+
+    if ptx_native.missing():
+        return {}
+    entries = [entry for entry, _ in ptx_native.modules(arch).values()]
+    names = ptx_native.resources.demangled(entries)
+    columns = {"bf16": "bf16", "half": "fp16", "float": "fp32"}
+    found = {}
+    for entry, name in zip(entries, names, strict=True):
+        words = re.findall(r"\w+", name.partition("<")[2])
+        found[entry] = name, next((columns[w] for w in words if w in columns), ANY)
+    return found
+
+
+def table(rows: Iterable[dict[str, Any]], arch: str) -> tuple[list[str], list[str]]:
+    """Lines to print, and what is missing."""
+    entries = of_nvcc(arch)
+    expected = set(of_triton(arch)) | set(entries.values())
+    programs, launches = collections.defaultdict(set), collections.Counter()
+    for row in rows:
+        if row["arch"] == arch:
+            cell = entries.get(row["kernel"], (row["kernel"], row["column"]))
+            programs[cell].add(row["text"])
+            launches[cell] += row["launches"]
+    lines = [f"{arch:60s}" + "".join(f"{name:>16s}" for name in COLUMNS)]
+    for kernel in sorted({k for k, _ in expected}):
+        cells = []
+        for name in COLUMNS:
+            cell = kernel, name
+            text = f"{len(programs[cell])} / {launches[cell]}" if launches[cell] else ""
+            cells.append(text or ("MISSING" if cell in expected else ""))
+        lines.append(f"{kernel:60s}" + "".join(f"{cell:>16s}" for cell in cells))
+    ours = {cell for cell in launches if cell in expected}
+    total = (len(set().union(*(programs[c] for c in ours))), sum(launches[c] for c in ours))
+    lines.append(
+        f"{len(ours)} of {len(expected)} kernels and dtypes, {total[0]} programs, {total[1]} launches"
+    )
+    return lines, sorted(f"{arch} {kernel} {name}" for kernel, name in expected - set(launches))
+
+
+def main(file: str, *archs: str) -> int:
+    rows, missing = [json.loads(line) for line in Path(file).read_text().splitlines()], []
+    for arch in archs:
+        lines, without = table(rows, arch)
+        print("\n".join(lines))
+        missing += without
+    print(f"kernels / dtypes that nothing launched: {missing}")
+    return len(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
