@@ -79,14 +79,20 @@ gate-3.6: $(OLD)/.installed  ## the compile gate with Triton 3.6, which comes wi
 	$(OLD)/bin/python $(GATE_TEST)
 
 # Full sizes (vit, cityscapes) take the machine too long; large tiles are for the interpreter.
+# One dtype of each case in turn; PTX_DTYPES=all: every dtype of each. The table at the end says what was executed.
+PTX_DTYPES := turns
+PTX_TABLE := build/ptx.jsonl
 ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Triton and CUDA C++ on sm_80 and sm_90
+	rm -f $(PTX_TABLE)
+	export SEGVIT_PTX_COVERAGE=$(PTX_TABLE) SEGVIT_PTX_DTYPES=$(PTX_DTYPES); \
 	for arch in sm_80 sm_90; do \
 		$(BIN)/python tests/kernels/ptx_battery.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
 			-k "triton and not vit and not cityscapes and not architectures" \
-			$(BATTERIES) && \
+			$(BATTERIES) tests/kernels/test_key_padding.py && \
 		$(BIN)/python tests/kernels/ptx_native.py $$arch || exit; done
 	$(BIN)/python tests/kernels/ptx_faults.py
+	$(BIN)/python tests/kernels/ptx_coverage.py $(PTX_TABLE) sm_80 sm_90
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
 	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/segvit/test_fuzz_cli.py

@@ -39,12 +39,13 @@ def in_turn(items: list[Any]) -> list[Any]:
         given = dict((getattr(item, "callspec", None) and item.callspec.params) or {})
         if given.pop("dtype", None) in FLOATS:
             families[item.path, item.originalname].setdefault(repr(sorted(given.items())), []).append(item)
-    left_out = set()
+    left_out: set[int] = set()
     for cases in families.values():
         if len(cases) >= max(map(len, cases.values())):
             for number, dtypes in enumerate(cases.values()):
-                left_out |= set(dtypes) - {dtypes[number % len(dtypes)]}
-    return [item for item in items if item not in left_out]
+                kept = dtypes[number % len(dtypes)]
+                left_out |= {id(item) for item in dtypes if item is not kept}
+    return [item for item in items if id(item) not in left_out]
 
 
 def column(dtypes: Iterable[Any]) -> str:
@@ -98,10 +99,10 @@ def of_nvcc(arch: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def table(rows: Iterable[dict[str, Any]], arch: str) -> tuple[list[str], list[str]]:
-    """Lines to print, and what is missing."""
-    entries = of_nvcc(arch)
-    expected = set(of_triton(arch)) | set(entries.values())
+def table(
+    rows: Iterable[dict[str, Any]], arch: str, expected: set[tuple[str, str]], entries: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Lines to print, and what of ``expected`` is missing; ``entries`` as of :func:`of_nvcc`."""
     programs, launches = collections.defaultdict(set), collections.Counter()
     for row in rows:
         if row["arch"] == arch:
@@ -127,7 +128,8 @@ def table(rows: Iterable[dict[str, Any]], arch: str) -> tuple[list[str], list[st
 def main(file: str, *archs: str) -> int:
     rows, missing = [json.loads(line) for line in Path(file).read_text().splitlines()], []
     for arch in archs:
-        lines, without = table(rows, arch)
+        entries = of_nvcc(arch)
+        lines, without = table(rows, arch, set(of_triton(arch)) | set(entries.values()), entries)
         print("\n".join(lines))
         missing += without
     print(f"kernels / dtypes that nothing launched: {missing}")

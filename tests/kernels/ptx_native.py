@@ -132,13 +132,21 @@ def machine(arch: str, edit: Callable[[str, str], str] | None = None) -> Iterato
 def check_atm(dtype: torch.dtype) -> None:
     from test_atm import SMALL, check
 
-    check(dataclasses.replace(SMALL, heads=1, broadcast=True), dtype, BY_ID["cuda"])
+    for dim in (32, 64, 128):
+        check(dataclasses.replace(SMALL, heads=1, broadcast=True, head_dim=dim), dtype, BY_ID["cuda"])
 
 
 def check_query_attention(dtype: torch.dtype) -> None:
     from test_query_attention import BY_NAME, check
 
     check(BY_NAME["odd"], dtype, BY_ID["cuda"])
+
+
+def check_key_padding(dtype: torch.dtype) -> None:
+    from test_key_padding import CASES, check
+
+    for dim in (32, 64, 128):
+        check(dataclasses.replace(CASES[0], heads=1, head_dim=dim), "atm", dtype, "cuda")
 
 
 def check_mask_binarize(dtype: torch.dtype) -> None:
@@ -148,18 +156,25 @@ def check_mask_binarize(dtype: torch.dtype) -> None:
 
 
 def check_mask_loss(dtype: torch.dtype) -> None:
-    from test_mask_loss import BY_NAME, test_case, test_matching_cost
+    from test_mask_loss import BY_NAME, test_case, test_labels_of_any_integer_dtype, test_matching_cost
 
     for name in ("stacked", "matched_labels", "bool_masks", "soft_masks"):
         test_case(BY_NAME[name], BY_ID["cuda"], dtype, None)
     test_matching_cost(BY_NAME[name], dtype, BY_ID["cuda"], None)
+    for labels in (torch.uint8, torch.int32):
+        test_labels_of_any_integer_dtype(labels, BY_ID["cuda"], None)
 
 
 def check_semantic_argmax(dtype: torch.dtype) -> None:
     from test_semantic_argmax import BY_NAME, check
 
+    from segvit_kernels.testing.semantic_argmax import SemanticCase
+
     for kind in {dtype, torch.float32}:  # with tensor cores and without
         check("odd", BY_NAME["odd"].inputs(kind, concentrated=True), BY_ID["cuda"])
+    for classes in (70, 150, 171):
+        case = SemanticCase("classes", ((1, 4, 5),), 33, classes, (11, 19))
+        check(case.name, case.inputs(dtype), BY_ID["cuda"])
 
 
 def check_subsample_norm(dtype: torch.dtype) -> None:
@@ -170,7 +185,6 @@ def check_subsample_norm(dtype: torch.dtype) -> None:
 
 
 def check_mask_iou(dtype: torch.dtype) -> None:
-    from backends import BY_ID
     from test_mask_iou import BY_NAME, check
 
     for name, soft in (("targets", False), ("as_they_are", True)):
@@ -178,7 +192,6 @@ def check_mask_iou(dtype: torch.dtype) -> None:
 
 
 def check_panoptic_argmax(dtype: torch.dtype) -> None:
-    from backends import BY_ID
     from test_panoptic_argmax import BY_NAME, check
 
     for name in ("odd", "mask2former"):
@@ -188,6 +201,7 @@ def check_panoptic_argmax(dtype: torch.dtype) -> None:
 CHECKS = (
     check_atm,
     check_query_attention,
+    check_key_padding,
     check_mask_binarize,
     check_mask_loss,
     check_semantic_argmax,
@@ -215,8 +229,14 @@ def main(arch: str, *names: str) -> int:
                     result, failed = f"FAILED: {error}", failed + 1
                 print(f"{what}: {result} ({time.process_time() - begin:.1f} s of CPU)", flush=True)
         ptx_coverage.record(session)
-    never = sorted(set().union(*KERNELS.values()) - {kernel_name(entry) for entry in session.launches})
-    print(f"{len(session.launches)} kernels, {sum(session.launches.values())} launches; never: {never}")
+    if names:
+        never = set().union(*KERNELS.values()) - {kernel_name(entry) for entry in session.launches}
+    else:  # each with its template's arguments
+        entries = ptx_coverage.of_nvcc(arch)
+        never = {entries[entry][0] for entry in entries.keys() - session.launches.keys()}
+    print(
+        f"{len(session.launches)} kernels, {sum(session.launches.values())} launches; never: {sorted(never)}"
+    )
     return failed + len(never)
 
 

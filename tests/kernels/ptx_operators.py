@@ -15,6 +15,7 @@ os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 
 import ptx_battery
+import ptx_coverage
 import test_atm as atm
 import test_mask_binarize as mask_binarize
 import test_mask_iou as mask_iou
@@ -108,6 +109,7 @@ def main(arch: str, *names: str) -> int:
                     f"{arch} {name} {operator}: {result} ({time.process_time() - begin:.1f} s of CPU)",
                     flush=True,
                 )
+        ptx_coverage.record(session)
     missing = sorted(kernels - set(session.launches))
     print(f"{len(session.launches)} kernels, {sum(session.launches.values())} launches; never: {missing}")
     return failed + len(missing)

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import ptx_coverage
 import ptx_native
 import ptx_text
 import pytest
@@ -76,3 +78,33 @@ def test_local_memory_that_its_thread_did_not_write_is_seen():
     with ptx_text.machine("sm_80"), pytest.raises(ptx.Fault, match="uninitialised local memory") as caught:
         ptx_text.local(index)
     assert "block 2, thread 21" in str(caught.value)
+
+
+def test_one_dtype_of_each_case_in_turn():
+    """All dtypes of a test of fewer cases than dtypes, and what has no dtype."""
+
+    def item(test, **given):
+        return SimpleNamespace(path="file", originalname=test, callspec=SimpleNamespace(params=given))
+
+    half, single = torch.float16, torch.float32
+    many = [item("many", case=case, dtype=d) for case in "abc" for d in (half, single)]
+    few = [item("few", dtype=d) for d in (half, single)]
+    others = [
+        SimpleNamespace(path="file", originalname="plain"),
+        item("cases", case="a"),
+        item("cases", case="b"),
+    ]
+    assert ptx_coverage.in_turn([*many, *few, *others]) == [many[0], many[3], many[4], *few, *others]
+
+
+def test_a_kernel_that_was_not_executed_is_said():
+    """In a dtype that it takes; one that nobody expects is no row."""
+    with ptx_text.machine("sm_80") as session:
+        ptx_text.local()
+    (kernel, dtypes, text), launches = next(iter(session.variants.items()))
+    row = {"arch": "sm_80", "kernel": kernel, "column": ptx_coverage.column(dtypes), "text": text}
+    expected = {("local", "fp32"), ("local", "bf16")}
+    lines, missing = ptx_coverage.table([row | {"launches": launches}], "sm_80", expected, {})
+    assert missing == ["sm_80 local bf16"] and "1 / 1" in lines[1] and "MISSING" in lines[1]
+    lines, missing = ptx_coverage.table([row | {"launches": 1, "arch": "sm_90"}], "sm_80", expected, {})
+    assert len(missing) == 2
