@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from segvit_kernels.testing.ptx.faults import PTXError
@@ -37,6 +38,21 @@ def registers_in(operand: Any) -> Iterator[str]:
             yield from registers_in(base)
 
 
+def _once(function: Callable[[Instruction], list[str]]) -> Callable[[Instruction], list[str]]:
+    """Kept with the instruction: every analysis asks again."""
+    name = f"_{function.__name__}"
+
+    @functools.wraps(function)
+    def found(instruction: Instruction) -> list[str]:
+        kept = instruction.__dict__
+        if name not in kept:
+            kept[name] = function(instruction)
+        return kept[name]
+
+    return found
+
+
+@_once
 def writes(instruction: Instruction) -> list[str]:
     """Registers that it writes."""
     form = (instruction.name, instruction.modifiers[0] if instruction.modifiers else "")
@@ -75,6 +91,7 @@ def accumulates(instruction: Instruction) -> bool:
     return instruction.name == "wgmma" and instruction.modifiers[0] == "mma_async"
 
 
+@_once
 def reads(instruction: Instruction) -> list[str]:
     """Registers that it reads, without those whose old value a guard keeps."""
     begin = 1 if writes(instruction) and not accumulates(instruction) else 0
