@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from segvit_kernels.testing.ptx.memory import TYPES, joined, split
-
-if TYPE_CHECKING:
-    from segvit_kernels.testing.ptx.core import Machine
 
 SHARED_WINDOW, LOCAL_WINDOW = 0x7E00, 0x7D00
 """The upper 16 bits of generic addresses in shared and local memory."""
@@ -83,7 +80,7 @@ class LocalMemory:
 class GenericMemory:
     """Goes to the space that an address says."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Any) -> None:
         self.machine = machine
 
     def _spaces(self, address: np.ndarray, mask: np.ndarray | None) -> list[tuple[Any, np.ndarray, Any]]:
