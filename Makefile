@@ -8,7 +8,7 @@ OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
 
-.PHONY: demo test check suite ptx fuzz gate gate-3.6 kill-test native emulator sanitize wheels hub lint docs bench report tune gpu precompile clean
+.PHONY: demo test check suite ptx fuzz gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -35,6 +35,11 @@ wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with 
 
 hub: $(VENV)/.installed  ## the package in the form of the Kernel Hub, into build/hub
 	$(BIN)/python csrc/hub.py
+
+tiles: $(VENV)/.installed  ## the AMX kernels' tests on a CPU without AMX but with AVX512-FP16: tiles as ordinary code
+	$(BIN)/python csrc/build.py --cpu-only --emulate-tiles --out build/tiles
+	SEGVIT_KERNELS_LIBRARY=build/tiles/libsegvit_native.so SEGVIT_KERNELS_ISA=amx \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or native or int8" $(BATTERIES) tests/kernels/test_linear_native.py
 
 # Leaks are torch's own; the battery of the CPU kernels, sanitizers in place of speed.
 sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer and UBSan

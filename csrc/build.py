@@ -46,6 +46,7 @@ AMX = [*FP16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 SPECIAL = {
     "linear_kernels": ("avx512_fp16", FP16),
     "linear_amx_kernels": ("amx", AMX),
+    "linear_vnni_kernels": ("avx512", X86["avx512"]),
     "attention_amx_kernels": ("amx", AMX),
 }
 # The oldest torch whose stable ABI the binary asks for: 2.11.
@@ -179,7 +180,7 @@ def _plan(
     def sources_in(folder: str, pattern: str) -> list[Path]:
         left_out = set(OPERATORS) - set(chosen)
         found = sorted((HERE / folder).glob(pattern))
-        return [p for p in found if p.stem.removesuffix("_kernels").removesuffix("_amx") not in left_out]
+        return [p for p in found if re.sub("(_amx|_vnni)?_kernels$", "", p.stem) not in left_out]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
     definitions = ", ".join(f'"{schema}"' for schema in schemas())
@@ -198,6 +199,7 @@ def _plan(
     x86 = args.machine.lower() in ("x86_64", "amd64")
     known = {isa for isa, flags in SPECIAL.values() if x86 and _knows(compiler, flags)}
     cxx += [f"-DSEGVIT_{isa.upper()}" for isa in sorted(known)]
+    tiles = ["-DSEGVIT_EMULATE_TILES"] * args.emulate_tiles
     plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
     if args.glibc:
         older = HERE / "older.cpp"
@@ -208,11 +210,13 @@ def _plan(
             if source.stem in SPECIAL:
                 every = [SPECIAL[source.stem]] if SPECIAL[source.stem][0] in known else []
             for isa, flags in every:
-                command = [*cxx, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
+                command = [*cxx, *tiles * (isa == "amx")]
+                command += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
                 name = f"{source.stem}_{isa}.o"
                 plan.append((source, name, [*command, f"-DSEGVIT_ISA={isa}", "-c", str(source)]))
         else:
-            plan.append((source, f"cpu_{source.stem}.o", [*cxx, *include, "-c", str(source)]))
+            own = tiles * (source.stem == "isa")
+            plan.append((source, f"cpu_{source.stem}.o", [*cxx, *own, *include, "-c", str(source)]))
     if nvcc:
         flags = [
             nvcc,
@@ -368,6 +372,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="'80;90a', 'native' for this GPU's, '' for no CUDA (default %(default)s)",
     )
     parser.add_argument("--emulate", action="store_true", help="the CUDA kernels for the CPU, for tests")
+    parser.add_argument(
+        "--emulate-tiles", action="store_true", help="AMX's tiles as ordinary code, for tests without AMX"
+    )
     parser.add_argument("--only", default="", help="operators to build, with commas between")
     parser.add_argument("--sanitize", default="", help="e.g. address,undefined; implies --debug")
     parser.add_argument("--debug", action="store_true", help="with line numbers")

@@ -742,7 +742,7 @@ class PackedLinear(nn.Linear):
     another device or dtype) it computes what the layer computed.
 
     Args:
-        module: the layer, float16 or bfloat16. Its parameters are shared.
+        module: the layer, float16 or bfloat16, with ``int8`` float32 too. Its parameters are shared.
         int8: pack to 8 bits: see :func:`segvit_kernels.pack_weight`.
 
     Raises:
@@ -798,7 +798,7 @@ def pack_linears(model: nn.Module, *, int8: bool = False) -> int:
 
     Args:
         model: modules inside it are replaced in place.
-        int8: pack bfloat16 weights to 8 bits, where the CPU has AMX.
+        int8: pack to 8 bits, float32 weights too, where the CPU has AVX512-VNNI or AMX.
 
     Returns:
         How many were replaced.

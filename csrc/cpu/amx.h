@@ -5,7 +5,10 @@
 // its terms in the order of the depth. Numbers below the normal range count as zero.
 #pragma once
 
-#include "simd.h"
+#include "avx512.h"
+#if defined(SEGVIT_EMULATE_TILES)
+#include "tiles.h"
+#endif
 
 namespace segvit::SEGVIT_ISA {
 
@@ -21,27 +24,13 @@ class Tiles {
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shapes;
+#if !defined(SEGVIT_EMULATE_TILES)
     asm volatile("ldtilecfg %0" : : "m"(shapes));
+#endif
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
-
-// 32 numbers, the first 16 in the lower half, rounded to nearest.
-SEGVIT_INLINE __m512i to_bf16(Vec first, Vec second) {
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-}
-
-// The first n of 32 numbers; the others are zero and are not touched in memory.
-SEGVIT_INLINE __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
-
-// The lower and the upper half of 32 numbers.
-SEGVIT_INLINE Vec lower(__m512i bits) {
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
-}
-SEGVIT_INLINE Vec upper(__m512i bits) {
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
-}
 
 }  // namespace segvit::SEGVIT_ISA

@@ -174,7 +174,7 @@ SEGVIT_INLINE Vec softmax(float* scores, int64_t keys, int64_t padded, float sca
     Vec first = i < keys ? exp2_of(load(at) * scale - now) : Vec{};
     Vec second = i + 1 < keys ? exp2_of(load(at + kColumns) * scale - now) : Vec{};
     total += first, total2 += second;
-    _mm512_store_si512(at, _mm512_permutexvar_epi16(pairs, to_bf16(first, second)));
+    _mm512_store_si512(at, _mm512_permutexvar_epi16(pairs, rounded({first, second}, bf16{})));
   }
   Vec factor = before == now ? splat(1) : exp2_of(before - now);
   store(largest, now);
@@ -203,7 +203,7 @@ void write(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query,
       transpose(low), transpose(high);
       for (int64_t i = 0; i < min_of<int64_t>(kWidth, queries - q); ++i) {
         auto* to = const_cast<bf16*>(row_of(args.output, batch, query + q + i, head));
-        __m512i row = to_bf16(low[i] * factors[q + i], high[i] * factors[q + i]);
+        __m512i row = rounded({low[i] * factors[q + i], high[i] * factors[q + i]}, bf16{});
         _mm512_mask_storeu_epi16(to + d, first_of_32(dim - d), row);
       }
     }

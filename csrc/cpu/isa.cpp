@@ -33,6 +33,9 @@ bool supports(Feature feature) {
 #ifdef SEGVIT_AMX
 // Whether the processor has tiles of bfloat16 and int8, and Linux lets this process use them.
 bool tiles() {
+#ifdef SEGVIT_EMULATE_TILES
+  return true;
+#endif
   unsigned a, b, c, d;
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;

@@ -1,6 +1,6 @@
 // A linear layer with packed weights; what is computed stands in segvit_kernels/ops/linear.py.
 //
-// A task is up to 128 rows, 256 with AMX, packed into its scratch memory (at most 1 MB), and all panels of weights,
+// A task is up to 128 rows, 256 with AMX or VNNI, packed into its scratch memory (at most 1 MB), and all panels of weights,
 // or some of them where there would be few tasks; the rows are then packed again for each part. An element of the result is
 // computed in the same order whatever the tasks are.
 #include "linear.h"
@@ -10,17 +10,38 @@
 
 namespace segvit::cpu {
 
-#if defined(SEGVIT_AVX512_FP16)
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 20;
 constexpr int64_t kStreamed = 1 << 20;  // bytes of an output that goes past the caches: half a second-level cache
 
-// How a kernel likes its tasks.
-struct Granules {
-  int64_t rows, most_rows, columns, panels;
+// A kernel, what it needs of the processor, and how it likes its tasks.
+struct Kernel {
+  void (*run)(const Linear&, int64_t, int64_t, int64_t, int64_t, char*);
+  int64_t (*scratch_bytes)(int64_t rows, int64_t depth);
+  int64_t rows, most_rows, columns, panels, depth;
+  int64_t tasks;      // a thread, at least
+  bool takes_around;  // LayerNorm, scale and residual
 };
-constexpr Granules kFp16 = {kPackedRows, 128, kPanelColumns, 4}, kAmx = {kTileGroup, 256, kTilePanel, 2};
+
+// The kernel for weights packed so, or one that does not run.
+Kernel kernel_for(ScalarType panels, Type type) {
+#if defined(SEGVIT_X86)
+#if defined(SEGVIT_AMX)
+  if (isa() >= Isa::amx && panels == ScalarType::BFloat16 && type == Type::bf16)
+    return {&amx::linear, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, kPackedDepth, 2, true};
+  if (isa() >= Isa::amx && panels == ScalarType::Char)
+    return {&amx::linear_int8, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, 64, 2, true};
+#endif
+  if (isa() >= Isa::avx512 && panels == ScalarType::Char)
+    return {&avx512::linear_int8, linear_vnni_scratch_bytes, kVnniRows, 22 * kVnniRows, kTilePanel, 1, 64, 2, true};
+#if defined(SEGVIT_AVX512_FP16)
+  if (isa() >= Isa::avx512_fp16 && panels == ScalarType::Half && type != Type::f32)
+    return {&avx512_fp16::linear, linear_scratch_bytes, kPackedRows, 128, kPanelColumns, 4, kPackedDepth, 4, false};
+#endif
+#endif
+  return {};
+}
 
 // The addresses of the caller's tensor in one piece, which must have so many elements of the type.
 const char* whole(std::optional<Tensor>& tensor, const Tensor& like, int64_t elements) {
@@ -36,10 +57,11 @@ const char* whole(std::optional<Tensor>& tensor, const Tensor& like, int64_t ele
 Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optional factors, bool gelu,
               Optional norm_weight, Optional norm_bias, double norm_eps, Optional scale, Optional residual) {
   STD_TORCH_CHECK(panels, "segvit: linear needs packed weights");
-  bool int8 = panels->scalar_type() == ScalarType::Char, tiles = int8 || panels->scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(isa() >= (tiles ? Isa::amx : Isa::avx512_fp16), "segvit: linear: weights packed for AMX or "
-                  "AVX512-FP16, which the CPU code in use is not for");
-  STD_TORCH_CHECK(tiles ? input.scalar_type() == ScalarType::BFloat16 : !norm_weight && !scale && !residual,
+  Type type = type_of(input);
+  Kernel kernel = kernel_for(panels->scalar_type(), type);
+  STD_TORCH_CHECK(kernel.run, "segvit: linear: weights are packed for other numbers, or for an instruction set that the "
+                  "CPU code in use is not for");
+  STD_TORCH_CHECK(kernel.takes_around || (!norm_weight && !scale && !residual),
                   "segvit: linear: not with weights packed so");
   input = unit_stride(input);
   if (input.dim() > 3) input = torch::stable::contiguous(input);
@@ -50,13 +72,12 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
   sizes.pop_back();
   for (int64_t size : sizes) rows *= size;
   if (rows == 0 || columns == 0) return output;
-  const Granules& granule = tiles ? kAmx : kFp16;
-  int64_t padded = round_up(depth, int8 ? 2 * kPackedDepth : kPackedDepth), count = (columns + granule.columns - 1) / granule.columns;
+  int64_t padded = round_up(depth, kernel.depth), count = (columns + kernel.columns - 1) / kernel.columns;
   Tensor packed = torch::stable::contiguous(*panels);
-  bool fits = packed.numel() == count * granule.columns * padded && weight.size(1) == depth;
-  if (int8 || !tiles) {
-    fits = fits && (int8 || packed.scalar_type() == ScalarType::Half) && factors &&
-           factors->scalar_type() == ScalarType::Float && factors->numel() == count * granule.columns;
+  bool fits = packed.numel() == count * kernel.columns * padded && weight.size(1) == depth;
+  if (packed.scalar_type() != ScalarType::BFloat16) {
+    fits = fits && factors && factors->scalar_type() == ScalarType::Float &&
+           factors->numel() == count * kernel.columns;
     factors = in_one_piece(factors);
   }
   STD_TORCH_CHECK(fits, "segvit: linear: the packed weights are not those of this layer");
@@ -67,7 +88,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
               dims == 3 && !flat ? input.stride(0) : 0,
               flat ? depth : input.stride(dims - 2),
               inner,
-              type_of(input),
+              type,
               data<uint16_t>(packed),
               data<float>(factors),
               data<char>(output),
@@ -79,31 +100,22 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
               static_cast<float>(norm_eps),
               whole(scale, input, columns),
               whole(residual, input, rows * columns),
-              rows * columns * 2 > kStreamed};
+              rows * columns * size_of(type) > kStreamed};
   int64_t threads = torch::stable::get_num_threads();
-  int64_t most = std::clamp(kTaskBytes / (2 * padded) / granule.rows * granule.rows, granule.rows, granule.most_rows);
+  int64_t most = std::clamp(kTaskBytes / (2 * padded) / kernel.rows * kernel.rows, kernel.rows, kernel.most_rows);
   int64_t blocks = (rows + most - 1) / most;
-  int64_t block_rows = round_up((rows + blocks - 1) / blocks, granule.rows);
+  int64_t block_rows = round_up((rows + blocks - 1) / blocks, kernel.rows);
   blocks = (rows + block_rows - 1) / block_rows;
-  int64_t parts = threads == 1 ? 1 : ((tiles ? 2 : 4) * threads + blocks - 1) / blocks;
-  int64_t part = round_up((count + parts - 1) / parts, std::min(granule.panels, count));
+  int64_t parts = threads == 1 ? 1 : (kernel.tasks * threads + blocks - 1) / blocks;
+  int64_t part = round_up((count + parts - 1) / parts, std::min(kernel.panels, count));
   parts = (count + part - 1) / part;
-  int64_t bytes = tiles ? linear_amx_scratch_bytes(block_rows, depth) : linear_scratch_bytes(block_rows, depth);
-  auto* kernel = &avx512_fp16::linear;
-#if defined(SEGVIT_AMX)
-  if (tiles) kernel = int8 ? &amx::linear_int8 : &amx::linear;
-#endif
+  int64_t bytes = kernel.scratch_bytes(block_rows, depth);
   parallel(blocks * parts, [&](int64_t task) {
     int64_t row = task / parts * block_rows, panel = task % parts * part;
     Scratch scratch(bytes);
-    kernel(args, row, std::min(row + block_rows, rows), panel, std::min(panel + part, count), scratch.as<char>());
+    kernel.run(args, row, std::min(row + block_rows, rows), panel, std::min(panel + part, count), scratch.as<char>());
   });
   return output;
 }
-#else
-Tensor linear(Tensor, Tensor, Optional, Optional, Optional, bool, Optional, Optional, double, Optional, Optional) {
-  STD_TORCH_CHECK(false, "segvit: built without AVX512-FP16");
-}
-#endif
 
 }  // namespace segvit::cpu

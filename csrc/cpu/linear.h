@@ -13,7 +13,7 @@ struct Linear {
   char* output;            // contiguous
   int64_t depth, columns;
   bool gelu;
-  // With AMX; each of these may be null, and has elements of `type`.
+  // With AMX or VNNI; each of these may be null, and has elements of `type`.
   const char *norm_weight, *norm_bias;  // LayerNorm of the input's rows, where there is a weight
   float norm_eps;
   const char *scale, *residual;  // of every column; contiguous as the output
@@ -30,13 +30,18 @@ inline int64_t linear_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded * 2 + (rows + 15) / 16 * 64 + kPackedRows * kPanelColumns * 2 * 4;
 }
 
-// With AMX: columns of a panel, and of the two that go together; the granule of rows.
-constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32;
+// With AMX: columns of a panel, and of the two that go together; the granule of rows. Panels of int8 are VNNI's too.
+constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32, kVnniRows = 12;
 
 // Of a row of int8 numbers, half as many: its numbers in float32 and all rows' scales.
 inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
   int64_t padded = (depth + 63) / 64 * 64;
   return rows * padded * 2 + 2 * rows * kTileWide * 4 + padded * 4 + rows * 4;
+}
+
+inline int64_t linear_vnni_scratch_bytes(int64_t rows, int64_t depth) {
+  int64_t padded = (depth + 63) / 64 * 64;
+  return rows * padded + kVnniRows * kTilePanel * 4 + padded * 4 + rows * 4;
 }
 
 }  // namespace segvit
@@ -46,6 +51,11 @@ inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
 namespace segvit::avx512_fp16 {
 void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::avx512_fp16
+#endif
+#if defined(SEGVIT_X86)
+namespace segvit::avx512 {
+void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
+}  // namespace segvit::avx512
 #endif
 #if defined(SEGVIT_AMX)
 namespace segvit::amx {

@@ -14,8 +14,7 @@
 // Results go to memory 128 bytes a row, past the caches where they would not fit: lines that miss the second-level
 // cache cost 5 times as much when they are read first.
 #include "amx.h"
-#include "gelu.h"
-#include "linear.h"
+#include "linear_rows.h"
 
 namespace segvit::SEGVIT_ISA {
 
@@ -26,55 +25,6 @@ constexpr int64_t kPart = 16;              // steps whose weights stay in the fi
 
 // ---- the input ----
 
-const bf16* row_of(const Linear& args, int64_t r) {
-  return reinterpret_cast<const bf16*>(args.input) + r / args.rows_per_outer * args.outer_stride +
-         r % args.rows_per_outer * args.row_stride;
-}
-
-struct Statistics {
-  Vec mean, rstd;
-};
-
-// Of a row, in float32; the squares are those of centred numbers.
-SEGVIT_INLINE Statistics statistics(const bf16* row, int64_t depth, float eps) {
-  Vec sums[2] = {}, squares[2] = {};
-  for (int64_t k = 0; k < depth; k += 32) {
-    __m512i bits = _mm512_maskz_loadu_epi16(first_of_32(depth - k), row + k);
-    sums[0] += lower(bits), sums[1] += upper(bits);
-  }
-  Vec mean = splat(sum(sums[0] + sums[1]) / depth);
-  for (int64_t k = 0; k < depth; k += 32) {
-    __mmask32 inside = first_of_32(depth - k);
-    __m512i bits = _mm512_maskz_loadu_epi16(inside, row + k);
-    Vec a = (Vec)_mm512_maskz_sub_ps(inside, (__m512)lower(bits), (__m512)mean);
-    Vec b = (Vec)_mm512_maskz_sub_ps(inside >> 16, (__m512)upper(bits), (__m512)mean);
-    squares[0] += a * a, squares[1] += b * b;
-  }
-  return {mean, splat(1 / __builtin_sqrtf(sum(squares[0] + squares[1]) / depth + eps))};
-}
-
-// f(first of the depth, 32 numbers in float32, which of them there are) for a row, normalised if that is asked for.
-template <class F>
-SEGVIT_INLINE void for_row(const Linear& args, const bf16* row, const F& f) {
-  Statistics stats{};
-  if (args.norm_weight) stats = statistics(row, args.depth, args.norm_eps);
-  for (int64_t k = 0; k < args.depth; k += 32) {
-    __mmask32 inside = first_of_32(args.depth - k);
-    auto part = [&](const void* from) {
-      return _mm512_maskz_loadu_epi16(inside, static_cast<const bf16*>(from) + k);
-    };
-    __m512i x = part(row);
-    Vec first = lower(x), second = upper(x);
-    if (args.norm_weight) {
-      __m512i weight = part(args.norm_weight);
-      __m512i bias = args.norm_bias ? part(args.norm_bias) : _mm512_setzero_si512();
-      first = (first - stats.mean) * stats.rstd * lower(weight) + lower(bias);
-      second = (second - stats.mean) * stats.rstd * upper(weight) + upper(bias);
-    }
-    f(k, first, second, inside);
-  }
-}
-
 // A row of tiles: 32 numbers each, kStep bytes apart.
 SEGVIT_INLINE void pack_row(const Linear& args, const bf16* row, char* to) {
   if (!args.norm_weight) {
@@ -82,85 +32,28 @@ SEGVIT_INLINE void pack_row(const Linear& args, const bf16* row, char* to) {
       _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first_of_32(args.depth - k), row + k));
     return;
   }
-  for_row(args, row, [&](int64_t k, Vec first, Vec second, __mmask32 inside) {
-    _mm512_store_si512(to + k / kTileDepth * kStep, _mm512_maskz_mov_epi16(inside, to_bf16(first, second)));
+  for_row(args, row, [&](int64_t k, Pair x, __mmask32 inside) {
+    _mm512_store_si512(to + k / kTileDepth * kStep, _mm512_maskz_mov_epi16(inside, rounded(x, bf16{})));
   });
-}
-
-// The same in int8, 64 numbers each; returns the scale, not a number where one in the row is not finite.
-SEGVIT_INLINE float pack_row_int8(const Linear& args, const bf16* row, float* values, char* to) {
-  Vec most{}, sum_of_zeros{};
-  for_row(args, row, [&](int64_t k, Vec first, Vec second, __mmask32 inside) {
-    first = (Vec)_mm512_maskz_mov_ps(inside, (__m512)first);
-    second = (Vec)_mm512_maskz_mov_ps(inside >> 16, (__m512)second);
-    store(values + k, first), store(values + k + 16, second);
-    most = vmax(most, vmax(vabs(first), vabs(second)));
-    sum_of_zeros += first * 0 + second * 0;
-  });
-  float scale = largest(most) / 127 + sum(sum_of_zeros);
-  Vec factor = splat(scale > 1e-37f ? 1 / scale : 0);  // below, numbers count as zero
-  int64_t end = (args.depth + 31) / 32 * 32;
-  for (int64_t k = 0; k < end; k += 16) {
-    __m512i rounded = _mm512_cvtps_epi32((__m512)(load(values + k) * factor));
-    _mm_store_si128(reinterpret_cast<__m128i*>(to + k / 64 * kStep + k % 64), _mm512_cvtsepi32_epi8(rounded));
-  }
-  if (end % 64) _mm256_store_si256(reinterpret_cast<__m256i*>(to + end / 64 * kStep + 32), _mm256_setzero_si256());
-  return scale;
 }
 
 // Rows to (group of 32, step, row, 64 bytes).
-template <bool kInt8>
+template <class T, bool kInt8>
 void pack(const Linear& args, int64_t row, int64_t row_end, int64_t steps, char* packed, float* values, float* scales) {
   for (int64_t i = 0; i < (row_end - row + kTileGroup - 1) / kTileGroup * kTileGroup; ++i) {
     char* to = packed + i / kTileGroup * steps * kStep + i % kTileGroup * 64;
     if (row + i >= row_end)
       for (int64_t k = 0; k < steps; ++k) _mm512_store_si512(to + k * kStep, _mm512_setzero_si512());
-    else if (kInt8)
-      scales[i] = pack_row_int8(args, row_of(args, row + i), values, to);
+    else if constexpr (kInt8)
+      scales[i] = pack_row_int8(args, row_of<T>(args, row + i), values, to, kStep, 0);
     else
-      pack_row(args, row_of(args, row + i), to);
+      pack_row(args, row_of<T>(args, row + i), to);
   }
-}
-
-// ---- results ----
-
-SEGVIT_INLINE __m512i part_of(const char* row, int64_t column, __mmask32 inside) {
-  return _mm512_maskz_loadu_epi16(inside, reinterpret_cast<const bf16*>(row) + column);
-}
-
-// 32 columns of a row, from `column` on; the row's scale is that of int8 numbers.
-template <bool kInt8>
-SEGVIT_INLINE void finish(const Linear& args, const float* sums, int64_t row, float row_scale, int64_t column) {
-  __mmask32 inside = first_of_32(args.columns - column);
-  Vec first = load(sums), second = load(sums + 16);
-  if (kInt8) {
-    first = __builtin_convertvector((IVec)first, Vec) * (load(args.factors + column) * row_scale);
-    second = __builtin_convertvector((IVec)second, Vec) * (load(args.factors + column + 16) * row_scale);
-  }
-  if (args.bias) {
-    __m512i bias = part_of(args.bias, column, inside);
-    first += lower(bias), second += upper(bias);
-  }
-  if (args.gelu) first = gelu(first), second = gelu(second);
-  if (args.scale) {
-    __m512i scale = part_of(args.scale, column, inside);
-    first *= lower(scale), second *= upper(scale);
-  }
-  if (args.residual) {
-    __m512i residual = part_of(args.residual + row * args.columns * 2, column, inside);
-    first += lower(residual), second += upper(residual);
-  }
-  char* to = args.output + (row * args.columns + column) * 2;
-  __m512i result = to_bf16(first, second);
-  if (args.stream && inside == ~0u && reinterpret_cast<uintptr_t>(to) % 64 == 0)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), result);
-  else
-    _mm512_mask_storeu_epi16(to, inside, result);
 }
 
 // Sums of two panels that wait to be finished: a few at a time, beside the products of the next panels, whose tiles
 // keep another unit of the processor busy.
-template <bool kInt8>
+template <class T, bool kInt8>
 struct Waiting {
   const Linear& args;
   const float* scales;  // of the rows
@@ -170,7 +63,7 @@ struct Waiting {
   inline __attribute__((always_inline)) void some(int64_t count) {
     for (; count > 0 && done < rows * halves; --count, ++done) {
       int64_t r = done / halves, half = done % halves * kTilePanel;
-      finish<kInt8>(args, sums + r * kTileWide + half, row + r, kInt8 ? scales[r] : 1, column + half);
+      finish<T, kInt8>(args, sums + r * kTileWide + half, row + r, kInt8 ? scales[r] : 1, column + half);
     }
   }
 };
@@ -187,9 +80,9 @@ struct Waiting {
 
 // sums (rows, kTileWide) = rows times a panel. The next panel is brought into the second-level cache, and what waits is
 // finished, `share` a step.
-template <bool kInt8>
+template <class T, bool kInt8>
 __attribute__((noinline)) void product(const char* packed, int64_t groups, const char* panel, int64_t steps,
-                                       float* sums, bool ahead, Waiting<kInt8>& waiting, int64_t share) {
+                                       float* sums, bool ahead, Waiting<T, kInt8>& waiting, int64_t share) {
   constexpr int64_t kStride = kTileWide * 4;
   int64_t lines = ahead ? (kStep / 64 + groups - 1) / groups : 0;
   const char* next = panel + steps * kStep;
@@ -229,15 +122,15 @@ __attribute__((noinline)) void product(const char* packed, int64_t groups, const
   }
 }
 
-template <bool kInt8>
+template <class T, bool kInt8>
 void linear_of(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch) {
   Tiles tiles;
   constexpr int64_t kDepth = kInt8 ? 64 : kTileDepth;
   int64_t steps = (args.depth + kDepth - 1) / kDepth, groups = (row_end - row + kTileGroup - 1) / kTileGroup;
   auto* sums = reinterpret_cast<float*>(scratch + groups * steps * kStep);
   auto* scales = sums + 2 * groups * kTileGroup * kTileWide;
-  pack<kInt8>(args, row, row_end, steps, scratch, scales + groups * kTileGroup, scales);
-  Waiting<kInt8> waiting{args, scales};
+  pack<T, kInt8>(args, row, row_end, steps, scratch, scales + groups * kTileGroup, scales);
+  Waiting<T, kInt8> waiting{args, scales};
   for (bool odd = false; panel < panel_end; panel += 2, odd = !odd) {
     int64_t halves = min_of<int64_t>(2, panel_end - panel);
     float* current = sums + odd * groups * kTileGroup * kTileWide;
@@ -246,7 +139,7 @@ void linear_of(const Linear& args, int64_t row, int64_t row_end, int64_t panel, 
     for (int64_t p = 0; p < halves; ++p) {
       const char* weights = reinterpret_cast<const char*>(args.panels) + (panel + p) * steps * kStep;
       bool ahead = panel + p + 1 < panel_end;
-      product<kInt8>(scratch, groups, weights, steps, current + p * kTilePanel, ahead, waiting, share);
+      product<T, kInt8>(scratch, groups, weights, steps, current + p * kTilePanel, ahead, waiting, share);
     }
     waiting.some(waiting.rows * waiting.halves);
     waiting.sums = current, waiting.row = row, waiting.rows = row_end - row, waiting.column = panel * kTilePanel;
@@ -259,10 +152,12 @@ void linear_of(const Linear& args, int64_t row, int64_t row_end, int64_t panel, 
 }  // namespace
 
 void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch) {
-  linear_of<false>(args, row, row_end, panel, panel_end, scratch);
+  linear_of<bf16, false>(args, row, row_end, panel, panel_end, scratch);
 }
 void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch) {
-  linear_of<true>(args, row, row_end, panel, panel_end, scratch);
+  (args.type == Type::f32   ? linear_of<float, true>
+   : args.type == Type::f16 ? linear_of<f16, true>
+                            : linear_of<bf16, true>)(args, row, row_end, panel, panel_end, scratch);
 }
 
 }  // namespace segvit::SEGVIT_ISA

@@ -47,7 +47,11 @@ LIBRARY, METADATA = "segvit/libsegvit_native.so", "extra/metadata.json"
 _NEEDS = "segvit/needs.json"
 _INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")  # each has those before it
 # Of packed weights: what the processor has to have, as PyTorch calls it and as people do.
-_PACKED = {"amx": ("amx_bf16", "AMX"), "avx512_fp16": ("avx512_fp16", "AVX512-FP16")}
+_PACKED = {
+    "amx": ("amx_bf16", "AMX"),
+    "avx512": ("avx512_vnni", "AVX512-VNNI"),
+    "avx512_fp16": ("avx512_fp16", "AVX512-FP16"),
+}
 
 
 def check(plan: Plan) -> None:

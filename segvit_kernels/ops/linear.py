@@ -1,4 +1,5 @@
-"""A linear layer with packed weights: half-precision models on CPUs with half-precision arithmetic.
+"""A linear layer with packed weights: models in half precision, or with 8-bit weights, on CPUs that multiply
+these faster.
 
     Z = R + γ · GELU(X Wᵀ + b)      X = LN(X₀)      GELU(x) = x Φ(x)
 
@@ -11,9 +12,10 @@ and a normalised X are rounded once. Numbers below the normal range count as zer
 outputs, a part of 32 of the depth after the other, in two tiles of 16 outputs: row i of a tile holds elements
 2i and 2i + 1 of the depth of every output.
 
-**AMX, int8**, where it is asked for: the weights of every output and the numbers of every row of X are
-divided by a 127th of their largest magnitude and rounded, X as the calls come and after LayerNorm in float32.
-Products are exact; the scales come on in float32. A row with an infinity or NaN becomes NaN. A tile has four
+**int8**, where it is asked for, on AMX or AVX512-VNNI, bit by bit the same: the weights of every output and
+the numbers of every row of X are divided by a 127th of their largest magnitude and rounded, X as the calls
+come and after LayerNorm in float32. Products are exact; the scales come on in float32, as all that follows.
+X and the result are float32, float16 or bfloat16. A row with an infinity or NaN becomes NaN. A tile has four
 elements of the depth where bfloat16 has two.
 
 **AVX512-FP16**: bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
@@ -38,7 +40,10 @@ from segvit_kernels import _library
 from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transformed
 
 _HALVES = (torch.float16, torch.bfloat16)
-_PANELS = {"amx": 32, "avx512_fp16": 48}  # outputs, as in csrc/cpu/linear.h
+_FLOATS = (torch.float32, *_HALVES)
+_PANELS = {"amx": 32, "avx512": 32, "avx512_fp16": 48}  # outputs, as in csrc/cpu/linear.h
+_KERNELS = {"amx": "AMX", "avx512": "AVX512-VNNI", "avx512_fp16": "AVX512-FP16"}
+_MOST_INT8 = 2**16  # of the depth: sums fit in 32 bits
 _DEPTH = 32
 _TOP = 3  # scaled numbers lie below 2^4
 
@@ -51,8 +56,8 @@ class PackedWeight(NamedTuple):
     """A weight (N, K) for one of the kernels.
 
     Attributes:
-        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32), or int8, (⌈N/32⌉, ⌈K/64⌉, 2, 16, 64). AVX512-FP16:
-            float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
+        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). AMX and AVX512-VNNI: int8, (⌈N/32⌉, ⌈K/64⌉, 2, 16,
+            64). AVX512-FP16: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
         factors: float32, of every output, padded as in ``panels``. int8: the scale of its weights.
             AVX512-FP16: e, where weights are 2^(e - 3) times those in ``panels``. bfloat16: ``None``.
     """
@@ -62,8 +67,12 @@ class PackedWeight(NamedTuple):
 
     @property
     def isa(self) -> str:
-        """The instruction set of its kernel."""
-        return "avx512_fp16" if self.panels.dtype == torch.float16 else "amx"
+        """The instruction set of its kernel, the least one."""
+        return {torch.float16: "avx512_fp16", torch.bfloat16: "amx", torch.int8: "avx512"}[self.panels.dtype]
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether its kernel is for numbers of this type."""
+        return dtype in {"avx512_fp16": _HALVES, "amx": (torch.bfloat16,), "avx512": _FLOATS}[self.isa]
 
 
 @torch.no_grad()
@@ -71,18 +80,19 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
     """A weight in a kernel's order, for the argument ``packed`` of :func:`linear`.
 
     Args:
-        weight: (N, K), float16 or bfloat16.
+        weight: (N, K), float16 or bfloat16; with ``int8`` float32 too.
         isa: of the kernel, ``"amx"`` (bfloat16 alone) or ``"avx512_fp16"``; by default the best that the
-            native library runs here.
-        int8: round to 8 bits; AMX alone.
+            native library runs here. int8 is the same on ``"amx"`` and ``"avx512"`` (with VNNI).
+        int8: round to 8 bits; a depth of 65536 at most.
 
     Raises:
         TypeError: another dtype.
         ValueError: another shape or instruction set.
     """
-    if not isinstance(weight, Tensor) or weight.dtype not in _HALVES:
+    kinds = _FLOATS if int8 else _HALVES
+    if not isinstance(weight, Tensor) or weight.dtype not in kinds:
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {found}; expected float16 or bfloat16")
+        raise TypeError(f"weight is {found}; expected {_names(kinds)}")
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
@@ -90,14 +100,19 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
     if isa is None:
         amx = int8 or (weight.dtype == torch.bfloat16 and _library.runs_isa("amx"))
         isa = "amx" if amx else "avx512_fp16"
-    if isa not in _PANELS or (isa == "amx" and weight.dtype != torch.bfloat16) or (int8 and isa != "amx"):
-        expected = "'amx'" if int8 else "'amx' (bfloat16) or 'avx512_fp16'"
+    known = ("amx", "avx512") if int8 else ("amx", "avx512_fp16")
+    if isa not in known or (isa == "amx" and not int8 and weight.dtype != torch.bfloat16):
+        expected = "'amx' or 'avx512'" if int8 else "'amx' (bfloat16) or 'avx512_fp16'"
         raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected}")
+    if int8 and weight.shape[1] > _MOST_INT8:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected at most {_MOST_INT8} inputs in int8"
+        )
     panel, (outputs, depth) = _PANELS[isa], weight.shape
     part = 2 * _DEPTH if int8 else _DEPTH
     panels, groups = -(-outputs // panel), -(-depth // part)
     padding = (0, groups * part - depth, 0, panels * panel - outputs)
-    if isa == "amx":
+    if isa != "avx512_fp16":
         factors = None
         if int8:
             weight, factors = _rounded(weight)
@@ -117,6 +132,11 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
         pairs.view(torch.float16).view(panels, groups * _DEPTH // 2, panel, 2),
         F.pad(exponents.float(), (0, panels * panel - outputs)),
     )
+
+
+def _names(kinds: tuple[torch.dtype, ...]) -> str:
+    *most, last = (str(kind).removeprefix("torch.") for kind in kinds)
+    return f"{', '.join(most)} or {last}"
 
 
 def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,12 +196,16 @@ def _macs(input: tuple[int, ...], weight: tuple[int, ...], *_: Any) -> int:
 
 
 def _refuse(backend: str, input: Tensor, weight: Tensor, bias: Any, panels: Any, *_: Any) -> Exception | None:
-    if input.dtype not in _HALVES:
-        return TypeError(f"backend {backend!r} takes float16 and bfloat16; input is {input.dtype}")
+    if input.dtype not in _FLOATS:
+        return TypeError(f"backend {backend!r} takes {_names(_FLOATS)}; input is {input.dtype}")
     if panels is None:
         return ValueError(f"backend {backend!r} takes packed weights; packed is None: see pack_weight")
-    if panels.dtype != torch.float16 and not _library.runs_isa("amx"):
-        return ValueError("packed is for AMX, and the CPU code in use is not")
+    packed = PackedWeight(panels, None)
+    if not packed.takes(input.dtype):
+        kinds = "bfloat16" if packed.isa == "amx" else "half-precision"
+        return TypeError(f"packed is for {_KERNELS[packed.isa]}, of {kinds} numbers; input is {input.dtype}")
+    if not _library.runs_isa(packed.isa):
+        return ValueError(f"packed is for {_KERNELS[packed.isa]}, and the CPU code in use is not")
     return None
 
 
@@ -194,24 +218,26 @@ _linear = _library.define(
     macs=_macs,
     refuse=_refuse,
     backends=("cpu",),
-    isa="avx512_fp16",
+    isa="avx512",
 )
 
 
 def why_not_packed(weight: Tensor, *, int8: bool = False) -> str | None:
     """Why packing a weight (to 8 bits) would gain nothing here: PyTorch's own layer would run; ``None`` if it
     gains."""
-    if weight.dtype not in _HALVES:
-        return f"packed weights are for float16 and bfloat16, not {weight.dtype}"
+    kinds = _FLOATS if int8 else _HALVES
+    if weight.dtype not in kinds:
+        return f"{'int8' if int8 else 'packed'} weights are for {_names(kinds)}, not {weight.dtype}"
     if weight.device.type != "cpu":
         return f"packed weights are for the CPU, not {weight.device.type}"
     if weight.numel() == 0:
         return "the weight is empty"
-    if int8 and weight.dtype != torch.bfloat16:
-        return f"int8 weights are for bfloat16, not {weight.dtype}"
-    if int8 and not _library.runs_isa("amx"):
-        return "int8 weights need a CPU with AMX and the native library"
-    return _library.why_not_operator("linear", "cpu", weight.device)
+    if int8 and weight.ndim == 2 and weight.shape[1] > _MOST_INT8:
+        return f"int8 weights have at most {_MOST_INT8} inputs, not {weight.shape[1]}"
+    if reason := _library.why_not_operator("linear", "cpu", weight.device):
+        return reason
+    isa = "avx512" if int8 else "avx512_fp16"
+    return None if _library.runs_isa(isa) else f"linear needs {isa} for weights packed so"
 
 
 def linear(
@@ -228,9 +254,9 @@ def linear(
 ) -> Tensor:
     """``F.linear`` with what stands around it in a transformer, in one pass where there are packed weights.
 
-    Packed weights are used for half-precision tensors on CPUs with AVX512-FP16 or AMX, without autograd and
-    without autocast; in all other cases, and on the backend ``eager``, this is PyTorch's own layer. How it is
-    computed, and how exactly, stands at the top of this module.
+    Packed weights are used on CPUs with AVX512-FP16 or AMX (half precision), AVX512-VNNI or AMX (int8),
+    without autograd and without autocast; in all other cases, and on the backend ``eager``, this is PyTorch's
+    own layer. How it is computed, and how exactly, stands at the top of this module.
 
     Args:
         input: (..., K), float16, bfloat16, float32 or float64.
@@ -255,7 +281,8 @@ def linear(
     around: dict[str, Any] = {"norm": norm, "scale": scale, "residual": residual}
     autograd = transformed(backend) or differentiable(input, weight, bias, *(norm or ())[:2], scale, residual)
     autocast = autocast_dtype(input.device) is not None
-    if backend is None and (packed is None or autograd or autocast or input.dtype not in _HALVES):
+    plain = packed is None or input.dtype not in (_FLOATS if packed.isa == "avx512" else _HALVES)
+    if backend is None and (plain or autograd or autocast):
         return linear_reference(input, weight, bias, gelu=gelu, **around)
     _validate(input, weight, bias, packed, **around)
     if autograd and backend == "eager":
@@ -265,7 +292,7 @@ def linear(
             f"segvit::linear: backend {backend!r} has no derivative: use eager, or torch.no_grad()"
         )
     nothing, packing = (None, None, 0.0), packed or (None, None)
-    if packed is not None and packed.isa != "amx":  # the kernel knows nothing of what stands around it
+    if packed is not None and packed.isa == "avx512_fp16":  # whose kernel knows nothing of what is around
         input = _normalised(input, norm)
         output = _linear(input, weight, bias, *packing, gelu, *nothing, None, None, backend)
         return _finished(output, scale, residual)
@@ -313,7 +340,9 @@ def _validate(
         raise TypeError(f"packed is for AMX, of bfloat16 numbers; input is {input.dtype}")
     panel, part = _PANELS[packed.isa], 2 * _DEPTH if packed.panels.dtype == torch.int8 else _DEPTH
     panels, parts = -(-outputs // panel), -(-depth // part)
-    shape = (panels, parts, 2, 16, part) if packed.isa == "amx" else (panels, parts * _DEPTH // 2, panel, 2)
+    shape = (panels, parts, 2, 16, part)
+    if packed.isa == "avx512_fp16":
+        shape = (panels, parts * _DEPTH // 2, panel, 2)
     if tuple(packed.panels.shape) != shape:
         raise ValueError(
             f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"

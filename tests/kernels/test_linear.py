@@ -89,7 +89,9 @@ def test_infinite_weights_do_not_touch_the_others():
 def test_packed_int8_weights_are_the_rounded_weights():
     weight = torch.randn(70, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
     packed = pack_weight(weight, int8=True)
-    assert packed.panels.shape == (3, 3, 2, 16, 64) and packed.isa == "amx"
+    assert packed.panels.shape == (3, 3, 2, 16, 64) and packed.isa == "avx512"
+    again = pack_weight(weight.float(), "avx512", int8=True)  # of float32 numbers, the same
+    assert torch.equal(again.panels, packed.panels) and torch.equal(again.factors, packed.factors)
     # (panel, part, half, row, output, element) of the depth part, row, element
     found = packed.panels.view(3, 3, 2, 16, 16, 4).permute(0, 2, 4, 1, 3, 5).reshape(96, 192).double()
     assert not found[70:].any() and not found[:, 130:].any()
@@ -103,12 +105,12 @@ def test_packed_int8_weights_are_the_rounded_weights():
     [
         ("amx", torch.float16, False),
         ("avx2", torch.bfloat16, False),
+        ("avx512", torch.bfloat16, False),
         ("avx512_fp16", torch.bfloat16, True),
-        (None, torch.float16, True),
     ],
 )
 def test_what_no_kernel_is_for(isa, dtype, int8):
-    with pytest.raises(ValueError, match=f"isa is {isa or 'amx'!r}, weight {dtype}; expected 'amx'"):
+    with pytest.raises(ValueError, match=f"isa is {isa!r}, weight {dtype}; expected 'amx'"):
         pack_weight(torch.ones(2, 2, dtype=dtype), isa, int8=int8)
 
 
@@ -245,9 +247,12 @@ def test_why_not_packed(packs, monkeypatch):
     assert why_not_packed(torch.ones(2, 2).half()) is None
     assert "not torch.float32" in why_not_packed(torch.ones(2, 2))
     assert why_not_packed(torch.ones(0, 2).half()) == "the weight is empty"
-    assert "for bfloat16, not torch.float16" in why_not_packed(torch.ones(2, 2).half(), int8=True)
-    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: False)
-    assert "need a CPU with AMX" in why_not_packed(torch.ones(2, 2).bfloat16(), int8=True)
+    assert "float16 or bfloat16, not torch.float64" in why_not_packed(torch.ones(2, 2).double(), int8=True)
+    assert "at most 65536 inputs, not 65537" in why_not_packed(torch.ones(1, 65537), int8=True)
+    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa == "avx512")
+    assert why_not_packed(torch.ones(2, 2), int8=True) is None
+    assert why_not_packed(torch.ones(2, 2).half()) == "linear needs avx512_fp16 for weights packed so"
+    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: True)
     assert "not meta" in why_not_packed(torch.ones(2, 2, device="meta").half())
     monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: "no such processor")
     assert why_not_packed(torch.ones(2, 2).half()) == "no such processor"

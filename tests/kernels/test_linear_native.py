@@ -197,45 +197,83 @@ def test_what_stands_around_a_layer(case, part, kernel, poisoned):
     testing.assert_within_budget(part, found, reference(torch.float64), reference(torch.bfloat16))
 
 
+FLOATS = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
+
+
+@pytest.fixture
+def int8():
+    """``linear`` on weights of 8 bits; skips where it cannot run."""
+    if not _native.runs_isa("avx512"):
+        pytest.skip("backend cpu: no kernels for avx512 here")
+
+    def call(input, weight, bias=None, gelu=False, **around):
+        packed = pack_weight(weight, int8=True)
+        return linear(input, weight, bias, packed=packed, gelu=gelu, **around, backend="cpu")
+
+    return call
+
+
+def _check_int8(int8, case, dtype, given):
+    inputs = case.inputs(dtype)
+    found = int8(**inputs, gelu=case.gelu, **given)
+    assert found.dtype == dtype
+    x, weight = inputs["input"].double(), inputs["weight"].double()
+    if given:
+        weight_, bias_, eps = given["norm"]
+        x = F.layer_norm(x, x.shape[-1:], weight_.double(), bias_.double(), eps)
+    scales, steps = (t.abs().amax(-1, keepdim=True) / 127 for t in (weight, x))
+    weight = (weight / scales).round() * scales
+    truth = linear_reference(
+        (x / steps).round() * steps,
+        weight,
+        None if inputs["bias"] is None else inputs["bias"].double(),
+        gelu=case.gelu,
+        scale=given["scale"].double() if given else None,
+        residual=given["residual"].double() if given else None,
+    )
+    # A number halfway between two may be rounded the other way, one in a row of these cases.
+    slack = 2 * steps * weight.abs().amax(-1) + 0.5 * torch.finfo(dtype).eps * truth.abs() + 2e-4
+    assert ((found.double() - truth).abs() <= slack).all()
+
+
+@FLOATS
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_int8(case, poisoned):
-    """Weights by output and tokens by token, products exact; what stands around a layer as in bfloat16."""
-    if not _native.runs_isa("amx"):
-        pytest.skip("backend cpu: no kernels for amx here")
-    inputs = case.inputs(torch.bfloat16)
-    around = _around(case, inputs)
-    packed = pack_weight(inputs["weight"], int8=True)
-    for given in ({}, around):
-        found = linear(**inputs, packed=packed, gelu=case.gelu, **given, backend="cpu")
-        x, weight = inputs["input"].double(), inputs["weight"].double()
-        if given:
-            weight_, bias_, eps = around["norm"]
-            x = F.layer_norm(x, x.shape[-1:], weight_.double(), bias_.double(), eps)
-        scales, steps = (t.abs().amax(-1, keepdim=True) / 127 for t in (weight, x))
-        weight = (weight / scales).round() * scales
-        truth = linear_reference(
-            (x / steps).round() * steps,
-            weight,
-            None if inputs["bias"] is None else inputs["bias"].double(),
-            gelu=case.gelu,
-            scale=given["scale"].double() if given else None,
-            residual=given["residual"].double() if given else None,
-        )
-        # A number halfway between two may be rounded the other way, one in a row of these cases.
-        slack = 2 * steps * weight.abs().amax(-1) + 2.0**-8 * truth.abs() + 1e-4
-        assert ((found.double() - truth).abs() <= slack).all()
+def test_int8(case, dtype, int8, poisoned):
+    """Weights by output and tokens by token, products exact; what stands around a layer in float32."""
+    for given in ({}, _around(case, case.inputs(dtype), dtype)):
+        _check_int8(int8, case, dtype, given)
 
 
-def test_engine_in_int8():
-    """The backbone's projections and nothing else in 8 bits; masks are nearly those of bfloat16."""
-    if not _native.runs_isa("amx"):
-        pytest.skip("backend cpu: no kernels for amx here")
+@pytest.mark.parametrize("size", [1, 2, 11, 12, 13, 24, 31, 32, 33, 63, 64, 65, 95, 97, 128, 263, 264, 265])
+def test_int8_sizes(size, int8, poisoned):
+    """Each of the three, on both sides of every tile and step."""
+    for sizes in ((size, 40, 50), (9, size, 50), (9, 40, size)):
+        _check_int8(int8, LinearCase("sizes", 1, *sizes), torch.float32, {})
+
+
+def test_int8_products_are_exact(int8):
+    """The largest sums that 32 bits hold, of either sign: rows of one magnitude are rounded to themselves."""
+    depth = 2**16
+    signs = torch.randint(0, 2, (2, depth), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    x = torch.cat([torch.ones(1, depth), -torch.ones(1, depth), signs])
+    weight = torch.cat([torch.ones(1, depth), -torch.ones(1, depth), signs[1:]])
+    found = int8(x * 127, weight * 127)
+    assert torch.equal(found, ((x.double() @ weight.double().T) * 127**2).float())
+    with pytest.raises(ValueError, match=r"weight has shape \(1, 65537\); expected at most 65536 inputs"):
+        pack_weight(torch.ones(1, depth + 1), int8=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_engine_in_int8(dtype, int8):
+    """The backbone's projections and nothing else in 8 bits; masks are nearly those of its other numbers."""
     torch.manual_seed(0)
     model = SegViT(SegViTConfig.preset("vit_tiny", num_classes=5, image_size=64)).eval()
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with segvit_kernels.backend("cpu"):
-        engine = model.compile_for_inference(64, dtype=torch.bfloat16, int8=True)
-        plain = model.compile_for_inference(64, dtype=torch.bfloat16)
+        engine = model.compile_for_inference(64, dtype=dtype, int8=True)
+        plain = model.compile_for_inference(64, dtype=dtype)
         network = engine.function.network
         kinds = {
             name: module.packed.value.panels.dtype
@@ -247,24 +285,25 @@ def test_engine_in_int8():
             for i in range(12)
             for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         }
-        x = torch.randn(1, 3, 64, 64).bfloat16()
-        outputs = [e.function.network(x)[1] for e in (engine, plain)]
+        x = torch.randn(1, 3, 64, 64).to(dtype)
+        with segvit_kernels.record_backends() as taken:
+            outputs = [e.function.network(x)[1] for e in (engine, plain)]
+        assert taken["linear"] == {"cpu"}
         assert engine(images).shape == (1, 64, 64)
     error = testing.relative_error(outputs[0], outputs[1].double())
     assert 0 < error < 0.1
-    with pytest.raises(ValueError, match=r"int8: int8 weights are for bfloat16, not torch\.float16"):
-        model.compile_for_inference(64, dtype=torch.float16, int8=True)
+    with pytest.raises(ValueError, match=r"int8: .* are for float32, float16 or bfloat16, not torch\.f"):
+        model.compile_for_inference(64, dtype=torch.float64, int8=True)
 
 
-def test_int8_of_what_is_not_finite():
-    if not _native.runs_isa("amx"):
-        pytest.skip("backend cpu: no kernels for amx here")
-    x, weight = torch.randn(5, 70).bfloat16(), torch.randn(40, 70).bfloat16()
-    x[1, 3], x[2, 69], x[3], weight[7, 2] = math.nan, -math.inf, 0, math.inf
-    found = linear(x, weight, packed=pack_weight(weight, int8=True), backend="cpu")
-    assert found[1:3].isnan().all() and found[:, 7].isnan().all()
-    others = [i for i in range(40) if i != 7]
-    assert found[0, others].isfinite().all() and (found[3, others] == 0).all()
+def test_int8_of_what_is_not_finite(int8):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x, weight = torch.randn(5, 70).to(dtype), torch.randn(40, 70).to(dtype)
+        x[1, 3], x[2, 69], x[3], weight[7, 2] = math.nan, -math.inf, 0, math.inf
+        found = int8(x, weight)
+        assert found[1:3].isnan().all() and found[:, 7].isnan().all()
+        others = [i for i in range(40) if i != 7]
+        assert found[0, others].isfinite().all() and (found[3, others] == 0).all()
 
 
 @DTYPES
@@ -318,8 +357,12 @@ def test_threads_and_runs_give_equal_bits(case, kernel, poisoned):
 
 def test_refusals(isa, kernel, monkeypatch):
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
-    with pytest.raises(TypeError, match=r"backend 'cpu' takes float16 and bfloat16; input is torch\.float32"):
-        linear(x, weight, backend="cpu")
+    kinds = r"backend 'cpu' takes float32, float16 or bfloat16; input is torch\.float64"
+    with pytest.raises(TypeError, match=kinds):
+        linear(x.double(), weight.double(), backend="cpu")
+    half = r"packed is for AVX512-FP16, of half-precision numbers; input is torch\.float32"
+    with pytest.raises(TypeError, match=half):
+        linear(x, weight, packed=pack_weight(weight.half(), "avx512_fp16"), backend="cpu")
     with pytest.raises(ValueError, match="packed is None: see pack_weight"):
         linear(x.half(), weight.half(), backend="cpu")
     packed = pack_weight(torch.ones(70, 3).bfloat16(), isa)
