@@ -48,6 +48,7 @@ SPECIAL = {
     "linear_amx_kernels": ("amx", AMX),
     "linear_vnni_kernels": ("avx512", X86["avx512"]),
     "attention_amx_kernels": ("amx", AMX),
+    "attention_fp16_kernels": ("avx512_fp16", FP16),
 }
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -180,7 +181,7 @@ def _plan(
     def sources_in(folder: str, pattern: str) -> list[Path]:
         left_out = set(OPERATORS) - set(chosen)
         found = sorted((HERE / folder).glob(pattern))
-        return [p for p in found if re.sub("(_amx|_vnni)?_kernels$", "", p.stem) not in left_out]
+        return [p for p in found if re.sub("(_amx|_fp16|_vnni)?_kernels$", "", p.stem) not in left_out]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
     definitions = ", ".join(f'"{schema}"' for schema in schemas())

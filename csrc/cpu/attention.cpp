@@ -51,6 +51,24 @@ AttentionShape shape_of(const Tensor& query, const Tensor& key, const Optional& 
   return shape;
 }
 
+// A kernel for bfloat16 and one head with all of its keys, and how many queries it takes together.
+struct HalfKernel {
+  void (*run)(const AttentionFwd&, int64_t, int64_t, int64_t, int64_t, char*);
+  int64_t (*scratch_bytes)(int64_t keys, int64_t dim);
+  int64_t queries;
+};
+
+HalfKernel half_kernel([[maybe_unused]] int64_t dim) {
+#if defined(SEGVIT_AMX)
+  if (isa() >= Isa::amx) return {&amx::attention, amx_scratch_bytes, kAmxQueries};
+#endif
+#if defined(SEGVIT_AVX512_FP16)
+  if (isa() >= Isa::avx512_fp16 && dim <= kFp16MostDim)
+    return {&avx512_fp16::attention, fp16_scratch_bytes, kTileQueries};
+#endif
+  return {};
+}
+
 // How many keys a task takes, a multiple of a tile, so that `tasks` times the splits are enough.
 int64_t keys_per_split(int64_t keys, int64_t tasks, int64_t enough) {
   int64_t splits = std::min((enough + tasks - 1) / tasks, (keys + kSplitKeys - 1) / kSplitKeys);
@@ -85,19 +103,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, con
                     masks_of(masks),
                     masks_of(previous),
                     data<float>(lse)};
-#if defined(SEGVIT_AMX)
-  if (isa() >= Isa::amx && args.query.type == Type::bf16 && !need_masks && shape.dropout.threshold == 0) {
-    // A task packs keys and values of its head: as few tasks for each head as keep the threads busy.
-    int64_t wanted = (4 * torch::stable::get_num_threads() + batch * heads - 1) / (batch * heads);
-    int64_t block = round_up((queries + wanted - 1) / wanted, kAmxQueries), blocks = (queries + block - 1) / block;
-    parallel(batch * heads * blocks, [&](int64_t task) {
-      int64_t item = task / blocks, first = task % blocks * block;
-      Scratch scratch(amx_scratch_bytes(keys, dim));
-      amx::attention(args, item / heads, item % heads, first, std::min(first + block, queries), scratch.as<char>());
-    });
-    return results;
+  if (args.query.type == Type::bf16 && !need_masks && shape.dropout.threshold == 0) {
+    if (HalfKernel kernel = half_kernel(dim); kernel.run) {
+      // A task packs keys and values of its head: as few tasks for each head as keep the threads busy.
+      int64_t wanted = (4 * torch::stable::get_num_threads() + batch * heads - 1) / (batch * heads);
+      int64_t block = round_up((queries + wanted - 1) / wanted, kernel.queries), blocks = (queries + block - 1) / block;
+      parallel(batch * heads * blocks, [&](int64_t task) {
+        int64_t item = task / blocks, first = task % blocks * block;
+        Scratch scratch(kernel.scratch_bytes(keys, dim));
+        kernel.run(args, item / heads, item % heads, first, std::min(first + block, queries), scratch.as<char>());
+      });
+      return results;
+    }
   }
-#endif
   int64_t together = need_masks ? heads : 1, groups = heads / together;
   // Chunks of equal size, small enough that the state of all heads stays in the second-level cache.
   int64_t most =

@@ -88,8 +88,22 @@ constexpr int64_t amx_scratch_bytes(int64_t keys, int64_t dim) {
   return (2 * round_up_to(keys, 32) + kAmxQueries) * row * 2 + (kAmxKeys + row + 3) * kAmxQueries * 4;
 }
 
+// The same with AVX512-FP16, for heads of up to so many channels.
+constexpr int64_t kFp16MostDim = 128;
+constexpr int64_t fp16_scratch_bytes(int64_t keys, int64_t dim) {
+  int64_t row = round_up_to(dim, 32), padded = round_up_to(keys, kTileKeys);
+  return 2 * padded * row * 2 + padded * 4 +
+         kTileQueries * 4 * (row / 2 + kTileKeys / 2 + 2 * padded_dim(dim) + 3 * 2);
+}
+
 }  // namespace segvit
 
+#if defined(SEGVIT_AVX512_FP16)
+namespace segvit::avx512_fp16 {
+// As the next one, of up to kFp16MostDim channels.
+void attention(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t query_end, char* scratch);
+}  // namespace segvit::avx512_fp16
+#endif
 #if defined(SEGVIT_AMX)
 namespace segvit::amx {
 // Attention of some queries of one head over all keys, in bfloat16, without masks and dropout.

@@ -9,43 +9,16 @@
 // the first-level cache, keys and values in the second-level cache. Of 32 x 32 scores with 64 channels: 128 cycles
 // of products each for S and O, 128 for moving S, and about 6 for each of 64 vectors of exponentials, which decide.
 #include "amx.h"
-#include "attention.h"
-#include "transpose.h"
+#include "attention_half.h"
 
 namespace segvit::SEGVIT_ISA {
 
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-constexpr float kUnseen = -1e38f;  // the largest score of a query that has seen none
 constexpr int64_t kColumns = kAmxQueries, kRowBytes = kColumns * 4;
-
-// 2^v, relative error 4e-6: weights are rounded to 2^-9, and log-sum-exp errs by no more.
-SEGVIT_INLINE Vec exp2_of(Vec v) {
-  Vec r = (Vec)_mm512_reduce_ps((__m512)v, 9);  // v - floor(v)
-  Vec p = splat(1.353417e-2f);
-  p = p * r + 5.201146e-2f;
-  p = p * r + 2.414428e-1f;
-  p = p * r + 6.930038e-1f;
-  p = p * r + 1.0000026f;
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)v);
-}
-
-const bf16* row_of(const HeadsView& view, int64_t batch, int64_t token, int64_t head) {
-  return reinterpret_cast<const bf16*>(view.data) + batch * view.batch_stride + token * view.token_stride +
-         head * view.head_stride;
-}
 
 SEGVIT_INLINE __m512i load_row(const bf16* row, int64_t d, int64_t dim) {
   return _mm512_maskz_loadu_epi16(first_of_32(dim - d), row + d);
-}
-
-// Squares of 32-bit elements to rows of 64 bytes.
-SEGVIT_INLINE void store_transposed(__m512i (&rows)[16], char* to) {
-  Vec v[kWidth];
-  for (int i = 0; i < kWidth; ++i) v[i] = (Vec)rows[i];
-  transpose(v);
-  for (int i = 0; i < kWidth; ++i) _mm512_store_si512(to + i * 64, (__m512i)v[i]);
 }
 
 // Keys to (16 keys, 32 channels, key, channel), values to (32 keys, 16 channels, channel, key); zeros behind both.

@@ -16,7 +16,7 @@
 // cycle; the next panel comes at a byte a cycle, fetched ahead.
 #include "gelu.h"
 #include "linear.h"
-#include "simd.h"
+#include "scaled.h"
 
 namespace segvit::SEGVIT_ISA {
 
@@ -26,42 +26,8 @@ constexpr int kRows = kPackedRows, kVectors = kPanelColumns / 16;
 constexpr int64_t kChain = 32;  // pairs, and so products of a lane
 constexpr int64_t kChains = 4;  // that go to float32 together
 constexpr int64_t kTile = kRows * kPanelColumns * 2;
-constexpr float kTop = 3;
 
 // ---- packing of the input ----
-
-constexpr uint16_t infinity_of(f16) { return 0x7c00; }
-constexpr uint16_t infinity_of(bf16) { return 0x7f80; }
-
-// The exponent of the largest finite magnitude of a row; 0 where all are zero.
-template <class T>
-SEGVIT_INLINE float exponent_of(const T* row, int64_t depth) {
-  __m512i largest = _mm512_setzero_si512(), infinity = _mm512_set1_epi16(infinity_of(T{}));
-  for (int64_t k = 0; k < depth; k += 32) {
-    __mmask32 inside = depth - k >= 32 ? ~0u : (1u << (depth - k)) - 1;
-    __m512i bits = _mm512_maskz_loadu_epi16(inside, row + k);
-    bits = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
-    __mmask32 finite = _mm512_cmplt_epu16_mask(bits, infinity);
-    largest = _mm512_mask_max_epu16(largest, finite, largest, bits);
-  }
-  HalfBits halves[2];
-  __builtin_memcpy(halves, &largest, sizeof halves);
-  float most = max_of(segvit::SEGVIT_ISA::largest(to_float(halves[0], T{})),
-                      segvit::SEGVIT_ISA::largest(to_float(halves[1], T{})));
-  return most == 0 ? 0 : _mm_cvtss_f32(_mm_getexp_ss(_mm_setzero_ps(), _mm_set_ss(most)));
-}
-
-template <class T>
-SEGVIT_INLINE __m512i scaled(const T* row, int64_t count, float exponent) {
-  __mmask32 inside = count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
-  __m512i bits = _mm512_maskz_loadu_epi16(inside, row);
-  HalfBits halves[2];
-  __builtin_memcpy(halves, &bits, sizeof halves);
-  __m512 by = _mm512_set1_ps(kTop - exponent);
-  for (auto& half : halves) half = to_half((Vec)_mm512_scalef_ps((__m512)to_float(half, T{}), by), f16{});
-  __builtin_memcpy(&bits, halves, sizeof halves);
-  return bits;
-}
 
 // 8 rows to (pair, row): of the 16 pairs of 32 numbers, the order is 0, 4, 8, 12, 1, 5, ..., that of the panels,
 // which two rounds of interleaving within lanes leave.
@@ -179,7 +145,9 @@ void linear_of(const Linear& args, int64_t row, int64_t row_end, int64_t panel, 
       if (r >= row_end) break;
       rows[i] = reinterpret_cast<const T*>(args.input) + r / args.rows_per_outer * args.outer_stride +
                 r % args.rows_per_outer * args.row_stride;
-      exponent[i] = exponent_of(rows[i], args.depth);
+      Largest<T> most;
+      most.add(rows[i], args.depth);
+      exponent[i] = most.exponent();
     }
     pack_rows(rows, exponent, args.depth, packed + block * kRows * pairs);
   }

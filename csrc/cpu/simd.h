@@ -13,7 +13,8 @@
 #include <immintrin.h>
 #endif
 
-#define SEGVIT_INLINE static inline __attribute__((always_inline))
+#define SEGVIT_ALWAYS_INLINE inline __attribute__((always_inline))
+#define SEGVIT_INLINE static SEGVIT_ALWAYS_INLINE
 
 namespace segvit::SEGVIT_ISA {
 

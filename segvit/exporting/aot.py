@@ -76,7 +76,7 @@ def check(plan: Plan) -> None:
 class Program(nn.Module):
     """The engine's function for a plan, on the device that the model is on.
 
-    int8 is the engine's, which asks for AMX and no pictures; what is not in int8 is bfloat16 there.
+    int8 is the engine's, which asks for AVX512-VNNI or AMX and no pictures; all else is bfloat16 there.
     """
 
     def __init__(self, model: SegViT, plan: Plan) -> None:

@@ -234,10 +234,15 @@ def why_not_packed(weight: Tensor, *, int8: bool = False) -> str | None:
         return "the weight is empty"
     if int8 and weight.ndim == 2 and weight.shape[1] > _MOST_INT8:
         return f"int8 weights have at most {_MOST_INT8} inputs, not {weight.shape[1]}"
-    if reason := _library.why_not_operator("linear", "cpu", weight.device):
-        return reason
-    isa = "avx512" if int8 else "avx512_fp16"
-    return None if _library.runs_isa(isa) else f"linear needs {isa} for weights packed so"
+    reason, isa = (
+        _library.why_not_operator("linear", "cpu", weight.device),
+        "avx512" if int8 else "avx512_fp16",
+    )
+    if reason is None and not _library.runs_isa(isa):
+        reason = f"linear needs {isa} for weights packed so"
+    if reason and int8:
+        return f"int8 weights need a CPU with AVX512-VNNI or AMX and the native library ({reason})"
+    return reason
 
 
 def linear(
