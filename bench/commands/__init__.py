@@ -11,6 +11,7 @@ COMMANDS = {
     "scaling": "time of the operators as classes, tokens, batch, images, views grow",
     "model": "whole models and decoders, image to label map, against their peers",
     "memory": "peak memory of inference and of a training step",
+    "step": "a training step of transformers' Mask2Former, its own loss against ours",
     "flops": "multiply-accumulates, parameters, memory of published models",
     "static": "what compiled kernels need, without running them",
     "simulate": "the time of the Triton kernels on an H100 and H200, predicted from machine code",

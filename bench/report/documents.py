@@ -17,7 +17,8 @@ _MARKER = re.compile(r"<!-- /?bench:\S+ -->")
 _ABSENT = {
     "nvidia-": "Not measured: no GPU was available.",
     **dict.fromkeys(
-        ("scaling-", "memory-", "model-quick-", "host-", "static", "export-"), "Not measured yet."
+        ("scaling-", "memory-", "model-quick-", "host-", "step-", "matching-", "static", "export-"),
+        "Not measured yet.",
     ),
     "simulate-": "Not simulated yet.",
 }

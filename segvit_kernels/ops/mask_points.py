@@ -104,19 +104,28 @@ class _AtPoints(torch.autograd.Function):
         return result, None, None, None
 
 
+def _neighbours(points: Tensor, size: int, cells: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of points along one axis of ``size`` both cells that they lie between, of those that there are, and
+    their weights, 0 beyond."""
+    place = (2.0 * points - 1.0 + 1.0) * (size / 2) - 0.5  # as F.grid_sample computes it
+    lower = place.floor()
+    upper_weight = place - lower
+    for cell, weight in ((lower, 1 - upper_weight), (lower + 1, upper_weight)):
+        inside = (cell >= 0) & (cell < cells)
+        yield cell.clamp_(0, cells - 1).long(), weight * inside
+
+
 def _read_targets(targets: Tensor, chosen: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
     """Targets ``chosen`` (k,) of (M, H, W) at points (k or 1, P, 2) of ``size``, that they are padded to."""
     height, width = targets.shape[1:]
-    result: Any = 0.0
-    # As F.grid_sample computes places.
-    x, y = ((2.0 * points[..., i] - 1.0 + 1.0) * (size[1 - i] / 2) - 0.5 for i in range(2))
-    left, top = x.floor(), y.floor()
-    for row, weight_y in ((top, 1 - (y - top)), (top + 1, y - top)):
-        for column, weight_x in ((left, 1 - (x - left)), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            place = row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()
-            values = targets[(chosen[:, None], *place)].to(points.dtype)
-            result = result + values * (weight_y * weight_x * inside)
+    flat, first = targets.reshape(-1), chosen[:, None] * (height * width)
+    result = points.new_zeros(len(chosen), points.shape[1])
+    columns = list(_neighbours(points[..., 0], size[1], width))
+    for row, row_weight in _neighbours(points[..., 1], size[0], height):
+        for column, weight in columns:
+            index = (row * width + column) + first
+            values = flat.index_select(0, index.view(-1)).view(index.shape).to(points.dtype)
+            result.addcmul_(values, row_weight * weight)
     return result
 
 
@@ -311,11 +320,11 @@ def mask_loss_at_points(
         t = torch.empty(points.shape[:2], dtype=dtype, device=points.device)
         first = 0
         for target, (_, chosen) in zip(given, indices, strict=True):
-            # Of a point, its place and four neighbours with their weights.
-            for own in _parts(len(chosen), 16 * points.shape[1] * dtype.itemsize, points.device):
-                place = slice(first + own.start, first + own.stop)
-                some = chosen[own].to(target.device)
-                t[place] = _read_targets(target, some, points[place].to(dtype), size)
+            # Of a point its neighbours, their places and weights.
+            for part in _parts(len(chosen), 16 * points.shape[1] * dtype.itemsize, points.device):
+                own = slice(first + part.start, first + part.stop)
+                picked = chosen[part].to(target.device)
+                t[own] = _read_targets(target, picked, points[own].to(dtype), size)
             first += len(chosen)
     if transformed():
         x = _read(mask_logits[images, queries][:, None].to(dtype), points)[:, 0]
@@ -373,7 +382,7 @@ def mask_matching_cost_at_points(
         x = _read(masks[None].to(dtype), own)[0]  # (Q, P)
         every = torch.arange(len(target), device=target.device)
         t = _read_targets(target, every, own.to(dtype), target.shape[1:])
-        outside, p = -F.logsigmoid(-x), x.sigmoid()  # F.softplus is linear above 20
+        outside, p = F.softplus(x, threshold=80.0), x.sigmoid()  # e⁸⁰ is a float32, e⁻⁸⁰ no float64 beside 80
         bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]
         dice = 1 - (2 * p @ t.mT + 1) / (p.sum(1)[:, None] + t.sum(1) + 1)
         costs.append(PointCost(bce, dice))

@@ -12,6 +12,7 @@ from bench.report.tables import (
     scaling,
     simulate,
     static,
+    step,
 )
 
 KINDS = {
@@ -26,4 +27,5 @@ KINDS = {
     "scaling": scaling,
     "simulate": simulate,
     "static": static,
+    "step": step,
 }

@@ -175,7 +175,7 @@ def _targets() -> tuple[Target, ...]:
 OPERATOR = Operator.of(
     globals(),
     name="mask_binarize",
-    cpu_shapes=(("mask2former", 1), ("rf_detr", 1)),
+    cpu_shapes=(("mask2former", 1), ("rf_detr", 1), ("mask2former large", 1)),
     modes=("forward",),
     targets=_targets(),
 )

@@ -3,6 +3,7 @@ together, as Hungarian matching asks for them; there is no gradient."""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +22,32 @@ from bench.subjects.operators.base import (
     compilations,
     truth_and_ordinary,
 )
-from segvit_kernels import mask_matching_cost, mask_matching_cost_reference
+from segvit_kernels import (
+    mask_matching_cost,
+    mask_matching_cost_at_points,
+    mask_matching_cost_reference,
+)
 from segvit_kernels.testing.mask_loss import MaskLossCase
 
 BATCHES = (16, 1, 4)
 SHAPES = (
     MaskLossCase("mask2former", 1, 100, ((160, 160),), (640, 640), "bool", 20),
+    MaskLossCase("mask2former 1024", 1, 100, ((256, 256),), (1024, 1024), "bool", 50),
     MaskLossCase("ade_vit_l", 1, 150, ((40, 40),), (640, 640)),
 )
 TINY = MaskLossCase("tiny", 1, 5, ((4, 4),), (24, 20), "bool", 3)
 # Elements (query × target × pixel) that the plain formula may hold of one map.
 MOST = 2**25
+
+
+POINTS = 12544  # Mask2Former's
+
+
+def _masks(targets: Tensor, num_classes: int | None) -> Tensor:
+    """Targets (B, M, H, W), of labels too."""
+    if targets.ndim == 3:
+        return targets[:, None] == torch.arange(num_classes, device=targets.device)[:, None, None]
+    return targets
 
 
 def _costs(costs: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -47,9 +63,7 @@ def _arguments(drawn: dict[str, Any]) -> dict[str, Any]:
 def products(mask_logits: Tensor, targets: Tensor, num_classes: int | None = None) -> tuple[Tensor, ...]:
     """The costs as matchers compute them: maps at full size, and one product with the targets for each."""
     pixels = targets.shape[-2] * targets.shape[-1]
-    if targets.ndim == 3:
-        targets = targets[:, None] == torch.arange(num_classes, device=targets.device)[:, None, None]
-    t = targets.flatten(2).to(mask_logits.dtype)
+    t = _masks(targets, num_classes).flatten(2).to(mask_logits.dtype)
     x = F.interpolate(mask_logits, size=targets.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
     p, inside, outside = x.sigmoid(), F.softplus(-x), F.softplus(x)
     positive, negative = 0.25 * (1 - p) ** 2 * inside, 0.75 * p**2 * outside
@@ -69,10 +83,32 @@ def peers(backend: str) -> list[Peer]:
             modes=("forward",),
         )
 
+    def at_points(x: dict[str, Any]) -> tuple[Tensor, ...]:
+        targets = _masks(x["targets"], x.get("num_classes"))
+        found = mask_matching_cost_at_points(x["mask_logits"], targets, num_points=POINTS)
+        return tuple(torch.stack(tuple(cost)) for cost in found)
+
+    def matched(x: dict[str, Any]) -> tuple[Tensor, ...]:
+        from transformers.models.mask2former.modeling_mask2former import Mask2FormerHungarianMatcher
+
+        masks, targets = x["mask_logits"], list(_masks(x["targets"], x.get("num_classes")))
+        classes = masks.new_zeros(*masks.shape[:2], 2)
+        labels = [torch.zeros(len(target), dtype=torch.int64, device=masks.device) for target in targets]
+        found = Mask2FormerHungarianMatcher(num_points=POINTS)(masks, classes, targets, labels)
+        return tuple(index for pair in found for index in pair)
+
     what = "maps at full size, products with the targets"
     return [
         replace(ours(backend), name="fused"),
         *([ours("eager")] if backend != "eager" else []),
+        Peer("points", f"mask_matching_cost_at_points, {POINTS} points", at_points, modes=("forward",)),
+        Peer(
+            "transformers",
+            f"Mask2Former's matcher, {POINTS} points",
+            matched,
+            modes=("forward",),
+            missing=None if importlib.util.find_spec("transformers") else "transformers is not installed",
+        ),
         Peer("plain", what, lambda x: _costs(products(**_arguments(x))), modes=("forward",)),
         *compilations(
             products,
@@ -144,6 +180,6 @@ def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> li
 OPERATOR = Operator.of(
     globals(),
     name="mask_matching",
-    cpu_shapes=(("ade_vit_l", 1),),
+    cpu_shapes=(("ade_vit_l", 1), ("mask2former 1024", 1)),
     modes=("forward",),
 )
