@@ -32,6 +32,14 @@ def add():
     assert torch.equal(out, x + y)
 
 
+def add_with_a_hint():
+    """Compiled for an aligned vector, launched with one that is not, as if the JIT had chosen wrongly."""
+    x, y = torch.randn(2, 1008, generator=torch.Generator().manual_seed(0))
+    out = torch.full_like(x, torch.nan)
+    compiled = kernels.add[(8,)](x, y, out, 1008, BLOCK=128)
+    compiled[(8, 1, 1)](x[1:], y, out, 1007, 128)
+
+
 def add_vectors():
     """Aligned and whole: loads of 16 bytes."""
     x, y = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
@@ -99,7 +107,7 @@ class Plant:
         run: launches the kernel and checks its result.
         arch: that it is compiled for.
         expected: a kind of fault, :data:`WRONG`, or part of the message of a ``PTXError``.
-        pattern, new: a regular expression in the PTX and what it becomes.
+        pattern, new: a regular expression in the PTX and what it becomes; none where ``run`` is wrong itself.
         occurrence: which match of the pattern: 0 the first, -1 the last, ``None`` all.
         machine: for kernels of Triton, or of nvcc.
     """
@@ -107,13 +115,15 @@ class Plant:
     run: Callable[[], None]
     arch: str
     expected: str
-    pattern: str
+    pattern: str = ""
     new: str = ""
     occurrence: int | None = 0
     machine: Callable = ptx.machine
 
     def edit(self, kernel: str, text: str) -> str:
         """The PTX with the fault; fails where there is nothing to plant it in."""
+        if not self.pattern:
+            return text
         begin = text.index(f".entry {kernel}(") + len(kernel)
         end = text.find(".entry ", begin)
         head, text, tail = text[:begin], text[begin:end], text[end:] if end >= 0 else ""
@@ -177,6 +187,7 @@ PLANTS = {
     "a wrong divisibility": Plant(
         add_vectors, A, "misaligned", r"\[ %rd(\d+) \+ 0 \]", r"[ %rd\1 + 4 ]", occurrence=0
     ),
+    "a hint of divisibility that is not so": Plant(add_with_a_hint, A, "launch"),
     "a rounding towards zero": Plant(halves, A, WRONG, r"cvt\.rn\.bf16x2", "cvt.rz.bf16x2", None),
     "a sum rounded towards zero": Plant(add_vectors, A, WRONG, r"add\.f32", "add.rz.f32", None),
     "a kernel compiled to nothing": Plant(
@@ -277,7 +288,7 @@ def main(*parts: str) -> int:
     core.STEPS = 100
     missed, begin = [], time.process_time()
     chosen = {n: p for n, p in PLANTS.items() if not parts or any(part in n for part in parts)}
-    for run, arch, machine in {(p.run, p.arch, p.machine): None for p in chosen.values()}:
+    for run, arch, machine in {(p.run, p.arch, p.machine): None for p in chosen.values() if p.pattern}:
         with machine(arch):
             run()  # right as it was compiled
     for name, plant in chosen.items():
