@@ -102,18 +102,21 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
               whole(residual, input, rows * columns),
               rows * columns * size_of(type) > kStreamed};
   int64_t threads = torch::stable::get_num_threads();
-  int64_t most = std::clamp(kTaskBytes / (2 * padded) / kernel.rows * kernel.rows, kernel.rows, kernel.most_rows);
-  int64_t blocks = (rows + most - 1) / most;
-  int64_t block_rows = round_up((rows + blocks - 1) / blocks, kernel.rows);
-  blocks = (rows + block_rows - 1) / block_rows;
+  int64_t row_bytes = packed.scalar_type() == ScalarType::Char ? padded : 2 * padded;
+  int64_t most = std::clamp(kTaskBytes / row_bytes / kernel.rows * kernel.rows, kernel.rows, kernel.most_rows);
+  // As many blocks of rows for each thread, that differ by one granule at most.
+  int64_t granules = (rows + kernel.rows - 1) / kernel.rows, blocks = (rows + most - 1) / most;
+  if (blocks > threads) blocks = std::min(round_up(blocks, threads), granules);
+  auto first_row = [&](int64_t block) { return block * granules / blocks * kernel.rows; };
   int64_t parts = threads == 1 ? 1 : (kernel.tasks * threads + blocks - 1) / blocks;
   int64_t part = round_up((count + parts - 1) / parts, std::min(kernel.panels, count));
   parts = (count + part - 1) / part;
-  int64_t bytes = kernel.scratch_bytes(block_rows, depth);
+  int64_t bytes = kernel.scratch_bytes((granules + blocks - 1) / blocks * kernel.rows, depth);
   parallel(blocks * parts, [&](int64_t task) {
-    int64_t row = task / parts * block_rows, panel = task % parts * part;
+    int64_t row = first_row(task / parts), row_end = std::min(first_row(task / parts + 1), rows);
+    int64_t panel = task % parts * part;
     Scratch scratch(bytes);
-    kernel.run(args, row, std::min(row + block_rows, rows), panel, std::min(panel + part, count), scratch.as<char>());
+    kernel.run(args, row, row_end, panel, std::min(panel + part, count), scratch.as<char>());
   });
   return output;
 }
