@@ -9,6 +9,7 @@ from typing import Any
 
 _EXPORTS = {
     "BackboneConfig": "config",
+    "RotaryConfig": "config",
     "SegViTConfig": "config",
     "InferenceOptions": "options",
     "SegViT": "model.segvit",
@@ -16,7 +17,7 @@ _EXPORTS = {
     "SegViTLoss": "model.losses",
     "VisionTransformer": "model.backbone",
     "export": "exporting",
-    "infer_backbone_config": "model.backbone",
+    "infer_backbone_config": "model.backbone_weights",
 }
 
 __all__ = sorted(_EXPORTS)

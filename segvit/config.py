@@ -12,11 +12,65 @@ from numbers import Integral, Real
 from typing import Any
 
 MLPS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
+RESIZES = ("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias")
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary positions: queries and keys are turned, pair by pair of channels, by angles of their patch.
+
+    The angle of a pair is row · f + column · g; in a head of D channels the pairs are i and i + D/2. Unless
+    learned, the first half of them has f = base^(-4i/D) and g = 0, the second half the same with columns.
+
+    Attributes:
+        coordinates: "centred", from -2π to 2π over any image, at the centres of patches (DINOv3); or "index",
+            numbers of row and column (EVA-02, Perception Encoder, RoPE-ViT).
+        base: see above.
+        grid: numbers of rows and columns that "index" is scaled to, whatever the image's; None: not scaled.
+        offset: added to "index" before it is scaled.
+        learned: every head of every block has frequencies of its own, which are trained (RoPE-Mixed).
+        shift, jitter, rescale: DINOv3's augmentation, in training alone. Coordinates, centred ones from -1 to
+            1, are moved by up to `shift` and scaled by a factor from 1/jitter to `jitter`, each direction by
+            itself, and both by one from 1/rescale to `rescale`. 0, 1, 1: none.
+    """
+
+    coordinates: str = "centred"
+    base: float = 100.0
+    grid: tuple[int, int] | None = None
+    offset: float = 0.0
+    learned: bool = False
+    shift: float = 0.0
+    jitter: float = 1.0
+    rescale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(self.grid))
+            _check(min(self.grid) >= 1, f"rotary.grid must be at least 1 x 1, got {self.grid}")
+        kinds = ("centred", "index")
+        _check(
+            self.coordinates in kinds, f"rotary.coordinates must be {kinds[0]!r} or {kinds[1]!r}, "
+            f"got {self.coordinates!r}"
+        )  # fmt: skip
+        _check(
+            self.coordinates == "index" or (self.grid is None and self.offset == 0),
+            "rotary.grid and rotary.offset are of coordinates 'index', got 'centred'",
+        )
+        _check(self.base > 1, f"rotary.base must be more than 1, got {self.base}")
+        _check(self.shift >= 0, f"rotary.shift must be at least 0, got {self.shift}")
+        for name in ("jitter", "rescale"):
+            value = getattr(self, name)
+            _check(value >= 1, f"rotary.{name} must be at least 1, got {value}")
+
+    def places(self) -> tuple[Any, ...]:
+        """What must be the same for weights to compute the same; the other fields are for training."""
+        return self.coordinates, self.grid, self.offset, self.learned
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A plain Vision Transformer, in the variants that AugReg, DeiT-III, DINOv2 and CLIP weights need.
+    """A plain Vision Transformer, in the variants that the weights of timm, DINOv3, EVA-02, CLIP, ... need.
 
     Attributes:
         width, depth, heads: token width, number of blocks, attention heads.
@@ -36,6 +90,10 @@ class BackboneConfig:
         drop_path_branch: "mlp" (published SegViT) or "both" residual branches.
         shrink_at: index of the block that keeps every second row and column of the token grid (query-based
             down-sampling, paper section 3.3): later blocks run on a quarter of the tokens. None: no block.
+        absolute_positions: a learned position embedding is added to the patches.
+        position_resize: how it gets to other grids: "bicubic", "bilinear", or either with "_antialias".
+        rotary: rotary positions, beside or in place of it.
+        attention_norm, mlp_norm: a LayerNorm before the last layer of the branch (sub-LN, EVA-02).
     """
 
     width: int = 768
@@ -55,8 +113,15 @@ class BackboneConfig:
     drop_path: float = 0.0
     drop_path_branch: str = "mlp"
     shrink_at: int | None = None
+    absolute_positions: bool = True
+    position_resize: str = "bicubic"
+    rotary: RotaryConfig | None = None
+    attention_norm: bool = False
+    mlp_norm: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary, Mapping):
+            object.__setattr__(self, "rotary", _from_dict(RotaryConfig, self.rotary))
         _check_types(self)
         _check_sizes(self, "width", "depth", "heads", "patch_size", "in_channels")
         _check_sizes(self, "register_tokens", least=0)
@@ -81,6 +146,15 @@ class BackboneConfig:
             self.shrink_at is None or 0 <= self.shrink_at < self.depth,
             f"shrink_at must be None or a block index from 0 to {self.depth - 1}, got {self.shrink_at}",
         )
+        _check(
+            self.position_resize in RESIZES,
+            f"position_resize must be {', '.join(map(repr, RESIZES))}, got {self.position_resize!r}",
+        )
+        head = self.width // self.heads
+        _check(
+            self.rotary is None or head % 4 == 0,
+            f"rotary positions need heads of a multiple of 4 channels, got {self.width} / {self.heads}",
+        )
 
     def grid_after(self, block: int, grid: tuple[int, int]) -> tuple[int, int]:
         """The token grid after a block, for images of `grid` patches."""
@@ -89,11 +163,27 @@ class BackboneConfig:
         return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """A dict; fields that came later are in it where they say something, for readers without them."""
+        values = dataclasses.asdict(self)
+        for name, plain in _LATER.items():
+            if values[name] == plain:
+                del values[name]
+        if self.rotary and self.rotary.grid:
+            values["rotary"]["grid"] = list(self.rotary.grid)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BackboneConfig:
         return _from_dict(cls, values)
+
+
+_LATER = {
+    "absolute_positions": True,
+    "position_resize": "bicubic",
+    "rotary": None,
+    "attention_norm": False,
+    "mlp_norm": False,
+}
 
 
 @dataclass(frozen=True)
@@ -227,7 +317,9 @@ class SegViTConfig:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
         values = {**PRESETS[name], **overrides}
         if shrunk:
-            values = {"shrink_at": _SHRINK_AT[name], "upsample": True, **values}
+            depth = PRESETS[name]["depth"]
+            shrink_at = 6 if depth == 12 else depth // 3
+            values = {"shrink_at": shrink_at, "upsample": True, **values}
             if "taps" not in overrides:
                 # The last features of full resolution, if there are any, and the last of all.
                 full, last = (values["shrink_at"] or 0) - 1, values["depth"] - 1
@@ -271,20 +363,67 @@ class SegViTConfig:
         return _from_dict(cls, values)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "vit_tiny": {"width": 192, "depth": 12, "heads": 3, "taps": (5, 7, 11), "drop_path": 0.1},
-    "vit_small": {"width": 384, "depth": 12, "heads": 6, "taps": (5, 7, 11), "drop_path": 0.1},
-    "vit_base": {"width": 768, "depth": 12, "heads": 12, "taps": (5, 7, 11), "drop_path": 0.1},
-    "vit_large": {
-        "width": 1024,
-        "depth": 24,
-        "heads": 16,
-        "taps": (7, 15, 23),
-        "drop_path": 0.3,
-        "image_size": (640, 640),
-    },
+_TAPS: dict[int, dict[str, Any]] = {
+    12: {"depth": 12, "taps": (5, 7, 11), "drop_path": 0.1},
+    24: {"depth": 24, "taps": (7, 15, 23), "drop_path": 0.3},
+    32: {"depth": 32, "taps": (10, 20, 31), "drop_path": 0.3},
 }
-_SHRINK_AT = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 8}
+_TINY = {"width": 192, "heads": 3, **_TAPS[12]}
+_SMALL = {"width": 384, "heads": 6, **_TAPS[12]}
+_BASE = {"width": 768, "heads": 12, **_TAPS[12]}
+_LARGE = {"width": 1024, "heads": 16, **_TAPS[24]}
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_DINOV3 = {
+    "class_token": True,
+    "register_tokens": 4,
+    "layer_scale": 1e-5,
+    "norm_eps": 1e-5,
+    "absolute_positions": False,
+    "rotary": {"rescale": 2.0},
+    **_IMAGENET,
+}
+_EVA02 = {
+    "patch_size": 14,
+    "image_size": (518, 518),
+    "class_token": True,
+    "mlp": "swiglu",
+    "rotary": {"coordinates": "index", "base": 10000.0, "grid": (16, 16)},
+    "position_resize": "bicubic_antialias",
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+_SIGLIP2 = {"mlp": "gelu_tanh", "position_resize": "bicubic_antialias"}
+_PE = {
+    "class_token": True,
+    "pre_norm": True,
+    "norm_eps": 1e-5,
+    "rotary": {"coordinates": "index", "base": 10000.0, "grid": (32, 32), "offset": 1.0},
+    "position_resize": "bicubic_antialias",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit_tiny": _TINY,
+    "vit_small": _SMALL,
+    "vit_base": _BASE,
+    "vit_large": {**_LARGE, "image_size": (640, 640)},
+    "dinov3_vits16": {**_SMALL, **_DINOV3},
+    "dinov3_vits16plus": {**_SMALL, **_DINOV3, "mlp": "swiglu", "mlp_ratio": 8.0},
+    "dinov3_vitb16": {**_BASE, **_DINOV3},
+    "dinov3_vitl16": {**_LARGE, **_DINOV3},
+    "dinov3_vith16plus": {
+        **{"width": 1280, "heads": 20, **_TAPS[32]},
+        **_DINOV3,
+        "mlp": "swiglu",
+        "mlp_ratio": 8.0,
+    },
+    "eva02_vits14": {**_SMALL, **_EVA02, "mlp_ratio": 2048 / 384},
+    "eva02_vitb14": {**_BASE, **_EVA02, "mlp_ratio": 4096 / 768, "mlp_norm": True},
+    "eva02_vitl14": {**_LARGE, **_EVA02, "mlp_ratio": 5460 / 1024, "mlp_norm": True},
+    "siglip2_vitb16": {**_BASE, **_SIGLIP2},
+    "siglip2_vitl16": {**_LARGE, **_SIGLIP2},
+    "pe_spatial_vits16": {**_SMALL, **_PE},
+    "pe_spatial_vitb16": {**_BASE, **_PE},
+    "pe_spatial_vitl14": {**_LARGE, **_PE, "patch_size": 14, "image_size": (518, 518)},
+}
 
 
 def _check(condition: bool, message: str) -> None:

@@ -209,7 +209,9 @@ class InferenceOptions(_Checked):
 class ModelOptions(_Checked):
     """Model"""
 
-    preset: str = option("vit_small", "vit_tiny, vit_small, vit_base or vit_large")
+    preset: str = option(
+        "vit_small", "vit_tiny, vit_small, vit_base or vit_large; or dinov3_vits16 and others (docs/train.md)"
+    )
     image_size: int = option(
         512, "side of the square training crop in pixels, a multiple of the patch size", at_least=1
     )
@@ -237,7 +239,7 @@ class ModelOptions(_Checked):
     )
     backbone_weights: str | None = option(
         None,
-        "backbone weights: a .safetensors or .pth file, timm:NAME, or a folder or owner/name on the Hub",
+        "backbone weights: a .safetensors or .pth file, timm:NAME, hf:OWNER/NAME on the Hub, or a folder",
     )
     init_from: str | None = option(
         None,

@@ -13,6 +13,7 @@ from segvit_kernels._library import (
     why_not,
 )
 from segvit_kernels._lowering import load_native_copy, lower_to_native, native_library
+from segvit_kernels._rotary import apply_rotary
 from segvit_kernels._version import __version__
 from segvit_kernels.modules import (
     FusedATM,
@@ -93,6 +94,7 @@ __all__ = [
     "Views",
     "WeightedATMOutput",
     "__version__",
+    "apply_rotary",
     "atm_reference",
     "attention_weights",
     "attention_weights_reference",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit_kernels._folding import HOOKS, Folded, is_plain
+from segvit_kernels._rotary import apply_rotary
 from segvit_kernels.ops._autograd import full_precision
 from segvit_kernels.ops.atm import ATMOutput, WeightedATMOutput, fused_atm
 from segvit_kernels.ops.attention_weights import attention_weights
@@ -205,13 +206,22 @@ class QueryDownsample(nn.Module):
             setattr(self, name, getattr(block, name))
         self.training = block.training
 
-    def forward(self, x: Tensor, grid: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        prefix_tokens: int = 0,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Tokens of the coarser grid.
 
         Args:
             x: (B, prefix + h·w, C): the prefix tokens, then the grid row by row.
             grid: rows h and columns w.
             prefix_tokens: how many tokens precede the grid; all are kept.
+            angles: cosines and sines of rotary positions, (prefix + h·w, heads or 1, D/2) each, for channels
+                i and i + D/2 of a head (:func:`segvit_kernels.apply_rotary`). Queries keep the places that
+                they had on the grid.
 
         Returns:
             (B, prefix + ⌈h/s⌉·⌈w/s⌉, C).
@@ -231,6 +241,9 @@ class QueryDownsample(nn.Module):
         projected = self._project(normed_sub, normed, place)
         query, key, value = (t.unflatten(-1, (heads, -1)) for t in projected)
         query, key = _apply(attn, "q_norm", query), _apply(attn, "k_norm", key)
+        if angles is not None:
+            query = apply_rotary(query, *(subsample_tokens(t[None], **place)[0] for t in angles))
+            key = apply_rotary(key, *angles)
         dropout = getattr(attn, "attn_drop", 0.0)
         dropout = getattr(dropout, "p", 0.0) if isinstance(dropout, nn.Module) else dropout
         output = query_attention(
@@ -390,16 +403,22 @@ def same_grid(grid: tuple[int, int], other: tuple[int, int]) -> bool:
     return all(statically_known_true(a == b) for a, b in zip(grid, other, strict=True))
 
 
-def resize_positions(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embedding (1, h·w, C) of a grid (h, w), resized bicubically to (1, h'·w', C) of another.
+def resize_positions(
+    positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], mode: str = "bicubic"
+) -> Tensor:
+    """Position embedding (1, h·w, C) of a grid (h, w), resized to (1, h'·w', C) of another.
 
     In float32 at least. At the same size resizing changes nothing, and is left out.
+
+    Args:
+        mode: "bicubic" or "bilinear", with "_antialias" behind it for torch's filters of that kind.
     """
     if same_grid(grid, new_grid):
         return positions
     (image,) = full_precision(positions)
     image = image.unflatten(1, grid).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new_grid, mode="bicubic", align_corners=False)
+    kind, _, antialias = mode.partition("_")
+    image = F.interpolate(image, size=new_grid, mode=kind, align_corners=False, antialias=bool(antialias))
     return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
 

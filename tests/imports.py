@@ -53,7 +53,7 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("names", ""),  # lazily, by _EXPORTS
     ],
     "segvit_kernels": [
-        Floor("ground", "_native _version _folding"),
+        Floor("ground", "_native _version _folding _rotary"),
         Floor("library", "_library _lowering", "ground"),
         Floor("ops", "ops", "library"),
         Floor("triton", "triton"),

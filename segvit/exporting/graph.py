@@ -123,6 +123,11 @@ class LabelGraph(nn.Module):
         super().__init__()
         self.plan, self.patch = plan, model.config.backbone.patch_size
         plan.check(self.patch)
+        backbone = model.config.backbone
+        if plan.size is None and backbone.absolute_positions and "antialias" in backbone.position_resize:
+            raise ValueError(
+                f"size: {backbone.position_resize} of positions differs between runtimes; expected one size"
+            )
         self.classes, self.activation = model.config.num_classes, model.activation
         self.mixed = not isinstance(model, LinearSegmenter)  # else scores are the masks themselves
         self.network = cast(Any, copy_of(cast(Foldable, model)))

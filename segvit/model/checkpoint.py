@@ -32,10 +32,14 @@ class LoadReport(NamedTuple):
     changed: tuple[str, ...]
 
 
-def hub_name(source: str | os.PathLike) -> str | None:
-    """'owner/name' or 'owner/name@revision' if `source` is such a name of the Hub and no path here."""
+def hub_name(source: str | os.PathLike, anywhere: bool = False) -> str | None:
+    """'owner/name' or 'owner/name@revision' if `source` is such a name of the Hub and no path here.
+
+    Args:
+        anywhere: a path of that name here does not count.
+    """
     match = re.fullmatch(r"(?:hf-hub:)?([\w-][\w.-]*/[\w-][\w.-]*(?:@[\w./-]+)?)", str(source))
-    return match[1] if match and not os.path.exists(str(source)) else None
+    return match[1] if match and (anywhere or not os.path.exists(str(source))) else None
 
 
 def hub_snapshot(name: str, patterns: list[str], revision: str | None = None) -> Path:

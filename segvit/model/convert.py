@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segvit.config import PRESETS, SegViTConfig
-from segvit.model.backbone import infer_backbone_config
+from segvit.model.backbone_weights import infer_backbone_config
 from segvit.model.checkpoint import published_names, read_checkpoint, rename_published_keys
 from segvit.model.foreign import what_it_is, why_not_plain
 from segvit.model.pretrained import statistics_told

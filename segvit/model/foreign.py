@@ -1,11 +1,13 @@
 """Other projects' Vision Transformers: their names in timm's, and what tells that one is no plain ViT.
 
-Pure functions of state dicts. Understood are the names of timm, DeiT, DINO, DINOv2, MAE, EVA, mmsegmentation
-and mmpretrain, Hugging Face, OpenCLIP and torchvision, behind any prefix and inside training checkpoints.
+Pure functions of state dicts. Understood are the names of timm, DeiT, DINO to DINOv3, MAE, EVA,
+mmsegmentation and mmpretrain, Hugging Face, OpenCLIP and torchvision, behind any prefix and inside training
+checkpoints.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -95,11 +97,12 @@ def _block(*names: str) -> str:
 _RENAMED = (
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2 in chunks
     (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-    (r"^(?:encoder\.)?(?:layers?|transformer\.resblocks)\.(\d+)\.", r"blocks.\1."),
+    (r"^(?:encoder\.|model\.)?(?:layers?|transformer\.resblocks)\.(\d+)\.", r"blocks.\1."),
     (_block("ln_?1", "layernorm_before", "layer_norm1") + r"\.", r"\1.norm1."),
     (_block("ln_?2", "layernorm_after", "layer_norm2") + r"\.", r"\1.norm2."),
     (_block(r"(?:attn\.)?attn\.in_proj", r"self_attention\.in_proj") + "_", r"\1.attn.qkv."),
     (_block(r"(?:attention\.)?attention", "self_attn") + r"\.([qkv])(uery|ey|alue|_proj)\.", r"\1.attn.\2."),
+    (_block("attn") + r"\.([qkv])_proj\.", r"\1.attn.\2."),
     (_block(r"(?:attn\.|self_)?attn\.out_proj", r"self_attention\.out_proj") + r"\.", r"\1.attn.proj."),
     (_block(r"attention\.output\.dense", r"attention\.o_proj") + r"\.", r"\1.attn.proj."),
     (_block(r"ffn\.layers\.0\.0", r"intermediate\.dense", r"mlp\.weights_in") + r"\.", r"\1.mlp.fc1."),
@@ -108,12 +111,14 @@ _RENAMED = (
     (_block(r"mlp\.c_proj", r"mlp\.3", r"mlp\.linear_2", r"(?:mlp|ffn)\.w3") + r"\.", r"\1.mlp.fc2."),
     (_block("gamma_([12])", r"layer_scale([12])\.lambda1", r"ls_([12])\.gamma") + "$", r"\1.ls\2\3\4.gamma"),
     (_block(r"attn\.gamma(1)\.weight", r"ffn\.gamma(2)\.weight") + "$", r"\1.ls\2\3.gamma"),
+    (_block(r"attn\.(?:ln|inner_attn_ln)") + r"\.", r"\1.attn.norm."),
+    (_block(r"mlp\.(?:ln|ffn_ln)") + r"\.", r"\1.mlp.norm."),
     (r"^(?:patch_embed\.projection|conv_proj|conv1)\.", "patch_embed.proj."),
     (r"^embeddings\.patch_embeddings?(?:\.projection)?\.", "patch_embed.proj."),
     (r"^(?:embeddings\.(?:cls_token|class_embedding)|class_embedding|class_token)$", "cls_token"),
     (r"^(?:embeddings\.position_embeddings?(?:\.weight)?|positional_embedding)$", "pos_embed"),
     (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^(?:embeddings\.)?register_tokens$", "reg_token"),
+    (r"^(?:embeddings\.)?(?:register|storage)_tokens$", "reg_token"),
     (r"^(?:embeddings\.)?dist(?:illation)?_token$", "dist_token"),
     (r"^embeddings\.mask_token$", "mask_token"),
     (r"^(?:pre_layrnorm|pre_norm|ln_pre)\.", "norm_pre."),
@@ -132,8 +137,9 @@ def timm_name(key: str) -> str:
 def timm_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """A ViT's weights with timm's names and shapes; keys that do not belong stay.
 
-    Separate query, key and value projections are packed (with a zero bias where one has none), a distillation
-    token counts as a register token, which it is in the blocks.
+    Separate query, key and value projections are packed (with a zero bias where one has none), and so are
+    gates and values of a SwiGLU. A distillation token counts as a register token, which it is in the blocks.
+    Where DINOv3 masks the bias of the keys it is zero.
 
     Raises:
         ValueError: no tensors, or the weights of several ViTs.
@@ -148,7 +154,39 @@ def timm_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         names["reg_token"] = names.pop("dist_token")
     for key in [key for key in names if key.endswith((".attn.q.weight", ".attn.q_bias"))]:
         _pack(names, key[: key.index(".attn.q") + 6])
+    for key in [key for key in names if re.fullmatch(r"blocks\.\d+\.mlp\.(fc1_x|w2|up_proj)\.weight", key)]:
+        _pack_gates(names, key[: key.index(".mlp.") + 5])
+    if "rope_embed.periods" in names:  # DINOv3's own: `bias_mask` is 1, 0, 1 for query, key, value
+        for key in [key for key in names if key.endswith(".attn.qkv.bias")]:
+            query, old, value = names[key].chunk(3)
+            names[key] = torch.cat([query, torch.zeros_like(old), value])
+            names.pop(f"{key}_mask", None)
     return names
+
+
+_GATED = (("fc1_g", "fc1_x", "fc2"), ("w1", "w2", "fc2"), ("gate_proj", "up_proj", "down_proj"))
+
+
+def _pack_gates(names: dict[str, Tensor], mlp: str) -> None:
+    """gate and value of one SwiGLU to fc1, in place, or `up_proj` alone; incomplete ones stay as they are."""
+    for gate, value, last in _GATED:
+        first, second, out = (names.get(f"{mlp}{part}.weight") for part in (gate, value, last))
+        alone = gate == "gate_proj" and first is None and f"{mlp}{gate}.bias" not in names
+        if second is None or out is None or second.ndim != 2 or out.shape != second.T.shape:
+            continue
+        if not alone and (first is None or first.shape != second.shape):
+            continue
+        parts = [value] if alone else [gate, value]
+        packed = {"weight": [names.pop(f"{mlp}{part}.weight") for part in parts]}
+        biases = [names.pop(f"{mlp}{part}.bias", None) for part in parts]
+        if any(bias is not None for bias in biases):
+            zeros = second.new_zeros(len(second))
+            packed["bias"] = [zeros if bias is None else bias for bias in biases]
+        for kind, tensors in packed.items():
+            names[f"{mlp}fc1.{kind}"] = torch.cat(tensors)
+        for kind in ("weight", "bias") if last != "fc2" else ():
+            if f"{mlp}{last}.{kind}" in names:
+                names[f"{mlp}fc2.{kind}"] = names.pop(f"{mlp}{last}.{kind}")
 
 
 def _pack(names: dict[str, Tensor], attention: str) -> None:
@@ -169,10 +207,11 @@ def _pack(names: dict[str, Tensor], attention: str) -> None:
             )
 
 
+_ROTARY_NAMES, _ROTARY = r"(^|\.|_)rope|rotary|freqs", "rotary positions (EVA-02, DINOv3, RoPE-ViT)"
 # What in a ViT's names tells of another computation. The first that is found is named.
 _TELLTALES = (
     (r"relative_position|rel_pos", "a relative position bias (BEiT, Swin, SAM, ViTDet)"),
-    (r"(^|\.|_)rope|rotary|freqs", "rotary positions (EVA-02, DINOv3, RoPE-ViT)"),
+    (_ROTARY_NAMES, _ROTARY),
     (r"^patch_embed\.backbone\.|^(patch_embed\.)?stem\.", "a hybrid's convolutional stem"),
     (r"^patch_embed\.(norm|ln)\.", "a norm in the patch embedding"),
     (r"^pos_embed(_[xy]|\.)", "positions that are not one table"),
@@ -182,7 +221,6 @@ _TELLTALES = (
     ),
     (r"\.attn\.(lambda_|sub_norm|subln|diff)", "differential attention"),
     (r"\.attn\.(q|k|query|key)_?(norm|layernorm|ln)\.", "norms of queries and keys (QK-norm)"),
-    (r"\.attn\.(norm|ln|inner_attn_ln)\.|\.mlp\.(norm|ln|ffn_ln)\.", "norms inside its branches (sub-LN)"),
     (r"\.attn\.(proj_[lw]|gating_param|pos_proj|temperature|gate)", "another attention (CaiT, ConViT, XCiT)"),
     (r"\.mlp\.(fc1_[gx]|w1|w2|gate_proj|up_proj)\.", "a feed-forward part with separate gates"),
 )
@@ -194,8 +232,8 @@ def why_not_plain(state_dict: Mapping[str, Any], known: Mapping[str, Any] | None
 
     Args:
         state_dict: weights as they are in the file.
-        known: what is known otherwise: fields of `BackboneConfig`, and "plain": True where the architecture
-            has been looked at.
+        known: what is known otherwise: fields of `BackboneConfig`, "rotary" among them, and "plain": True
+            where the architecture has been looked at.
 
     Raises:
         ValueError: no tensors, or the weights of several ViTs.
@@ -205,20 +243,25 @@ def why_not_plain(state_dict: Mapping[str, Any], known: Mapping[str, Any] | None
     names = timm_names(state)
     if "patch_embed.proj.weight" not in names or not any(key.startswith("blocks.0.") for key in names):
         return f"not a plain ViT's weights: {what_it_is(state)}"
+    rotary = known.get("rotary")
     for pattern, words in _FEATURES:
-        if any(pattern.search(key) for key in names):
-            return f"not a plain ViT: it has {words}"
-    if any(re.search(r"(^|\.)rope$", module) for module in getattr(state, "_metadata", None) or ()):
-        return "not a plain ViT: it has rotary positions (EVA-02, DINOv3, RoPE-ViT)"
+        if any(pattern.search(key) for key in names) and not (rotary and words == _ROTARY):
+            return (
+                f"not a plain ViT: it has {words}{'' if words != _ROTARY else f' that are not told; {_TELL}'}"
+            )
+    modules = getattr(state, "_metadata", None) or ()
+    if not rotary and any(re.search(r"(^|\.)rope$", module) for module in modules):
+        return f"not a plain ViT: it has {_ROTARY} that are not told; {_TELL}"
     kernel = names["patch_embed.proj.weight"]
     if kernel.ndim == 5:
         return f"not a plain ViT: its patch kernel {tuple(kernel.shape)} is for videos or volumes"
     if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
         return f"not a plain ViT: its patch kernel is {tuple(kernel.shape)}, expected (width, channels, p, p)"
-    if "pos_embed" not in names:
-        return "not a plain ViT: no position embedding (pos_embed); its positions are of another kind"
-    if names["pos_embed"].ndim != 3 or names["pos_embed"].shape[0] != 1:
-        shape = tuple(names["pos_embed"].shape)
+    if "pos_embed" not in names and not rotary:
+        return f"not a plain ViT: no position embedding (pos_embed); its positions are not told: {_TELL}"
+    positions = names.get("pos_embed")
+    if positions is not None and (positions.ndim != 3 or positions.shape[0] != 1):
+        shape = tuple(positions.shape)
         return f"not a plain ViT: pos_embed is {shape}, expected (1, positions, width); SAM's is as a picture"
     if "blocks.0.norm1.bias" not in names and "blocks.0.norm1.weight" in names:
         return "not a plain ViT: its norms have no bias (RMSNorm)"
@@ -239,9 +282,13 @@ def _why_doubtful(
     parts = [part for part in parts if part in ("attn", "norm1", "mlp", "norm2")]
     if ordered and parts == ["attn", "norm1", "mlp", "norm2"]:
         return f"not a plain ViT: it has {post_norm}"
+    if any(".attn.norm." in key or ".mlp.norm." in key for key in names):
+        return f"it has norms inside its branches (sub-LN), and perhaps {_ROTARY}; {_TELL}"
+    if any(re.search(r"\.mlp\.(fc1_g|w1|gate_proj)\.", key) for key in keys):
+        return f"it has a feed-forward part with separate gates, and perhaps {_ROTARY}; {_TELL}"
     if any(key.endswith(".attn.q_bias") for key in keys):
         if names["blocks.0.mlp.fc1.weight"].shape[0] != names["blocks.0.mlp.fc2.weight"].shape[1]:
-            return "not a plain ViT: it has rotary positions (EVA-02, DINOv3, RoPE-ViT)"
+            return f"not a plain ViT: it has {_ROTARY}; {_TELL}"
         if not ordered:
             return f"EVA-01's names are also those of EVA-02-E, which has {post_norm}; {_TELL}"
     if any(key.endswith(".gamma_1") for key in keys) and not ordered:
@@ -252,12 +299,22 @@ def _why_doubtful(
     behind = any(key.startswith("encoder.patch_embed.") for key in state)
     if behind and not ordered and {"norm.weight", "fc_norm.weight", "cls_token"}.isdisjoint(names):
         return f"its names are also those of Qwen3-VL's ViT, which has rotary positions; {_TELL}"
+    if "norm_pre.weight" in names and _may_be_perception_encoder(names):
+        return f"its names are also those of Perception Encoder, which has rotary positions; {_TELL}"
     if "norm_pre.weight" in names and "mlp" not in known:
         return (
             "a CLIP ViT, and whether its activation is GELU (OpenCLIP) or QuickGELU (OpenAI) the file does "
             f"not tell; {_TELL}, or --model '{{mlp: gelu}}' or '{{mlp: quick_gelu}}'"
         )
     return None
+
+
+def _may_be_perception_encoder(names: Mapping[str, Tensor]) -> bool:
+    """CLIP's ViTs have a class token and a last norm; positions of the grid alone are of this package."""
+    if "cls_token" not in names or any(key.startswith("attn_pool.") for key in names):
+        return True
+    count = names["pos_embed"].shape[1]
+    return "norm.weight" not in names and math.isqrt(count) ** 2 != count
 
 
 def assumptions(state_dict: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> list[str]:

@@ -7,6 +7,7 @@ the images. timm's models tell all of it, configurations beside a file most, a b
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segvit.config import BackboneConfig
-from segvit.model.backbone import VisionTransformer, adapt_backbone_state, infer_backbone_config
+from segvit.config import BackboneConfig, RotaryConfig
+from segvit.model.backbone import VisionTransformer
+from segvit.model.backbone_weights import TOLD, adapt_backbone_state, infer_backbone_config
 from segvit.model.checkpoint import find_checkpoint, first_line, hub_name, hub_snapshot, read_checkpoint
+from segvit.model.rotary_weights import HALVES, NEIGHBOURS, told_by_names
 from segvit.system.extras import require
 
 
@@ -28,8 +31,9 @@ class Pretrained(NamedTuple):
     Attributes:
         name: where they come from, for messages.
         state_dict: as in the file.
-        known: of "heads", "mlp", "norm_eps" (as in `BackboneConfig`), "mean", "std", "grid" (of the stored
-            positions) and "plain" (True where the architecture has been looked at) that are known.
+        known: of "heads", "mlp", "norm_eps", "rotary", "position_resize" (as in `BackboneConfig`), "mean",
+            "std", "grid" (of the stored positions), "rotary_layout" (`rotary_weights.to_our_layout`) and
+            "plain" (True where the architecture has been looked at) that are known.
         notes: what was chosen or converted, in words.
     """
 
@@ -44,7 +48,7 @@ class Pretrained(NamedTuple):
         Raises:
             ValueError: they are not those of a plain ViT.
         """
-        fields = {key: self.known[key] for key in ("heads", "mlp", "norm_eps") if key in self.known}
+        fields = {key: self.known[key] for key in TOLD if key in self.known}
         try:
             return infer_backbone_config(self.state_dict, **fields)
         except ValueError as error:
@@ -55,7 +59,8 @@ def open_pretrained(source: str | os.PathLike | Mapping[str, Any]) -> Pretrained
     """Weights of a ViT.
 
     Args:
-        source: a file; a folder with one; 'owner/name' on the Hub; 'timm:NAME'; or a state dict.
+        source: a file; a folder with one; 'owner/name' on the Hub, 'hf:' before it or not; 'timm:NAME'; or a
+            state dict.
 
     Raises:
         FileNotFoundError, OSError: there is nothing, or it could not be fetched.
@@ -63,21 +68,29 @@ def open_pretrained(source: str | os.PathLike | Mapping[str, Any]) -> Pretrained
         ImportError: timm, safetensors or huggingface_hub is needed and not installed.
     """
     if isinstance(source, Mapping):
-        return Pretrained("state dict", source, {}, ())
+        return Pretrained("state dict", source, told_by_names(source), ())
     name = str(source)
     if name.startswith("timm:"):
         return _from_timm(name)
     path = Path(source)
-    if not path.exists() and hub_name(name):
+    if name.startswith("hf:"):
+        if (repository := hub_name(name.removeprefix("hf:"), anywhere=True)) is None:
+            raise ValueError(f"{name}: expected hf:OWNER/NAME, or hf:OWNER/NAME@REVISION")
+        path = _from_hub(repository)
+    elif not path.exists() and hub_name(name):
         path = _from_hub(name)
     try:
         file = _weights_file(path) if path.is_dir() else path
         weights = read_checkpoint(file)
         known, notes = _told(file, weights.about)
+        state = weights.state_dict
+        if patch := known.pop("linear_patches", None):
+            state = _with_patch_kernel(state, patch)
+        known = {**told_by_names(state), **known}
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(str(path)) else f"{name}: {text}") from None
-    return Pretrained(name, weights.state_dict, known, (*weights.about.get("chosen", ()), *notes))
+    return Pretrained(name, state, known, (*weights.about.get("chosen", ()), *notes))
 
 
 _FILES = (
@@ -147,8 +160,6 @@ def known_from_timm(model: nn.Module) -> tuple[dict[str, Any], tuple[str, ...]]:
         ValueError: it is no plain ViT, with the reason.
     """
     kind, blocks = type(model).__name__, list(getattr(model, "blocks", ()))
-    if getattr(model, "rope", None) is not None:
-        raise ValueError("not a plain ViT: it has rotary positions (EVA-02, DINOv3, RoPE-ViT)")
     if kind not in ("VisionTransformer", "VisionTransformerDistilled", "Eva") or not blocks:
         raise ValueError(f"not a plain ViT: timm's {kind}")
     for block in blocks:
@@ -159,30 +170,67 @@ def known_from_timm(model: nn.Module) -> tuple[dict[str, Any], tuple[str, ...]]:
         attention, mlp = type(block.attn).__name__, type(block.mlp).__name__
         if attention not in ("Attention", "EvaAttention", "AttentionRope"):
             raise ValueError(f"not a plain ViT: it has another attention ({attention})")
-        if not isinstance(block.norm1, nn.LayerNorm):
-            raise ValueError(
-                f"not a plain ViT: its norms are {type(block.norm1).__name__}, expected LayerNorm"
-            )
+        if getattr(block.attn, "gate", None) is not None:
+            raise ValueError("not a plain ViT: its attention has a gate")
+        if getattr(block.attn, "num_kv_groups", 1) != 1:
+            raise ValueError("not a plain ViT: several of its heads share keys and values (GQA)")
+        for norm in (block.norm1, getattr(block.attn, "norm", None), getattr(block.mlp, "norm", None)):
+            if not isinstance(norm, (nn.LayerNorm, nn.Identity, type(None))):
+                words = f"its norms are {type(norm).__name__}, expected LayerNorm"
+                raise ValueError(f"not a plain ViT: {words}")
+            if getattr(norm, "eps", block.norm1.eps) != block.norm1.eps:
+                raise ValueError("not a plain ViT: its norms have several epsilons")
     act = block.mlp.act
     activation = _ACTIVATIONS.get(type(act).__name__)
     if isinstance(act, nn.GELU) and act.approximate == "tanh":
         activation = "gelu_tanh"
-    if mlp == "GluMlp" and isinstance(act, nn.SiLU) and not block.mlp.gate_last:
+    gated = mlp == "SwiGLU" or (mlp == "GluMlp" and not block.mlp.gate_last)
+    if gated and isinstance(act, nn.SiLU):
         activation = "swiglu"
     elif mlp != "Mlp" or activation is None:
         raise ValueError(f"not a plain ViT: its feed-forward part is {mlp} with {type(act).__name__}")
     known = {"heads": block.attn.num_heads, "mlp": activation, "norm_eps": block.norm1.eps, "plain": True}
+    if (rope := getattr(model, "rope", None)) is not None:
+        known |= _rotary_from_timm(rope)
     if grid := getattr(model.patch_embed, "grid_size", None):
         known["grid"] = tuple(grid)
     cfg = getattr(model, "pretrained_cfg", None) or {}
+    learned = getattr(model, "pos_embed", None) is not None
+    # Other models' positions are resized as they have always been here.
+    if learned and (rope is not None or "siglip" in str(cfg.get("architecture"))):
+        known["position_resize"] = "bicubic_antialias"
     statistics, notes = _statistics(cfg.get("mean"), cfg.get("std"))
     return {**known, **statistics}, notes
+
+
+def _rotary_from_timm(rope: nn.Module) -> dict[str, Any]:
+    kind, base = type(rope).__name__, getattr(rope, "temperature", None)
+    offset, normal = getattr(rope, "grid_offset", 0.0), getattr(rope, "normalize_coords", "separate")
+    pairs = HALVES if getattr(rope, "rotate_half", False) else NEIGHBOURS
+    usual = normal == "separate" and base is not None and rope.grid_indexing in ("ij", "xy")
+    augmented = {
+        name: getattr(rope, f"{name}_coords")
+        for name in ("shift", "jitter", "rescale")
+        if getattr(rope, f"{name}_coords", None) is not None
+    }
+    if usual and kind == "RotaryEmbeddingDinoV3" and not offset and rope.min_period is None:
+        rotary = RotaryConfig("centred", base, **augmented)
+    elif usual and kind == "RotaryEmbeddingMixed":
+        rotary = RotaryConfig("index", base, learned=True, **augmented)
+    elif usual and kind == "RotaryEmbeddingCat" and getattr(rope, "grid_type", "index") == "index":
+        if rope.in_pixels:
+            raise ValueError("not a plain ViT: its rotary positions are in pixels")
+        grid = rope.ref_feat_shape
+        rotary = RotaryConfig("index", base, grid and tuple(grid), offset, **augmented)
+    else:
+        raise ValueError(f"not a plain ViT: its rotary positions are of another kind ({kind})")
+    return {"rotary": rotary, "rotary_layout": (pairs, rope.grid_indexing)}
 
 
 @torch.no_grad()
 def same_features(model: nn.Module, state: Mapping[str, Tensor], known: Mapping[str, Any]) -> bool:
     """Whether a timm model's first two blocks give the features that a `VisionTransformer` gives."""
-    fields = {name: known[name] for name in ("heads", "mlp", "norm_eps")}
+    fields = {name: known[name] for name in TOLD if name in known}
     config = infer_backbone_config(state, **fields)
     last = min(2, config.depth) - 1
     config = infer_backbone_config(state, **fields, depth=last + 1)
@@ -217,10 +265,13 @@ def _told(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[s
     elif "model_type" in config:
         known = _from_transformers(config)
     else:
-        known = _from_architecture(about.get("architecture") or config.get("architecture"), config)
+        name = about.get("architecture") or config.get("architecture")
+        name = name or _inside(clip, "model_cfg", "vision_cfg").get("timm_model_name")
+        known = _from_architecture(name, config)
     if clip:
-        known.setdefault("mlp", "quick_gelu" if clip.get("model_cfg", {}).get("quick_gelu") else "gelu")
+        known.setdefault("mlp", "quick_gelu" if _inside(clip, "model_cfg").get("quick_gelu") else "gelu")
         known.setdefault("norm_eps", 1e-5)
+        known.setdefault("plain", True)
     statistics, notes = statistics_told(about)
     for source in (config, config.get("pretrained_cfg"), clip.get("preprocess_cfg"), images):
         if not statistics and isinstance(source, dict):
@@ -249,26 +300,36 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _inside(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The configuration under these names, one in the other; empty if there is none."""
+    for name in names:
+        inner = config.get(name)
+        config = inner if isinstance(inner, Mapping) else {}
+    return config
+
+
 def _from_own(config: Mapping[str, Any]) -> dict[str, Any]:
     backbone, size = config["backbone"], config.get("image_size", (512, 512))
     patch = backbone.get("patch_size", 16)
-    known = {name: backbone[name] for name in ("heads", "mlp", "norm_eps") if name in backbone}
+    known = {name: backbone[name] for name in TOLD if name in backbone}
+    if known.get("rotary"):
+        known["rotary"] = BackboneConfig.from_dict({"rotary": known["rotary"]}).rotary
     return {**known, "grid": (size[0] // patch, size[1] // patch), "plain": True}
 
 
 _PLAIN_TRANSFORMERS = {
-    "vit", "deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "clip",
-    "clip_vision_model", "siglip", "siglip_vision_model",
+    "vit", "deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip",
+    "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model",
 }  # fmt: skip
 
 
 def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json of Hugging Face's transformers tells."""
+    """What a config.json of Hugging Face's transformers tells; what it leaves out is its kind's default."""
     kind = config["model_type"]
     if kind not in _PLAIN_TRANSFORMERS:
         raise ValueError(f"not a plain ViT: its config.json says model_type {kind!r}")
     vision = config.get("vision_config") or config
-    clip = kind.startswith("clip")
+    clip, dinov3 = kind.startswith("clip"), kind == "dinov3_vit"
     act = vision.get(
         "hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh" if "siglip" in kind else "gelu"
     )
@@ -278,11 +339,12 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         "gelu_pytorch_tanh": "gelu_tanh",
         "gelu_new": "gelu_tanh",
     }
+    if dinov3 and vision.get("use_gated_mlp"):
+        activations = {"silu": "swiglu"}
     if act not in activations:
         raise ValueError(f"its activation is {act!r}, expected {' or '.join(activations)}")
-    eps = vision.get(
-        "layer_norm_eps", 1e-5 if clip else 1e-6 if kind.startswith(("dinov2", "siglip")) else 1e-12
-    )
+    small = kind.startswith(("dinov2", "siglip"))
+    eps = vision.get("layer_norm_eps", 1e-5 if clip or dinov3 else 1e-6 if small else 1e-12)
     known = {"mlp": activations[act], "norm_eps": eps, "plain": True}
     if vision.get("use_swiglu_ffn"):
         known["mlp"] = "swiglu"
@@ -291,7 +353,30 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     size, patch = vision.get("image_size"), vision.get("patch_size")
     if isinstance(size, int) and isinstance(patch, int):
         known["grid"] = (size // patch, size // patch)
+    if dinov3:
+        names = {
+            "base": "rope_theta",
+            **{name: f"pos_embed_{name}" for name in ("shift", "jitter", "rescale")},
+        }
+        fields = {
+            "rescale": 2.0,
+            **{name: vision[theirs] for name, theirs in names.items() if theirs in vision},
+        }
+        known["rotary"] = RotaryConfig(**{name: v for name, v in fields.items() if v is not None})
+    if kind.startswith("siglip2"):
+        side = math.isqrt(vision.get("num_patches", 256))
+        known |= {"grid": (side, side), "position_resize": "bilinear_antialias"}
+        known["linear_patches"] = patch or 16
     return known
+
+
+def _with_patch_kernel(state: Mapping[str, Tensor], patch: int) -> dict[str, Tensor]:
+    """SigLIP 2's linear layer of flat patches (p, p, channels) as the convolution that it is."""
+    state = dict(state)
+    for key, value in state.items():
+        if key.endswith("patch_embedding.weight") and value.ndim == 2:
+            state[key] = value.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2).contiguous()
+    return state
 
 
 def _from_architecture(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:

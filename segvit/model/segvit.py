@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segvit.config import BackboneConfig, SegViTConfig
+from segvit.config import BackboneConfig, RotaryConfig, SegViTConfig
 from segvit.data.pictures import image_tensor
 from segvit.inference.engine import InferenceEngine
 from segvit.inference.passes import check_region, label_maps, label_maps_with_scores
-from segvit.model.backbone import Block, LayerScale, VisionTransformer, adapt_backbone_state, patch_grid
+from segvit.model.backbone import Block, LayerScale, VisionTransformer, patch_grid
+from segvit.model.backbone_weights import adapt_backbone_state
 from segvit.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -30,6 +31,7 @@ from segvit.model.checkpoint import (
 )
 from segvit.model.decoder import ATMDecoder
 from segvit.model.pretrained import Pretrained, open_pretrained
+from segvit.model.rotary import Rotary
 from segvit.model.shrunk import ShrunkDecoder
 from segvit.options import InferenceOptions
 from segvit.system.extras import require
@@ -295,10 +297,10 @@ class SegViT(nn.Module):
         and the factor (channels, 1, 1), where it cannot be folded into a patch embedding that is more than
         its weights.
         """
-        projection, positions = self.backbone.patch_embed.proj, self.backbone.pos_embed
-        exact = torch.promote_types(positions.dtype, torch.float32)
+        projection = self.backbone.patch_embed.proj
+        exact = torch.promote_types(self.mean.dtype, torch.float32)
         mean, std = (
-            torch.tensor(values, dtype=exact, device=positions.device).view(-1, 1, 1)
+            torch.tensor(values, dtype=exact, device=self.mean.device).view(-1, 1, 1)
             for values in (self.config.mean, self.config.std)
         )
         step = 255 * pixel
@@ -401,8 +403,8 @@ class SegViT(nn.Module):
     ) -> list[dict[str, Any]]:
         """Optimizer groups of the published recipe.
 
-        No decay on the backbone's norms (and LayerScale); every decoder parameter, its norms included, with
-        decay and `decoder_lr_scale` times the learning rate.
+        No decay on the backbone's norms (and LayerScale, and learned rotary frequencies); every decoder
+        parameter, its norms included, with decay and `decoder_lr_scale` times the learning rate.
 
         With `layer_decay` block i of n has its (n - i)-th power times the learning rate, what is before the
         blocks the (n + 1)-th, and a final norm the whole, as usual since BEiT (arXiv 2106.08254).
@@ -410,7 +412,7 @@ class SegViT(nn.Module):
         norms = {
             id(parameter)
             for module in self.backbone.modules()
-            if isinstance(module, (nn.LayerNorm, LayerScale))
+            if isinstance(module, (nn.LayerNorm, LayerScale, Rotary))
             for parameter in module.parameters()
         }
         depth = len(self.backbone.blocks)
@@ -446,11 +448,12 @@ class SegViT(nn.Module):
         Mean and std of the weights' images, and the norms' epsilon, become the model's where they are known.
 
         Args:
-            source: a .safetensors or .pth file, a folder or Hub repository with one, 'timm:NAME' for timm's
-                pretrained weights, or a state dict; with the names of timm, mmsegmentation, Hugging Face,
-                OpenCLIP and others (see `segvit.model.foreign`).
+            source: a .safetensors or .pth file, a folder or Hub repository ('hf:OWNER/NAME') with one,
+                'timm:NAME' for timm's pretrained weights, or a state dict; with the names of timm,
+                mmsegmentation, Hugging Face, OpenCLIP and others (see `segvit.model.foreign`).
             known: what you know of the weights and the file does not tell: "heads", "mlp", "norm_eps",
-                "mean", "std", or "plain": True for a doubtful architecture.
+                "mean", "std", "rotary" with "rotary_layout" (`segvit.model.rotary_weights.to_our_layout`), or
+                "plain": True for a doubtful architecture.
             statistics: False keeps the model's mean and std.
 
         Raises:
@@ -468,10 +471,12 @@ class SegViT(nn.Module):
         needed = {
             key: known[key] for key in ("heads", "mlp") if known.get(key) not in (None, getattr(own, key))
         }
+        if own.rotary and theirs.rotary and own.rotary.places() != theirs.rotary.places():
+            needed["rotary"] = theirs.rotary
         if theirs.width != own.width or theirs.depth < own.depth:
             needed = {}  # another size, which the loader says
         if needed:
-            found = ", ".join(f"{key} {value}" for key, value in needed.items())
+            found = ", ".join(f"{key} {_shown(value)}" for key, value in needed.items())
             raise ValueError(f"{name}: weights of a ViT with {found}; use --model '{_options(needed)}'")
         try:
             load_state_dict(self.backbone, adapted.state_dict, name)
@@ -585,17 +590,31 @@ def _unfuse(model: SegViT, *_: Any) -> None:
 
 
 def _options(fields: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{key}: {'null' if v is None else v}" for key, v in fields.items()) + "}"
+    return "{" + ", ".join(f"{key}: {_shown(value)}" for key, value in fields.items()) + "}"
+
+
+def _shown(value: Any) -> str:
+    """As in YAML; of rotary positions what is not the default."""
+    if isinstance(value, RotaryConfig):
+        plain = RotaryConfig()
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return _options({key: v for key, v in fields.items() if v != getattr(plain, key)})
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
 def _hint(theirs: BackboneConfig, own: BackboneConfig) -> str:
     """The options that make a backbone fit weights, after a message that it does not."""
     if (theirs.width, theirs.depth) != (own.width, own.depth):
         return f"; they are a ViT of width {theirs.width} with {theirs.depth} blocks: choose that preset"
-    fields = ("mlp", "mlp_ratio", "class_token", "register_tokens", "layer_scale", "qkv_bias", "pre_norm")
+    fields = (
+        "mlp", "mlp_ratio", "class_token", "register_tokens", "layer_scale", "qkv_bias", "pre_norm",
+        "absolute_positions", "rotary", "attention_norm", "mlp_norm",
+    )  # fmt: skip
     differ = {key: getattr(theirs, key) for key in fields if getattr(theirs, key) != getattr(own, key)}
     if theirs.layer_scale is not None and own.layer_scale is not None:
         differ.pop("layer_scale", None)
+    if theirs.rotary and own.rotary and theirs.rotary.places() == own.rotary.places():
+        differ.pop("rotary", None)
     return f"; they fit with --model '{_options(differ)}'" if differ else ""
 
 

@@ -63,7 +63,10 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
 
 
 # Of a backbone, what its weights decide where --model does not.
-_OF_WEIGHTS = ("mlp", "mlp_ratio", "register_tokens", "qkv_bias", "pre_norm")
+_OF_WEIGHTS = (
+    "mlp", "mlp_ratio", "register_tokens", "qkv_bias", "pre_norm", "absolute_positions", "position_resize",
+    "rotary", "attention_norm", "mlp_norm",
+)  # fmt: skip
 
 
 def _start(
@@ -86,6 +89,9 @@ def _start(
         if (theirs.width, theirs.depth) == (own.width, own.depth):
             taken = {key: getattr(theirs, key) for key in _OF_WEIGHTS}
             taken |= {key: weights.known[key] for key in ("heads", "norm_eps") if key in weights.known}
+            if own.rotary and theirs.rotary:  # the augmentation is the training's
+                of_training = {name: getattr(own.rotary, name) for name in ("shift", "jitter", "rescale")}
+                taken["rotary"] = dataclasses.replace(theirs.rotary, **of_training)
             if (own.layer_scale is None) != (theirs.layer_scale is None):
                 taken["layer_scale"] = theirs.layer_scale
             taken = {key: value for key, value in taken.items() if key not in config.model}

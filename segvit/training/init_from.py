@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from segvit.config import BackboneConfig, SegViTConfig
-from segvit.model.backbone import adapt_backbone_state
+from segvit.model.backbone_weights import adapt_backbone_state
 from segvit.model.checkpoint import (
     WEIGHTS_FILE,
     find_checkpoint,
@@ -68,9 +68,8 @@ def init_from(
     patch = old.backbone.patch_size
     grid = (old.image_size[0] // patch, old.image_size[1] // patch)
     try:
-        adapted = adapt_backbone_state(
-            state, new.backbone, model.backbone.grid, {"grid": grid, "mlp": old.backbone.mlp, "plain": True}
-        )
+        known = {"grid": grid, "mlp": old.backbone.mlp, "rotary": old.backbone.rotary, "plain": True}
+        adapted = adapt_backbone_state(state, new.backbone, model.backbone.grid, known)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from None
     notes += adapted.changed

@@ -8,14 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from segvit.config import BackboneConfig
-from segvit.model.backbone import (
-    VisionTransformer,
-    adapt_backbone_state,
-    infer_backbone_config,
-    resample_patch_kernel,
-    resize_positions,
-)
+from segvit.model.backbone import VisionTransformer
+from segvit.model.backbone_weights import adapt_backbone_state, infer_backbone_config, resample_patch_kernel
 from segvit.model.checkpoint import load_state_dict, read_state_dict
+from segvit_kernels import resize_positions
 
 TAPS = (0, 2)
 

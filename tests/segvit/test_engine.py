@@ -22,11 +22,16 @@ SIZES = ((32, 32), (37, 50), (64, 40))
 KINDS = ("plain", "shrunk", "linear")
 
 
-def tiny_model(kind="plain", patch=8, class_token=True, **overrides):
-    """Sharp enough that label maps have several classes and small mistakes show."""
+def tiny_model(kind="plain", patch=8, class_token=True, setup=None, **overrides):
+    """Sharp enough that label maps have several classes and small mistakes show.
+
+    Args:
+        setup: more fields of the backbone.
+    """
     torch.manual_seed(0)
     shrink = 1 if kind == "shrunk" else None
-    backbone = BackboneConfig(32, 3, 2, patch_size=patch, class_token=class_token, shrink_at=shrink)
+    fields = {"patch_size": patch, "class_token": class_token, "shrink_at": shrink, **(setup or {})}
+    backbone = BackboneConfig(32, 3, 2, **fields)
     values = {"num_classes": 6, "taps": (0, 2), "decoder_depth": 2, "image_size": (4 * patch, 4 * patch)}
     values |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "upsample": kind == "shrunk"}
     model = (LinearSegmenter if kind == "linear" else SegViT)(SegViTConfig(backbone, **(values | overrides)))

@@ -133,7 +133,7 @@ def test_configurations_beside_the_weights(tmp_path):
         make_model().load_backbone(tmp_path)
     write("open_clip_config.json", model_cfg={"quick_gelu": True}, preprocess_cfg=IMAGENET)
     weights = open_pretrained(tmp_path)
-    assert weights.known == {"mlp": "quick_gelu", "norm_eps": 1e-5, **IMAGENET}
+    assert weights.known == {"mlp": "quick_gelu", "norm_eps": 1e-5, "plain": True, **IMAGENET}
     write("preprocessor_config.json", image_mean=[0.1] * 3, image_std=[0.2] * 3)
     assert open_pretrained(tmp_path).known == {"mean": (0.1,) * 3, "std": (0.2,) * 3}
     for path in tmp_path.glob("*.json"):
@@ -146,10 +146,8 @@ def test_configurations_beside_the_weights(tmp_path):
 
 def test_architecture_by_timms_name(tmp_path):
     pytest.importorskip("timm")
-    torch.save(
-        {"state_dict": state_of(make_model()), "arch": "vit_small_patch16_rope_ape_224"}, tmp_path / "a.pth"
-    )
-    with pytest.raises(ValueError, match=r"a\.pth: not a plain ViT: it has rotary positions"):
+    torch.save({"state_dict": state_of(make_model()), "arch": "vit_base_patch16_rpn_224"}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: not a plain ViT: it has residual post-norm blocks"):
         make_model().load_backbone(tmp_path / "a.pth")
     config = {"architecture": "vit_base_patch16_clip_quickgelu_224", "pretrained_cfg": IMAGENET}
     save_file(state_of(make_model()), tmp_path / "model.safetensors")
@@ -180,8 +178,8 @@ def test_timm_brings_all_of_it(monkeypatch):
     report = model.load_backbone("timm:deit_tiny_patch16_224")
     assert notes(report) == "mean 0.485 0.456 0.406 and std 0.229 0.224 0.225 of the weights"
     assert model.config.std == IMAGENET["std"]
-    with pytest.raises(ValueError, match="rotary"):
-        model.load_backbone("timm:vit_small_patch16_rope_ape_224")
+    with pytest.raises(ValueError, match="post-norm"):
+        model.load_backbone("timm:vit_base_patch16_rpn_224")
     with pytest.raises(ValueError, match="other features than timm's"):
         model.load_backbone("timm:vit_tiny_patch16_384")
 
@@ -265,7 +263,9 @@ def test_weights_decide_what_the_options_leave_open(tmp_path):
     from segvit.options import TrainConfig
     from segvit.training.build import build_model
 
-    theirs = make_model(mlp="quick_gelu", pre_norm=True, layer_scale=0.1, register_tokens=2, qkv_bias=False)
+    theirs = make_model(
+        mlp="quick_gelu", pre_norm=True, layer_scale=0.1, class_token=True, register_tokens=2, qkv_bias=False
+    )
     save_file(state_of(theirs), tmp_path / "model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": {"quick_gelu": True}, "preprocess_cfg": IMAGENET})
