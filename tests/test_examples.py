@@ -1,6 +1,8 @@
-"""The notebooks of examples/, cell after cell in one process."""
+"""The notebooks of examples/, cell after cell in one process, and its scripts."""
 
 import json
+import re
+import runpy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,3 +45,21 @@ def test_train_and_look(tmp_path, monkeypatch):
     assert left["result"]["step"] == 90 and left["result"]["miou"] > 0.2
     assert left["agreeing"][-1] == 1 > left["agreeing"][0]
     assert left["differing"] == 0
+
+
+def run_script(name: str, capsys: Any) -> str:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_post_processing(capsys):
+    pytest.importorskip("transformers.models.rf_detr", reason="transformers 5.23 is not installed")
+    printed = run_script("post_processing", capsys)
+    shares = [float(share) for share in re.findall(r"([\d.]+) % equal", printed)]
+    assert len(shares) == 7 and min(shares) > 99.9
+    assert all(int(count) > 2 for count in re.findall(r"(\d+) segments", printed))
+
+
+def test_attention(capsys):
+    apart = re.findall(r"by (\S+e-?\d+)", run_script("attention", capsys))
+    assert len(apart) >= 2 and all(float(value) < 1e-4 for value in apart)
