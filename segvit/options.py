@@ -206,6 +206,16 @@ class InferenceOptions(_Checked):
 
 
 @dataclass(kw_only=True)
+class PrecisionOptions(_Checked):
+    """Precision"""
+
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = option(
+        "float32",
+        "precision of the network; int8: the backbone's projections, on CPUs with AVX512-VNNI or AMX",
+    )
+
+
+@dataclass(kw_only=True)
 class ModelOptions(_Checked):
     """Model"""
 
@@ -339,7 +349,7 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
+class EvaluateConfig(DataOptions, PrecisionOptions, InferenceOptions, MachineOptions):
     """Evaluation"""
 
     checkpoint: str = option(
@@ -356,7 +366,7 @@ class EvaluateConfig(DataOptions, InferenceOptions, MachineOptions):
 
 
 @dataclass(kw_only=True)
-class PredictConfig(InferenceOptions):
+class PredictConfig(PrecisionOptions, InferenceOptions):
     """Prediction"""
 
     images: list[str] = option(
@@ -416,7 +426,7 @@ class PredictConfig(InferenceOptions):
 
 
 @dataclass(kw_only=True)
-class ServeConfig(InferenceOptions):
+class ServeConfig(PrecisionOptions, InferenceOptions):
     """Serving"""
 
     checkpoint: str = option(
@@ -509,7 +519,9 @@ class BenchConfig(_Checked):
     )
     batch: int = option(1, "images of a call", at_least=1)
     image: str | None = option(None, "picture to measure on, resized; random pixels when not given")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "precision of the engine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = option(
+        "auto", "precision of the engine; int8: the backbone's projections"
+    )
     method: Literal["auto", "eager", "graph", "compile"] = option(
         "auto", "how the engine runs: layer by layer, as a CUDA graph, or through torch.compile (minutes)"
     )

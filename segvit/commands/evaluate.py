@@ -15,6 +15,7 @@ from segvit.data import check_data, folder_options, open_dataset
 from segvit.data.known import known_folder
 from segvit.exporting import open_model
 from segvit.exporting.exported import ExportedModel
+from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.model.checkpoint import find_checkpoint
 from segvit.options import EvaluateConfig
@@ -33,6 +34,13 @@ def run(config: EvaluateConfig) -> int:
     model_config = model.config
     if isinstance(model, ExportedModel):
         model.check(config)
+        model.check_precision(config.dtype)
+    elif config.dtype != "float32" and config.precision != "32":
+        raise ValueError(
+            f"dtype: got {config.dtype} with --precision {config.precision}; expected one of the two"
+        )
+    else:
+        check_precision(fabric.device, config.dtype, config.backend)
     dataset = open_dataset(
         config.data,
         config.split,
@@ -51,6 +59,7 @@ def run(config: EvaluateConfig) -> int:
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
     result = {key: without_nan(value) for key, value in result.items()}
     result["inference"] = config.inference_fields()
+    result["dtype"] = config.dtype
     problems = []
     for path, write in files.items():  # before anything is printed: a console can fail
         try:
@@ -66,7 +75,11 @@ def run(config: EvaluateConfig) -> int:
 
 
 def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Any) -> Any:
-    model = open_model(config.checkpoint).to(fabric.device)
+    model: Any = open_model(config.checkpoint)
+    if isinstance(model, ExportedModel) or config.dtype == "float32":
+        model = model.to(fabric.device)
+    else:
+        model = in_precision(model, fabric.device, config.dtype)
     share = len(range(fabric.global_rank, len(dataset), fabric.world_size))
     with (
         segvit_kernels.backend(config.backend) if config.backend else nullcontext(),

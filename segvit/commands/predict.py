@@ -25,6 +25,7 @@ from segvit.exporting import open_model
 from segvit.exporting.exported import ExportedModel
 from segvit.inference.bulk import Job, Pipeline, find_classes, output_stems
 from segvit.inference.classes import class_names
+from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.inference.record import CannotWriteError, Files, Output, Record, Tars
 from segvit.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
@@ -34,7 +35,17 @@ from segvit.system.files import make_folder
 from segvit.system.machine import pick_backend, pick_device, place_among_processes
 
 # Options that results depend on, besides the checkpoint and those of inference.
-_OF_RESULTS = ("overlay", "maps", "scores", "probabilities", "score_type", "score_classes", "region", "alpha")
+_OF_RESULTS = (
+    "dtype",
+    "overlay",
+    "maps",
+    "scores",
+    "probabilities",
+    "score_type",
+    "score_classes",
+    "region",
+    "alpha",
+)
 
 
 def run(config: PredictConfig) -> int:
@@ -55,10 +66,14 @@ def run(config: PredictConfig) -> int:
     if device.index is not None:
         torch.cuda.set_device(device)
 
-    model: Any = open_model(config.checkpoint).to(device).eval().fuse()
+    model: Any = open_model(config.checkpoint)
     if isinstance(model, ExportedModel):
         model.check(config)
+        model.check_precision(config.dtype)
         model.check_outputs(maps=config.maps, scores=config.scores, probabilities=config.probabilities)
+    else:
+        check_precision(device, config.dtype, config.backend)
+        model = in_precision(model, device, config.dtype)
     names = class_names(model.config)
     classes = find_classes(config.maps, names)
     if classes and isinstance(model, LinearSegmenter):

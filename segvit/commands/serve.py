@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.model.heads import load_model
 from segvit.model.linear_head import LinearSegmenter
@@ -27,8 +28,9 @@ def run(config: ServeConfig) -> int:
 
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
+    check_precision(device, config.dtype, config.backend)
     with bind(config.host, config.port) as listening:
-        model = load_model(config.checkpoint).to(device).eval().fuse()
+        model = in_precision(load_model(config.checkpoint), device, config.dtype)
         check_options(config, model.config.backbone.patch_size)
         similarity = not isinstance(model, LinearSegmenter)
         path = Path(config.checkpoint)

@@ -114,6 +114,12 @@ class ExportedModel(nn.Module):
                     f"{name}: {self.path} has its own inside ({inside}), got {asked}; export it again"
                 )
 
+    def check_precision(self, dtype: str) -> None:
+        """Raise ValueError for a precision other than the file's own or the default."""
+        own = self.description.fields["precision"]
+        if dtype not in ("float32", own):
+            raise ValueError(f"dtype: {self.path} has its own inside ({own}), got {dtype}; export it again")
+
     def check_outputs(self, **asked: object) -> None:
         """Raise ValueError for the first output that is asked for and that the file cannot give."""
         for name, value in asked.items():

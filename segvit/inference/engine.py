@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from segvit.inference.protocol import Foldable
 from segvit.options import InferenceOptions
 from segvit_kernels import freeze, pack_linears, requested_backend, unpack_linears, why_not_packed
 
-__all__ = ["METHODS", "InferenceEngine", "copy_of"]
+__all__ = ["METHODS", "InferenceEngine", "check_precision", "copy_of", "in_precision"]
 
 METHODS = ("auto", "eager", "graph", "compile")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,6 +40,7 @@ class InferenceEngine:
     Attributes:
         size, batch: height and width, and number, of the images of a call.
         device, dtype: where and in which precision the network runs.
+        int8: whether the backbone's projections have 8 bits.
         method: "eager", "graph" or "compile".
         function: the module behind it, uint8 images to label maps, without graph or compilation.
     """
@@ -63,14 +64,12 @@ class InferenceEngine:
             raise ValueError(f"batch: got {batch}, expected at least 1")
         self.size, self.batch, self.device = sides, batch, model.mean.device
         self.channels = model.config.backbone.in_channels
-        self.dtype = _dtype(model, dtype)
+        self.dtype, self.int8 = _dtype(model, dtype), int8
         self.method = _method(method, self.device, fp8)
         if fp8:
             _check_fp8(self.device, self.dtype)
         if int8:
-            reason = why_not_packed(torch.empty(1, 1, dtype=self.dtype, device=self.device), int8=True)
-            if reason:
-                raise ValueError(f"int8: {reason}")
+            _check_int8(self.device, self.dtype, "int8")
         with torch.no_grad():
             self.function = _LabelMaps(model, sides, batch, self.dtype, options or InferenceOptions(), int8)
             if fp8:
@@ -150,9 +149,8 @@ class _LabelMaps(nn.Module):
             self.network.fold_grid(*crops)
         self.to(dtype)
         self.network.fuse()
-        for block in self.network.plain_blocks() if int8 else []:
-            unpack_linears(block)
-            pack_linears(block, int8=True)
+        if int8:
+            _pack_int8(self.network)
         freeze(cast(nn.Module, self.network))
         # Every stage classifies its tokens: here the last stage's alone, after the network.
         self.class_head = self.network.take_class_head()
@@ -167,6 +165,49 @@ class _LabelMaps(nn.Module):
         if self.class_head is not None:
             outputs = [out._replace(class_logits=self.class_head(out.class_logits)) for out in outputs]
         return self.network.labels(outputs, self.size, self.views)
+
+
+_Model = TypeVar("_Model", bound=Any)
+
+
+def in_precision(model: _Model, device: torch.device, dtype: str) -> _Model:
+    """The model on a device, in evaluation mode and fused, for images of any size.
+
+    Args:
+        dtype: of the network, "float32" (a checkpoint in lower precision stays what it is), "float16" or
+            "bfloat16", or "int8": the backbone's projections, and all else in the faster one of float32 and
+            bfloat16.
+    """
+    kind: torch.dtype | None = None
+    if dtype == "int8":
+        kind = torch.bfloat16 if prefers_bfloat16(device) else torch.float32
+    elif dtype != "float32":
+        kind = getattr(torch, dtype)
+    model.to(device, kind)
+    model.eval().fuse()
+    if dtype == "int8":
+        _pack_int8(model)
+    return model
+
+
+def check_precision(device: torch.device, dtype: str, backend: str | None) -> None:
+    """Raise ValueError where a precision has no kernels, on a device and the backend that is asked for."""
+    if dtype != "int8":
+        return
+    if (asked := backend or requested_backend()) not in (None, "cpu"):
+        raise ValueError(f"dtype: int8 is computed by the backend cpu, got {asked}")
+    _check_int8(device, torch.float32, "dtype")
+
+
+def _check_int8(device: torch.device, dtype: torch.dtype, argument: str) -> None:
+    if reason := why_not_packed(torch.empty(1, 1, dtype=dtype, device=device), int8=True):
+        raise ValueError(f"{argument}: {reason}")
+
+
+def _pack_int8(network: Foldable) -> None:
+    for block in network.plain_blocks():
+        unpack_linears(block)
+        pack_linears(block, int8=True)
 
 
 def copy_of(model: Foldable) -> Foldable:

@@ -29,6 +29,7 @@ from segvit.model.segvit import SegViT
 from segvit.options import BenchConfig
 from segvit.speed.environment import environment, usable_cores
 from segvit.speed.report import advice
+from segvit_kernels import why_not_packed
 
 __all__ = ["PARTS", "Way", "breakdown", "interleave", "measure", "preset"]
 
@@ -61,10 +62,12 @@ def measure(
         log: told what is being done.
     """
     device, size, batch = images.device, tuple(images.shape[-2:]), len(images)
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    engine = model.compile_for_inference(size, batch, dtype=dtype, method=config.method)
+    dtype = None if config.dtype in ("auto", "int8") else getattr(torch, config.dtype)
+    engine = model.compile_for_inference(
+        size, batch, dtype=dtype, method=config.method, int8=config.dtype == "int8"
+    )
     plain = Way(f"predict, {_short(model.mean.dtype)}", model.predict)
-    main = Way(f"engine, {engine.method}, {_short(engine.dtype)}", engine)
+    main = Way(f"engine, {engine.method}, {_precision(engine)}", engine)
     with segvit_kernels.record_backends() as operators:
         engine.function(images)
     memory = _peak_memory(lambda: engine(images), device)
@@ -102,7 +105,7 @@ def measure(
             "shrunk": model.config.backbone.shrink_at is not None,
         },
         "images": {"batch": batch, "height": size[0], "width": size[1], "source": config.image or "random"},
-        "engine": {"method": engine.method, "dtype": _short(engine.dtype)},
+        "engine": {"method": engine.method, "dtype": _precision(engine)},
         "ways": rows,
         "breakdown": breakdown(engine.function, images, config.seconds),
         "memory": memory,
@@ -124,17 +127,22 @@ def _alternatives(
         model.compile_for_inference(**made, dtype=other),
         f"dtype {_short(other)}",
     )
+    if not engine.int8 and why_not_packed(model.mean.new_empty(1, 1, dtype=engine.dtype), int8=True) is None:
+        log("building the engine in int8")
+        eight = model.compile_for_inference(**made, dtype=engine.dtype, int8=True)
+        yield Way(f"engine, {engine.method}, int8", eight, "dtype int8")
     if engine.method != "eager":
-        yield Way(f"engine, eager, {_short(engine.dtype)}", torch.no_grad()(engine.function), "method eager")
+        yield Way(f"engine, eager, {_precision(engine)}", torch.no_grad()(engine.function), "method eager")
     cores, threads = usable_cores(), torch.get_num_threads()
     if engine.device.type == "cpu" and threads != cores:
-        name = f"engine, {engine.method}, {_short(engine.dtype)}, {cores} threads"
+        name = f"engine, {engine.method}, {_precision(engine)}, {cores} threads"
         yield Way(name, engine, f"threads {cores}", cores)
     if config.model in PRESETS and not config.shrunk:
         log("building the Shrunk model")
         shrunk = preset(config.model, model.config.num_classes, shrunk=True).to(engine.device)
-        name = f"engine, {engine.method}, {_short(engine.dtype)}, Shrunk"
-        yield Way(name, shrunk.compile_for_inference(**made, dtype=engine.dtype), "shrunk")
+        name = f"engine, {engine.method}, {_precision(engine)}, Shrunk"
+        fast = shrunk.compile_for_inference(**made, dtype=engine.dtype, int8=engine.int8)
+        yield Way(name, fast, "shrunk")
 
 
 # How it is measured
@@ -311,6 +319,10 @@ def preset(name: str, classes: int, shrunk: bool) -> SegViT:
     """A preset with random weights, the same every time, in evaluation mode."""
     torch.manual_seed(0)
     return SegViT(SegViTConfig.preset(name, classes, shrunk=shrunk)).requires_grad_(False).eval()
+
+
+def _precision(engine: InferenceEngine) -> str:
+    return "int8" if engine.int8 else _short(engine.dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

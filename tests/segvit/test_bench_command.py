@@ -280,7 +280,7 @@ def test_threads_are_put_back():
         (["vit_tiny", "--seconds", "0"], "seconds: got 0.0, expected more than 0"),
         (["vit_tiny", "--threads", "0"], "threads: got 0, expected at least 1"),
         (["vit_tiny", "--classes", "0"], "classes: got 0, expected at least 1 or null"),
-        (["vit_tiny", "--dtype", "int8"], "--dtype"),
+        (["vit_tiny", "--dtype", "int4"], "--dtype"),
         (["vit_tiny", "--method", "graph", "--accelerator", "cpu"], "method: got 'graph' for a model on cpu"),
         (["vit_tiny", "--backend", "cudnn"], "backend: got 'cudnn'"),
         (["vit_tiny", "--image", "nowhere.png"], "nowhere.png: no such image file"),
