@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from backends import PTX
 from test_panoptic_argmax import named
 
 from segvit_kernels import _library
@@ -19,7 +20,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [name for name in CONFIGS if not PTX or name != "large"])
 @named("odd", "mask2former")
 def test_tiles_change_nothing(case, config, monkeypatch, poisoned):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
