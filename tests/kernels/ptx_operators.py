@@ -57,7 +57,8 @@ def check_mask_binarize(dtype):
 def check_mask_loss(dtype):
     config, few = mask_loss_kernels._config, mask_loss.FEW
     mask_loss_kernels._config = lambda *arguments: {**config(*arguments), **few}
-    mask_loss.test_case(mask_loss.BY_NAME["bool_masks"], BY_ID["triton"], dtype, None)
+    for name in ("bool_masks", "one_pixel"):  # sizes of 1 are constants to Triton's JIT
+        mask_loss.test_case(mask_loss.BY_NAME[name], BY_ID["triton"], dtype, None)
     call = Call.draw(2, 20, [(5, 7)], (21, 37), torch.uint8, 7, dtype=dtype)
     several = {**few, "programs": 8}  # to a tile, whose sums are added
     check_matching(call, Launchers(mask_loss_kernels, {"mask_matching_sums": several}))
