@@ -91,7 +91,7 @@ ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Trit
 	rm -f $(PTX_TABLE)
 	export SEGVIT_PTX_COVERAGE=$(PTX_TABLE) SEGVIT_PTX_DTYPES=$(PTX_DTYPES); \
 	for arch in sm_80 sm_90; do \
-		$(BIN)/python tests/kernels/ptx_battery.py $$arch && \
+		$(BIN)/python tests/kernels/ptx_operators.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
 			-k "triton and not vit and not cityscapes and not architectures" \
 			$(BATTERIES) tests/kernels/test_key_padding.py && \

@@ -29,7 +29,7 @@ COLUMNS = ("fp32", "fp16", "bf16", ANY)
 
 
 def in_turn(items: list[Any]) -> list[Any]:
-    """One dtype of each case: the first case's first, the second's second, and so on.
+    """One dtype of each case on each backend: the first case's first, the second's second, and so on.
 
     Of a test that has fewer cases than dtypes, all. What only the other dtypes of a case would show is the
     product of a shape and a dtype: every shape and every dtype of every kernel remain.
@@ -38,7 +38,8 @@ def in_turn(items: list[Any]) -> list[Any]:
     for item in items:
         given = dict((getattr(item, "callspec", None) and item.callspec.params) or {})
         if given.pop("dtype", None) in FLOATS:
-            families[item.path, item.originalname].setdefault(repr(sorted(given.items())), []).append(item)
+            family = item.path, item.originalname, repr(given.pop("backend", None))
+            families[family].setdefault(repr(sorted(given.items())), []).append(item)
     left_out: set[int] = set()
     for cases in families.values():
         if len(cases) >= max(map(len, cases.values())):
@@ -119,9 +120,7 @@ def table(
         lines.append(f"{kernel:60s}" + "".join(f"{cell:>16s}" for cell in cells))
     ours = {cell for cell in launches if cell in expected}
     total = (len(set().union(*(programs[c] for c in ours))), sum(launches[c] for c in ours))
-    lines.append(
-        f"{len(ours)} of {len(expected)} kernels and dtypes, {total[0]} programs, {total[1]} launches"
-    )
+    lines.append(f"{len(ours)} of {len(expected)} kernels by dtype, {total[0]} programs, {total[1]} launches")
     return lines, sorted(f"{arch} {kernel} {name}" for kernel, name in expected - set(launches))
 
 

@@ -27,6 +27,7 @@ import test_subsample_norm as subsample_norm
 import torch
 from backends import BY_ID, Launchers
 from mask_loss_calls import Call, check_matching
+from mask_loss_calls import check as check_mask_sums
 
 from segvit_kernels.ops.semantic_argmax import View
 from segvit_kernels.testing import ptx
@@ -60,6 +61,7 @@ def check_mask_loss(dtype):
     for name in ("bool_masks", "one_pixel"):  # sizes of 1 are constants to Triton's JIT
         mask_loss.test_case(mask_loss.BY_NAME[name], BY_ID["triton"], dtype, None)
     call = Call.draw(2, 20, [(5, 7)], (21, 37), torch.uint8, 7, dtype=dtype)
+    check_mask_sums(Call.draw(2, 7, [(5, 7)], (21, 37), dtype, dtype=dtype), BY_ID["triton"])  # soft masks
     several = {**few, "programs": 8}  # to a tile, whose sums are added
     check_matching(call, Launchers(mask_loss_kernels, {"mask_matching_sums": several}))
     mask_loss_kernels._config = config

@@ -87,7 +87,9 @@ def test_one_dtype_of_each_case_in_turn():
         return SimpleNamespace(path="file", originalname=test, callspec=SimpleNamespace(params=given))
 
     half, single = torch.float16, torch.float32
-    many = [item("many", case=case, dtype=d) for case in "abc" for d in (half, single)]
+    many = [item("many", case=case, backend="a", dtype=d) for case in "abc" for d in (half, single)]
+    other = [item("many", case=case, backend="b", dtype=d) for case in "abc" for d in (half, single)]
+    both = [x for pairs in zip(many, other, strict=True) for x in pairs]
     few = [item("few", dtype=d) for d in (half, single)]
     others = [
         SimpleNamespace(path="file", originalname="plain"),
@@ -95,6 +97,7 @@ def test_one_dtype_of_each_case_in_turn():
         item("cases", case="b"),
     ]
     assert ptx_coverage.in_turn([*many, *few, *others]) == [many[0], many[3], many[4], *few, *others]
+    assert [x for x in ptx_coverage.in_turn(both) if x in many] == [many[0], many[3], many[4]]
 
 
 def test_a_kernel_that_was_not_executed_is_said():
