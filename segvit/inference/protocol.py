@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from segvit.config import SegViTConfig
@@ -48,9 +47,6 @@ class Foldable(Segmenter, Protocol):
 
     def eval(self) -> Foldable:
         """Out of training; returns self."""
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Foldable:
-        """On a device, in a precision; returns self."""
 
     def requires_grad_(self, requires_grad: bool = True) -> Foldable:
         """Whether its parameters have gradients; returns self."""
