@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segvit_kernels.integrations._kinds import known_base
+from segvit_kernels.integrations.transformers import sam3
 from segvit_kernels.integrations.transformers.panoptic import _counted_on, _fitted
 from segvit_kernels.ops._checks import flag, number, whole
 from segvit_kernels.ops.mask_binarize import mask_binarize
@@ -83,10 +84,12 @@ def post_process_instance_segmentation(
 
     Args:
         outputs: what the model returned: MaskFormer's, Mask2Former's, OneFormer's, EoMT's (DINOv3 too,
-            without windows), VidEoMT's or RF-DETR's of transformers, or of a class that inherits from one.
+            without windows), VidEoMT's, RF-DETR's or SAM 3's of transformers, or of a class that inherits
+            from one.
         threshold: the least score of an instance; by default the processor's, 0.5, for EoMT 0.8.
-        mask_threshold: OneFormer and RF-DETR: from which logit on, or above which, a pixel belongs to a mask;
-            by default the processor's, 0.5 and 0. The others compare logits with 0, and so does this.
+        mask_threshold: SAM 3: above which probability a pixel belongs to a mask. OneFormer and RF-DETR: from
+            which logit on, or above which. By default the processor's, 0.5, 0.5 and 0. The others compare
+            logits with 0, and so does this.
         overlap_mask_area_threshold: OneFormer: the share of its mask that an instance must have won. The
             other processors ignore it.
         target_sizes: (height, width) of every image; without them maps have the size at which masks are
@@ -102,15 +105,25 @@ def post_process_instance_segmentation(
 
     Returns:
         One dictionary an image, with ``segmentation`` and ``segments_info``, as the processor's, dtypes
-        included.
+        included. For SAM 3 ``scores``, ``boxes`` and ``masks`` (K, height, width), which are bool where the
+        processor's are int64.
 
     Raises:
         TypeError: ``outputs`` is of none of these models, or an argument of another type.
         ValueError: an argument is for another model, missing, out of range or does not fit the outputs.
     """
+    if sam3.is_sam3(outputs):
+        given = {"size": size, "top_k": top_k}
+        given |= {"return_coco_annotation": return_coco_annotation or None}
+        given |= {"return_binary_maps": return_binary_maps or None}
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"{option} is {value}; expected none for SAM 3, whose processor has none")
+        return sam3.instances(outputs, threshold, mask_threshold, target_sizes)
     base = known_base(type(outputs), _KINDS)
     if base is None:
-        raise TypeError(f"outputs is a {type(outputs).__name__}; expected one of {', '.join(_KINDS)}")
+        known = ", ".join((*_KINDS, *sam3.OUTPUTS))
+        raise TypeError(f"outputs is a {type(outputs).__name__}; expected one of {known}")
     kind, name = _KINDS[base.__name__], type(outputs).__name__
     threshold = number("threshold", kind.threshold if threshold is None else threshold)
     mask_threshold = number(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segvit_kernels.integrations._kinds import known_base
+from segvit_kernels.integrations.transformers import sam3
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 
 # The size to which the image processor resizes the mask logits before their sigmoid.
@@ -30,6 +31,7 @@ def post_process_semantic_segmentation(
     *,
     size: Mapping[str, int | None] | None = None,
     direct: bool = False,
+    threshold: float | None = None,
 ) -> list[Tensor]:
     """The label maps of the image processor's method of the same name, without a score tensor.
 
@@ -52,6 +54,7 @@ def post_process_semantic_segmentation(
         direct: interpolate the mask logits straight to the target and take the sigmoid there, as SegViT does.
             No intermediate resolution, and nothing of full resolution but the labels. Sharper edges than the
             image processor's, and so other labels near them.
+        threshold: SAM 3 only: the probability above which a pixel belongs to the prompt; 0.5 unless given.
 
     Returns:
         One (height, width) int64 map per image.
@@ -63,6 +66,13 @@ def post_process_semantic_segmentation(
         TypeError: ``outputs`` is of none of these models, or has no such logits.
         ValueError: ``target_sizes`` or ``size`` is missing or does not fit the outputs.
     """
+    if sam3.is_sam3(outputs):
+        if size is not None or direct:
+            option = "direct is True" if direct else f"size is {size}"
+            raise ValueError(f"{option}; expected none for SAM 3")
+        return sam3.semantic(outputs, threshold, target_sizes)
+    if threshold is not None:
+        raise ValueError(f"threshold is {threshold}; expected None for a {type(outputs).__name__}")
     name, base = type(outputs).__name__, known_base(type(outputs), _RESIZED)
     if not all(hasattr(outputs, field) for field in ("class_queries_logits", "masks_queries_logits")):
         base = None
