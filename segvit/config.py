@@ -242,14 +242,14 @@ class SegViTConfig:
                 fill(name, tuple(getattr(self, name)))
         if self.palette is not None:
             fill("palette", tuple(tuple(colour) for colour in self.palette))
-        if self.decoder_dim is None:
-            fill("decoder_dim", self.backbone.width // 2)
-        if self.decoder_heads is None:
-            fill("decoder_heads", max(1, self.decoder_dim // 32))
+        dim = self.backbone.width // 2 if self.decoder_dim is None else self.decoder_dim
+        fill("decoder_dim", dim)
+        heads = max(1, dim // 32) if self.decoder_heads is None else self.decoder_heads
+        fill("decoder_heads", heads)
 
         _check_sizes(self, "num_classes", "decoder_dim", "decoder_heads", "decoder_depth")
         _check(
-            self.decoder_dim % self.decoder_heads == 0,
+            dim % heads == 0,
             f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}",
         )
         dropout = self.decoder_dropout

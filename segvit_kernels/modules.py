@@ -561,7 +561,7 @@ class QueryUpsample(nn.Module):
             raise ValueError(f"num_heads is {num_heads}; expected a divisor of embed_dim {embed_dim}")
         if depth < 1 or not level_dims:
             raise ValueError(f"expected one layer and one level at least, got {depth} and {len(level_dims)}")
-        self.grid = tuple(grid)
+        self.grid: tuple[int, int] = (grid[0], grid[1])
         self.dropout = dropout
         self.resize = resize
         self.key_positions = key_positions

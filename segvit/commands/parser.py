@@ -267,8 +267,8 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", dict: "DICT"}
 
 
 def _default(field: dataclasses.Field) -> Any:
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default
+    make = field.default_factory
+    return field.default if isinstance(make, dataclasses._MISSING_TYPE) else make()
 
 
 def _help_of(field: dataclasses.Field) -> str:
@@ -358,13 +358,15 @@ def _spell_switches(words: list[str], options: _Options) -> list[str]:
 
 def _take_entries(words: list[str], options: _Options) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Words without --NAME.KEY VALUE of mapping options, and those as (name, key, value)."""
-    rest, entries, position = [], [], 0
+    rest: list[str] = []
+    entries: list[tuple[str, str, str]] = []
+    position = 0
     while position < len(words):
         word = words[position]
         position += 1
         match = re.fullmatch(r"--([\w-]+)\.([\w.-]+)(?:=(.*))?", word, re.DOTALL)
         name = match[1].replace("-", "_") if match else ""
-        if typing.get_origin(options.kinds.get(name)) is not dict:
+        if match is None or typing.get_origin(options.kinds.get(name)) is not dict:
             rest.append(word)
             if word == "--":
                 return rest + words[position:], entries
@@ -385,13 +387,13 @@ def parse(command: str, words: list[str]) -> Any:
     words, entries = _take_entries(_spell_switches(words, options), options)
     parser = _parser(command)
     end = words.index("--") if "--" in words else len(words)
-    given, extra = parser.parse_known_intermixed_args(words[:end])
+    parsed, extra = parser.parse_known_intermixed_args(words[:end])
     if extra:
         flag = extra[0].partition("=")[0]
         if flag.startswith("-") and len(flag) > 1:
             flags = [flag for action in parser._actions for flag in action.option_strings]
             raise ValueError(f"{flag}: no such option{did_you_mean(flag, flags)}")
-    given = {name: value for name, value in vars(given).items() if value is not None}
+    given = {name: value for name, value in vars(parsed).items() if value is not None}
     extra += words[end + 1 :]
     for name, field in options.fields.items():
         if field.metadata["positional"]:

@@ -36,7 +36,8 @@ def look(layout: Layout, config: DataConfig) -> tuple[list[Split], dict[str, lis
         "label maps without picture": [],
         "cannot be used": [],
     }
-    for name in layout.splits() or [None]:
+    names: list[Any] = [*layout.splits()] or [None]
+    for name in names:
         try:
             listing = layout.listing(name)
         except FileNotFoundError as error:
@@ -124,9 +125,10 @@ class Understood:
                 stored.setdefault(index, set()).add(colour_text(value) if one.colour else str(value))
             pictures.update(here)
         total = max(1, pixels.total())
-        rows = [("class", "stored", "pixels", "pictures")]
+        rows: list[tuple[str, ...]] = [("class", "stored", "pixels", "pictures")]
         order = sorted(range(len(self.names)), key=lambda index: -pixels[index])
-        names = {**{index: self.names[index] for index in order}, None: "(ignored)", -1: "(unknown)"}
+        names: dict[int | None, str] = {index: self.names[index] for index in order}
+        names |= {None: "(ignored)", -1: "(unknown)"}
         for index, name in names.items():
             if index in stored:
                 values = sorted(stored[index])
@@ -140,14 +142,16 @@ class Understood:
 
 
 def files_table(splits: Sequence[Split]) -> list[tuple[str, ...]]:
-    rows = [("split", "pairs", "without label", "without picture", "unusable", "sizes")]
+    rows: list[tuple[str, ...]] = [
+        ("split", "pairs", "without label", "without picture", "unusable", "sizes")
+    ]
     for split in splits:
         sizes = Counter(one.picture for one in split.facts if one.picture)
         if len(sizes) == 1:
             ((width, height),) = sizes
             text = f"{width}x{height}"
         elif sizes:
-            (low, high), usual = (_extreme(sizes), max(sizes, key=sizes.get))
+            (low, high), usual = (_extreme(sizes), max(sizes, key=lambda size: sizes[size]))
             text = f"{len(sizes)} sizes, {low} to {high}, most often {usual[0]}x{usual[1]}"
         else:
             text = "none"

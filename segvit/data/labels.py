@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,20 +56,21 @@ class Reading:
         text: Callable[[int], str] = str,
     ) -> str:
         """Which values are which classes, what is ignored and how much of the pixels, what never occurs."""
-        classes = {value: self.table[value] for value in sorted(counts)}
-        used = sorted({index for index in classes.values() if index is not None})
+        found_in = {value: self.table[value] for value in sorted(counts)}
+        classes = {value: index for value, index in found_in.items() if index is not None}
+        used = sorted(set(classes.values()))
 
         def name(index: int) -> str:
             return names[index] if names else f"class {index}"
 
-        by_class = sorted((value for value, index in classes.items() if index is not None), key=classes.get)
+        by_class = sorted(classes, key=lambda value: classes[value])
         shift = {value - classes[value] for value in by_class}
         if len(by_class) > 3 and len(shift) == 1:
             found = f"{by_class[0]} is {name(used[0])} ... {by_class[-1]} is {name(used[-1])}"
         else:
             shown = [f"{text(value)} is {name(classes[value])}" for value in by_class]
             found = ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
-        ignored = [value for value, index in classes.items() if index is None]
+        ignored = [value for value in found_in if value not in classes]
         share = sum(counts[value] for value in ignored) / max(1, sum(counts.values()))
         says = [f"{len(used)} of {num_classes} classes occur: {found}"]
         if ignored:
@@ -166,7 +167,7 @@ def _choose(
                 "names if 255 is the second class, or --no-reduce-zero-label if 255 means ignore"
             )
     if wanted is True:
-        if named_zero and 0 in seen and num_classes not in seen and fits_plain:
+        if names and named_zero and 0 in seen and num_classes not in seen and fits_plain:
             raise ValueError(
                 f"reduce_zero_label: would drop value 0, {_share(counts, [0])} of the pixels, and call value "
                 f"1 {names[0]!r}; leave it out, 0 is {names[0]!r} then"
@@ -181,7 +182,7 @@ def _choose(
         return reduced
     if zero == "class" and fits_plain:
         return plain
-    if fits_reduced and named_zero and {0, num_classes} <= seen:
+    if names and fits_reduced and named_zero and {0, num_classes} <= seen:
         raise ValueError(
             f"{source}: values {spans(sorted(seen))}, but {num_classes} names of which the first is "
             f"{names[0]!r}: if 0 is {names[0]!r} a name is missing, if 0 means ignore say --reduce-zero-label"
@@ -285,7 +286,7 @@ def read_mapping(source: Mapping[int, int | None] | str | Path) -> dict[int, int
         ) from None
 
 
-def _whole(value: object) -> int:
+def _whole(value: Any) -> int:
     try:
         number = None if isinstance(value, (float, bool)) else int(value)
     except (ValueError, TypeError):

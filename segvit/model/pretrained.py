@@ -228,7 +228,7 @@ def _rotary_from_timm(rope: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def same_features(model: nn.Module, state: Mapping[str, Tensor], known: Mapping[str, Any]) -> bool:
+def same_features(model: Any, state: Mapping[str, Tensor], known: Mapping[str, Any]) -> bool:
     """Whether a timm model's first two blocks give the features that a `VisionTransformer` gives."""
     fields = {name: known[name] for name in TOLD if name in known}
     config = infer_backbone_config(state, **fields)
@@ -391,7 +391,8 @@ def _from_architecture(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         if re.search(r"_rope_|_rpn_|eva02|dinov3|_pe_(core|lang|spatial)|beit|swin|samvit|naflex", name):
             raise ValueError(f"not a plain ViT: {name}")
         return {}
-    arguments = config.get("model_args") if isinstance(config.get("model_args"), dict) else {}
+    given = config.get("model_args")
+    arguments = given if isinstance(given, dict) else {}
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": 0})
@@ -408,7 +409,7 @@ def _statistics(mean: Any, std: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
         return {}, ()
     if not mean or len(mean) != len(std) or min(std) <= 0:
         return {}, ()
-    notes = ()
+    notes: tuple[str, ...] = ()
     if max(*mean, *std) > 4:
         mean, std = (tuple(round(value / 255, 6) for value in values) for values in (mean, std))
         notes = ("its mean and std are on the 0..255 scale: divided by 255",)

@@ -65,6 +65,9 @@ class SegViT(nn.Module):
     activation = "sigmoid"  # of upsampled mask logits
     backbone_frozen = False
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__()
         self.config = config

@@ -24,10 +24,11 @@ class ShrunkDecoder(ATMDecoder):
 
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__(config, stage_widths=[None])
-        patch = config.backbone.patch_size
+        patch, dim, heads = config.backbone.patch_size, config.decoder_dim, config.decoder_heads
+        assert dim is not None and heads is not None  # the config has filled them in
         self.upsample = QueryUpsample(
-            config.decoder_dim,
-            config.decoder_heads,
+            dim,
+            heads,
             grid=(config.image_size[0] // patch, config.image_size[1] // patch),
             level_dims=[config.backbone.width] * len(config.taps),
             depth=config.decoder_depth,

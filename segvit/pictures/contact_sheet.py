@@ -28,9 +28,9 @@ def contact_sheet(
     for name, image, classes in pictures:
         pixels = Image.fromarray(image)
         scale = _THUMBNAIL / max(pixels.size)
-        size = tuple(max(1, round(side * scale)) for side in pixels.size)
-        labels = Image.fromarray(classes.astype(np.int32)).resize(size, Image.NEAREST)
-        labels, pixels = np.array(labels), pixels.resize(size, Image.BILINEAR)
+        size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
+        shown = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+        labels, pixels = np.array(shown), pixels.resize(size, Image.Resampling.BILINEAR)
         cell = Image.new("RGB", (2 * size[0], size[1]))
         cell.paste(pixels, (0, 0))
         cell.paste(Image.fromarray(overlay(np.array(pixels), labels, palette)), (size[0], 0))

@@ -61,7 +61,7 @@ def measure(
         images: uint8 (B, 3, H, W) on the model's device.
         log: told what is being done.
     """
-    device, size, batch = images.device, tuple(images.shape[-2:]), len(images)
+    device, size, batch = images.device, (images.shape[-2], images.shape[-1]), len(images)
     dtype = None if config.dtype in ("auto", "int8") else getattr(torch, config.dtype)
     engine = model.compile_for_inference(
         size, batch, dtype=dtype, method=config.method, int8=config.dtype == "int8"
@@ -208,7 +208,8 @@ class _Marks:
     """Points in time on the host, or in the stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.points = device, []
+        self.device = device
+        self.points: list[Any] = []
 
     def __call__(self, *_: Any) -> None:
         if self.device.type == "cuda":
@@ -233,7 +234,9 @@ def breakdown(function: torch.nn.Module, images: Tensor, seconds: float) -> dict
     Parts: preprocessing (to the backbone), backbone, decoder, and the tail (class probabilities and
     `semantic_argmax`). The remainder is what they miss of the whole: marks, and the spread between calls.
     """
-    marks, rows, totals = _Marks(images.device), [], []
+    marks = _Marks(images.device)
+    rows: list[list[float]] = []
+    totals: list[float] = []
 
     def call() -> list[float]:
         marks()
@@ -241,7 +244,8 @@ def breakdown(function: torch.nn.Module, images: Tensor, seconds: float) -> dict
         marks()
         return marks.take()
 
-    backbone, decoder = function.network.backbone, function.network.decoder
+    network: Any = function.network
+    backbone, decoder = network.backbone, network.decoder
     end = time.perf_counter() + seconds
     while len(totals) < _LEAST or time.perf_counter() < end:
         totals += call()
@@ -311,7 +315,7 @@ def _missing_backends(operators: dict[str, set[str]], device: torch.device) -> d
     if all("eager" not in found for found in operators.values()):
         return {}
     wanted = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
-    reasons = {name: segvit_kernels.why_not(name, device) for name in wanted}
+    reasons = {name: segvit_kernels.why_not(name, device) or "" for name in wanted}
     return reasons if all(reasons.values()) else {}
 
 

@@ -8,6 +8,7 @@ there are no symbolic links a small text file names the folder that a link would
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import secrets
@@ -16,13 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
+from types import ModuleType
 from typing import Any
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:
     fcntl = None
-    import msvcrt
+    msvcrt: Any = importlib.import_module("msvcrt")
 
 __all__ = [
     "atomic_write",
@@ -124,8 +127,8 @@ def _why_not_written(error: Exception) -> str | None:
 
 
 def _os_error(error: Exception, text: str) -> OSError:
-    kind = type(error) if type(error) in (PermissionError, FileNotFoundError, NotADirectoryError) else OSError
-    result = kind(text)
+    kinds = (PermissionError, FileNotFoundError, NotADirectoryError)
+    result: OSError = next((kind for kind in kinds if type(error) is kind), OSError)(text)
     result.errno = getattr(error, "errno", None)
     return result
 
@@ -217,17 +220,16 @@ def locked(path: Path) -> Iterator[None]:
         BlockingIOError: another process is in it.
         OSError: the file cannot be made.
     """
-    handle = None
-    while handle is None:
+    while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(handle)
-            if not _is_at(handle, path):  # removed by the one who held it, after it was opened here
-                os.close(handle)
-                handle = None
+            if _is_at(handle, path):
+                break
         except BaseException:
             os.close(handle)
             raise
+        os.close(handle)  # removed by the one who held it, after it was opened here
     try:
         yield
     finally:

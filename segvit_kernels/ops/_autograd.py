@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return False
 
 
-def full_precision(*tensors: Tensor | None) -> list[Tensor | None]:
+@overload
+def full_precision(*tensors: Tensor) -> list[Tensor]: ...
+@overload
+def full_precision(*tensors: Tensor | None) -> list[Tensor | None]: ...
+def full_precision(*tensors: Tensor | None) -> list[Any]:
     """The tensors in float32 at least, for plain formulas."""
     return [t if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]

@@ -93,6 +93,7 @@ def atm_reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).masked_fill(hidden, 0)
     if dropout_p > 0:
         batch, heads, queries, keys = scores.shape
+        assert seed is not None
         keep = keep_mask(seed, dropout_p, range(batch), range(heads), heads, queries, keys)
         weights = weights * keep * dropout_scale(dropout_p)
     output = (weights @ value.transpose(1, 2)).transpose(1, 2)
@@ -132,7 +133,7 @@ def fwd_eager(
     heads, queries, keys = query.shape[2], query.shape[1], key.shape[1]
     query = query.expand(key.shape[0], -1, -1, -1)
     dtype = lse.dtype
-    total = None
+    total: Any = None
     for b, h in _blocks(key, queries):
         k, v = hide(key_padding_mask, b, _block(key, b, h, dtype), _block(value, b, h, dtype))
         scores = (_block(query, b, h, dtype) * scale) @ k.transpose(-1, -2)
@@ -156,6 +157,7 @@ def fwd_eager(
         if key_padding_mask is not None:
             normaliser.masked_fill_(normaliser == 0, 1)
         if dropout_p > 0:
+            assert seed is not None
             weights *= keep_mask(seed, dropout_p, b, h, heads, queries, keys)
             normaliser = normaliser / dropout_scale(dropout_p)
         block = (weights @ v).div_(normaliser)
@@ -193,6 +195,7 @@ def bwd_eager(
             mask_part = grad_masks[b.start : b.stop, None].to(dtype) / heads
             hide_weights(key_padding_mask, b, mask_part, 0.0)
         if grad_output is None:
+            assert mask_part is not None  # one of the two gradients is there
             grad_scores = mask_part.expand(-1, len(h), -1, -1)
         else:
             do, o = _block(grad_output, b, h, dtype), _block(output, b, h, dtype)
@@ -202,6 +205,7 @@ def bwd_eager(
             grad_scores = do @ v.transpose(-1, -2)
             kept = weights
             if dropout_p > 0:
+                assert seed is not None
                 keep = keep_mask(seed, dropout_p, b, h, heads, queries, keys).to(dtype)
                 keep *= dropout_scale(dropout_p)
                 grad_scores *= keep
@@ -383,11 +387,12 @@ def fused_atm(
     flag("deterministic", deterministic)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     if transformed(backend):
-        *projected, previous = full_precision(query, key, value, previous_masks)
-        options = {"previous_masks": previous, "key_padding_mask": key_padding_mask, "seed": seed}
+        options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "seed": seed}
+        (options["previous_masks"],) = full_precision(previous_masks)
+        projected = full_precision(query, key, value)
         result = atm_reference(*projected, scale=scale, dropout_p=dropout_p, **options)
-        output, masks = (t.to(query.dtype) for t in result)
-        return ATMOutput(output, masks if need_masks else None)
+        masks = result.mask_logits if need_masks else None
+        return ATMOutput(result.output.to(query.dtype), None if masks is None else masks.to(query.dtype))
     if differentiable(query, key, value, previous_masks):
         query, key, value = distinct(query, key, value)
         output, masks = ATMFunction.apply(

@@ -59,8 +59,8 @@ def query_attention_reference(
 
     ``seed`` (int64, one element) chooses the dropout mask; everything else as in :func:`query_attention`.
     """
-    options = {"scale": scale, "dropout_p": dropout_p, "key_padding_mask": key_padding_mask, "seed": seed}
-    return atm.atm_reference(query, key, value, **options).output
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+    return atm.atm_reference(query, key, value, key_padding_mask=key_padding_mask, **options).output
 
 
 _VECTOR = 16  # float32 numbers of the widest vectors
@@ -78,8 +78,8 @@ def _torch_has_it(key: Tensor, dropout_p: float, key_padding_mask: Tensor | None
 def _heads_first(batch: int, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     """(batch, H, N, D) in ``dtype``. Torch's kernel does not check that it can read rows: D numbers in one
     piece, and no row begun within another, as those of an expanded tensor are."""
-    tensors = [t.to(dtype) for t in tensors]
-    rows = [t if t.stride(-1) == 1 and t.stride(1) >= t.shape[-1] else t.contiguous() for t in tensors]
+    cast = [t.to(dtype) for t in tensors]
+    rows = [t if t.stride(-1) == 1 and t.stride(1) >= t.shape[-1] else t.contiguous() for t in cast]
     return [t.expand(batch, -1, -1, -1).transpose(1, 2) for t in rows]
 
 
@@ -136,7 +136,7 @@ def _bwd_eager(
 
 
 def _fwd_fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, (_, queries, heads, dim) = key.shape[0], query.shape
+    batch, queries, heads, dim = key.shape[0], *query.shape[1:]
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (
         query.new_empty(batch, queries, heads, dim),
@@ -263,8 +263,9 @@ def query_attention(
     flag("deterministic", deterministic)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     if transformed(backend):
-        options = {"scale": scale, "dropout_p": dropout_p, "seed": seed, "key_padding_mask": key_padding_mask}
-        return query_attention_reference(*full_precision(query, key, value), **options).to(query.dtype)
+        given: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+        given["key_padding_mask"] = key_padding_mask
+        return query_attention_reference(*full_precision(query, key, value), **given).to(query.dtype)
     if differentiable(query, key, value):
         inputs = distinct(query, key, value)
         options = (key_padding_mask, seed, scale, dropout_p, deterministic, backend)

@@ -96,8 +96,8 @@ def _fwd_eager(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     statistics = _statistics_dtype(x)
-    parameters = (None if p is None else p.to(statistics) for p in (weight, bias))
-    normed, mean, rstd = torch.native_layer_norm(x.to(statistics), x.shape[-1:], *parameters, eps)
+    factor, shift = (None if p is None else p.to(statistics) for p in (weight, bias))
+    normed, mean, rstd = torch.native_layer_norm(x.to(statistics), x.shape[-1:], factor, shift, eps)
     normed = normed.to(dtype)
     grid, kept = (height, width), _kept(height, width, stride)
 
@@ -144,7 +144,7 @@ def _bwd_eager(
             grad = grad_normed.to(statistics, copy=True)
         add_scattered(grad, grad_normed_sub)
         affine = weight is not None
-        factor = weight.to(statistics) if affine else None
+        factor = None if weight is None else weight.to(statistics)
         # The bias itself is not needed for its gradient; whatever has its shape will do.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
             grad, x.to(statistics), x.shape[-1:], mean.unsqueeze(-1), rstd.unsqueeze(-1), factor, factor,
@@ -325,8 +325,10 @@ def subsample_layer_norm(
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     if transformed(backend):
-        options = {"grid": (height, width), "stride": stride, "prefix_tokens": prefix_tokens, "eps": eps}
-        normed, normed_sub, _ = subsample_layer_norm_reference(*full_precision(x, weight, bias), **options)
+        (plain,), (factor, shift) = full_precision(x), full_precision(weight, bias)
+        normed, normed_sub, _ = subsample_layer_norm_reference(
+            plain, factor, shift, grid=(height, width), stride=stride, prefix_tokens=prefix_tokens, eps=eps
+        )
         x_sub = subsample_tokens(x, (height, width), stride, prefix_tokens)
         return SubsampledNorm(normed.to(dtype), normed_sub.to(dtype), x_sub)
     arguments = (x, weight, bias, height, width, stride, prefix_tokens, float(eps), dtype, backend)
@@ -389,4 +391,4 @@ def check_tokens(x: Tensor, grid: tuple[int, int], stride: int, prefix_tokens: i
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and value >= 1
+    return isinstance(value, (int, torch.SymInt)) and bool(value >= 1)

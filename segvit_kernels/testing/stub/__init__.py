@@ -80,7 +80,7 @@ class Stub:
         """Handle of the current stream; to be set freely."""
         self._library = library
         self._count = ctypes.c_long.in_dll(library, "stub_launches")
-        (ctypes.c_int * 2).in_dll(library, "stub_capability")[:] = self.capability
+        (ctypes.c_int * 2).in_dll(library, "stub_capability")[:] = [*self.capability]
         ctypes.c_int.in_dll(library, "stub_multiprocessors").value = multiprocessors
         self.shared_memory = 1024 * _SHARED_MEMORY.get(capability, 99)
         ctypes.c_int.in_dll(library, "stub_shared_memory").value = self.shared_memory
@@ -112,7 +112,8 @@ class Stub:
     @contextlib.contextmanager
     def record(self) -> Iterator[list[Record]]:
         """Note the launches inside the ``with`` block; the list that it yields fills when the block ends."""
-        library, found = self._library, []
+        library = self._library
+        found: list[Record] = []
         recording = ctypes.c_int.in_dll(library, "stub_recording")
         library.stub_forget()
         recording.value = 1
@@ -143,7 +144,16 @@ def _compile() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as temporary:
             built = Path(temporary) / "libcuda.so.1"
-            command = [cc, "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", built, _SOURCE]
+            command = [
+                cc,
+                "-O2",
+                "-shared",
+                "-fPIC",
+                "-Wl,-soname,libcuda.so.1",
+                "-o",
+                str(built),
+                str(_SOURCE),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{cc} does not compile {_SOURCE}: {done.stderr[-2000:]}")
@@ -223,4 +233,4 @@ def _take_cpu_tensors(stub: Stub) -> None:
     _library._PREFERRED["cpu"] = ("triton",)
     for operator in _library.operators():
         operator.defaults.clear()
-    _launch._gpu = lambda device: _launch._GPU(stub.arch, stub.multiprocessors)
+    vars(_launch)["_gpu"] = lambda device: _launch._GPU(stub.arch, stub.multiprocessors)
