@@ -9,6 +9,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ _SASS = re.compile(
     re.MULTILINE,
 )
 _GCN = re.compile(r"^(?:(\.\w+):|[ \t]+([a-z]\w+)([^;\n]*))", re.MULTILINE)
+_COUNTED = re.compile(rf"\b(?:{'|'.join(MNEMONICS)})\b")
 _TENSOR = re.compile(r"HGMMA|HMMA|IMMA|QMMA|OMMA|UTC\w*MMA|v_mfma\w*|v_wmma\w*")
 _BARRIER = re.compile(r"BAR|s_barrier\w*")
 _STAGED = re.compile(r"STS|ds_write\w*|ds_store\w*")  # LDGSTS, a copy past the registers, is none
@@ -43,7 +45,8 @@ _SPILL = re.compile(r"LDL|STL|scratch_\w+")
 
 def instruction_mix(sass: str) -> dict[str, int]:
     """How often each of :data:`MNEMONICS` stands in the machine code of one kernel; in it, not executed."""
-    return {name: len(re.findall(rf"\b{name}\b", sass)) for name in MNEMONICS}
+    counts = Counter(_COUNTED.findall(sass))
+    return {name: counts[name] for name in MNEMONICS}
 
 
 @dataclasses.dataclass(frozen=True)
