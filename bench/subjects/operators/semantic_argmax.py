@@ -4,7 +4,6 @@ eighth of the queries has nearly all class mass, as in a trained model."""
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations
+from bench.subjects.operators.base import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    compilations,
+    judged_by_image,
+)
 from segvit_kernels import View, Views, semantic_argmax, semantic_argmax_reference
 from segvit_kernels.testing.semantic_argmax import SemanticCase, assert_labels, oracle
 
@@ -164,24 +171,21 @@ def _image(case: Case, drawn: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> list[dict]:
-    case, dtype, labels = check.case, getattr(torch, check.dtype), results["labels"]
-    row = {"quantity": "labels", "passed": True, "reason": None, "differ": 0}
-    error = allowed = 0.0
-    for index in range(case.batch):
-        one = _image(case, drawn, index)
+    case, dtype, errors, allowed = check.case, getattr(torch, check.dtype), [], []
+
+    def hold(image: slice) -> int:
+        one = _image(case, drawn, image.start)
         truth, ordinary = oracle(one), oracle(one, dtype)
-        try:
-            row["differ"] += assert_labels(f"image {index}", labels[index : index + 1], truth, ordinary)
-        except AssertionError as wrong:
-            row |= {"passed": False, "reason": row["reason"] or str(wrong)}
         if "scores" in results:
-            own = (results["scores"][index].double() - truth[0].amax(0)).abs().max().item()
-            error = own if math.isnan(own) else max(error, own)
-            allowed = max(allowed, 2 * (ordinary.double() - truth).abs().max().item())
-    rows = [row]
+            errors.append((results["scores"][image].double() - truth.amax(1)).abs().max().item())
+            allowed.append(2 * (ordinary.double() - truth).abs().max().item())
+        return assert_labels("labels", results["labels"][image], truth, ordinary)
+
+    rows = judged_by_image(case.batch, "labels", hold)
     if "scores" in results:
-        allowed += 2 * torch.finfo(dtype).eps
-        reason = None if error <= allowed else f"error {error:.3g}, budget {allowed:.3g}"
+        error = torch.tensor(errors, dtype=torch.float64).max().item()  # NaN, if any is
+        budget = max(allowed) + 2 * torch.finfo(dtype).eps
+        reason = None if error <= budget else f"error {error:.3g}, budget {budget:.3g}"
         rows.append({"quantity": "scores", "passed": reason is None, "reason": reason, "max_error": error})
     return rows
 
