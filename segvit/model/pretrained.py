@@ -203,8 +203,9 @@ def known_from_timm(model: nn.Module) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {**known, **statistics}, notes
 
 
-def _rotary_from_timm(rope: nn.Module) -> dict[str, Any]:
-    kind, base = type(rope).__name__, getattr(rope, "temperature", None)
+def _rotary_from_timm(rope: Any) -> dict[str, Any]:
+    kind = type(rope).__name__
+    base: Any = getattr(rope, "temperature", None)
     offset, normal = getattr(rope, "grid_offset", 0.0), getattr(rope, "normalize_coords", "separate")
     pairs = HALVES if getattr(rope, "rotate_half", False) else NEIGHBOURS
     usual = normal == "separate" and base is not None and rope.grid_indexing in ("ij", "xy")
