@@ -122,7 +122,7 @@ class FactoredMaskLossFunction(torch.autograd.Function):
         shape, cell = (batch, count, *features.shape[2:]), len(queries) * features.element_size()
         blocks = list(_blocks(shape, cell, ctx.budget))
         summed = areas.dtype if len(queries) > 1 or blocks[:1] != blocks[-1:] else features.dtype
-        grad_features = features.new_zeros(features.shape, dtype=summed)
+        grad_features = features.new_zeros(features.shape, dtype=summed).flatten(2)
         grad_queries = [torch.zeros_like(q) for q in queries]
         for images, own in blocks:
             logits = [_product(q[images, own], features[images]) for q in queries]
@@ -135,9 +135,9 @@ class FactoredMaskLossFunction(torch.autograd.Function):
             for q, grad_query, dx in zip(queries, grad_queries, gradients, strict=True):
                 dx = dx.flatten(2)
                 grad_query[images, own] = torch.bmm(dx, pixels.mT)
-                part = torch.bmm(q[images, own].to(summed).mT, dx.to(summed))
-                grad_features[images] += part.unflatten(2, features.shape[2:])
-        return (grad_features.to(features.dtype), *(None,) * 8, *grad_queries)
+                grad_features[images].baddbmm_(q[images, own].to(summed).mT, dx.to(summed))
+        grad_features = grad_features.view(features.shape).to(features.dtype)
+        return (grad_features, *(None,) * 8, *grad_queries)
 
 
 def _factors(
