@@ -459,7 +459,11 @@ class ServeConfig(PrecisionOptions, InferenceOptions):
 class ConvertConfig(_Checked):
     """Conversion"""
 
-    checkpoint: str = option(..., "published checkpoint, .pth or .safetensors", positional=True)
+    checkpoint: str = option(
+        ...,
+        "published checkpoint, or weights of a plain ViT (DINOv3, ...), .pth or .safetensors",
+        positional=True,
+    )
     out: str = option(..., "folder for model.safetensors and config.json", positional=True)
     model: dict[str, Any] = option(
         {},

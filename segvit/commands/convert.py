@@ -1,10 +1,12 @@
-"""`segvit convert`: published checkpoints, plain and Shrunk, to folders for `SegViT.from_pretrained`."""
+"""`segvit convert`: published checkpoints, plain and Shrunk, to folders for `SegViT.from_pretrained`; other
+plain ViTs to folders for `--backbone-weights`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from segvit.model.convert import convert
+from segvit.model.checkpoint import read_state_dict
+from segvit.model.convert import convert, convert_backbone, is_backbone
 from segvit.options import ConvertConfig
 
 
@@ -13,6 +15,8 @@ def run(config: ConvertConfig) -> int:
     for name in ("config.yaml", "trainer.pt"):
         if (Path(config.out) / name).is_file():
             raise ValueError(f"out: {config.out} holds a training ({name}); choose another folder")
+    if is_backbone(read_state_dict(config.checkpoint)):
+        return _backbone(config)
     model, unused = convert(config.checkpoint, config.model)
     model.save_pretrained(config.out)
     found, backbone = model.config, model.config.backbone
@@ -27,6 +31,22 @@ def run(config: ConvertConfig) -> int:
     print(
         f"{len(model.state_dict())} tensors in {config.out}, none missing; {len(unused)} unused in the file"
     )
+    for key in unused:
+        print(f"  unused: {key}")
+    return 0
+
+
+def _backbone(config: ConvertConfig) -> int:
+    """Of a file that holds a plain ViT alone."""
+    found, tensors, notes, unused = convert_backbone(config.checkpoint, config.out)
+    rotary = ", rotary positions" if found.rotary else ""
+    print(
+        f"{config.checkpoint}: a plain ViT of width {found.width} with {found.depth} blocks of {found.heads} "
+        f"heads, patch {found.patch_size}{rotary}, without a decoder"
+    )
+    for note in notes:
+        print(f"  {note}")
+    print(f"{tensors} tensors in {config.out}: segvit train --backbone-weights {config.out}")
     for key in unused:
         print(f"  unused: {key}")
     return 0

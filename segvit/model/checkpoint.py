@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from segvit.config import SegViTConfig
 from segvit.model.foreign import find_state_dict, timm_name, without_wrappers
 from segvit.system.extras import require
-from segvit.system.files import follow
+from segvit.system.files import atomic_write, follow
 from segvit.system.text import read_json
 
 WEIGHTS_FILE = "model.safetensors"
@@ -253,6 +254,17 @@ def _why_unreadable(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "refused: not only tensors and plain values"
     return f"truncated, or of another kind: {first_line(error)}"
+
+
+def save_weights(
+    folder: str | os.PathLike, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write model.safetensors and config.json into `folder`, each in one step."""
+    save_file = require("safetensors.torch", extra="train").save_file
+    text = json.dumps(config, indent=2) + "\n"
+    weights = dict(state_dict)
+    atomic_write(Path(folder) / WEIGHTS_FILE, lambda path: save_file(weights, path, {"format": "pt"}))
+    atomic_write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))
 
 
 def load_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:

@@ -1,4 +1,4 @@
-"""Published checkpoints, plain and Shrunk, as models of this package."""
+"""Published checkpoints, plain and Shrunk, as models of this package; other plain ViTs as its backbones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from segvit.config import PRESETS, SegViTConfig
-from segvit.model.backbone_weights import infer_backbone_config
-from segvit.model.checkpoint import published_names, read_checkpoint, rename_published_keys
-from segvit.model.foreign import what_it_is, why_not_plain
-from segvit.model.pretrained import statistics_told
+from segvit.config import PRESETS, BackboneConfig, SegViTConfig
+from segvit.model.backbone import VisionTransformer
+from segvit.model.backbone_weights import adapt_backbone_state, infer_backbone_config
+from segvit.model.checkpoint import (
+    load_state_dict,
+    published_names,
+    read_checkpoint,
+    rename_published_keys,
+    save_weights,
+)
+from segvit.model.foreign import timm_names, what_it_is, why_not_plain
+from segvit.model.pretrained import BACKBONE_TYPE, open_pretrained, statistics_told
 from segvit.model.segvit import SegViT
 
-__all__ = ["Conversion", "convert", "infer_config"]
+__all__ = ["Conversion", "convert", "convert_backbone", "infer_config", "is_backbone"]
 
 
 class Conversion(NamedTuple):
@@ -41,9 +48,7 @@ def convert(path: str | os.PathLike, fields: Mapping[str, Any] | None = None) ->
             `fields`; one line that names the file.
     """
     published, meta = read_checkpoint(path)
-    if not all(
-        any(key.startswith(part) for key in published) for part in ("backbone.layers.", "decode_head.")
-    ):
+    if not _is_published(published):
         raise ValueError(f"{path}: not a published SegViT checkpoint; {_instead(published)}")
     renamed = rename_published_keys(published)
     try:
@@ -59,6 +64,68 @@ def convert(path: str | os.PathLike, fields: Mapping[str, Any] | None = None) ->
     names = published_names(published)
     used = {names[key] for key in weights}
     return Conversion(model, [key for key in published if key not in used])
+
+
+def _is_published(state_dict: Mapping[str, Any]) -> bool:
+    """Whether weights have the names of a published SegViT, whose backbone is mmsegmentation's."""
+    parts = ("backbone.layers.", "decode_head.")
+    return all(any(key.startswith(part) for key in state_dict) for part in parts)
+
+
+def is_backbone(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether weights are a ViT's, of whatever kind, without a decoder."""
+    if any(key.startswith(("decode_head.", "decoder.class_tokens", "decoder.stages.")) for key in state_dict):
+        return False
+    names = timm_names(state_dict)
+    return "patch_embed.proj.weight" in names and any(key.startswith("blocks.0.") for key in names)
+
+
+class Backbone(NamedTuple):
+    """A converted backbone: its configuration, the number of its tensors, and what became of the others."""
+
+    config: BackboneConfig
+    tensors: int
+    notes: tuple[str, ...]
+    unused: list[str]
+
+
+def convert_backbone(path: str | os.PathLike, folder: str | os.PathLike) -> Backbone:
+    """Write a plain ViT's weights, in whatever layout, with our names and all that is known of them.
+
+    `folder` gets model.safetensors and config.json, for `SegViT.load_backbone` and --backbone-weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, or not a plain ViT's weights; one line that names the file.
+    """
+    weights = open_pretrained(path)
+    names = timm_names(weights.state_dict)
+    config = dataclasses.replace(weights.backbone_config(), final_norm="norm.weight" in names)
+    grid = tuple(weights.known.get("grid", ())) or _stored_grid(names)
+    try:
+        state, unused, changed = adapt_backbone_state(weights.state_dict, config, grid, weights.known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    size = (grid[0] * config.patch_size, grid[1] * config.patch_size)
+    with torch.device("meta"):
+        model = VisionTransformer(config, size, (config.depth - 1,))
+    model.to_empty(device="cpu")
+    load_state_dict(model, state, str(path))
+    told: dict[str, Any] = {key: list(weights.known[key]) for key in ("mean", "std") if key in weights.known}
+    values: dict[str, Any] = {
+        "model_type": BACKBONE_TYPE,
+        "backbone": config.to_dict(),
+        "image_size": list(size),
+        **told,
+    }
+    save_weights(folder, {key: state[key].contiguous() for key in model.state_dict()}, values)
+    return Backbone(config, len(model.state_dict()), (*weights.notes, *changed), unused)
+
+
+def _stored_grid(names: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The square grid of stored positions; any, where there are none."""
+    count = names["pos_embed"].shape[1] if "pos_embed" in names else 32 * 32
+    return (math.isqrt(count),) * 2
 
 
 def infer_config(state_dict: Mapping[str, Tensor], fields: Mapping[str, Any] | None = None) -> SegViTConfig:
@@ -82,7 +149,7 @@ def infer_config(state_dict: Mapping[str, Tensor], fields: Mapping[str, Any] | N
     shrunk = "decoder.upsample.queries" in state_dict
     stages = "decoder.upsample.stages." if shrunk else "decoder.stages."
     num_taps = _count(state_dict, stages)
-    values = {
+    values: dict[str, Any] = {
         **backbone.to_dict(),
         "num_classes": num_classes,
         "decoder_dim": dim,

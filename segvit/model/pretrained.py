@@ -24,6 +24,9 @@ from segvit.model.checkpoint import find_checkpoint, first_line, hub_name, hub_s
 from segvit.model.rotary_weights import HALVES, NEIGHBOURS, told_by_names
 from segvit.system.extras import require
 
+BACKBONE_TYPE = "segvit_backbone"
+"""In a config.json: a backbone alone, with our names (`segvit convert`)."""
+
 
 class Pretrained(NamedTuple):
     """A ViT's weights and what is known about them.
@@ -261,7 +264,8 @@ def _told(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[s
     config = _json(folder / "config.json") if beside else {}
     clip = _json(folder / "open_clip_config.json") if beside else {}
     images = _json(folder / "preprocessor_config.json") if beside else {}
-    if "taps" in config and isinstance(config.get("backbone"), dict):
+    own = "taps" in config or config.get("model_type") == BACKBONE_TYPE
+    if own and isinstance(config.get("backbone"), dict):
         known = _from_own(config)
     elif "model_type" in config:
         known = _from_transformers(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from segvit.model.checkpoint import (
     load_state_dict,
     read_config,
     read_state_dict,
+    save_weights,
 )
 from segvit.model.decoder import ATMDecoder
 from segvit.model.pretrained import Pretrained, open_pretrained
@@ -35,7 +35,6 @@ from segvit.model.rotary import Rotary
 from segvit.model.shrunk import ShrunkDecoder
 from segvit.options import InferenceOptions
 from segvit.system.extras import require
-from segvit.system.files import atomic_write
 from segvit_kernels import Views, exportable, is_plain, pack_linears, semantic_argmax, unpack_linears
 
 
@@ -529,12 +528,9 @@ class SegViT(nn.Module):
                 f"{other[0]}: expected the parameters of a plain SegViT; merge adapters, remove "
                 "parametrizations and save before quantising, or use torch.save"
             )
-        save_file = require("safetensors.torch", extra="train").save_file
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         values = self.config.to_dict() if self.head is None else {"head": self.head, **self.config.to_dict()}
-        text = json.dumps(values, indent=2) + "\n"
-        atomic_write(Path(folder) / WEIGHTS_FILE, lambda path: save_file(state, path, {"format": "pt"}))
-        atomic_write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))
+        save_weights(folder, state, values)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> SegViT:

@@ -167,22 +167,30 @@ def test_other_image_size_resizes_positions():
         assert a.shape == (2, 15, 32)
 
 
-@pytest.mark.parametrize("new", [16, 20, 8])
-def test_patch_kernel_resampling(new):
-    kernel, patch = torch.randn(5, 3, 14, 14), torch.randn(4, 3, 14, 14)
+@pytest.mark.parametrize("old", [14, 16])
+@pytest.mark.parametrize("new", [8, 12, 14, 16, 24, 32])
+def test_patch_kernel_resampling(old, new):
+    """Tokens of enlarged patches are those of the patches; a smaller kernel loses what it cannot express."""
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.randn(5, 3, old, old, generator=generator, dtype=torch.float64)
+    patch = torch.randn(4, 3, old, old, generator=generator, dtype=torch.float64)
     resampled = resample_patch_kernel(kernel, new)
-    assert resampled.shape == (5, 3, new, new)
-    if new > 14:  # nothing is lost, so tokens of resized patches are exact
+    assert resampled.shape == (5, 3, new, new) and resampled.dtype == torch.float64
+    if new == old:
+        assert resampled is kernel
+    elif new > old:
         larger = F.interpolate(patch, size=(new, new), mode="bicubic", align_corners=False)
         tokens = torch.einsum("cdij,bdij->bc", resampled, larger)
-        torch.testing.assert_close(tokens, torch.einsum("cdij,bdij->bc", kernel, patch), atol=1e-3, rtol=1e-4)
-    else:  # the best that a smaller kernel can do is orthogonal to what it cannot express
-        basis = torch.eye(14 * 14).view(-1, 1, 14, 14)
+        torch.testing.assert_close(tokens, torch.einsum("cdij,bdij->bc", kernel, patch), atol=1e-9, rtol=1e-9)
+    else:  # the best that it can do is orthogonal to what it cannot express
+        basis = torch.eye(old * old, dtype=torch.float64).view(-1, 1, old, old)
         resize = F.interpolate(basis, size=(new, new), mode="bicubic", align_corners=False, antialias=True)
         resize = resize.flatten(1)
         residual = kernel.flatten(2) - resampled.flatten(2) @ resize.T
-        assert (residual @ resize).abs().max() < 1e-4
-    assert resample_patch_kernel(kernel, 14) is kernel
+        assert (residual @ resize).abs().max() < 1e-9
+    single = resample_patch_kernel(kernel.float(), new)
+    assert single.dtype == torch.float32  # the inverse is float64 all the same
+    torch.testing.assert_close(single.double(), resampled, atol=1e-5, rtol=1e-5)
 
 
 def test_drop_path():

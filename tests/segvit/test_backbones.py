@@ -7,7 +7,7 @@ from segvit import SegViT, SegViTConfig
 from segvit.config import PRESETS
 from segvit.model.backbone import VisionTransformer
 from segvit.model.backbone_weights import adapt_backbone_state
-from segvit.model.checkpoint import load_state_dict
+from segvit.model.checkpoint import load_state_dict, read_config
 from segvit.model.foreign import why_not_plain
 from segvit.model.pretrained import Pretrained, known_from_timm, open_pretrained
 
@@ -270,6 +270,104 @@ def test_what_does_not_fit_is_said(tmp_path):
     other.load_backbone(tmp_path / "own")
     for a, b in zip(other.backbone.state_dict().values(), model.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+# The way in: files, names, other patches
+
+
+def dinov3_file(tmp_path, patch=8):
+    weights, _ = from_meta("vit_small_patch16_dinov3_qkvb", tmp_path)
+    state = dict(weights.state_dict)
+    kernel = torch.randn(96, 3, patch, patch, generator=torch.Generator().manual_seed(2))
+    torch.save({**state, "patch_embed.proj.weight": 0.1 * kernel}, tmp_path / "dinov3.pth")
+    return tmp_path / "dinov3.pth"
+
+
+def trained_model(tmp_path, weights, **fields):
+    """What `segvit train --preset dinov3_vits16 --backbone-weights WEIGHTS` starts from."""
+    pytest.importorskip("lightning_fabric", reason="needs the extra train")
+    from types import SimpleNamespace
+
+    from segvit.options import TrainConfig
+    from segvit.training.build import build_model
+
+    sizes = {"width": 96, "depth": 3, "heads": 3, "taps": list(TAPS), "patch_size": 8}
+    config = TrainConfig(
+        data="synthetic", out=str(tmp_path / "run"), image_size=96, backbone_weights=str(weights),
+        preset="dinov3_vits16", model={**sizes, **fields},
+    )  # fmt: skip
+    return build_model(config, SimpleNamespace(num_classes=3, class_names=None, palette=None)).eval()
+
+
+@torch.no_grad()
+def test_other_patch_sizes(tmp_path):
+    """Pictures whose every patch is enlarged have the features of the pictures, to the last block."""
+    weights = dinov3_file(tmp_path)
+    original = trained_model(tmp_path, weights)
+    assert original.config.backbone.rotary.rescale == 2.0  # the preset's, in training
+    images = torch.randn(1, 3, 4 * 8, 6 * 8, generator=torch.Generator().manual_seed(3))
+    expected = original.backbone(images)
+    patches = images.unflatten(3, (6, 8)).unflatten(2, (4, 8)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    for patch in (12, 16, 24, 32):
+        model = trained_model(tmp_path, weights, patch_size=patch)
+        assert model.config.backbone.patch_size == patch
+        larger = torch.nn.functional.interpolate(patches, size=(patch, patch), mode="bicubic")
+        larger = larger.unflatten(0, (1, 4, 6)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        for a, b in zip(model.backbone(larger), expected, strict=True):
+            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+def test_hub_names(tmp_path, monkeypatch):
+    """hf:OWNER/NAME is fetched, whatever lies here under that name."""
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+    asked = []
+
+    def snapshot_download(repository, revision=None, allow_patterns=None):
+        asked.append((repository, revision))
+        return str(tmp_path / "hub")
+
+    from_transformers("DINOv3ViT", tmp_path / "hub")
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facebook/dinov3").mkdir(parents=True)
+    weights = open_pretrained("hf:facebook/dinov3@v1")
+    assert asked == [("facebook/dinov3", "v1")] and weights.known["rotary"].rescale == 2.0
+    for wrong in ("hf:dinov3", "hf:", "hf:a/b/c"):
+        with pytest.raises(ValueError, match=r"expected hf:OWNER/NAME"):
+            open_pretrained(wrong)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="hub") as error:
+        open_pretrained("hf:facebook/dinov3")
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_convert(tmp_path, capsys):
+    """A file of DINOv3's authors becomes a folder that tells all, with the same features."""
+    pytest.importorskip("safetensors")
+    from segvit.cli import main
+
+    weights, features = from_meta("vit_small_patch16_dinov3_qkvb", tmp_path)
+    assert main(["convert", weights.name, str(tmp_path / "folder")]) == 0
+    out = capsys.readouterr().out
+    assert "a plain ViT of width 96 with 3 blocks of 3 heads, patch 16, rotary positions" in out
+    assert f"segvit train --backbone-weights {tmp_path / 'folder'}" in out and "unused: mask_token" in out
+    converted = open_pretrained(tmp_path / "folder")
+    config = converted.backbone_config()
+    assert config.rotary == weights.backbone_config().rotary and config.norm_eps == 1e-5
+    ours = VisionTransformer(config, (64, 64), TAPS).eval()
+    adapted = adapt_backbone_state(converted.state_dict, config, ours.grid, converted.known)
+    load_state_dict(ours, adapted.state_dict, "folder")
+    images = torch.randn(1, 3, 64, 64)
+    for a, b in zip(ours(images), features(images), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    bare = dict(sorted(timm_model("eva02_tiny_patch14_224").state_dict().items()))
+    torch.save(bare, tmp_path / "bare.pth")
+    assert main(["convert", str(tmp_path / "bare.pth"), str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "rotary" in error and not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="--backbone-weights"):
+        read_config(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "_vit" in name])

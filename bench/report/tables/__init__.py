@@ -2,6 +2,7 @@
 ``schema_problem(result)``."""
 
 from bench.report.tables import (
+    backbones,
     export,
     flops,
     host,
@@ -16,6 +17,7 @@ from bench.report.tables import (
 )
 
 KINDS = {
+    "backbones": backbones,
     "cpu": kernels,
     "gpu": kernels,
     "export": export,
