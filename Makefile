@@ -4,11 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 FUZZ_RUNS ?= 2000
+FUZZ_INPUTS ?= 1000000
+FUZZ_SEED ?= 1
 OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
 
-.PHONY: demo test check suite ptx fuzz gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
+.PHONY: demo test check suite ptx fuzz fuzz-parsers gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -101,6 +103,9 @@ ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Trit
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
 	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/segvit/test_fuzz_cli.py
+
+fuzz-parsers: $(VENV)/.installed  ## every parser on damaged files: FUZZ_INPUTS inputs in all, FUZZ_SEED
+	PYTHONPATH=. $(BIN)/python tests/fuzz_parsers.py --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 lint: $(VENV)/.installed  ## mend what the linter can; types
 	$(BIN)/ruff check --fix .

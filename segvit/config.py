@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -428,7 +429,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message[:500])
 
 
 _LARGEST = 1 << 16  # of whatever is counted; blocks and heads have their own
@@ -461,7 +462,7 @@ def _is_of(kind: Any, value: Any) -> bool:
         return len(kinds) == len(value) and all(map(_is_of, kinds, value))
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max  # of what is no number, too
     return isinstance(value, kind)
 
 
@@ -483,7 +484,8 @@ def _lists(value: Any) -> Any:
 def _from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+        named = ", ".join(name if name.isidentifier() else repr(name) for name in map(str, unknown))[:200]
+        raise ValueError(f"{cls.__name__} has no field {named}; it has {', '.join(fields)}")
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}")

@@ -255,7 +255,7 @@ def _read_cache(file: Path | None) -> dict[str, list[Any]]:
         values = json.loads(file.read_text(encoding="utf-8")) if file else {}
         for _, facts in values.values():
             _facts(facts)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
     return values
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from segvit.data.names import ClassList, read_classes
-from segvit.data.pictures import StoredLabel, read_matlab, stored_label
-from segvit.system.text import read_json, read_lines
+from segvit.data.pictures import StoredLabel, read_matlab, stored_label, whole_numbers
+from segvit.system.text import read_json, read_lines, shown
 
 __all__ = ["KNOWN", "Form", "Known", "known_folder"]
 
@@ -131,7 +131,7 @@ def _context_table(background: bool) -> Callable[[Path], Table]:
         for number, line in read_lines(path):
             value, colon, name = line.partition(":")
             if not colon or not value.strip().isdecimal():
-                raise ValueError(f"{path}: line {number}: got {line!r}, expected 'number: name'")
+                raise ValueError(f"{path}: line {number}: got {shown(line)}, expected 'number: name'")
             names[name.strip()] = int(value)
         classes = KNOWN["pascal-context"].classes.names
         if missing := [name for name in classes if name not in names]:
@@ -149,8 +149,13 @@ def _context_table(background: bool) -> Callable[[Path], Table]:
 def _read_stuff(path: Path) -> StoredLabel:
     """COCO-Stuff-10K's .mat: `S` counts the names that it holds, so that both of its versions read alike."""
     found = read_matlab(path, "S", "names")
-    values = np.asarray(found["S"]).astype(np.int64)
-    names = [str(np.ravel(name)[0]) for name in np.ravel(found["names"])]
+    values = np.asarray(found["S"])
+    if values.dtype.kind not in "uifb":
+        raise ValueError(f"{path}: got S of {values.dtype}, expected whole numbers")
+    values = whole_numbers(values, path).astype(np.int64)
+    names = [str(part) for name in np.ravel(found["names"]) for part in np.ravel(name)[:1]]
+    if not names or not values.size or values.ndim != 2:
+        raise ValueError(f"{path}: S or names is empty, or of another form")
     if names[0] != "unlabeled":
         names.insert(0, "unlabeled")
     classes = {name: index + 1 for index, name in enumerate(KNOWN["coco-stuff"].classes.names)}
@@ -160,7 +165,9 @@ def _read_stuff(path: Path) -> StoredLabel:
     table = np.zeros(len(names), np.int64)
     for value in used.tolist():
         if value and names[value] not in classes:
-            raise ValueError(f"{path}: label value {value} is {names[value]!r}, none of COCO-Stuff's 171")
+            raise ValueError(
+                f"{path}: label value {value} is {shown(names[value])}, none of COCO-Stuff's 171"
+            )
         table[value] = classes.get(names[value], 0)
     return StoredLabel(table[values])
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from segvit.system.text import read_lines
+from segvit.system.text import read_lines, shown
 
 __all__ = ["ClassList", "read_classes", "read_names"]
 
-_COLOUR = re.compile(r"^(.*?)[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})$")
+# Begins where blanks begin, so that a long run of them is looked at once.
+_COLOUR = re.compile(r"(?<![\s,;])[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})$")
 _HEADER = re.compile(r"^name[\s,;]+r\w*[\s,;]+g\w*[\s,;]+b\w*$", re.IGNORECASE)
 _IGNORE = "ignore"
 
@@ -59,7 +61,7 @@ def read_classes(path: str | Path) -> ClassList:
     ade20k = bool(lines) and lines[0].startswith("Idx\t")
     if ade20k:
         lines = [line.rpartition("\t")[2] for line in lines[1:]]
-    matches = [_COLOUR.match(line) for line in lines]
+    matches = [_COLOUR.search(line) for line in lines]
     if any(matches) and lines and _HEADER.match(lines[0]):
         lines, matches = lines[1:], matches[1:]
     colours: list[tuple[int, int, int]] | None = None
@@ -68,10 +70,12 @@ def read_classes(path: str | Path) -> ClassList:
     if any(matches):
         if not all(matches):
             bare = lines[matches.index(None)]
-            raise ValueError(f"{path}: {bare!r} has no colour, other classes have; give all of them or none")
-        found = [(m[1].strip(), (int(m[2]), int(m[3]), int(m[4]))) for m in matches if m]
+            raise ValueError(
+                f"{path}: {shown(bare)} has no colour, other classes have; give all of them or none"
+            )
+        found = [(m.string[: m.start()].strip(), (int(m[1]), int(m[2]), int(m[3]))) for m in matches if m]
         if wrong := [f"{name} {colour}" for name, colour in found if max(colour) > 255]:
-            raise ValueError(f"{path}: colour out of range: {wrong[0]}, expected 0 to 255")
+            raise ValueError(f"{path}: colour out of range: {shown(wrong[0])}, expected 0 to 255")
         _refuse_twice(path, "colours", [" ".join(map(str, colour)) for _, colour in found])
         names = [name for name, _ in found if name != _IGNORE]
         colours = [colour for name, colour in found if name != _IGNORE]
@@ -83,5 +87,5 @@ def read_classes(path: str | Path) -> ClassList:
 
 
 def _refuse_twice(path: Path, what: str, items: list[str]) -> None:
-    if twice := sorted({item for item in items if items.count(item) > 1}):
-        raise ValueError(f"{path}: {what} occur twice: {', '.join(twice)}")
+    if twice := sorted(item for item, count in Counter(items).items() if count > 1):
+        raise ValueError(f"{path}: {what} occur twice: {shown(', '.join(twice), 300)}")

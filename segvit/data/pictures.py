@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segvit.data.matlab import variables
 from segvit.system.extras import require
+from segvit.system.text import shown
 
 __all__ = [
     "PictureBytes",
@@ -38,6 +40,7 @@ __all__ = [
     "read_matlab",
     "stored_label",
     "to_bytes",
+    "whole_numbers",
 ]
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
@@ -271,11 +274,7 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
     if path.suffix.lower() == ".npy":
         array = _load_array(path)
     elif path.suffix.lower() == ".mat":
-        found = read_matlab(path)
-        names = [name for name in ("LabelMap", "S") if name in found]
-        if not names:
-            raise ValueError(f"{path}: has no LabelMap and no S, but {', '.join(found) or 'nothing'}")
-        array = found[names[0]]
+        array = next(iter(read_matlab(path, one_of=("LabelMap", "S")).values()))
     else:
         image = _open(path)
         if image is None:
@@ -295,7 +294,7 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
         array = array[..., 0]
     if array.ndim != 2:
         raise ValueError(f"{path}: got a label image of shape {array.shape}, expected one channel")
-    return StoredLabel(_whole_numbers(array, path), palette=palette)
+    return StoredLabel(whole_numbers(array, path), palette=palette)
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:
@@ -318,8 +317,8 @@ def colours_problem(path: str | os.PathLike, label: StoredLabel) -> str:
     )
 
 
-def read_matlab(path: Path, *names: str) -> dict[str, Any]:
-    """The variables of a MATLAB file, all or those that must be there.
+def read_matlab(path: Path, *names: str, one_of: Sequence[str] = ()) -> dict[str, Any]:
+    """Variables of a MATLAB file: those named, and the first that is there of `one_of`.
 
     Raises:
         ValueError: it is damaged, of version 7.3, or has one not.
@@ -328,15 +327,22 @@ def read_matlab(path: Path, *names: str) -> dict[str, Any]:
     scipy_io: Any = require("scipy.io", extra="mat")
     with _named(path):
         try:
-            found = scipy_io.loadmat(path, variable_names=list(names) or None)
+            data = path.read_bytes()
+            there = variables(data)
+            if missing := [name for name in names if name not in there]:
+                raise _WholeMessageError(f"{path}: has no variable {missing[0]}")
+            if one_of and there.keys().isdisjoint(one_of):
+                listed = shown(", ".join(there)) if there else "nothing"
+                raise _WholeMessageError(f"{path}: has no {' and no '.join(one_of)}, but {listed}")
+            wanted = [*names, *[name for name in one_of if name in there][:1]]
+            if unread := [name for name in wanted if not there[name]]:
+                raise _WholeMessageError(f"{path}: {unread[0]} is no array of numbers and no list of texts")
+            found = scipy_io.loadmat(io.BytesIO(data), variable_names=wanted)
         except NotImplementedError:
             raise _WholeMessageError(
                 f"{path}: a MATLAB 7.3 file, which is not read; save it in MATLAB with '-v7'"
             ) from None
-    found = {name: value for name, value in found.items() if not name.startswith("__")}
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{path}: has no variable {missing[0]}")
-    return found
+    return {name: found[name] for name in wanted}
 
 
 def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -360,7 +366,7 @@ def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | Non
     return _turned(np.array(image), turn), palette
 
 
-def _whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
+def whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype == bool:
         return array.astype(np.uint8)
     if array.dtype.kind == "f":
@@ -583,6 +589,8 @@ def _read_tiff(path: Source) -> np.ndarray:
                 require("imagecodecs", extra="tiff")
             raise
         axes = series.axes
+    if len(axes) != array.ndim:
+        raise ValueError(f"{path}: a damaged TIFF, {array.ndim} dimensions called {axes!r}")
     for axis in range(array.ndim - 1, -1, -1):
         if axes[axis] not in "YXS" and array.shape[axis] == 1 and array.ndim > 2:
             array, axes = array.squeeze(axis), axes[:axis] + axes[axis + 1 :]

@@ -12,6 +12,7 @@ steps from either, and may go on from one with the other.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,18 +25,19 @@ from torch.utils.data import Dataset
 from segvit.data.pictures import PictureBytes, read_image
 from segvit.system.extras import require
 from segvit.system.failures import one_line
-from segvit.system.text import read_json
+from segvit.system.text import read_json, shown
 
 __all__ = ["LIST", "Shards", "are_shards", "label_kind", "read_index"]
 
 LIST = "shards.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST, _LONGEST = 100_000, 4096  # shards of a pattern, its characters
 _KINDS = {"names": list, "pictures": list, "labels": list, "split": str, "bytes": int, "data": dict}
 
 
 def are_shards(data: str) -> bool:
     """Whether `data` on the command line names shards: a pattern of tars, or their folder."""
-    return data.lower().endswith(".tar") or (Path(data) / LIST).is_file()
+    return data.lower().endswith(".tar") or os.path.isfile(os.path.join(data, LIST))
 
 
 def label_kind(num_classes: int) -> tuple[type, int]:
@@ -56,16 +58,59 @@ def read_index(tar: Path) -> dict[str, Any]:
     wrong = [name for name, kind in _KINDS.items() if not isinstance(index.get(name), kind)]
     if wrong or len({len(index[name]) for name in ("names", "pictures", "labels")}) != 1:
         raise ValueError(f"{path}: no index of a shard ({', '.join(wrong) or 'lists of several lengths'})")
+    places = [place for name in ("pictures", "labels") for place in index[name]]
+    right = {
+        "names": all(isinstance(name, str) and name and "\0" not in name for name in index["names"]),
+        "places": all(_is_place(place, index["bytes"]) for place in places),
+        "data": _describes(index["data"]),
+    }
+    if wrong := [name for name, well in right.items() if not well]:
+        raise ValueError(f"{path}: no index of a shard ({', '.join(wrong)} of another form)")
     return index
+
+
+def _whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_place(place: Any, size: int) -> bool:
+    """Whether this is the start and the length of something in a file of this size."""
+    return (
+        isinstance(place, list)
+        and len(place) == 2
+        and all(_whole(n, size) for n in place)
+        and sum(place) <= size
+    )
+
+
+def _describes(data: dict[str, Any]) -> bool:
+    """Whether this is what `segvit.data.pack` says of a data set."""
+    classes, names, colours = (data.get(name) for name in ("num_classes", "class_names", "palette"))
+    if not {"class_names", "palette"} <= set(data) or not _whole(classes, 65535) or not classes:
+        return False
+    if data.get("reduce_zero_label") not in (True, False, "auto"):
+        return False
+    for entries in (names, colours):
+        if entries is not None and not (isinstance(entries, list) and len(entries) == classes):
+            return False
+    return all(isinstance(name, str) for name in names or ()) and all(
+        isinstance(colour, list) and len(colour) == 3 and all(_whole(part, 255) for part in colour)
+        for colour in colours or ()
+    )
 
 
 def _expand(pattern: str) -> list[Path]:
     """'a/{00000..00002}.tar' -> its three files; '*' stands for what is there."""
+    if len(pattern) > _LONGEST:
+        raise ValueError(f"data: got {shown(pattern)}, {len(pattern):,} characters, longer than any name")
     names = [pattern]
     while match := _RANGE.search(names[0]):
         low, high = match[1], match[2]
-        if int(low) > int(high) or int(high) - int(low) >= 1 << 20:
-            raise ValueError(f"data: got {match[0]} in {pattern!r}, expected a number and a larger one")
+        if max(len(low), len(high)) > 18 or int(low) > int(high):
+            got = f"{match[0][:60]} in {shown(pattern)}"
+            raise ValueError(f"data: got {got}, expected a number and a larger one")
+        if (int(high) - int(low) + 1) * len(names) > _MOST:
+            raise ValueError(f"data: got {shown(pattern)}, more than {_MOST:,} shards")
         numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
         names = [_RANGE.sub(number, name, count=1) for name in names for number in numbers]
     paths = [Path(name) for name in names]
@@ -113,7 +158,7 @@ class Shards(Dataset):
     ) -> None:
         folder = Path(data)
         listed = folder / LIST
-        self.tars = [folder / name for name in _listed(listed)] if listed.is_file() else _expand(data)
+        self.tars = [folder / name for name in _listed(listed)] if os.path.isfile(listed) else _expand(data)
         self.root = self.tars[0].parent if self.tars else folder
         self.split, self.ignore_index = split, ignore_index
         self.channels, self.value_range = channels, tuple(value_range) or None
@@ -123,7 +168,7 @@ class Shards(Dataset):
         splits: set[str] = set()
         self._count = 0
         for number, tar in enumerate(self.tars):
-            if not tar.is_file():
+            if not os.path.isfile(tar):
                 raise FileNotFoundError(f"{tar}: no such shard")
             index = read_index(tar)
             if (size := tar.stat().st_size) != index["bytes"]:
@@ -176,7 +221,10 @@ class Shards(Dataset):
                 values = torch.from_numpy(np.array(stored).astype(np.int64))
         except Exception as error:  # Pillow's have many classes
             raise ValueError(
-                f"{tar}: the label map of {name} cannot be decoded ({one_line(error)})"
+                f"{tar}: the label map of {shown(name)} cannot be decoded ({one_line(error)})"
             ) from None
-        label = torch.where(values == label_kind(self.num_classes)[1], self.ignore_index, values)
+        _, nothing = label_kind(self.num_classes)
+        if values.shape != image.shape[1:] or ((values >= self.num_classes) & (values != nothing)).any():
+            raise ValueError(f"{tar}: the label map of {shown(name)} is of another size or of other classes")
+        label = torch.where(values == nothing, self.ignore_index, values)
         return {"image": image, "label": label, "name": Path(name).stem}

@@ -32,6 +32,7 @@ from segvit.exporting.graph import Plan
 from segvit.inference.passes import list_views
 from segvit.model.segvit import SegViT
 from segvit.system.files import atomic_write
+from segvit.system.text import shown
 from segvit_kernels import (
     BackendUnavailableError,
     PackedLinear,
@@ -187,9 +188,11 @@ class _Loaded:
             with zipfile.ZipFile(path) as archive:
                 found = {name.partition("/")[2]: name for name in archive.namelist()}
                 self.text = archive.read(found[METADATA]).decode()
-                needs = json.loads(archive.read(found[_NEEDS]))
+                needs = _texts(archive.read(found[_NEEDS]))
                 library = archive.read(found[LIBRARY])
-        except (KeyError, ValueError, zipfile.BadZipFile):
+        except Exception as error:  # of a damaged archive zipfile raises whatever it stumbles over
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
             raise ValueError(f"{path}: not a program that `segvit export` has written") from None
         if reason := _why_not_here(needs):
             raise ValueError(f"{path}: {reason}; export it again here")
@@ -208,6 +211,19 @@ class _Loaded:
         return [self.run(torch.from_numpy(pictures).to(self.device)).cpu().numpy()]
 
 
+def _texts(data: bytes) -> dict[str, str]:
+    """What `_needs` gave, as it was written.
+
+    Raises:
+        ValueError: something else.
+    """
+    needs = json.loads(data)
+    named = {"torch", "machine", "device"} <= set(needs) and isinstance(needs, dict)
+    if not named or not all(isinstance(value, str) for value in needs.values()):
+        raise ValueError("another form")
+    return needs
+
+
 def _why_not_here(needs: dict[str, str]) -> str | None:
     """Why this machine does not run a program; None if it does."""
     here = {"torch": torch.__version__, "machine": platform.machine()}
@@ -217,9 +233,12 @@ def _why_not_here(needs: dict[str, str]) -> str | None:
     if needs["device"] == "cuda" and not torch.cuda.is_available():
         return "compiled for a GPU, of which there is none"
     wanted, found = needs.get("instructions", ""), torch.backends.cpu.get_cpu_capability()
+    if found not in _INSTRUCTIONS and wanted != found:
+        return f"compiled for {wanted}, this processor has {found}"
     if wanted and found != wanted and wanted not in _INSTRUCTIONS[: _INSTRUCTIONS.index(found) + 1]:
         return f"compiled for {wanted}, this processor has {found}"
-    for name, called in (_PACKED[isa] for isa in needs.get("packed", "").split(",") if isa):
+    for isa in filter(None, needs.get("packed", "").split(",")):
+        name, called = _PACKED.get(isa, (isa, shown(isa)))
         if not torch.cpu.get_capabilities().get(name):
             return f"its weights are packed for {called}, which this processor has not"
     return None

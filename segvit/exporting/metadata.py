@@ -16,6 +16,8 @@ __all__ = ["KEY", "Description", "describe", "read"]
 
 KEY = "segvit"
 _KIND = "segvit export"
+_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+_OUTPUTS, _HEADS = ("labels", "scores", "logits"), ("segvit", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +65,22 @@ def read(text: str | None, source: str) -> Description:
     """
     try:
         fields = json.loads(text or "")
-        if fields["kind"] != _KIND:
+        if fields["kind"] != _KIND or fields["precision"] not in _PRECISIONS:
             raise ValueError("another kind")
-        taken = fields["input"]
+        taken, size, batch = fields["input"], fields["input"]["size"], fields["input"]["batch"]
+        if not all(type(number) is int for number in (*(size or ()), batch or 0)):
+            raise ValueError("no whole numbers")
         plan = Plan(
-            size=tuple(taken["size"]) if taken["size"] else None,
-            batch=taken["batch"],
+            size=tuple(size) if size else None,
+            batch=batch,
             channels_last=taken["channels_last"],
             outputs=fields["outputs"],
             options=InferenceOptions(**fields["inference"]),
         )
-        return Description(SegViTConfig.from_dict(fields["model"]), plan, fields["precision"], fields)
-    except (KeyError, TypeError, ValueError):
+        config = SegViTConfig.from_dict(fields["model"])
+        plan.check(config.backbone.patch_size)
+        if fields["head"] not in _HEADS or plan.outputs not in _OUTPUTS:
+            raise ValueError("another head or output")
+        return Description(config, plan, fields["precision"], fields)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{source}: not a file that `segvit export` has written") from None

@@ -29,7 +29,7 @@ from typing import Any
 from segvit.system.failures import one_line
 from segvit.system.files import atomic_write, locked, replace
 from segvit.system.tars import BLOCK, END, tar_member
-from segvit.system.text import read_json
+from segvit.system.text import read_json, shown
 
 __all__ = ["CannotWriteError", "Files", "Output", "Record", "Tars", "Writer"]
 
@@ -210,13 +210,22 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, text in enumerate(file, 1):
             if not text.endswith(b"\n"):  # a kill came while it was written
                 return
-            try:
-                line = json.loads(text)
-                if not isinstance(line["picture"], str) or not ("error" in line or "output" in line):
-                    raise KeyError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}: line {number} is none of a manifest's") from None
-            yield line
+            yield _line(text, f"{path}: line {number}")
+
+
+def _line(text: bytes, source: str) -> dict[str, Any]:
+    """What is said of a picture.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        line = json.loads(text)
+        if not isinstance(line["picture"], str) or not isinstance(line.get("error", line.get("output")), str):
+            raise KeyError
+        return line
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{source} is none of a manifest's") from None
 
 
 # Where results go
@@ -342,4 +351,4 @@ def _groups(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if member.name.endswith(".json"):
                     text = tar.extractfile(member)
                     assert text is not None
-                    yield end, json.loads(text.read())
+                    yield end, _line(text.read(), f"{path}: {shown(member.name)}")

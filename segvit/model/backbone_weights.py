@@ -148,10 +148,12 @@ def infer_backbone_config(state_dict: Mapping[str, Any], **overrides: Any) -> Ba
     try:
         width, channels, patch_size, _ = keys["patch_embed.proj.weight"]
         depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
-        fc1, fc2 = keys["blocks.0.mlp.fc1.weight"], keys["blocks.0.mlp.fc2.weight"]
-    except (KeyError, ValueError):
+        (hidden, _), (_, inner) = keys["blocks.0.mlp.fc1.weight"], keys["blocks.0.mlp.fc2.weight"]
+        registers = keys["reg_token"][1] if "reg_token" in keys else 0
+    except (KeyError, ValueError, IndexError):
         raise ValueError(
-            why_not_plain(state_dict) or "not a plain ViT's weights: blocks.0.mlp.fc1 and fc2 are missing"
+            why_not_plain(state_dict)
+            or "not a plain ViT's weights: blocks.0.mlp.fc1 and fc2 are missing, or of another shape"
         ) from None
     values: dict[str, Any] = {
         "width": width,
@@ -159,10 +161,10 @@ def infer_backbone_config(state_dict: Mapping[str, Any], **overrides: Any) -> Ba
         "heads": max(1, width // 64),
         "patch_size": patch_size,
         "in_channels": channels,
-        "mlp": "gelu" if fc1[0] == fc2[1] else "swiglu",
-        "mlp_ratio": _ratio(fc1[0], width),
+        "mlp": "gelu" if hidden == inner else "swiglu",
+        "mlp_ratio": _ratio(hidden, max(1, width)),
         "class_token": "cls_token" in keys,
-        "register_tokens": keys["reg_token"][1] if "reg_token" in keys else 0,
+        "register_tokens": registers,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in keys else None,
         "qkv_bias": "blocks.0.attn.qkv.bias" in keys,
         "pre_norm": "norm_pre.weight" in keys,

@@ -247,10 +247,14 @@ def _other_kind(start: bytes) -> str | None:
 def _why_unreadable(error: Exception) -> str:
     """The reason why `torch.load` failed, without its advice to run what is in the file."""
     if match := re.search(r"GLOBAL (\S+)", str(error)):
-        reason = f"refused: it holds pickled objects that could run code, {match[1]}"
+        reason = f"refused: it holds pickled objects that could run code, {match[1][:100]}"
         return f"{reason}; where it was made, save the model's state_dict() instead"
     if "TorchScript" in str(error):
         return _TORCHSCRIPT
+    if isinstance(error, UnicodeError):
+        return "damaged: text that is not UTF-8"
+    if isinstance(error, OSError):
+        return f"damaged: {error.strerror or error}"
     if isinstance(error, pickle.UnpicklingError):
         return "refused: not only tensors and plain values"
     return f"truncated, or of another kind: {first_line(error)}"
@@ -299,7 +303,7 @@ def rename_published_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]
     """
     names = published_names(state_dict)
     renamed = {name: state_dict[key] for name, key in names.items()}
-    if "backbone.pos_embed" in renamed:
+    if "backbone.pos_embed" in renamed and renamed["backbone.pos_embed"].ndim > 1:
         renamed["backbone.pos_embed"] = renamed["backbone.pos_embed"][:, 1:]
     return renamed
 

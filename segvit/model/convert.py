@@ -144,6 +144,13 @@ def infer_config(state_dict: Mapping[str, Tensor], fields: Mapping[str, Any] | N
     backbone = infer_backbone_config(state_dict)
     if missing := {"decoder.class_tokens", "backbone.pos_embed"} - set(state_dict):
         raise ValueError(f"no weights for {', '.join(sorted(missing))}")
+    for name, form in (
+        ("decoder.class_tokens", "(classes, width)"),
+        ("backbone.pos_embed", "(1, positions, width)"),
+    ):
+        shape = tuple(state_dict[name].shape)
+        if len(shape) != form.count(",") + 1:
+            raise ValueError(f"{name} is {shape}, expected {form}")
     num_classes, dim = state_dict["decoder.class_tokens"].shape
     side = math.isqrt(state_dict["backbone.pos_embed"].shape[1])
     shrunk = "decoder.upsample.queries" in state_dict
@@ -181,7 +188,7 @@ def infer_config(state_dict: Mapping[str, Tensor], fields: Mapping[str, Any] | N
 def _count(keys: Sequence[str] | Mapping[str, Any], prefix: str) -> int:
     """How many modules are numbered from 0 after a prefix."""
     numbers = {key[len(prefix) :].split(".")[0] for key in keys if key.startswith(prefix)}
-    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 10), default=-1)
 
 
 def _instead(state_dict: Mapping[str, Tensor]) -> str:

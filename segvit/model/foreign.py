@@ -148,7 +148,7 @@ def timm_names(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     prefix = _prefix(bare) or ""
     names = {timm_name(key[len(prefix) :]): value for key, value in bare.items() if key.startswith(prefix)}
     for name in ("cls_token", "pos_embed", "reg_token", "dist_token"):
-        if name in names and names[name].ndim in (1, 2):
+        if name in names and names[name].ndim in (1, 2) and names[name].numel():
             names[name] = names[name].view(1, -1, names[name].shape[-1])
     if "dist_token" in names and "reg_token" not in names:
         names["reg_token"] = names.pop("dist_token")
@@ -195,16 +195,22 @@ def _pack(names: dict[str, Tensor], attention: str) -> None:
     separate = [f"{attention}{part}.bias" for part in "qkv"]
     split = [f"{attention}{part}_bias" for part in "qkv"]  # EVA and BEiT, whose keys have no bias
     if len(weights) == 3:
-        names[f"{attention}qkv.weight"] = torch.cat(weights)
+        names[f"{attention}qkv.weight"] = _joined(weights, f"{attention}qkv.weight")
         for part in "qkv":
             del names[f"{attention}{part}.weight"]
     for keys in (separate, split):
         if any(key in names for key in keys):
             present = next(names[key] for key in keys if key in names)
             biases = [names.pop(key, None) for key in keys]
-            names[f"{attention}qkv.bias"] = torch.cat(
-                [torch.zeros_like(present) if bias is None else bias for bias in biases]
-            )
+            parts = [torch.zeros_like(present) if bias is None else bias for bias in biases]
+            names[f"{attention}qkv.bias"] = _joined(parts, f"{attention}qkv.bias")
+
+
+def _joined(parts: list[Tensor], name: str) -> Tensor:
+    if len({part.shape[1:] for part in parts}) != 1 or not parts[0].ndim:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"{name}: query, key and value of shapes {shapes}, which do not go together")
+    return torch.cat(parts)
 
 
 _ROTARY_NAMES, _ROTARY = r"(^|\.|_)rope|rotary|freqs", "rotary positions (EVA-02, DINOv3, RoPE-ViT)"

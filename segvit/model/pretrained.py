@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from segvit.config import BackboneConfig, RotaryConfig
+from segvit.config import BackboneConfig, RotaryConfig, SegViTConfig
 from segvit.model.backbone import VisionTransformer
 from segvit.model.backbone_weights import TOLD, adapt_backbone_state, infer_backbone_config
 from segvit.model.checkpoint import find_checkpoint, first_line, hub_name, hub_snapshot, read_checkpoint
 from segvit.model.rotary_weights import HALVES, NEIGHBOURS, told_by_names
 from segvit.system.extras import require
+from segvit.system.text import shown
 
 BACKBONE_TYPE = "segvit_backbone"
 """In a config.json: a backbone alone, with our names (`segvit convert`)."""
@@ -292,7 +293,7 @@ def statistics_told(about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
         about: see `segvit.model.checkpoint.read_checkpoint`. mmsegmentation's files hold a text for one.
     """
     text = str(about.get("config") or about.get("cfg") or "")
-    found = re.findall(r"\b(mean|std)\s*=\s*[\[(]([^\])]*)[\])]", text)
+    found = re.findall(r"\b(mean|std)\s*=\s*[\[(]([^\[\]()]*)[\])]", text)
     values = {**dict(reversed(found)), **{key: about[key] for key in ("mean", "std") if key in about}}
     return _statistics(values.get("mean"), values.get("std"))
 
@@ -300,7 +301,7 @@ def statistics_told(about: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -314,12 +315,14 @@ def _inside(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 
 def _from_own(config: Mapping[str, Any]) -> dict[str, Any]:
-    backbone, size = config["backbone"], config.get("image_size", (512, 512))
-    patch = backbone.get("patch_size", 16)
-    known = {name: backbone[name] for name in TOLD if name in backbone}
-    if known.get("rotary"):
-        known["rotary"] = BackboneConfig.from_dict({"rotary": known["rotary"]}).rotary
-    return {**known, "grid": (size[0] // patch, size[1] // patch), "plain": True}
+    try:
+        read = SegViTConfig.from_dict({name: value for name, value in config.items() if name != "head"})
+    except ValueError as error:
+        raise ValueError(f"its config.json: {error}") from None
+    backbone, (height, width) = read.backbone, read.image_size
+    known = {name: getattr(backbone, name) for name in TOLD if name in config["backbone"]}
+    grid = height // backbone.patch_size, width // backbone.patch_size
+    return {**known, "grid": grid, "plain": True}
 
 
 _PLAIN_TRANSFORMERS = {
@@ -331,9 +334,9 @@ _PLAIN_TRANSFORMERS = {
 def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json of Hugging Face's transformers tells; what it leaves out is its kind's default."""
     kind = config["model_type"]
-    if kind not in _PLAIN_TRANSFORMERS:
-        raise ValueError(f"not a plain ViT: its config.json says model_type {kind!r}")
-    vision = config.get("vision_config") or config
+    if not isinstance(kind, str) or kind not in _PLAIN_TRANSFORMERS:
+        raise ValueError(f"not a plain ViT: its config.json says model_type {shown(kind)}")
+    vision = _inside(config, "vision_config") or config
     clip, dinov3 = kind.startswith("clip"), kind == "dinov3_vit"
     act = vision.get(
         "hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh" if "siglip" in kind else "gelu"
@@ -346,8 +349,8 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if dinov3 and vision.get("use_gated_mlp"):
         activations = {"silu": "swiglu"}
-    if act not in activations:
-        raise ValueError(f"its activation is {act!r}, expected {' or '.join(activations)}")
+    if not isinstance(act, str) or act not in activations:
+        raise ValueError(f"its activation is {shown(act)}, expected {' or '.join(activations)}")
     small = kind.startswith(("dinov2", "siglip"))
     eps = vision.get("layer_norm_eps", 1e-5 if clip or dinov3 else 1e-6 if small else 1e-12)
     known = {"mlp": activations[act], "norm_eps": eps, "plain": True}
@@ -356,7 +359,7 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     if heads := vision.get("num_attention_heads"):
         known["heads"] = heads
     size, patch = vision.get("image_size"), vision.get("patch_size")
-    if isinstance(size, int) and isinstance(patch, int):
+    if isinstance(size, int) and isinstance(patch, int) and patch > 0:
         known["grid"] = (size // patch, size // patch)
     if dinov3:
         names = {

@@ -193,6 +193,7 @@ _INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(
     r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
+_DEEPEST = 100  # lists and mappings in each other
 _STANDARD = "tag:yaml.org,2002:"
 
 
@@ -204,11 +205,16 @@ def parse_yaml(text: str, source: str) -> Any:
         ImportError: PyYAML is not installed.
     """
     yaml = require("yaml", extra="train")
+    depth = 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1
                 raise ValueError(f"{source}: line {line}: aliases (*{event.anchor}) are not taken")
+            # What is nested costs PyYAML the square of its depth.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"{source}: nested too deeply")
         return yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

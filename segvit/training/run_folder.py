@@ -26,7 +26,7 @@ from typing import Any
 from segvit.options import TrainConfig
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
-from segvit.system.text import parse_yaml, read_json, read_text, yaml_value
+from segvit.system.text import parse_yaml, read_json, read_text, shown, yaml_value
 
 __all__ = ["Checkpoints", "claimed", "prepare", "samples_of"]
 
@@ -165,9 +165,12 @@ def _compare_samples(path: Path, samples: dict[str, Any]) -> None:
         raise ValueError("resume: the classes of the data are not those that the run was started with")
     for split in ("training", "validation"):
         was, now = before.get(split, {}), samples[split]
+        if not isinstance(was, dict):
+            raise ValueError(f"{path}: got {shown(was)} for {split}, expected what `segvit train` wrote")
         if was.get("images") != now["images"]:
             raise ValueError(
-                f"resume: the {split} data have {now['images']} images, {was.get('images')} when it began"
+                f"resume: the {split} data have {now['images']} images, "
+                f"{shown(was.get('images'))} when it began"
             )
         if was != now:
             raise ValueError(f"resume: the {split} images have other names than when the run began")

@@ -286,6 +286,8 @@ def linear(
     around: dict[str, Any] = {"norm": norm, "scale": scale, "residual": residual}
     autograd = transformed(backend) or differentiable(input, weight, bias, *(norm or ())[:2], scale, residual)
     autocast = autocast_dtype(input.device) is not None
+    if packed is not None:
+        _check_packed(packed)
     plain = packed is None or input.dtype not in (_FLOATS if packed.isa == "avx512" else _HALVES)
     if backend is None and (plain or autograd or autocast):
         return linear_reference(input, weight, bias, gelu=gelu, **around)
@@ -302,6 +304,17 @@ def linear(
         output = _linear(input, weight, bias, *packing, gelu, *nothing, None, None, backend)
         return _finished(output, scale, residual)
     return _linear(input, weight, bias, *packing, gelu, *(norm or nothing), scale, residual, backend)
+
+
+def _check_packed(packed: PackedWeight) -> None:
+    """Raise TypeError for what `pack_weight` does not give."""
+    panels, factors = packed if isinstance(packed, PackedWeight) else (None, None)
+    kinds = (torch.float16, torch.bfloat16, torch.int8)
+    if not isinstance(panels, Tensor) or panels.dtype not in kinds:
+        found = panels.dtype if isinstance(panels, Tensor) else type(packed).__name__
+        raise TypeError(f"packed is {found}; expected what pack_weight gives")
+    if not isinstance(factors, Tensor) and (factors is not None or panels.dtype != torch.bfloat16):
+        raise TypeError(f"packed has factors {type(factors).__name__}; expected what pack_weight gives")
 
 
 def _validate(
@@ -352,3 +365,7 @@ def _validate(
         raise ValueError(
             f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"
         )
+    factors = packed.factors
+    if factors is not None and (factors.shape != (panels * panel,) or factors.dtype != torch.float32):
+        found = f"{tuple(factors.shape)}, {factors.dtype}"
+        raise ValueError(f"packed has factors {found}; expected ({panels * panel},), torch.float32")
