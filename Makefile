@@ -10,7 +10,7 @@ OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
 
-.PHONY: demo test check suite ptx fuzz fuzz-parsers gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
+.PHONY: demo test check suite ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -106,6 +106,9 @@ fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd f
 
 fuzz-parsers: $(VENV)/.installed  ## every parser on damaged files: FUZZ_INPUTS inputs in all, FUZZ_SEED
 	PYTHONPATH=. $(BIN)/python tests/fuzz_parsers.py --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
+
+matrix: $(VENV)/.installed  ## a part of the suite with the oldest and the newest torch, in environments of their own
+	$(BIN)/python tests/matrix.py
 
 lint: $(VENV)/.installed  ## mend what the linter can; types
 	$(BIN)/ruff check --fix .
