@@ -268,3 +268,15 @@ def test_packed_weights_of_another_form():
         segvit_kernels.linear(
             x, weight, packed=segvit_kernels.PackedWeight(panels, torch.zeros(3)), backend="eager"
         )
+
+
+def test_a_number_longer_than_python_reads(tmp_path):
+    from segvit.data.known import KNOWN, _context_table
+
+    names = KNOWN["pascal-context"].classes.names
+    lines = [f"{number}: {name}" for number, name in enumerate(names, 1)]
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    assert _context_table(False)(tmp_path)[1] == 0
+    (tmp_path / "labels.txt").write_text("\n".join([*lines, "9" * 5000 + ": more"]))
+    with pytest.raises(ValueError, match=r"labels\.txt: line 60: got '999.*expected 'number: name'"):
+        _context_table(False)(tmp_path)

@@ -130,7 +130,7 @@ def _context_table(background: bool) -> Callable[[Path], Table]:
         names = {}
         for number, line in read_lines(path):
             value, colon, name = line.partition(":")
-            if not colon or not value.strip().isdecimal():
+            if not colon or not value.strip().isdecimal() or len(value) > 20:
                 raise ValueError(f"{path}: line {number}: got {shown(line)}, expected 'number: name'")
             names[name.strip()] = int(value)
         classes = KNOWN["pascal-context"].classes.names
