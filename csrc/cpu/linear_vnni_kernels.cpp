@@ -38,7 +38,7 @@ SEGVIT_INLINE void start_of(const char* panel, int64_t steps, __m512i start[kVec
     for (int64_t k = 0; k < steps; ++k)
       for (int i = 0; i < 16; ++i)
         sums[i % 2] = _mm512_dpbusd_epi32(
-            sums[i % 2], offset, _mm512_load_si512(panel + k * kPanelStep + (j * 16 + i) * 64));
+            sums[i % 2], offset, _mm512_loadu_si512(panel + k * kPanelStep + (j * 16 + i) * 64));
     start[j] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(sums[0], sums[1]));
   }
 }
@@ -59,7 +59,7 @@ __attribute__((noinline)) void product(const char* rows, const char* panel, int6
     for (int k = 0; k < 16; ++k) {
       __m512i right[kVectors];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) right[j] = _mm512_load_si512(panel + (j * 16 + k) * 64);
+      for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(panel + (j * 16 + k) * 64);
 #pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) {
         int32_t four;

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import segvit_kernels
 from segvit import SegViT, SegViTConfig
-from segvit_kernels import PackedLinear, _native, linear, pack_weight, testing
+from segvit_kernels import PackedLinear, PackedWeight, _native, linear, pack_weight, testing
 from segvit_kernels.ops.linear import linear_reference
 from segvit_kernels.testing.linear import CASES, SHAPES, LinearCase, oracle
 
@@ -244,6 +244,26 @@ def test_int8(case, dtype, int8, poisoned):
     """Weights by output and tokens by token, products exact; what stands around a layer in float32."""
     for given in ({}, _around(case, case.inputs(dtype), dtype)):
         _check_int8(int8, case, dtype, given)
+
+
+def shifted(tensor):
+    """The same one byte, or element, further on: as memory that others have made may lie."""
+    moved = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+def test_no_alignment_is_asked_for(int8, kernel):
+    """Of anything that is not the library's own memory; a program of AOTInductor has constants at any place."""
+    case = next(c for c in CASES if c.name == "past_tiles")
+    inputs = {n: t for n, t in case.inputs(torch.bfloat16).items() if t is not None}
+    moved = {n: shifted(t) for n, t in inputs.items()}
+    assert all(t.data_ptr() % 64 for t in moved.values())
+    for eight in (False, True):
+        packed = pack_weight(inputs["weight"], int8=eight)
+        other = PackedWeight(*(None if t is None else shifted(t) for t in packed))
+        assert other.panels.data_ptr() % 64
+        expected = linear(**inputs, packed=packed, backend="cpu")
+        assert torch.equal(linear(**moved, packed=other, backend="cpu"), expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 11, 12, 13, 24, 31, 32, 33, 63, 64, 65, 95, 97, 128, 263, 264, 265])
