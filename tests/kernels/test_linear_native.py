@@ -253,7 +253,7 @@ def shifted(tensor):
 
 
 def test_no_alignment_is_asked_for(int8, kernel):
-    """Of anything that is not the library's own memory; a program of AOTInductor has constants at any place."""
+    """Of what is not the library's own memory; AOTInductor has constants at any place."""
     case = next(c for c in CASES if c.name == "past_tiles")
     inputs = {n: t for n, t in case.inputs(torch.bfloat16).items() if t is not None}
     moved = {n: shifted(t) for n, t in inputs.items()}
