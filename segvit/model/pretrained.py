@@ -315,8 +315,12 @@ def _inside(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 
 def _from_own(config: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in config.items() if name not in ("head", "model_type")}
     try:
-        read = SegViTConfig.from_dict({name: value for name, value in config.items() if name != "head"})
+        if "taps" not in values:  # a backbone alone
+            depth = BackboneConfig.from_dict(config["backbone"]).depth
+            values = {"num_classes": 1, "taps": [depth - 1], **values}
+        read = SegViTConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"its config.json: {error}") from None
     backbone, (height, width) = read.backbone, read.image_size

@@ -137,7 +137,7 @@ LEFT_OUT = {
     },
     "bench/subjects/operators/mask_matching.py": {
         "check_cases": FULL_SIZE,
-        "products": "labels are timed at full size",
+        "_masks": "labels are timed at full size",
     },
     "bench/subjects/operators/query_attention.py": {"check_cases": FULL_SIZE},
     "bench/subjects/operators/semantic_argmax.py": {

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from segvit_kernels.ops.mask_loss import mask_matching_cost, mask_matching_cost_reference
 from segvit_kernels.testing import assert_within_budget
+from segvit_kernels.triton import _mask_targets
 from segvit_kernels.triton import mask_loss as kernels
 
 
@@ -79,7 +80,7 @@ def test_classes_in_some_tiles_of_labels(split, poisoned):
 
 
 def test_more_pairs_than_one_block_of_the_list(monkeypatch, poisoned):
-    monkeypatch.setattr(kernels, "_LISTED", 1024)
+    monkeypatch.setattr(_mask_targets, "_LISTED", 1024)
     call = Call.draw(9, 150, [(1, 1)], (1, 2), present=40)
     assert call.truth()[1].count_nonzero() > 10
     check(call, launchers())

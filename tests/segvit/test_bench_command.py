@@ -289,7 +289,10 @@ def test_threads_are_put_back():
         (["vit_tiny", "--json", str(ROOT)], "is a folder, expected a file"),
         (["vit_tiny", "--json", str(ROOT / "LICENSE")], "LICENSE is there already and no such result"),
         ([str(ROOT)], f"{ROOT}: no checkpoint in this folder (expected config.json and model.safetensors)"),
-        ([str(ROOT), "--shrunk"], "shrunk: only for a preset (vit_tiny, vit_small, vit_base, vit_large)"),
+        (
+            [str(ROOT), "--shrunk"],
+            "shrunk: only for a preset (vit_tiny, vit_small, vit_base, vit_large, dinov3",
+        ),
         ([], "missing: MODEL (see --help)"),
     ],
 )

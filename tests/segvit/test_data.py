@@ -115,7 +115,7 @@ def test_bad_folders_and_names(folder, tmp_path):
     with pytest.raises(ValueError, match="label_mapping: 1 -> 3"):
         SegmentationFolder(folder, label_mapping={1: 3})
     (folder / "names.txt").write_text("sky\nsky\n")
-    with pytest.raises(ValueError, match="occur twice: sky"):
+    with pytest.raises(ValueError, match="occur twice: 'sky'"):
         read_names(folder / "names.txt")
     (folder / "names.txt").unlink()
     with pytest.raises(ValueError, match="label_mapping: got class 1000000000, expected at most 32767"):

@@ -159,9 +159,9 @@ def test_names_with_colours(tmp_path):
     assert read_classes(file) == (("building, edifice", "sky"), None, (), False)
     for text, message in (
         ("sky 1 2 3\nroad\n", "'road' has no colour, other classes have"),
-        ("sky 1 2 3\nroad 1 2 3\n", "colours occur twice: 1 2 3"),
-        ("sky 1 2 300\n", "colour out of range: sky"),
-        ("sky 1 2 3\nsky 3 2 1\n", "class names occur twice: sky"),
+        ("sky 1 2 3\nroad 1 2 3\n", "colours occur twice: '1 2 3'"),
+        ("sky 1 2 300\n", "colour out of range: 'sky "),
+        ("sky 1 2 3\nsky 3 2 1\n", "class names occur twice: 'sky'"),
         ("ignore 0 0 0\n", "no class name"),
     ):
         file.write_text(text)
