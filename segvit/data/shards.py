@@ -12,6 +12,8 @@ steps from either, and may go on from one with the other.
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ __all__ = ["LIST", "Shards", "are_shards", "label_kind", "read_index"]
 LIST = "shards.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST, _LONGEST = 100_000, 4096  # shards of a pattern, its characters
+_MOST_TEXT = 1 << 25  # characters of all names
 _KINDS = {"names": list, "pictures": list, "labels": list, "split": str, "bytes": int, "data": dict}
 
 
@@ -103,16 +106,20 @@ def _expand(pattern: str) -> list[Path]:
     """'a/{00000..00002}.tar' -> its three files; '*' stands for what is there."""
     if len(pattern) > _LONGEST:
         raise ValueError(f"data: got {shown(pattern)}, {len(pattern):,} characters, longer than any name")
-    names = [pattern]
-    while match := _RANGE.search(names[0]):
-        low, high = match[1], match[2]
+    choices: list[Sequence[str]] = []
+    text, *ranges = _RANGE.split(pattern)
+    for low, high, after in zip(*(ranges[i::3] for i in range(3)), strict=True):
         if max(len(low), len(high)) > 18 or int(low) > int(high):
-            got = f"{match[0][:60]} in {shown(pattern)}"
-            raise ValueError(f"data: got {got}, expected a number and a larger one")
-        if (int(high) - int(low) + 1) * len(names) > _MOST:
-            raise ValueError(f"data: got {shown(pattern)}, more than {_MOST:,} shards")
-        numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
-        names = [_RANGE.sub(number, name, count=1) for name in names for number in numbers]
+            got = f"{{{low}..{high}}}"[:60]
+            raise ValueError(f"data: got {got} in {shown(pattern)}, expected a number and a larger one")
+        count = (int(high) - int(low) + 1) * math.prod(map(len, choices))
+        if count > _MOST or count * len(pattern) > _MOST_TEXT:
+            raise ValueError(
+                f"data: got {shown(pattern)}, more than {_MOST:,} shards, or names too long for so many"
+            )
+        choices += [[text], [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]]
+        text = after
+    names = ["".join(parts) for parts in itertools.product(*choices, [text])]
     paths = [Path(name) for name in names]
     if any("*" in name for name in names):
         paths = [path for one in paths for path in sorted(one.parent.glob(one.name))]
