@@ -10,7 +10,7 @@ OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
 
-.PHONY: demo test check suite ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
+.PHONY: demo test ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -51,14 +51,10 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py $(BATTERIES) tests/csrc/test_native.py
 
-test: check suite  ## lint and test
-
-check: $(VENV)/.installed
+test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-suite: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 kill-test: $(VENV)/.installed  ## training and bulk prediction, killed at random moments and at every operation on files, go on bitwise
