@@ -195,7 +195,7 @@ class Job:
         """Make a picture's results and put them where they go; returns a summary."""
         with computed.scratch:
             labels, pixels = computed.labels, as_rgb(computed.image).permute(1, 2, 0).numpy()
-            drawn = {"labels": label_picture(labels, len(self.names))}
+            drawn: dict[str, Image.Image] = {"labels": label_picture(labels, len(self.names))}
             if self.config.overlay:
                 drawn["overlay"] = overlay_with_legend(
                     pixels, labels, self.names, self.palette, alpha=self.config.alpha
@@ -206,7 +206,7 @@ class Job:
                 drawn["maps"] = similarity_picture(
                     pixels, stages, accumulated, rows, layers=self.model.config.upsample
                 )
-            writers = {
+            writers: dict[str, Writer] = {
                 **computed.writers,
                 **{kind: functools.partial(image.save, format="PNG") for kind, image in drawn.items()},
             }
@@ -225,7 +225,7 @@ class Job:
         kinds = [kind for kind in ("scores", "probabilities") if getattr(self.config, kind)]
         if not kinds:
             return self.model.predict(image, self.config).cpu().numpy(), {}
-        size = tuple(image.shape[1:])
+        size = (image.shape[1], image.shape[2])
         region = check_region(self.config.region or (0, 0, size[1], size[0]), size)
         files = {kind: scratch.enter_context(_ScoreFile(self, region)) for kind in kinds}
 
@@ -235,7 +235,7 @@ class Job:
 
         batch = self.model.preprocess(image[None])
         labels = label_maps_with_scores(self.model, batch, self.config, take)
-        writers = {kind: functools.partial(files[kind].save, name=kind) for kind in kinds}
+        writers: dict[str, Writer] = {kind: functools.partial(files[kind].save, name=kind) for kind in kinds}
         return labels[0].cpu().numpy(), writers
 
 
@@ -354,7 +354,7 @@ class _ScoreFile:
 
     def __enter__(self) -> _ScoreFile:
         # In the output folder: the system's own for such files is often small.
-        self.file = tempfile.SpooledTemporaryFile(max_size=1 << 26, dir=self.job.out)
+        self.file = tempfile.SpooledTemporaryFile(max_size=1 << 26, dir=str(self.job.out))
         return self
 
     def __exit__(self, *_: object) -> None:

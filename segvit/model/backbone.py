@@ -34,7 +34,7 @@ from segvit_kernels import (
     why_not_packed,
 )
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -180,7 +180,7 @@ class PatchEmbed(nn.Module):
         self.packed: Folded | None = None  # after fuse()
 
     def forward(self, images: Tensor) -> Tensor:
-        packed = self.packed and self.packed.get([self.proj])
+        packed = self.packed.get([self.proj]) if self.packed else None
         if packed is None:
             # In one piece: otherwise the tokens of every block would lie as the channels of an image do.
             return self.proj(images).flatten(2).transpose(1, 2).contiguous()
@@ -321,13 +321,13 @@ class VisionTransformer(nn.Module):
 
         features = []
         for index, (block, angles) in enumerate(zip(self.blocks, self._angles(grid, x.dtype), strict=True)):
+            options: dict[str, Any] = {} if angles is None else {"angles": angles}
             if index == self.config.shrink_at:
-                block = partial(block, grid=grid, prefix_tokens=self.num_prefix)
-            rotary = {} if angles is None else {"angles": angles}
+                options |= {"grid": grid, "prefix_tokens": self.num_prefix}
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False, **rotary)
+                x = checkpoint(block, x, use_reentrant=False, **options)
             else:
-                x = block(x, **rotary)
+                x = block(x, **options)
             if index in self.taps:
                 features.append(self.norm(x[:, self.num_prefix :]))
         return features

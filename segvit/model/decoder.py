@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed and self.packed.get([self.in_proj_weight])
+        packed = self.packed.get([self.in_proj_weight]) if self.packed else None
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias, packed=packed)
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout = self.dropout if self.training else 0.0
@@ -94,10 +94,10 @@ class DecoderLayer(nn.Module):
             key, value: projected features, (B, h·w, C).
             previous_masks: (B, N, h·w), added to the similarity map.
         """
-        update, masks = self.atm.attend(query, key, value, previous_masks, need_masks)
-        tokens = self.norm2(tokens + self.dropout(update))
+        attended = self.atm.attend(query, key, value, previous_masks, need_masks)
+        tokens = self.norm2(tokens + self.dropout(attended.output))
         hidden = self.dropout(F.relu(self.linear1(tokens)))
-        return self.norm3(tokens + self.dropout(self.linear2(hidden))), masks
+        return self.norm3(tokens + self.dropout(self.linear2(hidden))), attended.mask_logits
 
 
 class Stage(nn.Module):
@@ -107,25 +107,26 @@ class Stage(nn.Module):
         super().__init__()
         self.input_proj = nn.Identity() if width is None else nn.Linear(width, dim)
         self.input_norm = nn.Identity() if width is None else nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(depth))
+        layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(depth))
+        self.layers = cast(Sequence[DecoderLayer], layers)
         self.folded_rows: Folded | None = None  # weight, bias and packed weight of all k and v, after fuse()
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[nn.Linear]:
         """k and v of every layer in turn."""
         return [projection for layer in self.layers for projection in (layer.atm.k, layer.atm.v)]
 
     def stacked_rows(self) -> tuple[Tensor, Tensor, PackedWeight | None]:
         """Weight and bias of all projections, and the weight packed."""
         projections = self.projections()
-        weight = torch.cat([p.weight for p in projections])
+        weight = torch.cat(tuple(p.weight for p in projections))
         biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections]
-        return weight, torch.cat(biases), _packed(weight)
+        return weight, torch.cat(tuple(biases)), _packed(weight)
 
     def keys_and_values(self, features: Tensor) -> list[Tensor]:
         """k and v of every layer in turn, each (B, h·w, C), from the feature map."""
         features = self.input_norm(self.input_proj(features))
         projections = self.projections()
-        folded = self.folded_rows and self.folded_rows.get(projections)
+        folded = self.folded_rows.get(projections) if self.folded_rows else None
         if folded:
             weight, bias, packed = folded
             return list(linear(features, weight, bias, packed=packed).chunk(len(projections), dim=-1))
@@ -147,8 +148,8 @@ class Stage(nn.Module):
             previous_masks: (B, N, h·w), added to the last layer's similarity map.
             first: tokens after the first layer's self-attention and their query, if known.
         """
-        projected = self.keys_and_values(features)
-        outputs = []
+        projected = iter(self.keys_and_values(features))
+        outputs: list[tuple[Tensor, Tensor]] = []
         for depth, layer in enumerate(self.layers):
             if depth > 0 or first is None:
                 tokens = layer.attend_tokens(tokens)
@@ -159,16 +160,36 @@ class Stage(nn.Module):
             tokens, masks = layer.attend_features(
                 tokens,
                 query,
-                *projected[2 * depth : 2 * depth + 2],
+                next(projected),
+                next(projected),
                 previous_masks if last else None,
                 need_masks=last or every_layer,
             )
-            if last or every_layer:
+            if masks is not None:
                 outputs.append((tokens, masks))
         return outputs
 
 
-class ATMDecoder(nn.Module):
+class Decoder(nn.Module):
+    """What follows a backbone. This one has no constants to fold, and nothing with a grid of its own."""
+
+    config: SegViTConfig
+
+    def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the prediction's masks, for images of `grid` patches."""
+        return self.config.backbone.grid_after(self.config.taps[0], grid)
+
+    def fold_grid(self, grid: tuple[int, int]) -> None:
+        """Store for another grid what would be resized to it in each call."""
+
+    def fuse(self) -> None:
+        """Keep as constants what depends on parameters alone."""
+
+    def unfuse(self) -> None:
+        """Forget the constants of `fuse`."""
+
+
+class ATMDecoder(Decoder):
     """Class tokens through one stage for each tap, the deepest tap first.
 
     Args:
@@ -181,14 +202,16 @@ class ATMDecoder(nn.Module):
         super().__init__()
         self.config = config
         dim, heads = config.decoder_dim, config.decoder_heads
+        assert dim is not None and heads is not None  # the config has filled them in
         if stage_widths is None:
             stage_widths = [config.backbone.width] * len(config.taps)
         self.folded_first: Folded | None = None  # tokens and query, after fuse()
         self.class_tokens = nn.Parameter(torch.empty(config.num_classes, dim))
-        self.stages = nn.ModuleList(
+        stages = nn.ModuleList(
             Stage(width, dim, heads, config.decoder_depth, config.decoder_dropout) for width in stage_widths
         )
-        self.class_head = nn.Linear(dim, config.num_classes + 1)
+        self.stages = cast(Sequence[Stage], stages)
+        self.class_head: nn.Module = nn.Linear(dim, config.num_classes + 1)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -197,10 +220,6 @@ class ATMDecoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-
-    def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the prediction's masks, for images of `grid` patches."""
-        return self.config.backbone.grid_after(self.config.taps[0], grid)
 
     def forward(
         self, features: list[Tensor], grid: tuple[int, int], accumulate: bool = True
@@ -214,12 +233,13 @@ class ATMDecoder(nn.Module):
                 inside the kernel, as masks need. Otherwise the similarity maps themselves come out.
         """
         tokens, first = self._first_tokens(features[0].shape[0])
-        masks, outputs = None, []
+        masks: Tensor | None = None
+        outputs: list[StageOutput] = []
         for stage, tap, feature in zip(
             self.stages, reversed(self.config.taps), reversed(features), strict=True
         ):
             stage_grid = self.config.backbone.grid_after(tap, grid)
-            if accumulate and outputs:
+            if accumulate and masks is not None:
                 masks = _resize_masks(masks, outputs[-1].grid, stage_grid)
             ((tokens, masks),) = stage(tokens, feature, masks if accumulate else None, first=first)
             outputs.append(StageOutput(self.class_head(tokens), masks, tokens, stage_grid))
@@ -232,7 +252,7 @@ class ATMDecoder(nn.Module):
         if self.training:
             # Every image draws its own dropout; without dropout all images share the first tokens.
             return tokens.expand(batch, -1, -1), None
-        return tokens, self.folded_first and self.folded_first.get(self._first_parts())
+        return tokens, self.folded_first.get(self._first_parts()) if self.folded_first else None
 
     def _first_parts(self) -> list[nn.Module | Tensor]:
         """What class tokens meet before they meet features."""
@@ -256,9 +276,6 @@ class ATMDecoder(nn.Module):
             for layer in stage.layers:
                 weight = layer.self_attn.in_proj_weight
                 layer.self_attn.packed = Folded.make([weight], functools.partial(_packed, weight))
-
-    def fold_grid(self, grid: tuple[int, int]) -> None:
-        """Nothing here has a grid of its own."""
 
     def unfuse(self) -> None:
         """Forget the constants of `fuse`."""

@@ -10,30 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segvit.config import SegViTConfig
+from segvit.model.decoder import Decoder
 from segvit.model.losses import full_precision, over_processes, weights_of_classes
 from segvit.model.segvit import SegViT
 
 __all__ = ["CrossEntropy", "LinearSegmenter"]
 
 
-class _LinearHead(nn.Sequential):
+class _LinearHead(nn.Sequential, Decoder):
     def __init__(self, config: SegViTConfig) -> None:
         width = config.backbone.width
         super().__init__(nn.LayerNorm(width), nn.Linear(width, config.num_classes))
         self.config = config
-
-    def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the scores, for images of `grid` patches."""
-        return self.config.backbone.grid_after(self.config.taps[-1], grid)
-
-    def fold_grid(self, grid: tuple[int, int]) -> None:
-        """Nothing here has a grid of its own."""
-
-    def fuse(self) -> None:
-        """Nothing to fold."""
-
-    def unfuse(self) -> None:
-        """Nothing was folded."""
 
 
 class LinearSegmenter(SegViT):
@@ -43,22 +31,23 @@ class LinearSegmenter(SegViT):
     "head".
     """
 
+    # The output of this model is another than its parent's: each takes its own alone.
     head = "linear"
     activation = "none"
 
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__(dataclasses.replace(config, taps=config.taps[-1:]))
-        self.decoder = _LinearHead(config)
+        self.decoder = _LinearHead(self.config)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         grid = self.decoder.mask_grid(self._grid(images))
         (feature,) = self.backbone(images)
         return self.decoder(feature).transpose(1, 2).unflatten(-1, grid)
 
-    def semantic_scores(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+    def semantic_scores(self, output: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         return F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
 
-    def scoring(self, output: Tensor) -> tuple[Tensor, Tensor]:
+    def scoring(self, output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         identity = torch.eye(output.shape[1], device=output.device, dtype=output.dtype)
         return output, identity.expand(output.shape[0], -1, -1)
 
@@ -76,6 +65,8 @@ class CrossEntropy(nn.Module):
     With `class_weights` the weighted mean, each pixel by its class's weight. A batch may be split into parts,
     as for `segvit.model.losses.SegViTLoss`.
     """
+
+    class_weights: Tensor | None
 
     def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from segvit.model.checkpoint import (
     read_state_dict,
     save_weights,
 )
-from segvit.model.decoder import ATMDecoder
+from segvit.model.decoder import ATMDecoder, Decoder
 from segvit.model.pretrained import Pretrained, open_pretrained
 from segvit.model.rotary import Rotary
 from segvit.model.shrunk import ShrunkDecoder
@@ -71,7 +71,7 @@ class SegViT(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = VisionTransformer(config.backbone, config.image_size, config.taps)
-        self.decoder = ShrunkDecoder(config) if config.upsample else ATMDecoder(config)
+        self.decoder: Decoder = ShrunkDecoder(config) if config.upsample else ATMDecoder(config)
         self._set_statistics()
         self.fused = False
         self.register_load_state_dict_pre_hook(_unfuse)
@@ -176,9 +176,10 @@ class SegViT(nn.Module):
         """
         outputs = [output] if isinstance(output, (SegViTOutput, Tensor)) else output
         masks, probabilities = zip(*map(self.scoring, outputs), strict=True)
-        return semantic_argmax(
+        labels = semantic_argmax(
             list(masks), torch.cat(probabilities), size, views=views, activation=self.activation
         )
+        return cast(Tensor, labels)
 
     @torch.inference_mode()
     def predict(
@@ -229,7 +230,7 @@ class SegViT(nn.Module):
             if not return_scores:
                 labels = label_maps(self, batch, options)
                 return labels if images.ndim == 4 else labels[0]
-            size = tuple(batch.shape[-2:])
+            size = (batch.shape[-2], batch.shape[-1])
             left, top, columns, rows = check_region(region or (0, 0, size[1], size[0]), size)
             scores = batch.new_empty(len(batch), self.config.num_classes, rows, columns, dtype=torch.float32)
 
@@ -493,7 +494,7 @@ class SegViT(nn.Module):
     def _take_over(self, known: Mapping[str, Any], statistics: bool) -> list[str]:
         """Mean, std and the norms' epsilon of weights; what changed, in words."""
         changed = []
-        new = {key: tuple(known[key]) for key in ("mean", "std") if key in known}
+        new: dict[str, Any] = {key: tuple(known[key]) for key in ("mean", "std") if key in known}
         if any(getattr(self.config, key) != value for key, value in new.items()):
             words = " and ".join(f"{key} {' '.join(f'{v:.4g}' for v in value)}" for key, value in new.items())
             if not statistics or any(
