@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,15 @@ class QueryDownsample(nn.Module):
         ValueError: ``stride`` is not a positive integer.
     """
 
+    norm1: nn.LayerNorm
+    attn: nn.Module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
     def __init__(self, block: nn.Module, stride: int = 2) -> None:
         super().__init__()
         if not isinstance(stride, int) or stride < 1:
@@ -230,7 +239,7 @@ class QueryDownsample(nn.Module):
             ValueError: ``x`` does not have the tokens of the prefix and the grid.
         """
         attn, norm = self.attn, self.norm1
-        place = {"grid": grid, "stride": self.stride, "prefix_tokens": prefix_tokens}
+        place: dict[str, Any] = {"grid": grid, "stride": self.stride, "prefix_tokens": prefix_tokens}
         if is_plain(norm):
             normed, normed_sub, x_sub = subsample_layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **place)
         else:
@@ -253,7 +262,7 @@ class QueryDownsample(nn.Module):
             scale=getattr(attn, "scale", None),
             dropout_p=dropout if attn.training else 0.0,
         ).flatten(-2)
-        output = _apply(attn, "proj_drop", attn.proj(_apply(attn, "norm", output)))
+        output = _apply(attn, "proj_drop", _apply(attn, "proj", _apply(attn, "norm", output)))
         x = x_sub + self.drop_path1(self.ls1(output))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -293,7 +302,7 @@ def _heads(attn: nn.Module) -> int | None:
 def _check_block(block: nn.Module) -> tuple[str, ...]:
     """Names of the attention's projections, if the block is one that `QueryDownsample` understands."""
 
-    def refuse(owner: str, module: object, problem: str) -> None:
+    def refuse(owner: str, module: object, problem: str) -> NoReturn:
         raise TypeError(f"{owner} ({type(module).__name__}) {problem}")
 
     def check_parts(owner: str, module: nn.Module, known: tuple[str, ...]) -> None:
@@ -308,7 +317,7 @@ def _check_block(block: nn.Module) -> tuple[str, ...]:
         what = "expected a pre-norm block, with nn.Identity() for what it does not do"
         refuse("block", block, f"has no {', '.join(missing)}; {what}")
     check_parts("block", block, _BLOCK_PARTS)
-    norm, attn = block.norm1, block.attn
+    norm, attn = block.get_submodule("norm1"), block.get_submodule("attn")
     if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
         refuse("block.norm1", norm, "is no LayerNorm of the channels")
 
@@ -469,11 +478,12 @@ class _UpsampleStage(nn.Module):
         super().__init__()
         self.input_proj = nn.Linear(level_dim, dim)
         self.input_norm = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(_UpsampleLayer(dim, heads, dropout) for _ in range(depth))
+        layers = nn.ModuleList(_UpsampleLayer(dim, heads, dropout) for _ in range(depth))
+        self.layers = cast(Sequence[_UpsampleLayer], layers)
         self.folded_rows: Folded | None = None  # stacked_rows(), after QueryUpsample.fuse
         self.folded_keys: Folded | None = None  # position_keys() of the queries
 
-    def attentions(self) -> list[nn.Module]:
+    def attentions(self) -> list[_PackedAttention]:
         """The layers' cross-attention."""
         return [layer.multihead_attn for layer in self.layers]
 
@@ -500,9 +510,9 @@ class _UpsampleStage(nn.Module):
         method of this name, are added to the keys.
         """
         features = self.input_norm(self.input_proj(features))
-        stacked = self.folded_rows and self.folded_rows.get(self.attentions())
+        stacked = self.folded_rows.get(self.attentions()) if self.folded_rows else None
         if stacked is not None:
-            projected = F.linear(features, *stacked).chunk(len(self.layers), dim=-1)
+            projected: Sequence[Tensor] = F.linear(features, *stacked).chunk(len(self.layers), dim=-1)
         else:
             projected = [F.linear(features, *layer.multihead_attn.rows(1, 3)) for layer in self.layers]
         for depth, (layer, key_value) in enumerate(zip(self.layers, projected, strict=True)):
@@ -515,7 +525,7 @@ class _UpsampleStage(nn.Module):
         return tokens
 
 
-def _unfuse(module: nn.Module, *_: Any) -> None:
+def _unfuse(module: QueryUpsample, *_: Any) -> None:
     """Before a state dict is loaded: constants of fuse() would be of no use beside new weights."""
     module.unfuse()
 
@@ -566,9 +576,10 @@ class QueryUpsample(nn.Module):
         self.resize = resize
         self.key_positions = key_positions
         self.queries = nn.Parameter(torch.empty(grid[0] * grid[1], embed_dim))
-        self.stages = nn.ModuleList(
+        stages = nn.ModuleList(
             _UpsampleStage(level_dim, embed_dim, num_heads, depth, dropout) for level_dim in level_dims
         )
+        self.stages = cast(Sequence[_UpsampleStage], stages)
         self.reset_parameters()
         self.folded_first: Folded | None = None  # after fuse()
         self.register_load_state_dict_pre_hook(_unfuse)
@@ -655,7 +666,7 @@ class QueryUpsample(nn.Module):
 
     def output_grid(self, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width of the output where ``grid`` is asked for."""
-        return self.grid if grid is None or not self.resize else tuple(grid)
+        return self.grid if grid is None or not self.resize else (grid[0], grid[1])
 
     def forward(self, levels: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:
         """Features of the queries' grid.
@@ -672,7 +683,8 @@ class QueryUpsample(nn.Module):
         """
         if len(levels) != len(self.stages):
             raise ValueError(f"levels: got {len(levels)}, expected {len(self.stages)}")
-        level_grid, grid = tuple(grid or self.grid), self.output_grid(grid)
+        asked = grid or self.grid
+        level_grid, grid = (asked[0], asked[1]), self.output_grid(grid)
         first = positions = None
         tokens = self._queries(grid)
         if self.key_positions:
@@ -692,7 +704,7 @@ class QueryUpsample(nn.Module):
         """What is added to a stage's keys, (tokens, depth, C), for levels of images with these (h, w, C)."""
         if positions is None:
             return None
-        if stage.folded_keys is not None and same_grid(positions.shape[:2], self.grid):
+        if stage.folded_keys is not None and same_grid((positions.shape[0], positions.shape[1]), self.grid):
             keys = stage.folded_keys.get([self.queries, *stage.attentions()])
             if keys is not None:
                 return _subsampled(keys.unflatten(0, self.grid), tokens)
@@ -792,7 +804,7 @@ class PackedLinear(nn.Linear):
             self.bias,
             packed=self.packed.get([self.weight]),
             gelu=gelu,
-            norm=norm and (norm.weight, norm.bias, norm.eps),
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
             scale=scale,
             residual=residual,
         )
@@ -824,6 +836,7 @@ def pack_linears(model: nn.Module, *, int8: bool = False) -> int:
     """
     return _replace(
         model,
+        nn.Linear,
         lambda m: type(m) is nn.Linear and is_plain(m) and why_not_packed(m.weight, int8=int8) is None,
         functools.partial(PackedLinear, int8=int8),
     )
@@ -831,18 +844,24 @@ def pack_linears(model: nn.Module, *, int8: bool = False) -> int:
 
 def unpack_linears(model: nn.Module) -> int:
     """Undo :func:`pack_linears`; gives the number of layers."""
-    return _replace(model, lambda m: isinstance(m, PackedLinear), PackedLinear.unpack)
+    return _replace(model, PackedLinear, lambda _: True, PackedLinear.unpack)
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def _replace(
-    model: nn.Module, wanted: Callable[[nn.Module], bool], replacement: Callable[[nn.Module], nn.Module]
+    model: nn.Module,
+    kind: type[_Layer],
+    wanted: Callable[[_Layer], bool],
+    replacement: Callable[[_Layer], nn.Module],
 ) -> int:
     found = [
-        (parent, name)
+        (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if wanted(child)
+        if isinstance(child, kind) and wanted(child)
     ]
-    for parent, name in found:
-        setattr(parent, name, replacement(getattr(parent, name)))
+    for parent, name, child in found:
+        setattr(parent, name, replacement(child))
     return len(found)

@@ -131,7 +131,7 @@ class SegmentationFolder(Dataset):
             )
         self._mapping, self._wanted = mapping, reduce_zero_label
         self._zero = "ignored" if classes is not None and classes.ade20k else self.layout.zero
-        self._colours = {}
+        self._colours: dict[int, int | None] = {}
         if classes is not None and classes.colours:
             self._colours = {_packed(colour): index for index, colour in enumerate(classes.colours)}
             self._colours |= {_packed(colour): None for colour in classes.ignored}
@@ -194,10 +194,10 @@ class SegmentationFolder(Dataset):
         self._numbers = _Lookup(reading.table, self.ignore_index)
         self._colour_table = _Lookup(self._colours, self.ignore_index, dense=False)
 
-    def _decide(self) -> None:
+    def _decide(self) -> Summary:
         """Look at the label maps and find what they mean; a file that cannot be used, `check` reports."""
         if self._summary is not None:
-            return
+            return self._summary
         groups = {self.split: self.files}
         if self._needs_all:
             for split in ("training", "validation"):
@@ -216,7 +216,7 @@ class SegmentationFolder(Dataset):
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:
             raise ValueError(self._unknown_colours(unknown, whole))
-        if self.known:
+        if self.known and self._mapping is not None:
             self.known[0].check(self.known[1], self._mapping, whole.where)
         self._set_reading(self._read(whole))
         self._agree(summaries)
@@ -224,6 +224,7 @@ class SegmentationFolder(Dataset):
         own = summaries[self.split]
         if own.maps and not any(self._has_class(*held) for held in own.held):
             raise ValueError(f"{self.root}: every pixel of the {self.split} label maps is ignored")
+        return whole
 
     @property
     def _needs_all(self) -> bool:
@@ -281,10 +282,10 @@ class SegmentationFolder(Dataset):
         Raises:
             ValueError: the files contradict the options, or cannot be used.
         """
-        self._decide()
+        summary = self._decide()
         if self._problem:
             raise ValueError(self._problem)
-        summary, own = self._summary, self._classes_in(self._summaries[self.split])
+        own = self._classes_in(self._summaries[self.split])
         if self.split == "training" and len(own) == 1 < self.num_classes:
             (only,) = own
             raise ValueError(
@@ -315,8 +316,9 @@ class SegmentationFolder(Dataset):
         return [*lines, *([f"data: {self.said}"] if self.said else [])]
 
     def _classes_in(self, summary: Summary) -> set[int]:
-        found = {self.reading.table[value] for value in summary.values}
-        return (found | {self._colours[colour] for colour in summary.colours}) - {None}
+        targets = [self.reading.table[value] for value in summary.values]
+        targets += [self._colours[colour] for colour in summary.colours]
+        return {target for target in targets if target is not None}
 
     def _has_class(self, values: tuple[int, ...], colours: tuple[int, ...]) -> bool:
         return any(self.reading.table[value] is not None for value in values) or any(
@@ -334,7 +336,8 @@ class SegmentationFolder(Dataset):
         stored = self.layout.read_label(label_path)
         if stored.colour and not self._colours:
             raise ValueError(colours_problem(label_path, stored))
-        size, expected = stored.values.shape[::-1], tuple(image.shape[:0:-1])
+        (_, height, width), (rows, columns) = image.shape, stored.values.shape
+        size, expected = (columns, rows), (width, height)
         if size != expected:
             raise ValueError(size_problem(label_path, size, expected))
         label = torch.from_numpy(self.classes_of(stored, label_path))
@@ -392,7 +395,7 @@ class _Lookup:
 
     def __init__(self, table: Mapping[int, int | None], ignore_index: int, dense: bool = True) -> None:
         keys = sorted(table)
-        targets = [ignore_index if table[key] is None else table[key] for key in keys]
+        targets = [ignore_index if (target := table[key]) is None else target for key in keys]
         self.keys = np.array(keys, np.int64)
         self.targets = np.array([*targets, _INVALID], np.int64)
         self.low = self.high = 0

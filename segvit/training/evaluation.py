@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import Dataset
 
 from segvit.options import InferenceOptions
 from segvit.training.loading import batches, collate_by_size
@@ -17,9 +16,41 @@ from segvit.training.metrics import ConfusionMatrix
 __all__ = ["evaluate", "without_nan"]
 
 
+class Evaluated(Protocol):
+    """What is asked of a model: that it predicts, and what every module has."""
+
+    training: bool
+
+    def predict(self, images: torch.Tensor, options: InferenceOptions | None) -> Any:
+        """Label maps (B, H, W) of uint8 images (B, channels, H, W)."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Of which the first says where images go."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Into training, or out of it."""
+
+
+class Labelled(Protocol):
+    """What is asked of a data set: items {"image", "label", "name"}, and their classes."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def ignore_index(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 def evaluate(
-    model: torch.nn.Module,
-    dataset: Dataset,
+    model: Evaluated,
+    dataset: Labelled,
     *,
     fabric: Any = None,
     batch_size: int = 1,
@@ -57,7 +88,7 @@ def evaluate(
     own = list(range(rank, len(dataset), world))
     sampler = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         with torch.inference_mode(), fabric.autocast() if fabric else nullcontext():
             for groups in batches(dataset, sampler, workers, collate_by_size, pin=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -11,10 +11,16 @@ from torch.utils.data import DataLoader, Dataset
 from segvit.system.interrupts import ignore_signals
 
 
+class Indexed(Protocol):
+    """Items by their number, or another key."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 class _Guarded(Dataset):
     """Hands an item's exception over as a value: a loading worker would wrap it in its traceback."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Indexed) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: Any) -> Any:
@@ -45,7 +51,7 @@ def collate_by_size(items: list[Any]) -> list[Any]:
     return [collate(group) for group in groups.values()]
 
 
-def batches(dataset: Dataset, sampler: Any, workers: int, collate_fn: Callable, pin: bool) -> Iterator[Any]:
+def batches(dataset: Indexed, sampler: Any, workers: int, collate_fn: Callable, pin: bool) -> Iterator[Any]:
     """Batches of `dataset` in the order of the batch sampler; raises what reading an item raised."""
     loader = DataLoader(
         _Guarded(dataset),

@@ -6,6 +6,7 @@ For rehearsals: every line of such code runs, and what it measures and computes 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ def _on_cpu(value: Any) -> Any:
     return "cpu" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
 
 
-_DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__
+_DEVICE, _IS_CUDA = (inspect.getattr_static(torch.Tensor, name).__get__ for name in ("device", "is_cuda"))
 
 
 class _CPUTensors(TorchFunctionMode):
@@ -109,7 +110,7 @@ def pretended(gpu: Stub) -> Iterator[None]:
     def context(*args: Any, **kwargs: Any) -> contextlib.nullcontext:
         return contextlib.nullcontext()
 
-    replaced = {
+    replaced: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *args, **kwargs: True,
