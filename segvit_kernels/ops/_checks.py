@@ -7,9 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from segvit_kernels.ops._autograd import transformed
 
 _WHOLE = (int, np.integer, torch.SymInt)
 _NUMBERS = (*_WHOLE, float, np.floating, torch.SymFloat)
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether values can be looked at without stalling a device or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:

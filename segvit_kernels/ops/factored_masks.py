@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
+from segvit_kernels.ops import _checks
 from segvit_kernels.ops._autograd import (
     autocast_dtype,
     differentiable,
@@ -36,19 +37,17 @@ from segvit_kernels.ops._autograd import (
     transformed,
 )
 from segvit_kernels.ops._checks import tensors, whole
+from segvit_kernels.ops._mask_loss_checks import Arguments, checked, validate
+from segvit_kernels.ops._mask_loss_eager import accumulator
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MatchingCost,
-    _accumulator,
-    _can_read,
-    _checked,
     _costs,
     _mask_loss_bwd,
     _mask_loss_fwd,
     _mask_matching_sums,
     _only,
     _reduced,
-    _validate,
     mask_loss_reference,
     mask_matching_cost_reference,
 )
@@ -101,7 +100,7 @@ class FactoredMaskLossFunction(torch.autograd.Function):
         *queries: Tensor,
     ) -> tuple[Tensor, Tensor]:
         options = (num_classes, focal_alpha, focal_gamma, mask_ignored, backend)
-        (batch, count, _), dtype = queries[0].shape, _accumulator(features)
+        (batch, count, _), dtype = queries[0].shape, accumulator(features)
         sums = features.new_empty((len(queries), batch, count, 4), dtype=dtype)
         areas = features.new_empty((batch, num_classes), dtype=dtype)
         shape, cell = (batch, count, *features.shape[2:]), len(queries) * features.element_size()
@@ -186,7 +185,7 @@ def _front(
     queries: list[Tensor], matches: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """The matched queries alone, at the front, and where they were; all of them where that is not known."""
-    if matches is None or not _can_read(matches) or not len(matches):
+    if matches is None or not _checks.can_read(matches) or not len(matches):
         return queries, matches, None
     count = max(1, int((matches >= 0).sum(1).max()))
     if count == matches.shape[1]:
@@ -238,33 +237,34 @@ def factored_mask_loss(
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
     entries, features, stand_ins, budget = _factors(queries, features, budget)
-    classes = _checked(
+    given = checked(
         stand_ins, targets, matches, num_classes, ignore_index, focal_alpha, focal_gamma, mask_ignored,
         pair_weights, num_masks, reduction, name="queries",
     )  # fmt: skip
-    single = isinstance(queries, Tensor)
     if transformed(backend):
         features, *entries = full_precision(features, *entries)  # type: ignore[assignment]
-        products = [_product(query, features) for query in entries]
-        return mask_loss_reference(
-            products[0] if single else products, targets, matches=matches, num_classes=classes,
-            focal_alpha=focal_alpha, focal_gamma=focal_gamma, mask_ignored=mask_ignored,
-            pair_weights=pair_weights, num_masks=num_masks, reduction=reduction,
-        )  # fmt: skip
-    given, matched, order = _front(entries, matches)
-    options = (classes, float(focal_alpha), float(focal_gamma), mask_ignored, budget, backend)
-    if differentiable(features, *given):
-        sums, areas = FactoredMaskLossFunction.apply(features, targets, matched, *options, *given)
+        losses = mask_loss_reference([_product(query, features) for query in entries], **given._asdict())
+    else:
+        losses = _reduced(*_sums(entries, features, given, budget, backend), given)
+    return _only(losses) if isinstance(queries, Tensor) else losses
+
+
+def _sums(
+    queries: list[Tensor], features: Tensor, given: Arguments, budget: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """The operator's four sums (L, B, Q, 4) of every pair, and the targets' areas."""
+    front, matched, order = _front(queries, given.matches)
+    options = (*given[2:6], budget, backend)
+    if differentiable(features, *front):
+        sums, areas = FactoredMaskLossFunction.apply(features, given.targets, matched, *options, *front)
     else:
         sums, areas = FactoredMaskLossFunction.forward(
-            _Forget(), features, targets, matched, *options, *given
+            _Forget(), features, given.targets, matched, *options, *front
         )
     if order is not None:
-        count = entries[0].shape[1]
-        every = sums.new_zeros(len(entries), len(order), count, 4)
+        every = sums.new_zeros(len(queries), len(order), queries[0].shape[1], 4)
         sums = every.scatter(2, order[None, :, :, None].expand(sums.shape), sums)
-    losses = _reduced(sums, areas, targets, matches, mask_ignored, pair_weights, num_masks, reduction)
-    return _only(losses) if single else losses
+    return sums, areas
 
 
 class _Forget:
@@ -309,14 +309,14 @@ def factored_matching_cost(
     if isinstance(targets, Tensor) and targets.ndim == 3 and num_classes is None:
         raise ValueError("num_classes is None with labels; expected their number")
     (query,), features, stand_ins, budget = _factors(queries.detach(), features.detach(), budget)
-    classes = _validate(stand_ins, targets, num_classes, focal_alpha, focal_gamma, None)
+    classes = validate(stand_ins, targets, num_classes, focal_alpha, focal_gamma, None)
     if transformed(backend):
         product = _product(*full_precision(query, features))  # type: ignore[arg-type]
         return mask_matching_cost_reference(
             product, targets, num_classes=classes, focal_alpha=focal_alpha, focal_gamma=focal_gamma
         )
     options = (classes, float(focal_alpha), float(focal_gamma), backend)
-    (batch, count, _), dtype = query.shape, _accumulator(features)
+    (batch, count, _), dtype = query.shape, accumulator(features)
     products = features.new_empty((3, batch, count, classes), dtype=dtype)
     totals = features.new_empty((3, batch, count), dtype=dtype)
     areas = features.new_empty((batch, classes), dtype=dtype)

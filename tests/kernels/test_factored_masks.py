@@ -12,8 +12,7 @@ from segvit_kernels import (
     mask_loss_reference,
     mask_matching_cost,
 )
-from segvit_kernels.ops import factored_masks
-from segvit_kernels.ops.mask_loss import _can_read
+from segvit_kernels.ops import _checks, factored_masks
 from segvit_kernels.testing.mask_loss import as_list, stacked
 
 CLOSE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -104,7 +103,7 @@ def test_losses_and_gradients_are_those_of_the_product(kind, backend, dtype, poi
 def test_the_form_that_reads_no_values(kind, monkeypatch):
     queries, features, arguments = draw(kind)
     expected = with_gradients(lambda q, f: factored_mask_loss(q, f, **arguments), queries, features)
-    monkeypatch.setattr(factored_masks, "_can_read", lambda x: False)
+    monkeypatch.setattr(_checks, "can_read", lambda x: False)
     found = with_gradients(lambda q, f: factored_mask_loss(q, f, **arguments), queries, features)
     torch.testing.assert_close(found[:2], expected[:2])
 
@@ -190,7 +189,7 @@ def test_queries_without_a_match_have_no_product(monkeypatch):
     queries, features, arguments = draw("few")
     products, real = [], factored_masks._product
     monkeypatch.setattr(factored_masks, "_product", lambda q, f: products.append(q.shape[:2]) or real(q, f))
-    assert _can_read(features)
+    assert _checks.can_read(features)
     factored_mask_loss(queries[0], features, **arguments)
     assert products == [(BATCH, 2)]
 

@@ -12,7 +12,8 @@ from mask_loss_calls import Call, check, check_matching, same
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from segvit_kernels.ops import mask_loss as ops
+from segvit_kernels.ops import _checks, _mask_loss_eager
+from segvit_kernels.ops._mask_loss_checks import validate
 from segvit_kernels.ops.mask_loss import (
     mask_loss,
     mask_loss_reference,
@@ -615,7 +616,7 @@ def test_a_value_by_hand():
 def test_blocking_does_not_change_the_result(case, shape, poisoned, monkeypatch):
     inputs = case.inputs(torch.float64)
     expected = with_gradients(mask_loss, inputs)
-    monkeypatch.setattr(ops, "_block_shape", lambda pairs, height, width, device: shape)
+    monkeypatch.setattr(_mask_loss_eager, "_block_shape", lambda pairs, height, width, device: shape)
     result = with_gradients(mask_loss, inputs)
     torch.testing.assert_close(stacked(result[0]), stacked(expected[0]))
     torch.testing.assert_close(result[1], expected[1])
@@ -625,7 +626,7 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
     """Over many blocks a gradient is rounded once: to the same number but where it falls between two."""
     inputs = BY_NAME["odd"].inputs(torch.bfloat16)
     _, (expected,) = with_gradients(mask_loss, inputs)
-    monkeypatch.setattr(ops, "_block_shape", lambda pairs, height, width, device: (1, 1))
+    monkeypatch.setattr(_mask_loss_eager, "_block_shape", lambda pairs, height, width, device: (1, 1))
     _, (grad,) = with_gradients(mask_loss, inputs)
     assert (grad != expected).float().mean() < 0.01
 
@@ -634,7 +635,7 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
 def test_the_form_that_reads_no_values(case, poisoned, monkeypatch):
     inputs = case.inputs(torch.float64)
     expected = with_gradients(mask_loss, inputs)
-    monkeypatch.setattr(ops, "_can_read", lambda x: False)
+    monkeypatch.setattr(_checks, "can_read", lambda x: False)
     result = with_gradients(mask_loss, inputs)
     torch.testing.assert_close(stacked(result[0]), stacked(expected[0]))
     torch.testing.assert_close(result[1], expected[1])
@@ -650,15 +651,15 @@ def test_elsewhere_than_on_the_cpu_no_value_is_read(case):
     assert stacked(result).is_meta and [tuple(g.shape) for g in grads[: len(shapes)]] == shapes
     targets, matches = inputs["targets"], inputs.get("matches")
     options = (
-        ops._validate(inputs["mask_logits"], targets, inputs.get("num_classes"), 0.25, 2.0, None),
+        validate(inputs["mask_logits"], targets, inputs.get("num_classes"), 0.25, 2.0, None),
         0.25,
         2.0,
     )
-    sums, areas = ops._fwd_eager(inputs["mask_logits"], targets, matches, *options, False)
+    sums, areas = _mask_loss_eager.forward(inputs["mask_logits"], targets, matches, *options, False)
     assert sums.shape == (len(shapes), case.batch, case.queries, 4)
-    grads = ops._bwd_eager(sums, inputs["mask_logits"], targets, matches, areas, *options, False)
+    grads = _mask_loss_eager.backward(sums, inputs["mask_logits"], targets, matches, areas, *options, False)
     assert [tuple(g.shape) for g in grads] == shapes
-    products, _, _ = ops._matching_eager(inputs["mask_logits"][0], targets, *options)
+    products, _, _ = _mask_loss_eager.matching(inputs["mask_logits"][0], targets, *options)
     assert products.shape == (3, case.batch, case.queries, options[0])
 
 
@@ -764,7 +765,7 @@ def test_label_dtypes_give_the_same(dtype):
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("ignore", [-1, -100, 20])
 def test_ignore_index(ignore, readable, monkeypatch):
-    monkeypatch.setattr(ops, "_can_read", lambda x: readable)
+    monkeypatch.setattr(_checks, "can_read", lambda x: readable)
     inputs = BY_NAME["mask_ignored"].inputs(torch.float32)
     expected = with_gradients(mask_loss, inputs)
     inputs["targets"] = torch.where(inputs["targets"] == 255, ignore, inputs["targets"])
@@ -856,7 +857,7 @@ def test_weights_of_inactive_pairs_do_not_matter():
 @pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("form", ["labels", "masks"])
 def test_inactive_pairs_get_no_gradient(form, readable, monkeypatch):
-    monkeypatch.setattr(ops, "_can_read", lambda x: readable)
+    monkeypatch.setattr(_checks, "can_read", lambda x: readable)
     logits = torch.full((2, 4, 3, 3), math.nan)
     logits[0, 1] = 0.5
     if form == "labels":
@@ -922,7 +923,7 @@ def test_extreme_logits_read_or_not(dtype, scale, gamma, targets, readable, monk
     inputs = case.inputs(dtype)
     inputs["mask_logits"] = inputs["mask_logits"].sign() * scale
     truth, (truth_grad,) = oracle(inputs)
-    monkeypatch.setattr(ops, "_can_read", lambda x: readable)
+    monkeypatch.setattr(_checks, "can_read", lambda x: readable)
     result, (grad,) = with_gradients(mask_loss, inputs)
     torch.testing.assert_close(stacked(result).double(), stacked(truth), rtol=1e-5, atol=1e-6)
     assert grad.isfinite().all()
@@ -1065,8 +1066,8 @@ class TestMatchingCost:
             options = {"num_classes": inputs["num_classes"]} if name == "odd" else {}
             expected = mask_matching_cost(*arguments, **options)
             with monkeypatch.context() as patch:
-                patch.setattr(ops, "_block_shape", lambda pairs, height, width, device: shape)
-                patch.setattr(ops, "_can_read", lambda x: readable)
+                patch.setattr(_mask_loss_eager, "_block_shape", lambda pairs, height, width, device: shape)
+                patch.setattr(_checks, "can_read", lambda x: readable)
                 torch.testing.assert_close(tuple(mask_matching_cost(*arguments, **options)), tuple(expected))
 
     @pytest.mark.parametrize("scale", [79, 100, 1e4])
