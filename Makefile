@@ -58,7 +58,7 @@ test: $(VENV)/.installed  ## lint and test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 kill-test: $(VENV)/.installed  ## training and bulk prediction, killed at random moments and at every operation on files, go on bitwise
-	$(BIN)/python tests/segvit/kill.py --kills 200 --points 1 --nodes
+	$(BIN)/python tests/segvit/kill.py --kills 200 --points 1 --nodes 4
 	$(BIN)/python tests/segvit/kill_predict.py --kills 100
 
 # All launches that are pinned for all architectures; SEGVIT_GATE=quick: one of each kernel. GATE: options for

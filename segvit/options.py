@@ -330,6 +330,10 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
     """Training"""
 
     out: str = option(..., "folder of the run: config, log, checkpoints")
+    strategy: Literal["ddp", "fsdp"] = option(
+        "ddp",
+        "of several processes: each has all weights, or (fsdp) a piece of each weight, gradient and moment",
+    )
     resume: bool = option(False, "continue the run in the folder exactly where its last checkpoint was")
     evaluate_every: int = option(1000, "steps between evaluations; 0 evaluates at the end only", at_least=0)
     checkpoint_every: int | None = option(

@@ -34,6 +34,9 @@ def make_fabric(config: Any) -> Any:
     pick_backend(config.backend, device)
     if on_cpu and config.precision == "fp16":
         raise ValueError("precision: fp16 needs a GPU; use bf16 or 32 on the CPU")
+    sharded = getattr(config, "strategy", "ddp") == "fsdp"
+    if sharded and config.precision == "fp16":
+        raise ValueError("precision: fp16 is not for strategy fsdp; use bf16 or 32")
     started = started_processes()
     if started and config.devices not in (1, started):
         raise ValueError(f"devices: got {config.devices}, but {started} processes were started")
@@ -41,12 +44,17 @@ def make_fabric(config: Any) -> Any:
         check_processes(config.devices, config.workers, device)
     precision: Any = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[config.precision]
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", 1))) if started else 1
+    strategy: Any = "ddp" if started else "ddp_spawn" if config.devices > 1 else "auto"
+    if sharded and strategy != "auto":
+        from segvit.training.strategy import Sharded
+
+        strategy = Sharded(started or config.devices, config.precision == "bf16")
     try:
         return Fabric(
             accelerator=device.type,
             devices=started // nodes or config.devices,
             num_nodes=nodes,
-            strategy="ddp" if started else "ddp_spawn" if config.devices > 1 else "auto",
+            strategy=strategy,
             precision=precision,
         )
     except (MisconfigurationException, RuntimeError) as error:

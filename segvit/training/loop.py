@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segvit.options import TrainConfig
 from segvit.training.accumulate import backward
-from segvit.training.build import build_model, locate_queries, make_augmentation, make_loss, make_optimizer
+from segvit.training.build import build_model, locate_queries, make_augmentation, make_loss
 from segvit.training.evaluation import evaluate
 from segvit.training.loading import batches, collate
 from segvit.training.log import Log, training_bar
@@ -50,16 +50,11 @@ class Trainer:
         self.model = build_model(config, training, tell).to(fabric.device).train()
         augment = make_augmentation(config, training, self.model)
         locate_queries(config, self.model, training, augment)
-        self.optimizer = make_optimizer(config, self.model)
         self.loss = make_loss(config, training, weights).to(fabric.device)
-        self.state = RunState(fabric, config, self.model, self.optimizer)
+        self.state = RunState(fabric, config, self.model)
         self.state.seed_process()
-        scaler = self.state.load() if config.resume else None
-
-        compiled = torch.compile(self.model) if config.compile else self.model
-        self.wrapped, self.fabric_optimizer = fabric.setup(compiled, self.optimizer)
-        if scaler and config.precision == "fp16":
-            fabric._precision.load_state_dict(scaler)
+        if config.resume:
+            self.state.load()
         sampler = StepSampler(
             len(training),
             config.batch_size,
@@ -131,23 +126,22 @@ class Trainer:
     def _optimize(self) -> dict[str, Tensor]:
         """One step of the optimizer; the detached terms of the loss."""
         config, fabric = self.config, self.fabric
-        factor = learning_rate_factor(self.state.step, config)
-        for group in self.optimizer.param_groups:
+        state, optimizer = self.state, self.state.fabric_optimizer
+        factor = learning_rate_factor(state.step, config)
+        for group in state.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         batch = next(self.batches)
         images = batch["image"].to(fabric.device, non_blocking=True)
         labels = batch["label"].to(fabric.device, non_blocking=True)
         terms = backward(
-            fabric, self.wrapped, self.model.preprocess, self.loss, images, labels, config.accumulate
+            fabric, state.wrapped, self.model.preprocess, self.loss, images, labels, config.accumulate
         )
         if config.clip is not None:
-            fabric.clip_gradients(
-                self.wrapped, self.fabric_optimizer, max_norm=config.clip, error_if_nonfinite=False
-            )
-        self.fabric_optimizer.step()
-        self.fabric_optimizer.zero_grad()
-        if self.state.average is not None:
-            self.state.average.update_parameters(self.model)
+            fabric.clip_gradients(state.wrapped, optimizer, max_norm=config.clip, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        if state.average is not None:
+            state.average.update_parameters(self.model)
         return terms
 
     def _why_stop(self) -> str | None:
@@ -209,7 +203,7 @@ class Trainer:
         share = len(range(self.fabric.global_rank, len(self.validation), self.fabric.world_size))
         task = self.bar.add_task("evaluate", total=share, loss="", miou="")
         result = evaluate(
-            state.evaluated,
+            state.evaluated(),
             self.validation,
             fabric=self.fabric,
             batch_size=config.batch_size,

@@ -4,7 +4,8 @@
     data.json                which samples and classes it trains on, wherever they lie
     metrics.csv              one line every `log_every` steps, and one for each evaluation
     checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`), trainer.pt, and
-                             evaluation.json: the last evaluation, and the best until then
+                             evaluation.json: the last evaluation, and the best until then; with `--strategy
+                             fsdp` also shards/, each process's pieces (`segvit.training.sharding`)
     checkpoints/last, best   links to the newest checkpoint and to the one of the highest mIoU; where there
                              are no links, text files that hold its name
     .lock                    only while a training runs in it
@@ -32,6 +33,7 @@ __all__ = ["Checkpoints", "claimed", "prepare", "samples_of"]
 
 TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
+SHARDS_FOLDER = "shards"
 
 # What may change when a run is resumed: options that do not touch the result,
 _FREE = {
@@ -41,7 +43,7 @@ _FREE = {
 # those that only round otherwise, or draw another dropout,
 _ROUNDING = {
     "accelerator", "backend", "compile", "precision", "accumulate", "gradient_checkpointing", "devices",
-    "batch_size",
+    "batch_size", "strategy",
 }  # fmt: skip
 # and those that say where the data lie, which data.json is compared for.
 _PLACES = {"data", "names"}
@@ -219,13 +221,17 @@ class Checkpoints:
         if follow(self.folder / name).resolve() != (self.folder / str(step)).resolve():
             point(self.folder / name, str(step))
 
+    def growing(self, step: int) -> Path:
+        """The folder that a checkpoint is written into."""
+        return self.folder / f".{step}"
+
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """A new checkpoint: `write` fills its folder. `last` is the old one or the whole new one.
 
         Raises:
             OSError: it cannot be written; nothing of it stays.
         """
-        temporary = self.folder / f".{step}"
+        temporary = self.growing(step)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()

@@ -3,7 +3,8 @@
     python kill.py --kills 200      kill -9 at so many random moments, half of them with two processes
     python kill.py --points 1       kill -9, and a full disk, at every single operation on files
     python kill.py --points 7       at every seventh
-    python kill.py --nodes          one process, two nodes of one and of two: one curve; a process that ends
+    python kill.py --nodes 4        one process, two nodes of one and of two, ddp and fsdp: one curve, resumed
+                                    by others; a process that is killed ends all
 
 Every run is a child forked from this process, which has imported all that it imports. After the last try of a
 run its weights, optimizer, random states, log, evaluation and links are compared with the undisturbed run's,
@@ -285,49 +286,59 @@ def at_every_operation(root: Path, stride: int, kind: str, expected: dict) -> st
             point += stride
 
 
-def several_nodes(root: Path) -> str:
-    """One curve of losses whatever the processes, also when others go on; one that ends ends all."""
+def several_nodes(root: Path, most: int) -> str:
+    """One curve of losses whatever the processes and the strategy, also when others go on; one ends all."""
     changes = {
-        "model": {**MODEL, "decoder_dropout": 0.0, "drop_path": 0.0}, "max_steps": 20, "ema": None,
+        "model": {**MODEL, "decoder_dropout": 0.0, "drop_path": 0.0}, "max_steps": 20, "ema": 0.9,
         "checkpoint_every": 10, "keep_checkpoints": "all", "evaluate_every": 0, "log_every": 1,
     }  # fmt: skip
+    kinds = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
+    others = {"ddp1": (2, "fsdp"), "fsdp2": (1, "ddp"), "ddp4": (1, "ddp"), "fsdp4": (2, "fsdp")}
+    kinds = [kind for kind in kinds if kind[0] <= most]
     curves = {}
-    for processes in (1, 2, 4):
-        config = options(root / f"nodes{processes}", batch_size=4 // processes, **changes)
+
+    def go_on(name: str, processes: int, strategy: str) -> None:
+        """Run to the end; the processes are two nodes of torchrun."""
+        config = options(root / name, batch_size=4 // processes, strategy=strategy, **changes)
         if (codes := Run(config, processes, nodes=min(2, processes)).wait(300)) != [0] * processes:
             raise FoundError(f"{config.out}: exit codes {codes}: {_logs(config)}")
-        curves[processes] = _losses(config)
-    # What four have begun one finishes.
-    shutil.rmtree(root / "nodes4" / "checkpoints" / "20")
-    config = options(root / "nodes4", batch_size=4, **changes)
-    if (codes := Run(config).wait(300)) != [0]:
-        raise FoundError(f"{config.out}: resumed, exit codes {codes}: {_logs(config)}")
-    curves["4, then 1"] = _losses(config)
-    for processes, losses in curves.items():
-        apart = max(abs(a - b) for a, b in zip(losses, curves[1], strict=True))
+
+    for processes, strategy in kinds:
+        name = f"{strategy}{processes}"
+        go_on(name, processes, strategy)
+        curves[name] = _losses(root / name)
+        if name in others:  # what these have begun they finish
+            shutil.rmtree(root / name / "checkpoints" / "20")
+            go_on(name, *others[name])
+            curves[f"{name}, then {others[name]}"] = _losses(root / name)
+    for name, losses in curves.items():
+        apart = max(abs(a - b) for a, b in zip(losses, curves["ddp1"], strict=True))
         if apart > 1e-5 or len(losses) != 20 or max(losses) - min(losses) < 0.1:
-            raise FoundError(f"{processes} processes: losses {losses}, by one process {curves[1]}")
-    # One is killed: the other ends by itself, with a line, and the same command goes on.
-    config = options(root / "killed", batch_size=2, **{**changes, "max_steps": 100000})
+            raise FoundError(f"{name}: losses {losses}, by one process {curves['ddp1']}")
+    for strategy in ("fsdp", "ddp")[: most // 2]:
+        _one_ends_all(root / f"killed-{strategy}", {**changes, "strategy": strategy})
+    return f"{len(kinds)} kinds of runs have one curve, resumed by others; a killed process ends all"
+
+
+def _one_ends_all(out: Path, changes: dict) -> None:
+    """One of two is killed: the other ends by itself, with a line, and the same command goes on."""
+    config = options(out, batch_size=2, **{**changes, "max_steps": 100000})
     run = Run(config, 2, nodes=2)
-    while not (root / "killed" / "checkpoints" / "10").is_dir():
+    while not (out / "checkpoints" / "10").is_dir():
         if run.wait(0.02) is not None:
             raise FoundError(f"{config.out}: ended: {_logs(config)}")
     os.kill(run.children[1], signal.SIGKILL)
     codes = run.wait(60)
     if codes != [2, -signal.SIGKILL] or "another of the processes has ended" not in _logs(config):
         raise FoundError(f"{config.out}: exit codes {codes} after one was killed: {_logs(config)}")
-    step = max(
-        int(path.name) for path in (root / "killed" / "checkpoints").iterdir() if path.name.isdecimal()
-    )
-    config = options(root / "killed", batch_size=2, **{**changes, "max_steps": step + 10})
-    if (codes := Run(config, 2, nodes=2).wait(300)) != [0, 0] or len(_losses(config)) != step + 10:
+    step = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
+    config = options(out, batch_size=2, **{**changes, "max_steps": step + 10})
+    if (codes := Run(config, 2, nodes=2).wait(300)) != [0, 0] or len(_losses(out)) != step + 10:
         raise FoundError(f"{config.out}: resumed after a kill, exit codes {codes}: {_logs(config)}")
-    return "3 numbers of processes, 2 nodes: one curve, resumed by others; a killed process ends all"
 
 
-def _losses(config: TrainConfig) -> list[float]:
-    with (Path(config.out) / "metrics.csv").open(newline="") as file:
+def _losses(out: Path) -> list[float]:
+    with (out / "metrics.csv").open(newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
@@ -350,7 +361,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--points", type=int, default=0)
-    parser.add_argument("--nodes", action="store_true")
+    parser.add_argument("--nodes", type=int, default=0, choices=[0, 2, 4], help="processes, at most")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -360,7 +371,7 @@ def main() -> int:
         import_what_runs_import(options(root / "first"))
         if arguments.nodes:
             try:
-                print(several_nodes(root), flush=True)
+                print(several_nodes(root, arguments.nodes), flush=True)
             except FoundError as error:
                 print(error)
                 return 1

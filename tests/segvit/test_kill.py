@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parent
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_disturbed_runs_go_on_bitwise():
-    command = [sys.executable, str(TESTS / "kill.py"), "--kills", "4", "--points", "101", "--nodes"]
+    command = [sys.executable, str(TESTS / "kill.py"), "--kills", "4", "--points", "101", "--nodes", "2"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
