@@ -12,7 +12,7 @@ _EXPORTS = {
     "RotaryConfig": "config",
     "SegViTConfig": "config",
     "InferenceOptions": "options",
-    "SegViT": "model.segvit",
+    "SegViT": "model.heads",
     "SegViTOutput": "model.segvit",
     "SegViTLoss": "model.losses",
     "VisionTransformer": "model.backbone",

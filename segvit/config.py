@@ -14,6 +14,7 @@ from typing import Any
 
 MLPS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 RESIZES = ("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias")
+DECODERS = ("atm", "segvitv2", "linear")
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,7 @@ class BackboneConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dict; fields that came later are in it where they say something, for readers without them."""
         values = dataclasses.asdict(self)
-        for name, plain in _LATER.items():
-            if values[name] == plain:
-                del values[name]
+        values = {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
         if self.rotary and self.rotary.grid:
             values["rotary"]["grid"] = list(self.rotary.grid)
         return values
@@ -178,7 +177,8 @@ class BackboneConfig:
         return _from_dict(cls, values)
 
 
-_LATER = {
+_LATER: dict[str, Any] = {
+    "decoder": "atm",
     "absolute_positions": True,
     "position_resize": "bicubic",
     "rotary": None,
@@ -189,12 +189,15 @@ _LATER = {
 
 @dataclass(frozen=True)
 class SegViTConfig:
-    """A SegViT model: backbone, ATM decoder, and how its images are prepared.
+    """A SegViT model: backbone, decoder, and how its images are prepared.
 
     Attributes:
         num_classes: number of classes, and of class tokens.
+        decoder: "atm", the cascade of SegViT; "segvitv2", the same without self-attention of class tokens and
+            without class mixing (arXiv 2306.06289); "linear", one linear layer on the last feature map.
         taps: 0-based indices of the blocks whose output feeds the decoder, shallow to deep; the last one is
-            the backbone's last block. Without `upsample` each has a stage of its own, the deepest first.
+            the backbone's last block. Without `upsample` each has a stage of its own, the deepest first. The
+            linear layer has the last alone.
         decoder_dim: width of the decoder; None: half the backbone's.
         decoder_heads: attention heads of the decoder; None: one for every 32 channels.
         decoder_depth: layers in a stage, and for each tap in the up-sampling.
@@ -230,6 +233,7 @@ class SegViTConfig:
     value_range: tuple[float, ...] | None = None
     class_names: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
+    decoder: str = "atm"
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -238,9 +242,15 @@ class SegViTConfig:
         if isinstance(self.image_size, Integral) and not isinstance(self.image_size, bool):
             fill("image_size", (self.image_size, self.image_size))
         _check_types(self)
+        _check(
+            self.decoder in DECODERS,
+            f"decoder must be {', '.join(map(repr, DECODERS))}, got {self.decoder!r}",
+        )
         for name in ("taps", "image_size", "mean", "std", "value_range", "class_names"):
             if getattr(self, name) is not None:
                 fill(name, tuple(getattr(self, name)))
+        if self.decoder == "linear":
+            fill("taps", self.taps[-1:])
         if self.palette is not None:
             fill("palette", tuple(tuple(colour) for colour in self.palette))
         dim = self.backbone.width // 2 if self.decoder_dim is None else self.decoder_dim
@@ -345,20 +355,23 @@ class SegViTConfig:
         return {"channels": self.backbone.in_channels, "value_range": self.value_range}
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of JSON types."""
+        """A dict of JSON types; fields that came later are in it where they say something."""
         return {
             key: _lists(value.to_dict() if isinstance(value, BackboneConfig) else value)
             for key, value in ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+            if key not in _LATER or value != _LATER[key]
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SegViTConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; "head" is what the decoder was called before.
 
         Raises:
             ValueError: unknown or missing keys, or values that do not go together.
         """
         values = dict(values)
+        if (head := values.pop("head", None)) is not None:
+            values["decoder"] = decoder_of(head)
         if isinstance(values.get("backbone"), Mapping):
             values["backbone"] = BackboneConfig.from_dict(values["backbone"])
         return _from_dict(cls, values)
@@ -425,6 +438,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pe_spatial_vitb16": {**_BASE, **_PE},
     "pe_spatial_vitl14": {**_LARGE, **_PE, "patch_size": 14, "image_size": (518, 518)},
 }
+
+
+def decoder_of(head: Any) -> Any:
+    """The decoder that an earlier name means; others stay."""
+    return "atm" if head == "segvit" else head
 
 
 def _check(condition: bool, message: str) -> None:

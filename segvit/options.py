@@ -245,7 +245,7 @@ class ModelOptions(_Checked):
         {}, "changes to the preset's fields, e.g. {'patch_size': 14, 'class_token': true}"
     )
     head: Literal["segvit", "linear"] = option(
-        "segvit", "the SegViT decoder, or a linear layer as a baseline"
+        "segvit", "the SegViT decoder, or a linear layer as a baseline; --model.decoder has more"
     )
     backbone_weights: str | None = option(
         None,

@@ -29,7 +29,6 @@ from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.inference.record import CannotWriteError, Files, Output, Record, Tars
 from segvit.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
-from segvit.model.linear_head import LinearSegmenter
 from segvit.options import PredictConfig
 from segvit.system.files import make_folder
 from segvit.system.machine import pick_backend, pick_device, place_among_processes
@@ -76,8 +75,9 @@ def run(config: PredictConfig) -> int:
         model = in_precision(model, device, config.dtype)
     names = class_names(model.config)
     classes = find_classes(config.maps, names)
-    if classes and isinstance(model, LinearSegmenter):
-        raise ValueError(f"maps: {config.checkpoint} has a linear head, which has no similarity maps")
+    if classes and not model.has_similarity_maps:
+        decoder = model.config.decoder
+        raise ValueError(f"maps: {config.checkpoint} has the decoder {decoder}, which has no similarity maps")
     kept = find_classes(config.score_classes, names, "score_classes") or list(range(len(names)))
     check_options(config, model.config.backbone.patch_size)
     share = list(zip(found, stems, strict=True))[rank::ranks]

@@ -8,7 +8,6 @@ from pathlib import Path
 from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.model.heads import load_model
-from segvit.model.linear_head import LinearSegmenter
 from segvit.options import ServeConfig
 from segvit.system.extras import require
 from segvit.system.machine import pick_backend, pick_device
@@ -32,7 +31,7 @@ def run(config: ServeConfig) -> int:
     with bind(config.host, config.port) as listening:
         model = in_precision(load_model(config.checkpoint), device, config.dtype)
         check_options(config, model.config.backbone.patch_size)
-        similarity = not isinstance(model, LinearSegmenter)
+        similarity = model.has_similarity_maps
         path = Path(config.checkpoint)
         name = os.path.basename(os.path.abspath(path)) if path.exists() else config.checkpoint
         service = Service(model, config, name, similarity=similarity, context=choice)

@@ -23,8 +23,7 @@ from torch import Tensor
 from segvit.exporting import metadata
 from segvit.exporting.exported import ExportedModel
 from segvit.exporting.graph import Plan
-from segvit.model.heads import load_model
-from segvit.model.segvit import SegViT
+from segvit.model.heads import SegViT, load_model
 from segvit.options import InferenceOptions
 from segvit.system.files import make_folder
 
@@ -134,7 +133,7 @@ def export(
     module.check(plan)
     make_folder(path.resolve().parent)
     about = {"format": name, "precision": dtype, "source": source}
-    module.save(module.build(model, plan), path, metadata.describe(model.config, model.head, plan, about))
+    module.save(module.build(model, plan), path, metadata.describe(model.config, plan, about))
 
 
 def open_model(path: str | Path) -> SegViT | ExportedModel:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from segvit.data.pictures import image_tensor
 from segvit.exporting.metadata import Description
 from segvit.inference.passes import list_views, passes
+from segvit.model.heads import SegViT
 from segvit.options import InferenceOptions
 from segvit_kernels import Views, semantic_argmax
 
@@ -39,8 +40,7 @@ class ExportedModel(nn.Module):
         self.path, self.description = path, description
         self.config, self.plan = description.config, description.plan
         self._run = run
-        self.head = description.fields["head"]
-        self.activation = "none" if self.head == "linear" else "sigmoid"
+        self.activation = SegViT.kinds[self.config.decoder].activation
 
     def fuse(self) -> ExportedModel:
         """Nothing to fold; returns self."""

@@ -28,7 +28,6 @@ from torch.export import Dim
 from segvit.inference.engine import copy_of
 from segvit.inference.passes import Pass, check_options, crops_of, list_views, passes, resize
 from segvit.inference.protocol import Foldable
-from segvit.model.linear_head import LinearSegmenter
 from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions
 from segvit_kernels import (
@@ -109,8 +108,9 @@ class LabelGraph(nn.Module):
     """uint8 pictures to what a plan asks for, from a copy of the model.
 
     Labels (B, H, W) are uint8, int16 for more than 256 classes; scores float32 (B, H, W); mask logits
-    float32 (B, Q, h, w) and class probabilities float32 (B, Q, N), the grid that of the picture padded at the
-    right and bottom to multiples of the patch size.
+    float32 (B, Q, h, w) and class probabilities float32 (B, Q, N), or their diagonal (B, N) of a model that
+    does not mix classes; the grid is that of the picture padded at the right and bottom to multiples of the
+    patch size.
 
     Args:
         dtype: of the network, in place of the plan's.
@@ -129,7 +129,7 @@ class LabelGraph(nn.Module):
                 f"size: {backbone.position_resize} of positions differs between runtimes; expected one size"
             )
         self.classes, self.activation = model.config.num_classes, model.activation
-        self.mixed = not isinstance(model, LinearSegmenter)  # else scores are the masks themselves
+        self.mixed = model.mixes_classes  # else every mask has a factor
         self.network = cast(Any, copy_of(cast(Foldable, model)))
         self.network.eval().unfuse().requires_grad_(False).float().cpu()
         self.runs: list[Pass] = []
@@ -180,7 +180,8 @@ class LabelGraph(nn.Module):
         """Labels int32 (B, rows, columns), and scores where they are asked for, else labels once more.
 
         Args:
-            mixing: of each view (B, N, Q), times its share of the mean. masks: (B, Q, rows, columns).
+            mixing: of each view (B, N, Q) or (B, N), times its share of the mean.
+            masks: (B, Q, rows, columns).
         """
         if self.activation == "sigmoid":
             masks = [mask.sigmoid() for mask in masks]
@@ -190,9 +191,14 @@ class LabelGraph(nn.Module):
             )
             scores = (together @ stacked.flatten(2)).unflatten(2, masks[0].shape[2:])
         else:
-            scores = functools.reduce(torch.add, masks)
+            factors = [m[:, :, None, None] for m in mixing]
+            scores = functools.reduce(torch.add, [m * f for m, f in zip(masks, factors, strict=True)])
         labels = scores.argmax(1).int()
         return labels, scores.amax(1) if self.plan.outputs == "scores" else labels
+
+    def _by_class(self, mixing: Tensor) -> Tensor:
+        """Probabilities (B, Q, N) as (B, N, Q); their diagonal (B, N) as it is."""
+        return mixing.transpose(1, 2) if self.mixed else mixing
 
     def _scan(
         self, masks: Tensor, mixing: Tensor, size: tuple[int, int], padded: tuple[int, int]
@@ -202,7 +208,7 @@ class LabelGraph(nn.Module):
         rows = (height + _ROWS - 1) // _ROWS * _ROWS  # the last block may go beyond the picture
         down = _hats((torch.arange(rows) + 0.5) * (h / padded[0]) - 0.5, h)
         across = _hats((torch.arange(width) + 0.5) * (w / padded[1]) - 0.5, w)
-        carried = (masks, mixing.transpose(1, 2).contiguous(), across.t().contiguous())
+        carried = (masks, self._by_class(mixing).contiguous(), across.t().contiguous())
 
         def block(carry: tuple[Tensor, ...], down: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             masks, mixing, across = carry
@@ -250,7 +256,7 @@ class LabelGraph(nn.Module):
                 [part for chunk in chunks for part in chunk.split(self.plan.batch)]
                 for chunks in (masks, mixing)
             )
-        mixing = [m.transpose(1, 2) for m in mixing]
+        mixing = [self._by_class(m) for m in mixing]
         strips: list[tuple[Tensor, Tensor]] = []
         for row in self.cells:
             cells = [self._cell(cell, masks, mixing) for cell in row]
@@ -264,11 +270,6 @@ class LabelGraph(nn.Module):
         found = []
         for y0, y1 in cell.blocks:
             seen = [getattr(self, f"down_{i}_{y0}_{y1}") @ masks[i] @ across[i] for i in cell.shares]
-            if not self.mixed:
-                seen = [
-                    s if share == 1 else s * share
-                    for s, share in zip(seen, cell.shares.values(), strict=True)
-                ]
             found.append(self._mix(shared, seen))
         return _joined(found, 1)
 

@@ -17,7 +17,7 @@ __all__ = ["KEY", "Description", "describe", "read"]
 KEY = "segvit"
 _KIND = "segvit export"
 _PRECISIONS = ("float32", "float16", "bfloat16", "int8")
-_OUTPUTS, _HEADS = ("labels", "scores", "logits"), ("segvit", "linear")
+_OUTPUTS = ("labels", "scores", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Description:
     fields: dict[str, Any]
 
 
-def describe(config: SegViTConfig, head: str | None, plan: Plan, about: dict[str, Any]) -> str:
+def describe(config: SegViTConfig, plan: Plan, about: dict[str, Any]) -> str:
     """The text for a model and a plan; `about` has the format, the precision and what else is to be told."""
     size = list(plan.size) if plan.size else None
     fields = {
@@ -51,7 +51,6 @@ def describe(config: SegViTConfig, head: str | None, plan: Plan, about: dict[str
         "input": {"size": size, "batch": plan.batch, "channels_last": plan.channels_last},
         "outputs": plan.outputs,
         "inference": plan.options.inference_fields(),
-        "head": head or "segvit",
         "model": config.to_dict(),
     }
     return json.dumps(fields)
@@ -77,10 +76,13 @@ def read(text: str | None, source: str) -> Description:
             outputs=fields["outputs"],
             options=InferenceOptions(**fields["inference"]),
         )
-        config = SegViTConfig.from_dict(fields["model"])
+        # Files had the decoder's name beside the model once.
+        config = SegViTConfig.from_dict(
+            {**({"head": fields["head"]} if "head" in fields else {}), **fields["model"]}
+        )
         plan.check(config.backbone.patch_size)
-        if fields["head"] not in _HEADS or plan.outputs not in _OUTPUTS:
-            raise ValueError("another head or output")
+        if plan.outputs not in _OUTPUTS:
+            raise ValueError("another output")
         return Description(config, plan, fields["precision"], fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{source}: not a file that `segvit export` has written") from None

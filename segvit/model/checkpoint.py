@@ -90,8 +90,8 @@ def find_checkpoint(source: str | os.PathLike, revision: str | None = None) -> P
     raise FileNotFoundError(f"{source}: no such checkpoint folder, and no owner/name on the Hub")
 
 
-def read_config(folder: Path) -> tuple[SegViTConfig, str | None]:
-    """The configuration in a checkpoint's folder, and the head where it is not the ATM decoder.
+def read_config(folder: Path) -> SegViTConfig:
+    """The configuration in a checkpoint's folder.
 
     Raises:
         FileNotFoundError: no config.json.
@@ -101,11 +101,10 @@ def read_config(folder: Path) -> tuple[SegViTConfig, str | None]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint is {CONFIG_FILE} and {WEIGHTS_FILE}")
     values = read_json(path, dict)
-    head = values.pop("head", None)
     if other := values.get("model_type", values.get("architecture")):
         raise ValueError(f"{path}: of {other}, not of SegViT; a plain ViT's weights go to --backbone-weights")
     try:
-        return SegViTConfig.from_dict(values), head
+        return SegViTConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

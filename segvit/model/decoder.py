@@ -1,6 +1,7 @@
 """ATM decoder: class tokens cross-attend to feature maps, and the attention's similarity maps are the masks.
 
-Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2 and figure 3.
+Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2 and figure 3. SegViTv2's (arXiv 2306.06289) leaves
+out the self-attention of class tokens, and asks each of them only whether its class is there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from segvit_kernels import (
 
 @exportable
 class StageOutput(NamedTuple):
-    """Class logits (B, N, N+1), mask logits (B, N, h·w) of a grid (h, w), tokens (B, N, C) after a stage."""
+    """Class logits (B, N, N+1) or (B, N), mask logits (B, N, h·w) of a grid (h, w), tokens (B, N, C) after a
+    stage."""
 
     class_logits: Tensor
     mask_logits: Tensor
@@ -60,22 +62,37 @@ class SelfAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class DecoderLayer(nn.Module):
-    """Post-norm layer: self-attention, attention to mask, ReLU feed-forward of four times the width."""
+class ClassScore(nn.Linear):
+    """One logit for each token: (B, N, C) -> (B, N)."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).squeeze(-1)
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm layer: self-attention, attention to mask, ReLU feed-forward of four times the width.
+
+    Without `self_attention` the first part is left out.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, self_attention: bool = True) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(dim, heads, dropout)
+        self.self_attn = SelfAttention(dim, heads, dropout) if self_attention else None
         self.atm = FusedATM(dim, heads, attn_drop=dropout)
         self.linear1 = nn.Linear(dim, 4 * dim)
         self.linear2 = nn.Linear(4 * dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim) if self_attention else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def attend_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens (B or 1, N, C) after self-attention."""
+        if self.self_attn is None:
+            return tokens
         return self.norm1(tokens + self.dropout(self.self_attn(tokens)))
 
     def attend_features(
@@ -103,11 +120,19 @@ class DecoderLayer(nn.Module):
 class Stage(nn.Module):
     """The decoder layers that look at one feature map, which is projected from `width` channels if given."""
 
-    def __init__(self, width: int | None, dim: int, heads: int, depth: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int | None,
+        dim: int,
+        heads: int,
+        depth: int,
+        dropout: float,
+        self_attention: bool = True,
+    ) -> None:
         super().__init__()
         self.input_proj = nn.Identity() if width is None else nn.Linear(width, dim)
         self.input_norm = nn.Identity() if width is None else nn.LayerNorm(dim)
-        layers = nn.ModuleList(DecoderLayer(dim, heads, dropout) for _ in range(depth))
+        layers = nn.ModuleList(DecoderLayer(dim, heads, dropout, self_attention) for _ in range(depth))
         self.layers = cast(Sequence[DecoderLayer], layers)
         self.folded_rows: Folded | None = None  # weight, bias and packed weight of all k and v, after fuse()
 
@@ -193,7 +218,7 @@ class ATMDecoder(Decoder):
     """Class tokens through one stage for each tap, the deepest tap first.
 
     Args:
-        config: `num_classes`, `taps`, `decoder_*` and the backbone's sizes are used.
+        config: `decoder`, `num_classes`, `taps`, `decoder_*` and the backbone's sizes are used.
         stage_widths: channels of the feature map that each stage projects, or None where it has the decoder's
             width and is taken as it is; by default there is a stage for each tap.
     """
@@ -203,15 +228,17 @@ class ATMDecoder(Decoder):
         self.config = config
         dim, heads = config.decoder_dim, config.decoder_heads
         assert dim is not None and heads is not None  # the config has filled them in
+        second = config.decoder == "segvitv2"
         if stage_widths is None:
             stage_widths = [config.backbone.width] * len(config.taps)
         self.folded_first: Folded | None = None  # tokens and query, after fuse()
         self.class_tokens = nn.Parameter(torch.empty(config.num_classes, dim))
         stages = nn.ModuleList(
-            Stage(width, dim, heads, config.decoder_depth, config.decoder_dropout) for width in stage_widths
+            Stage(width, dim, heads, config.decoder_depth, config.decoder_dropout, not second)
+            for width in stage_widths
         )
         self.stages = cast(Sequence[Stage], stages)
-        self.class_head: nn.Module = nn.Linear(dim, config.num_classes + 1)
+        self.class_head: nn.Module = ClassScore(dim) if second else nn.Linear(dim, config.num_classes + 1)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -258,6 +285,8 @@ class ATMDecoder(Decoder):
         """What class tokens meet before they meet features."""
         layer = self.stages[0].layers[0]
         attention = layer.self_attn
+        if attention is None:
+            return [self.class_tokens, layer.atm.q]
         return [self.class_tokens, attention, attention.out_proj, layer.dropout, layer.norm1, layer.atm.q]
 
     @torch.no_grad()
@@ -273,17 +302,17 @@ class ATMDecoder(Decoder):
         self.folded_first = Folded.make(self._first_parts(), attend)
         for stage in self.stages:
             stage.folded_rows = Folded.make(stage.projections(), stage.stacked_rows)
-            for layer in stage.layers:
-                weight = layer.self_attn.in_proj_weight
-                layer.self_attn.packed = Folded.make([weight], functools.partial(_packed, weight))
+            for attention in filter(None, (layer.self_attn for layer in stage.layers)):
+                weight = attention.in_proj_weight
+                attention.packed = Folded.make([weight], functools.partial(_packed, weight))
 
     def unfuse(self) -> None:
         """Forget the constants of `fuse`."""
         self.folded_first = None
         for stage in self.stages:
             stage.folded_rows = None
-            for layer in stage.layers:
-                layer.self_attn.packed = None
+            for attention in filter(None, (layer.self_attn for layer in stage.layers)):
+                attention.packed = None
 
 
 def _packed(weight: Tensor) -> PackedWeight | None:

@@ -1,22 +1,30 @@
-"""The kinds of model by their head, and the model of a checkpoint, whatever its head."""
+"""The kinds of model by their decoder, and the model of a checkpoint, whatever its decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from segvit.model.checkpoint import find_checkpoint, read_config
-from segvit.model.linear_head import LinearSegmenter
+from segvit.model.linear_head import CrossEntropy, LinearSegmenter
+from segvit.model.losses import SegViTLoss
 from segvit.model.segvit import SegViT
+from segvit.model.segvitv2 import SegViTv2, SegViTv2Loss
 
-__all__ = ["load_model", "model_with"]
+__all__ = ["Loss", "SegViT", "load_model", "make_loss"]
 
-
-def model_with(head: str | None) -> type[SegViT]:
-    """The class of models with this head: "linear", or the ATM decoder's "segvit" (None in config.json)."""
-    return LinearSegmenter if head == LinearSegmenter.head else SegViT
+Loss = SegViTLoss | CrossEntropy
+_LOSSES = {SegViT.kind: SegViTLoss, SegViTv2.kind: SegViTv2Loss}
 
 
 def load_model(path: str | Path) -> SegViT:
-    """The SegViT (or linear baseline) of a checkpoint or run folder or on the Hub, in evaluation mode."""
-    folder = find_checkpoint(path)
-    return model_with(read_config(folder)[1]).from_pretrained(folder)
+    """The model of a checkpoint or run folder or on the Hub, of whatever kind, in evaluation mode."""
+    return SegViT.from_pretrained(path)
+
+
+def make_loss(
+    decoder: str, num_classes: int, ignore_index: int = 255, class_weights: Sequence[float] | None = None
+) -> Loss:
+    """The loss of models with this decoder."""
+    if decoder == LinearSegmenter.kind:
+        return CrossEntropy(ignore_index, class_weights)
+    return _LOSSES[decoder](num_classes, ignore_index, class_weights=class_weights)

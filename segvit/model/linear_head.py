@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -27,17 +26,17 @@ class _LinearHead(nn.Sequential, Decoder):
 class LinearSegmenter(SegViT):
     """LayerNorm and a linear layer on the backbone's last tokens; otherwise used like `SegViT`.
 
-    `forward` returns class scores on the last tokens' grid, (B, num_classes, h, w); config.json gets the key
-    "head".
+    `forward` returns class scores on the last tokens' grid, (B, num_classes, h, w).
     """
 
     # The output of this model is another than its parent's: each takes its own alone.
-    head = "linear"
+    kind = "linear"
     activation = "none"
+    mixes_classes = False
+    has_similarity_maps = False
 
-    def __init__(self, config: SegViTConfig) -> None:
-        super().__init__(dataclasses.replace(config, taps=config.taps[-1:]))
-        self.decoder = _LinearHead(self.config)
+    def _make_decoder(self, config: SegViTConfig) -> Decoder:
+        return _LinearHead(config)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         grid = self.decoder.mask_grid(self._grid(images))
@@ -48,8 +47,7 @@ class LinearSegmenter(SegViT):
         return F.interpolate(output.float(), size=size, mode="bilinear", align_corners=False)
 
     def scoring(self, output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        identity = torch.eye(output.shape[1], device=output.device, dtype=output.dtype)
-        return output, identity.expand(output.shape[0], -1, -1)
+        return output, output.new_ones(output.shape[:2])
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """The softmax of scores (B, N, ...)."""

@@ -140,12 +140,14 @@ class SegViTLoss(nn.Module):
         if labels.ndim != 3 or labels.shape[0] != batch:
             raise ValueError(f"labels must have shape ({batch}, H, W), got {tuple(labels.shape)}")
         for class_logits, mask_logits in [output[:2], *output.auxiliary]:
-            if class_logits.shape != (batch, classes, classes + 1):
-                expected = f"({batch}, {classes}, {classes + 1})"
+            if class_logits.shape != (expected := self._class_shape(batch)):
                 raise ValueError(f"class_logits must have shape {expected}, got {tuple(class_logits.shape)}")
             if mask_logits.ndim != 4 or mask_logits.shape[:2] != (batch, classes):
                 expected = f"({batch}, {classes}, h, w)"
                 raise ValueError(f"mask_logits must have shape {expected}, got {tuple(mask_logits.shape)}")
+
+    def _class_shape(self, batch: int) -> tuple[int, ...]:
+        return (batch, self.num_classes, self.num_classes + 1)
 
     def _class_term(self, logits: Tensor, present: Tensor, weights: Tensor) -> Tensor:
         log_probabilities = full_precision(logits).log_softmax(-1)

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class SegViTOutput(NamedTuple):
     """Prediction of a SegViT, with N classes and a grid of h x w patches.
 
     Attributes:
-        class_logits: (B, N, N+1), the last entry "no object".
+        class_logits: (B, N, N+1), the last entry "no object"; of SegViTv2 (B, N), whether the class is there.
         mask_logits: (B, N, h, w), before the sigmoid.
         auxiliary: (class_logits, mask_logits) of the earlier stages, earliest first.
     """
@@ -56,22 +56,43 @@ class SegViTOutput(NamedTuple):
 class SegViT(nn.Module):
     """Semantic segmentation with a plain Vision Transformer (NeurIPS 2022, arXiv 2210.05844).
 
+    `SegViT(config)` and `SegViT.from_pretrained` make the kind of model that `config.decoder` names, a
+    subclass for each of them but "atm".
+
     Args:
         config: sizes and image statistics; see `SegViTConfig.preset`.
     """
 
-    head: str | None = None  # what config.json names where it is not the ATM decoder
+    kind = "atm"  # of decoder
+    kinds: ClassVar[dict[str, type[SegViT]]] = {}  # all that are known, by decoder
     activation = "sigmoid"  # of upsampled mask logits
+    mixes_classes = True  # else scoring() gives the diagonal: every mask is of a class of its own
+    has_similarity_maps = True
     backbone_frozen = False
 
     mean: Tensor
     std: Tensor
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in cls.__dict__:
+            SegViT.kinds[cls.kind] = cls
+
+    def __new__(cls, config: SegViTConfig | None = None) -> SegViT:
+        decoder = getattr(config, "decoder", cls.kind)
+        if cls is not SegViT or decoder == cls.kind:
+            return super().__new__(cls)
+        if decoder not in SegViT.kinds:
+            raise ImportError(f"decoder {decoder!r} comes with segvit.model.heads; import SegViT from segvit")
+        return super().__new__(SegViT.kinds[decoder])
+
     def __init__(self, config: SegViTConfig) -> None:
         super().__init__()
+        if config.decoder != self.kind:
+            config = dataclasses.replace(config, decoder=self.kind)
         self.config = config
         self.backbone = VisionTransformer(config.backbone, config.image_size, config.taps)
-        self.decoder: Decoder = ShrunkDecoder(config) if config.upsample else ATMDecoder(config)
+        self.decoder = self._make_decoder(config)
         self._set_statistics()
         self.fused = False
         self.register_load_state_dict_pre_hook(_unfuse)
@@ -80,6 +101,9 @@ class SegViT(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self.config, name)).view(-1, 1, 1)
             self.register_buffer(name, values if like is None else values.to(like), persistent=False)
+
+    def _make_decoder(self, config: SegViTConfig) -> Decoder:
+        return ShrunkDecoder(config) if config.upsample else ATMDecoder(config)
 
     def forward(self, images: Tensor) -> SegViTOutput:
         """Class and mask logits.
@@ -157,7 +181,10 @@ class SegViT(nn.Module):
         return torch.einsum("bqc,bqhw->bchw", _class_probabilities(output), masks.sigmoid())
 
     def scoring(self, output: SegViTOutput) -> tuple[Tensor, Tensor]:
-        """What `segvit_kernels.semantic_argmax` takes: mask logits (B, N, h, w), probabilities (B, N, N)."""
+        """What `segvit_kernels.semantic_argmax` takes: mask logits (B, N, h, w), probabilities (B, N, N).
+
+        Of a model that does not mix classes their diagonal (B, N).
+        """
         return output.mask_logits, _class_probabilities(output)
 
     @torch.no_grad()
@@ -530,8 +557,7 @@ class SegViT(nn.Module):
                 "parametrizations and save before quantising, or use torch.save"
             )
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        values = self.config.to_dict() if self.head is None else {"head": self.head, **self.config.to_dict()}
-        save_weights(folder, state, values)
+        save_weights(folder, state, self.config.to_dict())
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> SegViT:
@@ -550,9 +576,11 @@ class SegViT(nn.Module):
 
     @classmethod
     def _from_folder(cls, folder: Path) -> SegViT:
-        config, head = read_config(folder)
-        if head != cls.head:
-            raise ValueError(f"{folder / CONFIG_FILE}: of a model with head {head or 'segvit'}")
+        config = read_config(folder)
+        if cls is not SegViT and config.decoder != cls.kind:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: of a model with decoder {config.decoder}, expected {cls.kind}"
+            )
         weights = folder / WEIGHTS_FILE
         return cls.from_state_dict(config, read_state_dict(weights), str(weights))
 
@@ -582,6 +610,9 @@ class SegViT(nn.Module):
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+SegViT.kinds[SegViT.kind] = SegViT
 
 
 def _unfuse(model: SegViT, *_: Any) -> None:

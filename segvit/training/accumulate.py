@@ -7,15 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from segvit.model.linear_head import CrossEntropy
-from segvit.model.losses import SegViTLoss
+from segvit.model.heads import Loss
 
 
 def backward(
     fabric: Any,
     model: nn.Module,
     preprocess: Callable[[Tensor], Tensor],
-    loss: SegViTLoss | CrossEntropy,
+    loss: Loss,
     images: Tensor,
     labels: Tensor,
     parts: int = 1,
@@ -25,7 +24,7 @@ def backward(
     Args:
         fabric: the run's, which set up `model`.
         preprocess: from images to what `model` takes.
-        loss: `SegViTLoss` or `CrossEntropy`.
+        loss: of `segvit.model.heads.make_loss`.
         images, labels: of the batch, (B, 3, H, W) and (B, H, W).
         parts: pieces into which the batch is split to save memory; the sums that the batch's loss is divided
             by are the whole batch's, so that loss and gradient are too.

@@ -1,4 +1,4 @@
-"""What a training starts with: model, augmentation, optimizer, loss."""
+"""What a training starts with: model, augmentation, optimizer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from segvit.config import SegViTConfig
+from segvit.config import SegViTConfig, decoder_of
 from segvit.data.transforms import Augment
 from segvit.model.checkpoint import read_config
-from segvit.model.heads import model_with
-from segvit.model.linear_head import CrossEntropy
-from segvit.model.losses import SegViTLoss
+from segvit.model.heads import SegViT
 from segvit.model.pretrained import open_pretrained
-from segvit.model.segvit import SegViT
+from segvit.model.shrunk import ShrunkDecoder
 from segvit.options import TrainConfig
 from segvit.training.init_from import init_from
 from segvit.training.run_folder import Checkpoints
@@ -38,24 +36,28 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
     Raises:
         ValueError, FileNotFoundError: unknown preset or field; weights that do not fit.
     """
-    kind = model_with(config.head)
     overrides = {"image_size": config.image_size, **config.model}
     for name, instead in _GIVEN.items():
         if name in config.model:
             raise ValueError(f"model: {name} is not a field to change; {instead}")
+    overrides.setdefault("decoder", decoder_of(config.head))
+    if config.head != "segvit" and overrides["decoder"] != config.head:
+        raise ValueError(
+            f"head: got {config.head}, and model says decoder {overrides['decoder']}; expected one"
+        )
     overrides.setdefault("class_names", dataset.class_names)
     overrides.setdefault("palette", dataset.palette)
     overrides.setdefault("value_range", config.value_range or None)
     kept = Checkpoints(config.out).newest() if config.resume else None
     if kept:  # what it started from may be gone
-        model = kind(read_config(kept)[0])
+        model = SegViT(read_config(kept))
     elif config.init_from:
-        model, notes = init_from(config.init_from, dataset.num_classes, overrides, config.head)
+        model, notes = init_from(config.init_from, dataset.num_classes, overrides)
         say(f"{config.init_from}: {'; '.join(notes)}")
         if config.shrunk and model.config.backbone.shrink_at is None:
             raise ValueError(f"shrunk: {config.init_from} is not")
     else:
-        model = _start(config, kind, dataset.num_classes, {"shrunk": config.shrunk, **overrides}, say)
+        model = _start(config, dataset.num_classes, {"shrunk": config.shrunk, **overrides}, say)
     if config.freeze_backbone:
         model.freeze_backbone()
     model.set_gradient_checkpointing(config.gradient_checkpointing)
@@ -71,7 +73,6 @@ _OF_WEIGHTS = (
 
 def _start(
     config: TrainConfig,
-    kind: type[SegViT],
     num_classes: int,
     fields: dict[str, Any],
     say: Callable[[str], None],
@@ -97,7 +98,7 @@ def _start(
             taken = {key: value for key, value in taken.items() if key not in config.model}
             backbone = dataclasses.replace(own, **taken)
             model_config = dataclasses.replace(model_config, backbone=backbone)
-    model = kind(model_config)
+    model = SegViT(model_config)
     if weights:
         report = model.load_backbone(weights, statistics=not {"mean", "std"} & set(config.model))
         say(f"{weights.name}: {'; '.join([f'{report.loaded} tensors loaded', *report.changed])}")
@@ -134,17 +135,10 @@ def make_optimizer(config: TrainConfig, model: SegViT) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=config.precision != "fp16")
 
 
-def make_loss(config: TrainConfig, training: Any, weights: list[float] | None) -> SegViTLoss | CrossEntropy:
-    """The head's loss, with these weights of the classes."""
-    if config.head == "linear":
-        return CrossEntropy(training.ignore_index, weights)
-    return SegViTLoss(training.num_classes, training.ignore_index, class_weights=weights)
-
-
 @torch.no_grad()
 def locate_queries(config: TrainConfig, model: SegViT, training: Any, augment: Augment) -> None:
     """Show the up-sampling queries of a fresh Shrunk model where they are: see `QueryUpsample.locate`."""
-    wanted = config.head == "segvit" and model.config.upsample and config.locate_images
+    wanted = isinstance(model.decoder, ShrunkDecoder) and config.locate_images
     if not wanted or config.resume or config.init_from:
         return
     count = min(config.locate_images, len(training))

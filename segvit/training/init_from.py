@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit.config import BackboneConfig, SegViTConfig
+from segvit.config import BackboneConfig, SegViTConfig, decoder_of
 from segvit.model.backbone_weights import adapt_backbone_state
 from segvit.model.checkpoint import (
     WEIGHTS_FILE,
@@ -19,13 +19,13 @@ from segvit.model.checkpoint import (
     read_config,
     read_state_dict,
 )
-from segvit.model.heads import model_with
-from segvit.model.segvit import SegViT
+from segvit.model.heads import SegViT
 from segvit_kernels import resize_positions
 
 # One row for each class; those of the class head are followed by "no object".
 _CLASS_ROWS = {
-    "segvit": ("class_tokens", "class_head.weight", "class_head.bias"),
+    "atm": ("class_tokens", "class_head.weight", "class_head.bias"),
+    "segvitv2": ("class_tokens",),
     "linear": ("1.weight", "1.bias"),
 }
 _QUERIES = "upsample.queries"
@@ -44,14 +44,15 @@ def init_from(
         source: see `find_checkpoint`.
         num_classes: of the data set.
         fields: fields of `SegViTConfig` and `BackboneConfig` in place of the checkpoint's.
-        head: "segvit" or "linear"; with another one than the checkpoint's, only the backbone is taken.
+        head: the decoder where `fields` do not say it; with another one than the checkpoint's, only the
+            backbone is taken.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, or weights that do not fit `fields`.
     """
     folder = find_checkpoint(source)
-    old, old_head = read_config(folder)
-    old_head = old_head or "segvit"
+    old = read_config(folder)
+    fields = {"decoder": decoder_of(head), **fields}
     rows, words = match_classes(old.class_names, fields.get("class_names"), old.num_classes, num_classes)
     # Names that the data set has not are the checkpoint's, where the numbers agree.
     of_classes = ("class_names", "palette") if old.num_classes != num_classes else ()
@@ -62,7 +63,7 @@ def init_from(
     rest |= {k: v for k, v in fields.items() if k not in backbone_names}
     new = SegViTConfig.from_fields({**backbone, **rest, "num_classes": num_classes})
 
-    model = model_with(head)(new)
+    model = SegViT(new)
     weights = folder / WEIGHTS_FILE
     state, notes = read_state_dict(weights), []
     patch = old.backbone.patch_size
@@ -74,13 +75,13 @@ def init_from(
         raise ValueError(f"{weights}: {error}") from None
     notes += adapted.changed
     load_state_dict(model.backbone, adapted.state_dict, str(weights))
-    if old_head != head:
-        notes.append(f"backbone taken, not the {old_head} head")
+    if old.decoder != new.decoder:
+        notes.append(f"backbone taken, not the decoder {old.decoder}")
         return model, notes
     prefix = "decoder."
     decoder = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     fresh = model.decoder.state_dict()
-    for name in _CLASS_ROWS[head]:
+    for name in _CLASS_ROWS[new.decoder]:
         if name in decoder and name in fresh:
             decoder[name] = _take_rows(decoder[name], fresh[name], rows)
     if _QUERIES in decoder and decoder[_QUERIES].shape != fresh.get(_QUERIES, decoder[_QUERIES]).shape:

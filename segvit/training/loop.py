@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segvit.model.heads import make_loss
 from segvit.options import TrainConfig
 from segvit.training.accumulate import backward
-from segvit.training.build import build_model, locate_queries, make_augmentation, make_loss
+from segvit.training.build import build_model, locate_queries, make_augmentation
 from segvit.training.evaluation import evaluate
 from segvit.training.loading import batches, collate
 from segvit.training.log import Log, training_bar
@@ -50,7 +51,9 @@ class Trainer:
         self.model = build_model(config, training, tell).to(fabric.device).train()
         augment = make_augmentation(config, training, self.model)
         locate_queries(config, self.model, training, augment)
-        self.loss = make_loss(config, training, weights).to(fabric.device)
+        decoder = self.model.config.decoder
+        loss = make_loss(decoder, training.num_classes, training.ignore_index, weights)
+        self.loss = loss.to(fabric.device)
         self.state = RunState(fabric, config, self.model)
         self.state.seed_process()
         if config.resume:

@@ -46,7 +46,7 @@ from segvit_kernels.ops._resize import finite, upsampled
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = ("sigmoid", "sigmoid_first", "none")
-_MOST_QUERIES = 2**14
+MOST_QUERIES = 2**14
 _LARGEST_SCORE = 1e8  # of which no product with a mask is infinite
 _BUDGET = 2**19  # elements of a block on the CPU: 2 MiB stay in the cache
 
@@ -289,9 +289,9 @@ def _validate(mask_logits: Any, scores: Any) -> None:
                 f"{name} has dtype {tensor.dtype}; expected float32, float16, bfloat16 or float64"
             )
     shape = tuple(mask_logits.shape)
-    if mask_logits.ndim != 4 or min(shape[1:]) < 1 or shape[1] > _MOST_QUERIES:
+    if mask_logits.ndim != 4 or min(shape[1:]) < 1 or shape[1] > MOST_QUERIES:
         raise ValueError(
-            f"mask_logits has shape {shape}; expected (batch, queries, height, width), 1 to {_MOST_QUERIES} "
+            f"mask_logits has shape {shape}; expected (batch, queries, height, width), 1 to {MOST_QUERIES} "
             "queries"
         )
     if tuple(scores.shape) != shape[:2]:

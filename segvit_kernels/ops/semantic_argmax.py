@@ -6,7 +6,10 @@ Of masks M_q on a small grid and class probabilities p, for every output pixel:
     label(y, x) = argmax_c s_c(y, x), the lower class of equal ones
 
 (semantic inference of MaskFormer, NeurIPS 2021, section 3.4; SegViT uses the same.) Interpolation is that of
-``F.interpolate(mode="bilinear", align_corners=False)``.
+``F.interpolate(mode="bilinear", align_corners=False)``. Where query i is class i and nothing else (SegViTv2,
+arXiv 2306.06289; a pixel classifier) p is diagonal and given as a vector: s_c = p_c · σ(bilinear(M_c)), the
+matrix is never made. Without views, or where an image's only view is the upper left part of a picture, that is
+:func:`panoptic_argmax`, whose kernels do it; other views are done in eager mode.
 
 With *views*, several predictions share an output: windows, scales, flips. A view sees a rectangle of the
 output through one affine map per axis. The score of a pixel is the mean, over the groups that cover it, of
@@ -20,8 +23,8 @@ few queries nearly all mass.
 
 Where scores are not numbers the label is some class: always in [0, classes), 0 where no score is one.
 
-Refused: anything but 4-D masks of one floating dtype, (views, queries, classes) probabilities, one device,
-views that leave a pixel of the output uncovered.
+Refused: anything but 4-D masks of one floating dtype, (views, queries, classes) probabilities or the diagonals
+(views, queries), one device, views that leave a pixel of the output uncovered.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from torch.nn import functional as F
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import unit_stride
 from segvit_kernels.ops._checks import flag, number, size_pair, tensors
+from segvit_kernels.ops.panoptic_argmax import MOST_QUERIES, panoptic_argmax
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ACTIVATIONS = ("sigmoid", "none")
@@ -220,7 +224,7 @@ def semantic_argmax_reference(
     masks = [mask for stack in stacks for mask in stack]
     probs = class_probs.to(stacks[0].dtype)
     if prune:
-        probs = probs * (class_probs.sum(-1, keepdim=True) >= prune)
+        probs = probs * (_mass(class_probs) >= prune)
 
     def activate(x: Tensor) -> Tensor:
         return x.sigmoid() if activation == "sigmoid" else x
@@ -230,14 +234,14 @@ def semantic_argmax_reference(
             activate(F.interpolate(m[None], size=tuple(size), mode="bilinear", align_corners=False)[0])
             for m in masks
         ]
-        scores = [torch.einsum("qc,qhw->chw", p, m) for p, m in zip(probs, full, strict=True)]
+        scores = [_mixed(p, m) for p, m in zip(probs, full, strict=True)]
     else:
         sums: dict[tuple[int, int], list[Tensor]] = {}
         for view, mask, p in zip(views.views, masks, probs, strict=True):
             top, left, bottom, right = view.rectangle
             inside = mask.new_zeros(size)
             inside[top:bottom, left:right] = 1
-            score = torch.einsum("qc,qhw->chw", p, activate(_bilinear(mask, view.affine, size))) * inside
+            score = _mixed(p, activate(_bilinear(mask, view.affine, size))) * inside
             total = sums.setdefault((view.image, view.group), [torch.zeros_like(score), inside * 0])
             total[0] += score
             total[1] += inside
@@ -248,6 +252,16 @@ def semantic_argmax_reference(
             scores.append(sum(score / count.clamp(min=1) for score, count in groups) / covering)
     scores = torch.stack(scores) if scores else probs.new_empty(0, probs.shape[-1], *size)
     return scores.argmax(1).to(_label_dtype(probs.shape[-1])), scores
+
+
+def _mass(probs: Tensor) -> Tensor:
+    """What a query has of all classes, which broadcasts against ``probs`` (V, Q, C) or (V, Q)."""
+    return probs.sum(-1, keepdim=True) if probs.ndim == 3 else probs
+
+
+def _mixed(probs: Tensor, masks: Tensor) -> Tensor:
+    """Scores (C, H, W) of masks (Q, H, W), by probabilities (Q, C) or their diagonal (Q)."""
+    return torch.einsum("qc,qhw->chw", probs, masks) if probs.ndim == 2 else probs[:, None, None] * masks
 
 
 def _bilinear(mask: Tensor, affine: Sequence[float], size: tuple[int, int]) -> Tensor:
@@ -278,7 +292,7 @@ class _Part(NamedTuple):
     """One view, ready to be mixed: ``affine`` and ``columns`` say where its mask lies in the output."""
 
     mask: Tensor  # (Q, h, w), any dtype
-    mixing: Tensor  # (C, Q), in the dtype of the scores
+    mixing: Tensor  # (C, Q), or the diagonal (Q); in the dtype of the scores
     affine: Sequence[Any]  # floats, or on other devices than the CPU 0-d tensors
     columns: tuple[int, int]
 
@@ -316,6 +330,8 @@ def _mix(part: _Part, top: int, bottom: int, sigmoid: bool) -> Tensor:
     if sigmoid:
         block.sigmoid_()
     area = (bottom - top, block.shape[1])
+    if part.mixing.ndim == 1:
+        return block.view(queries, *area).mul_(part.mixing[:, None, None])
     return (part.mixing @ block.view(queries, math.prod(area))).view(-1, *area)
 
 
@@ -354,6 +370,8 @@ def _first_maximum(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def _head(parts: list[_Part]) -> _Head | None:
     """The few tokens and classes that have nearly all class mass; ``None`` where it is spread."""
+    if parts[0].mixing.ndim == 1:  # every query is a class of its own
+        return None
     queries = max(part.mixing.shape[1] for part in parts)
     if queries < _MANY:
         return None
@@ -442,7 +460,9 @@ def _eager(
 
     def part(index: int, affine: Sequence[Any], columns: tuple[int, int]) -> _Part:
         mask, probs = masks[index], class_probs[index].to(dtype)
-        if prune:
+        if prune and probs.ndim == 1:
+            probs = probs * (probs >= prune)
+        elif prune:
             keep = probs.sum(1) >= prune
             mask, probs = (mask[keep], probs[keep]) if cpu else (mask, probs * keep[:, None])
         return _Part(mask, probs.t(), affine, columns)
@@ -554,6 +574,11 @@ def _macs(
 def _kernels_refuse(
     backend: str, mask_logits: list[Tensor], class_probs: Tensor, *_: Any
 ) -> Exception | None:
+    if class_probs.ndim == 2:
+        return ValueError(
+            f"backend {backend!r} takes the diagonal of class_probs without scores and with one view an image; "
+            "expected a matrix, or backend eager"
+        )
     for name, tensor in (("mask_logits", mask_logits[0]), ("class_probs", class_probs)):
         if tensor.dtype == torch.float64:
             return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; {name} is float64")
@@ -589,7 +614,8 @@ def semantic_argmax(
     Args:
         mask_logits: (V, Q, h, w), or a list of such with grids of different sizes but one Q and one dtype;
             float32, float16, bfloat16 or float64 (eager only).
-        class_probs: (V, Q, C) in the order of the masks, non-negative, any of these dtypes.
+        class_probs: (V, Q, C) in the order of the masks, non-negative, any of these dtypes; or (V, Q), the
+            diagonal of a matrix whose other entries are 0, with C = Q.
         size: (H, W) of the output.
         views: how the V predictions map to the outputs; without it prediction i is image i, stretched over
             the whole output.
@@ -613,6 +639,10 @@ def semantic_argmax(
     flag("return_scores", return_scores)
     _library.check_backend(backend)
     height, width = _validate(stacks, class_probs, size, views, activation, prune)
+    one_a_class = class_probs.ndim == 2 and not return_scores
+    if one_a_class and (frame := _frame(stacks, views, (height, width))) is not None:
+        scores = class_probs * (class_probs >= prune) if prune else class_probs
+        return _labels_of_queries(stacks, scores, (height, width), frame, activation, backend)
     labels, scores = _semantic_argmax(
         [unit_stride(stack.detach()) for stack in stacks],
         unit_stride(class_probs.detach()),
@@ -627,6 +657,49 @@ def semantic_argmax(
         backend,
     )
     return (labels, scores) if return_scores else labels
+
+
+def _frame(stacks: list[Tensor], views: Views | None, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The size of the picture over which every mask is stretched, of which the output is the upper left part.
+
+    None where that is not so, or where there are more queries than `panoptic_argmax` takes.
+    """
+    if stacks[0].shape[1] > MOST_QUERIES:
+        return None
+    if views is None:
+        return size
+    if len(stacks) != 1 or len(views) != views.batch or not len(views):
+        return None
+    affine, sides = views.views[0].affine, []
+    for index, view in enumerate(views.views):
+        if (view.image, view.rectangle, view.affine) != (index, (0, 0, *size), affine):
+            return None
+    for cells, length, step, offset in zip(stacks[0].shape[2:], size, affine[::2], affine[1::2], strict=True):
+        side = round(cells / step)
+        if step <= 0 or side < length or abs(side * step - cells) > 1e-9 * cells:
+            return None
+        if abs(offset - (step - 1) / 2) > 1e-9:
+            return None
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _labels_of_queries(
+    stacks: list[Tensor],
+    scores: Tensor,
+    size: tuple[int, int],
+    frame: tuple[int, int],
+    activation: str,
+    backend: str | None,
+) -> Tensor:
+    """Labels where a pixel's class is its query."""
+    found = [
+        panoptic_argmax(masks, own, frame, activation=activation, backend=backend).queries
+        for masks, own in zip(stacks, scores.split([len(stack) for stack in stacks]), strict=True)
+    ]
+    queries = found[0] if len(found) == 1 else torch.cat(found)
+    queries = queries[:, : size[0], : size[1]]
+    return queries.clamp(min=0).to(_label_dtype(scores.shape[1]))  # -1 where no score is a number
 
 
 def _validate(
@@ -662,10 +735,10 @@ def _validate(
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {first.dtype}, that of the first")
     count, queries = sum(t.shape[0] for t in stacks), first.shape[1]
     shape = tuple(class_probs.shape)
-    if class_probs.ndim != 3 or shape[:2] != (count, queries) or not 1 <= shape[2] <= 2**15:
+    if class_probs.ndim not in (2, 3) or shape[:2] != (count, queries) or not 1 <= shape[-1] <= 2**15:
         raise ValueError(
-            f"class_probs has shape {shape}; expected ({count}, {queries}, classes), as mask_logits has "
-            "views and queries, and 1 to 32768 classes"
+            f"class_probs has shape {shape}; expected ({count}, {queries}, classes) or the diagonal "
+            f"({count}, {queries}), as mask_logits has views and queries, and 1 to 32768 classes"
         )
     height, width = size_pair("size", size)
     if views is not None:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from segvit import BackboneConfig, InferenceOptions, SegViT, SegViTConfig
+from segvit.config import DECODERS
 from segvit.inference import engine as engine_module
-from segvit.model.linear_head import LinearSegmenter
 
 pytestmark = pytest.mark.usefixtures("without_amx")
 
@@ -34,16 +34,18 @@ def tiny_model(kind="plain", patch=8, class_token=True, setup=None, **overrides)
     backbone = BackboneConfig(32, 3, 2, **fields)
     values = {"num_classes": 6, "taps": (0, 2), "decoder_depth": 2, "image_size": (4 * patch, 4 * patch)}
     values |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "upsample": kind == "shrunk"}
-    model = (LinearSegmenter if kind == "linear" else SegViT)(SegViTConfig(backbone, **(values | overrides)))
+    values["decoder"] = kind if kind in DECODERS else "atm"
+    model = SegViT(SegViTConfig(backbone, **(values | overrides)))
     model.eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
         if name.endswith("pos_embed"):
             parameter.mul_(10)
-    if kind != "linear":  # every token sure of its own class
-        size = torch.Size((1, 3, *model.config.image_size))
-        tokens = model.decoder(model.backbone(torch.randn(size)), (4, 4))[-1].tokens[0]
-        model.decoder.class_head.weight.zero_()[:-1] = 8 * torch.linalg.pinv(tokens).T
+    if hasattr(model.decoder, "stages"):
+        if model.mixes_classes:  # every token sure of its own class
+            size = torch.Size((1, 3, *model.config.image_size))
+            tokens = model.decoder(model.backbone(torch.randn(size)), (4, 4))[-1].tokens[0]
+            model.decoder.class_head.weight.zero_()[:-1] = 8 * torch.linalg.pinv(tokens).T
         for stage in model.decoder.stages:
             stage.layers[-1].atm.q.weight.mul_(6)
     return model
