@@ -371,6 +371,11 @@ def why_not_operator(operator: str, name: str, device: torch.device) -> str | No
     return _operators[operator].why_not(name, device)
 
 
+def chosen_backend(operator: str, device: torch.device, argument: str | None) -> str:
+    """The backend of a call of the operator of this name, before its kernels have seen the arguments."""
+    return requested_backend(argument) or _operators[operator].default(device)
+
+
 def operators() -> tuple[Operator, ...]:
     """All registered operators."""
     return tuple(_operators.values())

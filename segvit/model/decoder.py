@@ -1,7 +1,7 @@
 """ATM decoder: class tokens cross-attend to feature maps, and the attention's similarity maps are the masks.
 
-Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2 and figure 3. SegViTv2's (arXiv 2306.06289) leaves
-out the self-attention of class tokens, and asks each of them only whether its class is there.
+Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.2 and figure 3. SegViTv2's (arXiv 2306.06289)
+leaves out the self-attention of class tokens, and asks each of them only whether its class is there.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class LinearSegmenter(SegViT):
         return scores.softmax(1)
 
     def similarity_maps(self, images: Tensor) -> list[Tensor]:
-        raise ValueError("a linear head has no similarity maps")
+        raise ValueError("the decoder linear has no similarity maps")
 
 
 class CrossEntropy(nn.Module):

@@ -1,7 +1,7 @@
 """SegViTv2: the ATM cascade without self-attention of class tokens and without mixing of classes.
 
-Source: SegViTv2 (IJCV 2024, arXiv 2306.06289), sections 3.1 and 3.2. A class token says how likely its class is
-in the image, p_c, and where, σ(M_c): the score of a class at a pixel is p_c · σ(M_c).
+Source: SegViTv2 (IJCV 2024, arXiv 2306.06289). A class token says how likely its class is in the image, p_c,
+and where, σ(M_c): the score of a class at a pixel is p_c · σ(M_c).
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class Service:
 
     def _class_of(self, asked: Asked) -> int:
         if not self.has_similarity:
-            raise RefusedError(422, "class: the model has a linear head, which has no similarity maps")
+            raise RefusedError(422, "class: the model's decoder has no similarity maps")
         try:
             return find_classes([asked.wanted], self.answers.names, "class")[0]
         except ValueError as error:

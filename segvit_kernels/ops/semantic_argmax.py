@@ -7,9 +7,10 @@ Of masks M_q on a small grid and class probabilities p, for every output pixel:
 
 (semantic inference of MaskFormer, NeurIPS 2021, section 3.4; SegViT uses the same.) Interpolation is that of
 ``F.interpolate(mode="bilinear", align_corners=False)``. Where query i is class i and nothing else (SegViTv2,
-arXiv 2306.06289; a pixel classifier) p is diagonal and given as a vector: s_c = p_c · σ(bilinear(M_c)), the
-matrix is never made. Without views, or where an image's only view is the upper left part of a picture, that is
-:func:`panoptic_argmax`, whose kernels do it; other views are done in eager mode.
+arXiv 2306.06289; a pixel classifier) p is diagonal and given as a vector: s_c = p_c · σ(bilinear(M_c)).
+Without views, or where an image's only view is the upper left part of a picture, that is
+:func:`panoptic_argmax`, and its kernels do it. For other views, and for scores, eager mode multiplies class
+by class, and kernels get the matrix, most of which their shortcut skips.
 
 With *views*, several predictions share an output: windows, scales, flips. A view sees a rectangle of the
 output through one affine map per axis. The score of a pixel is the mean, over the groups that cover it, of
@@ -23,7 +24,7 @@ few queries nearly all mass.
 
 Where scores are not numbers the label is some class: always in [0, classes), 0 where no score is one.
 
-Refused: anything but 4-D masks of one floating dtype, (views, queries, classes) probabilities or the diagonals
+Refused: anything but 4-D masks of one floating dtype, probabilities (views, queries, classes) or diagonals
 (views, queries), one device, views that leave a pixel of the output uncovered.
 """
 
@@ -574,14 +575,11 @@ def _macs(
 def _kernels_refuse(
     backend: str, mask_logits: list[Tensor], class_probs: Tensor, *_: Any
 ) -> Exception | None:
-    if class_probs.ndim == 2:
-        return ValueError(
-            f"backend {backend!r} takes the diagonal of class_probs without scores and with one view an image; "
-            "expected a matrix, or backend eager"
-        )
     for name, tensor in (("mask_logits", mask_logits[0]), ("class_probs", class_probs)):
         if tensor.dtype == torch.float64:
             return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; {name} is float64")
+    if class_probs.ndim == 2:
+        return ValueError(f"backend {backend!r} takes a matrix of class_probs; got its diagonal")
     return None
 
 
@@ -643,6 +641,8 @@ def semantic_argmax(
     if one_a_class and (frame := _frame(stacks, views, (height, width))) is not None:
         scores = class_probs * (class_probs >= prune) if prune else class_probs
         return _labels_of_queries(stacks, scores, (height, width), frame, activation, backend)
+    if class_probs.ndim == 2 and _on_kernels(stacks[0], backend):
+        class_probs = torch.diag_embed(class_probs)
     labels, scores = _semantic_argmax(
         [unit_stride(stack.detach()) for stack in stacks],
         unit_stride(class_probs.detach()),
@@ -657,6 +657,14 @@ def semantic_argmax(
         backend,
     )
     return (labels, scores) if return_scores else labels
+
+
+def _on_kernels(masks: Tensor, backend: str | None) -> bool:
+    """Whether these masks go to kernels, which take a matrix; compiled code finds out when it runs."""
+    if torch.compiler.is_compiling():
+        return True
+    chosen = _library.chosen_backend("semantic_argmax", masks.device, backend)
+    return chosen != "eager" and masks.dtype != torch.float64
 
 
 def _frame(stacks: list[Tensor], views: Views | None, size: tuple[int, int]) -> tuple[int, int] | None:

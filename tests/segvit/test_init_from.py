@@ -73,7 +73,7 @@ def test_classes_by_name(tmp_path):
     new, notes = init_from(tmp_path / "atm", 5, {"class_names": None, "palette": None})
     assert notes == ["0 of 5 classes taken over as one side has no names; fresh: 0, 1, 2, 3, 4"]
     new, notes = init_from(tmp_path / "atm", 3, {"class_names": NAMES}, "linear")
-    assert notes == ["backbone taken, not the segvit head"] and isinstance(new, LinearSegmenter)
+    assert notes == ["backbone taken, not the decoder atm"] and isinstance(new, LinearSegmenter)
 
 
 @torch.no_grad()

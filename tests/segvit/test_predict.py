@@ -320,7 +320,9 @@ def test_a_linear_head_predicts_but_has_no_maps(model, pictures, tmp_path):
     linear = LinearSegmenter(model.config).eval()
     linear.save_pretrained(tmp_path / "linear")
     images = [str(pictures / "a.png")]
-    refused(ValueError, "linear head", tmp_path / "linear", tmp_path, images=images, maps=["car"])
+    refused(
+        ValueError, "decoder linear, which has no", tmp_path / "linear", tmp_path, images=images, maps=["car"]
+    )
     out = tmp_path / "out"
     run(PredictConfig(images=images, checkpoint=str(tmp_path / "linear"), out=str(out), accelerator="cpu"))
     with Image.open(out / "a_labels.png") as labels:

@@ -405,7 +405,7 @@ def test_a_linear_head_has_no_similarity_maps():
             assert json.loads((await ask(service, "/model")).body)["similarity"] is False
             answer = await ask(service, "/similarity", picture(), query=b"class=0")
             assert answer.status == 422
-            assert json.loads(answer.body)["error"].endswith("linear head, which has no similarity maps")
+            assert json.loads(answer.body)["error"].endswith("decoder has no similarity maps")
 
     asyncio.run(run())
 

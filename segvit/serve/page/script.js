@@ -118,7 +118,7 @@ function list(classes) {
   });
   element("legend").replaceChildren(...entries);
   if (model && !model.similarity) {
-    element("hint").textContent = "This model has a linear head, and no similarity maps.";
+    element("hint").textContent = "This model's decoder has no similarity maps.";
   }
 }
 
