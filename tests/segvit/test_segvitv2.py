@@ -128,6 +128,11 @@ def test_the_loss_is_the_formula(weights):
         loss(output_of([(torch.zeros(2, 4, 5), torch.zeros(2, 4, 3, 5))]), labels)
 
 
+def lost(labels, scores):
+    """The most that a label's score is behind the best."""
+    return (scores.amax(1) - scores.gather(1, labels.long()[:, None])[:, 0]).max()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["segvitv2", "shrunk"])
 def test_engine_windows_and_scores(kind):
@@ -138,11 +143,11 @@ def test_engine_windows_and_scores(kind):
         labels, scores = model.predict(images, options, return_scores=True)
         assert len(labels.unique()) > 2 and torch.equal(scores.argmax(1).to(torch.uint8), labels)
         engine = model.compile_for_inference((37, 50), 2, options=options)
-        assert_same_up_to_ties(engine(images), model, images, options)
+        assert lost(engine(images), scores) < 1e-5
         graph = LabelGraph(model, Plan((37, 50), 2, outputs="scores", options=options)).eval()
         found, best = graph(images)
         torch.testing.assert_close(best, scores.amax(1), atol=1e-5, rtol=1e-5)
-        assert (scores.amax(1) - scores.gather(1, found.long()[:, None])[:, 0]).max() < 1e-5
+        assert lost(found, scores) < 1e-5
     assert_same_up_to_ties(model.fuse().predict(images), model.unfuse(), images)
 
 
