@@ -14,7 +14,7 @@ from typing import Any
 
 MLPS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 RESIZES = ("bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias")
-DECODERS = ("atm", "segvitv2", "linear")
+DECODERS = ("atm", "segvitv2", "linear", "eomt")
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,9 @@ class BackboneConfig:
 
 _LATER: dict[str, Any] = {
     "decoder": "atm",
+    "queries": 100,
+    "query_blocks": None,
+    "upscale_blocks": None,
     "absolute_positions": True,
     "position_resize": "bicubic",
     "rotary": None,
@@ -194,10 +197,11 @@ class SegViTConfig:
     Attributes:
         num_classes: number of classes, and of class tokens.
         decoder: "atm", the cascade of SegViT; "segvitv2", the same without self-attention of class tokens and
-            without class mixing (arXiv 2306.06289); "linear", one linear layer on the last feature map.
+            without class mixing (arXiv 2306.06289); "linear", one linear layer on the last feature map;
+            "eomt", queries that join the last blocks of the backbone (arXiv 2503.19108).
         taps: 0-based indices of the blocks whose output feeds the decoder, shallow to deep; the last one is
             the backbone's last block. Without `upsample` each has a stage of its own, the deepest first. The
-            linear layer has the last alone.
+            linear layer and EoMT have the last alone.
         decoder_dim: width of the decoder; None: half the backbone's.
         decoder_heads: attention heads of the decoder; None: one for every 32 channels.
         decoder_depth: layers in a stage, and for each tap in the up-sampling.
@@ -209,6 +213,10 @@ class SegViTConfig:
             and the masks keep the grid of `image_size` whatever the image's, as in published models.
         key_positions: add to each key of the up-sampling the query of its own place, see
             `segvit_kernels.QueryUpsample`. Published models do not, and take longer to train.
+        queries: EoMT's number of queries.
+        query_blocks: blocks that they run through, the last ones; None: 3 of up to 12, 4 of up to 24, else 5.
+        upscale_blocks: how often EoMT's features get twice the rows and columns; None: to a quarter of the
+            image's size, once at least.
         image_size: height and width of training crops; the position embedding is stored for this size.
         mean, std: of each channel on the 0..1 scale.
         value_range: stored values of pictures that become black and white, one pair or one for each channel;
@@ -234,6 +242,9 @@ class SegViTConfig:
     class_names: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
     decoder: str = "atm"
+    queries: int = 100
+    query_blocks: int | None = None
+    upscale_blocks: int | None = None
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -249,8 +260,10 @@ class SegViTConfig:
         for name in ("taps", "image_size", "mean", "std", "value_range", "class_names"):
             if getattr(self, name) is not None:
                 fill(name, tuple(getattr(self, name)))
-        if self.decoder == "linear":
+        if self.decoder in ("linear", "eomt"):
             fill("taps", self.taps[-1:])
+        if self.decoder == "eomt":
+            self._fill_eomt()
         if self.palette is not None:
             fill("palette", tuple(tuple(colour) for colour in self.palette))
         dim = self.backbone.width // 2 if self.decoder_dim is None else self.decoder_dim
@@ -310,6 +323,28 @@ class SegViTConfig:
                 f"{name} must have num_classes = {self.num_classes} entries, got {entries and len(entries)}",
             )
 
+    def _fill_eomt(self) -> None:
+        """What EoMT has by default, and what it cannot be."""
+        depth, patch = self.backbone.depth, self.backbone.patch_size
+        defaults = {
+            "backbone": dataclasses.replace(self.backbone, final_norm=True),
+            "query_blocks": min(depth, 3 if depth <= 12 else 4 if depth <= 24 else 5),
+            "upscale_blocks": max(1, patch.bit_length() - 3),
+        }
+        for name, value in defaults.items():
+            if name == "backbone" or getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _check_sizes(self, "queries", "query_blocks")
+        _check_sizes(self, "upscale_blocks", least=0)
+        first = depth - typing.cast(int, self.query_blocks)
+        _check(first >= 0, f"query_blocks must be at most the {depth} blocks, got {self.query_blocks}")
+        shrink_at = self.backbone.shrink_at
+        _check(
+            shrink_at is None or shrink_at < first,
+            f"shrink_at must be before the blocks of decoder eomt's queries, {first} and on; got {shrink_at}",
+        )
+        _check(not self.upsample, "upsample is not of decoder eomt, got true")
+
     @classmethod
     def preset(cls, name: str, num_classes: int, *, shrunk: bool = False, **overrides: Any) -> SegViTConfig:
         """A named model size; `overrides` are fields of this class or of `BackboneConfig`.
@@ -330,7 +365,7 @@ class SegViTConfig:
         if shrunk:
             depth = PRESETS[name]["depth"]
             shrink_at = 6 if depth == 12 else depth // 3
-            values = {"shrink_at": shrink_at, "upsample": True, **values}
+            values = {"shrink_at": shrink_at, "upsample": values.get("decoder") != "eomt", **values}
             if "taps" not in overrides:
                 # The last features of full resolution, if there are any, and the last of all.
                 full, last = (values["shrink_at"] or 0) - 1, values["depth"] - 1
@@ -452,6 +487,7 @@ def _check(condition: bool, message: str) -> None:
 
 _LARGEST = 1 << 16  # of whatever is counted; blocks and heads have their own
 _MOST = {"depth": 1000, "decoder_depth": 1000, "heads": 4096, "decoder_heads": 4096, "patch_size": 1024}
+_MOST |= {"queries": 1 << 14, "query_blocks": 1000, "upscale_blocks": 6}
 _MOST["num_classes"] = 1 << 15  # of `segvit_kernels.semantic_argmax`
 
 

@@ -1,5 +1,5 @@
-"""`segvit convert`: published checkpoints, plain and Shrunk, to folders for `SegViT.from_pretrained`; other
-plain ViTs to folders for `--backbone-weights`."""
+"""`segvit convert`: published checkpoints, plain and Shrunk, and EoMT's of transformers to folders for
+`SegViT.from_pretrained`; other plain ViTs to folders for `--backbone-weights`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from segvit.model.checkpoint import read_state_dict
 from segvit.model.convert import convert, convert_backbone, is_backbone
+from segvit.model.eomt_weights import convert_eomt, is_eomt
+from segvit.model.segvit import SegViT
 from segvit.options import ConvertConfig
 
 
@@ -15,11 +17,21 @@ def run(config: ConvertConfig) -> int:
     for name in ("config.yaml", "trainer.pt"):
         if (Path(config.out) / name).is_file():
             raise ValueError(f"out: {config.out} holds a training ({name}); choose another folder")
-    if is_backbone(read_state_dict(config.checkpoint)):
+    weights = read_state_dict(config.checkpoint)
+    model: SegViT
+    notes: list[str] = []
+    if is_eomt(weights):
+        model, unused, notes = convert_eomt(config.checkpoint, config.model)
+    elif is_backbone(weights):
         return _backbone(config)
-    model, unused = convert(config.checkpoint, config.model)
+    else:
+        model, unused = convert(config.checkpoint, config.model)
     model.save_pretrained(config.out)
     found, backbone = model.config, model.config.backbone
+    if found.decoder == "eomt":
+        print(f"{config.checkpoint}: EoMT, {found.queries} queries in the last {found.query_blocks} blocks")
+    for note in notes:
+        print(f"  {note}")
     shrunk = f", shrunk at block {backbone.shrink_at}" if backbone.shrink_at is not None else ""
     print(
         f"{config.checkpoint}: ViT of width {backbone.width} with {backbone.depth} blocks{shrunk}, "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,26 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Around = tuple[dict[str, Any], dict[str, Any]]
 
 
+class Joining(NamedTuple):
+    """Tokens that join the others before a block and run in front of them from there on (EoMT's queries).
+
+    Attributes:
+        tokens: (Q, C).
+        block: the first that they run through.
+        attend: which tokens each may see in a block, (B, 1, T, T) or None for all, from the T tokens before
+            it, (B, T, C), and its number.
+    """
+
+    tokens: Tensor
+    block: int
+    attend: Callable[[Tensor, int], Tensor | None]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with packed projections: (B, N, C) -> (B, N, C).
 
     `around` is what stands around it in a fused block: arguments of the first and of the last layer. `angles`
-    are those of rotary positions.
+    are those of rotary positions. `mask` (B, 1, N, N) says which tokens each may see, all by default.
     """
 
     plain = True  # for is_plain
@@ -62,16 +77,22 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, angles: Angles | None = None, around: Around = ({}, {})) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None = None,
+        around: Around = ({}, {}),
+        mask: Tensor | None = None,
+    ) -> Tensor:
         packed = self.qkv(x, **around[0]).unflatten(-1, (3, self.heads, -1))
         if angles is None:
             query, key, value = packed.unbind(-3)
         else:
             value = packed[:, :, 2]
             query, key = apply_rotary(packed[:, :, :2], *(t[:, None] for t in angles)).unbind(-3)
-        if self.native and x.device.type == "cpu":
+        if self.native and mask is None and x.device.type == "cpu":
             return self.proj(self.norm(query_attention(query, key, value).flatten(2)), **around[1])
-        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
+        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)), attn_mask=mask)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)), **around[1])
 
 
@@ -157,12 +178,14 @@ class Block(nn.Module):
         layers = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
         return [*self.children(), *layers]
 
-    def forward(self, x: Tensor, angles: Angles | None = None) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles | None = None, mask: Tensor | None = None) -> Tensor:
+        # Other attentions in its place may take neither.
+        more: dict[str, Any] = {} if mask is None else {"mask": mask}
         if self.folded and isinstance(self.mlp.fc2, PackedLinear) and self.folded.get(self._parts()):
-            x = self.attn(x, angles, ({"norm": self.norm1}, _last(self.ls1, x)))
+            x = self.attn(x, angles, ({"norm": self.norm1}, _last(self.ls1, x)), **more)
             return self.mlp(x, ({"norm": self.norm2}, _last(self.ls2, x)))
-        rotary = () if angles is None else (angles,)  # other attentions in its place may take none
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *rotary)))
+        rotary = () if angles is None else (angles,)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *rotary, **more)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -299,7 +322,7 @@ class VisionTransformer(nn.Module):
         table = self._keep("angles", grid, dtype, rope.freqs, lambda: rope(grid, prefix).to(dtype))
         return [*block_angles(table, config.depth, config.shrink_at, grid, prefix)]
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, joining: Joining | None = None) -> list[Tensor]:
         """Feature maps (B, h·w, C) after each tapped block, shallow to deep, without prefix tokens.
 
         Their grid is (H/p, W/p), or half of that rounded up from the block that shrinks on
@@ -307,6 +330,8 @@ class VisionTransformer(nn.Module):
 
         Args:
             images: (B, in_channels, H, W), H and W multiples of the patch size p.
+            joining: tokens that join on the way, behind the block that shrinks. Where they are there, a
+                feature map has all tokens: (B, Q + prefix + h·w, C).
         """
         grid = patch_grid(images, self.config.patch_size)
         x = self.patch_embed(images)
@@ -324,13 +349,28 @@ class VisionTransformer(nn.Module):
             options: dict[str, Any] = {} if angles is None else {"angles": angles}
             if index == self.config.shrink_at:
                 options |= {"grid": grid, "prefix_tokens": self.num_prefix}
+            joined = joining is not None and index >= joining.block
+            if joining is not None and joined:
+                if index == joining.block:
+                    x = torch.cat([joining.tokens.expand(x.shape[0], -1, -1), x], dim=1)
+                if angles is not None:
+                    options["angles"] = _unturned(angles, len(joining.tokens))
+                if (mask := joining.attend(x, index)) is not None:
+                    options["mask"] = mask
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False, **options)
             else:
                 x = block(x, **options)
             if index in self.taps:
-                features.append(self.norm(x[:, self.num_prefix :]))
+                features.append(self.norm(x if joined else x[:, self.num_prefix :]))
         return features
+
+
+def _unturned(angles: Angles, count: int) -> Angles:
+    """Angles with those of tokens before the others, which are not turned."""
+    cos, sin = angles
+    around = (0, 0, 0, 0, count, 0)
+    return F.pad(cos, around, value=1.0), F.pad(sin, around)
 
 
 def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:

@@ -63,6 +63,7 @@ class BackboneState(NamedTuple):
 # Heads and training leftovers of classification and self-supervised checkpoints.
 _UNUSED = re.compile(
     r"(head|fc_norm|mask_token|pre_logits|dist_token|attn_pool|pooler|decoder|classifier|proj$|logit_scale"
+    r"|query\.|mask_head\.|upscale_block\.|class_predictor\.|criterion\.|attn_mask_probs"  # EoMT's
     r"|rope_embed\.|rope\.freqs_(cos|sin)|blocks\.\d+\.attn\.rope\.|(local_)?cls_norm\.)"
 )
 _ZERO_BIAS = re.compile(r"(patch_embed\.proj|blocks\.\d+\.(attn\.proj|mlp\.fc[12]))\.weight")

@@ -104,7 +104,7 @@ _RENAMED = (
     (_block(r"(?:attention\.)?attention", "self_attn") + r"\.([qkv])(uery|ey|alue|_proj)\.", r"\1.attn.\2."),
     (_block("attn") + r"\.([qkv])_proj\.", r"\1.attn.\2."),
     (_block(r"(?:attn\.|self_)?attn\.out_proj", r"self_attention\.out_proj") + r"\.", r"\1.attn.proj."),
-    (_block(r"attention\.output\.dense", r"attention\.o_proj") + r"\.", r"\1.attn.proj."),
+    (_block(r"attention\.output\.dense", r"attention\.o(?:ut)?_proj") + r"\.", r"\1.attn.proj."),
     (_block(r"ffn\.layers\.0\.0", r"intermediate\.dense", r"mlp\.weights_in") + r"\.", r"\1.mlp.fc1."),
     (_block(r"mlp\.c_fc", r"mlp\.0", r"mlp\.linear_1", r"(?:mlp|ffn)\.w12") + r"\.", r"\1.mlp.fc1."),
     (_block(r"ffn\.layers\.1", r"output\.dense", r"mlp\.weights_out") + r"\.", r"\1.mlp.fc2."),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from segvit.config import SegViTConfig
+from segvit.model.eomt import EoMT
+from segvit.model.eomt_loss import EoMTLoss
 from segvit.model.linear_head import CrossEntropy, LinearSegmenter
 from segvit.model.losses import SegViTLoss
 from segvit.model.segvit import SegViT
@@ -12,8 +15,7 @@ from segvit.model.segvitv2 import SegViTv2, SegViTv2Loss
 
 __all__ = ["Loss", "SegViT", "load_model", "make_loss"]
 
-Loss = SegViTLoss | CrossEntropy
-_LOSSES = {SegViT.kind: SegViTLoss, SegViTv2.kind: SegViTv2Loss}
+Loss = SegViTLoss | CrossEntropy | EoMTLoss
 
 
 def load_model(path: str | Path) -> SegViT:
@@ -22,9 +24,17 @@ def load_model(path: str | Path) -> SegViT:
 
 
 def make_loss(
-    decoder: str, num_classes: int, ignore_index: int = 255, class_weights: Sequence[float] | None = None
+    config: SegViTConfig, ignore_index: int = 255, class_weights: Sequence[float] | None = None
 ) -> Loss:
-    """The loss of models with this decoder."""
-    if decoder == LinearSegmenter.kind:
+    """The loss of a model's decoder.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+    """
+    classes = config.num_classes
+    if config.decoder == LinearSegmenter.kind:
         return CrossEntropy(ignore_index, class_weights)
-    return _LOSSES[decoder](num_classes, ignore_index, class_weights=class_weights)
+    if config.decoder == EoMT.kind:
+        return EoMTLoss(classes, config.queries, ignore_index, class_weights=class_weights)
+    kind = SegViTv2Loss if config.decoder == SegViTv2.kind else SegViTLoss
+    return kind(classes, ignore_index, class_weights=class_weights)

@@ -73,10 +73,7 @@ class SegViTLoss(nn.Module):
 
     def normalisers(self, labels: Tensor) -> Tensor:
         """|P| and the sum of the classification term's weights for labels (B, H, W), over all processes."""
-        classes = self.num_classes
-        known = torch.where((labels >= 0) & (labels < classes), labels.long(), classes).flatten(1)
-        present = known.new_zeros(len(known), classes + 1, dtype=torch.bool).scatter_(1, known, True)
-        return self._normalisers(*self._weights(present[:, :classes], torch.float64))
+        return self._normalisers(*self._weights(classes_present(labels, self.num_classes), torch.float64))
 
     def _weights(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Of pairs and of tokens, both (B, N)."""
@@ -143,8 +140,8 @@ class SegViTLoss(nn.Module):
             if class_logits.shape != (expected := self._class_shape(batch)):
                 raise ValueError(f"class_logits must have shape {expected}, got {tuple(class_logits.shape)}")
             if mask_logits.ndim != 4 or mask_logits.shape[:2] != (batch, classes):
-                expected = f"({batch}, {classes}, h, w)"
-                raise ValueError(f"mask_logits must have shape {expected}, got {tuple(mask_logits.shape)}")
+                masks = f"({batch}, {classes}, h, w)"
+                raise ValueError(f"mask_logits must have shape {masks}, got {tuple(mask_logits.shape)}")
 
     def _class_shape(self, batch: int) -> tuple[int, ...]:
         return (batch, self.num_classes, self.num_classes + 1)
@@ -153,6 +150,13 @@ class SegViTLoss(nn.Module):
         log_probabilities = full_precision(logits).log_softmax(-1)
         own = log_probabilities[..., :-1].diagonal(dim1=1, dim2=2)
         return -(weights * torch.where(present, own, log_probabilities[..., -1])).sum()
+
+
+def classes_present(labels: Tensor, num_classes: int) -> Tensor:
+    """Which classes are in each of labels (B, H, W), (B, N) booleans; values that are none count for none."""
+    known = torch.where((labels >= 0) & (labels < num_classes), labels.long(), num_classes).flatten(1)
+    present = known.new_zeros(len(known), num_classes + 1, dtype=torch.bool).scatter_(1, known, True)
+    return present[:, :num_classes]
 
 
 def weights_of_classes(weights: Sequence[float] | None, num_classes: int | None = None) -> Tensor | None:

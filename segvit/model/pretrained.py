@@ -331,7 +331,8 @@ def _from_own(config: Mapping[str, Any]) -> dict[str, Any]:
 
 _PLAIN_TRANSFORMERS = {
     "vit", "deit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip",
-    "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model",
+    "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model", "eomt",
+    "eomt_dinov3",
 }  # fmt: skip
 
 
@@ -341,7 +342,7 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in _PLAIN_TRANSFORMERS:
         raise ValueError(f"not a plain ViT: its config.json says model_type {shown(kind)}")
     vision = _inside(config, "vision_config") or config
-    clip, dinov3 = kind.startswith("clip"), kind == "dinov3_vit"
+    clip, dinov3 = kind.startswith("clip"), kind in ("dinov3_vit", "eomt_dinov3")
     act = vision.get(
         "hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh" if "siglip" in kind else "gelu"
     )
@@ -355,8 +356,8 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         activations = {"silu": "swiglu"}
     if not isinstance(act, str) or act not in activations:
         raise ValueError(f"its activation is {shown(act)}, expected {' or '.join(activations)}")
-    small = kind.startswith(("dinov2", "siglip"))
-    eps = vision.get("layer_norm_eps", 1e-5 if clip or dinov3 else 1e-6 if small else 1e-12)
+    small = kind.startswith(("dinov2", "siglip", "eomt"))
+    eps = vision.get("layer_norm_eps", 1e-6 if small else 1e-5 if clip or dinov3 else 1e-12)
     known = {"mlp": activations[act], "norm_eps": eps, "plain": True}
     if vision.get("use_swiglu_ffn"):
         known["mlp"] = "swiglu"
@@ -374,6 +375,8 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
             "rescale": 2.0,
             **{name: vision[theirs] for name, theirs in names.items() if theirs in vision},
         }
+        if "rope_theta" in _inside(vision, "rope_parameters"):
+            fields["base"] = vision["rope_parameters"]["rope_theta"]
         known["rotary"] = RotaryConfig(**{name: v for name, v in fields.items() if v is not None})
     if kind.startswith("siglip2"):
         side = math.isqrt(vision.get("num_patches", 256))

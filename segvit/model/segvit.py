@@ -424,6 +424,9 @@ class SegViT(nn.Module):
         self.backbone.gradient_checkpointing = enabled
         return self
 
+    def anneal(self, progress: float) -> None:
+        """Told before every step which share of the training is done, 0 to 1; nothing here depends on it."""
+
     def parameter_groups(
         self,
         lr: float,

@@ -26,6 +26,7 @@ from segvit_kernels import resize_positions
 _CLASS_ROWS = {
     "atm": ("class_tokens", "class_head.weight", "class_head.bias"),
     "segvitv2": ("class_tokens",),
+    "eomt": ("class_head.weight", "class_head.bias"),
     "linear": ("1.weight", "1.bias"),
 }
 _QUERIES = "upsample.queries"

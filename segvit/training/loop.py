@@ -51,9 +51,7 @@ class Trainer:
         self.model = build_model(config, training, tell).to(fabric.device).train()
         augment = make_augmentation(config, training, self.model)
         locate_queries(config, self.model, training, augment)
-        decoder = self.model.config.decoder
-        loss = make_loss(decoder, training.num_classes, training.ignore_index, weights)
-        self.loss = loss.to(fabric.device)
+        self.loss = make_loss(self.model.config, training.ignore_index, weights).to(fabric.device)
         self.state = RunState(fabric, config, self.model)
         self.state.seed_process()
         if config.resume:
@@ -133,6 +131,7 @@ class Trainer:
         factor = learning_rate_factor(state.step, config)
         for group in state.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        self.model.anneal(state.step / config.max_steps)
         batch = next(self.batches)
         images = batch["image"].to(fabric.device, non_blocking=True)
         labels = batch["label"].to(fabric.device, non_blocking=True)

@@ -220,4 +220,4 @@ def test_training_converges(tmp_path, capsys):
         "2",
     ]
     assert main([*evaluated, "--workers", "0", "--accelerator", "cpu"]) == 0
-    assert type(make_loss("segvitv2", 3)) is SegViTv2Loss
+    assert type(make_loss(SegViTConfig.preset("vit_tiny", 3, decoder="segvitv2"))) is SegViTv2Loss
