@@ -22,6 +22,7 @@ from bench.subjects import counts, decoders, peers
 from bench.subjects.operators import mask_loss
 from bench.subjects.published import BY_FORMULA, Model
 from segvit import SegViTConfig, SegViTLoss, SegViTOutput
+from segvit.model.heads import make_loss
 from segvit.model.linear_head import CrossEntropy
 from segvit.model.shrunk import ShrunkDecoder
 
@@ -295,14 +296,30 @@ def _decoder(name: str) -> Subject:
     return Subject(name, "cross-entropy on upsampled scores", build, labels, loss)
 
 
+def _ours(decoder: str, name: str, what: str) -> Subject:
+    """Another decoder of this package, as it is after a whole training."""
+
+    def build(spec: Model) -> nn.Module:
+        model = spec.build(decoder=decoder, decoder_dropout=0.0, drop_path=0.0)
+        model.anneal(1.0)
+        return model.eval()
+
+    def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return make_loss(model.config)(model(model.preprocess(images)), targets)["total"]
+
+    return Subject(name, what, build, _fused, loss, prepare=_prepare_fused)
+
+
 def on_one_backbone() -> list[Subject]:
-    """SegViT as published and ours, Shrunk, and the decoders of `bench.subjects.decoders`."""
+    """SegViT as published and ours, Shrunk, our other decoders, and those of `bench.subjects.decoders`."""
     change = dataclasses.replace
     return [
         change(PUBLISHED, name="SegViT" + BY_FORMULA),
         change(FUSED, name="SegViT"),
         change(PUBLISHED, name="Shrunk SegViT" + BY_FORMULA, build=shrunk),
         change(FUSED, name="Shrunk SegViT", build=shrunk),
+        _ours("segvitv2", "SegViTv2", "no class mixing, the backend chosen by the device"),
+        _ours("eomt", "EoMT", "queries in the last blocks, the backend chosen by the device"),
         *map(_decoder, decoders.NAMES),
     ]
 

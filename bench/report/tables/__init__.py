@@ -3,6 +3,7 @@
 
 from bench.report.tables import (
     backbones,
+    decoders,
     export,
     flops,
     host,
@@ -19,6 +20,7 @@ from bench.report.tables import (
 KINDS = {
     "backbones": backbones,
     "cpu": kernels,
+    "decoders": decoders,
     "gpu": kernels,
     "export": export,
     "flops": flops,

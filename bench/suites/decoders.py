@@ -1,0 +1,120 @@
+"""``python -m bench decoders``: every decoder of this package on ViT-S and ViT-B, by patch size.
+
+From a picture of 512 x 512 bytes to its label map, by the engine on a CPU, all decoders of a backbone and
+patch size in turns; memory in a process for each. Weights are random, but EoMT's masks are off, as after a
+whole training. Pictures are padded to multiples of the patch. The multiply-accumulates are of the whole call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.measure import environment, peaks, timing
+from bench.subjects.counts import count_torch
+
+DECODERS = ("linear", "atm", "segvitv2", "eomt")
+PRESETS = ("vit_small", "vit_base")
+PATCHES = (14, 16, 28, 32)
+SIDE, CLASSES = 512, 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model and the picture that it gets."""
+
+    preset: str
+    decoder: str
+    patch: int
+    side: int = SIDE
+    classes: int = CLASSES
+
+    def build(self) -> nn.Module:
+        """With random weights on the default device, the same at every call, in evaluation mode."""
+        from segvit import SegViT, SegViTConfig
+
+        torch.manual_seed(0)
+        side = -(-self.side // self.patch) * self.patch
+        fields = {"patch_size": self.patch, "decoder": self.decoder, "image_size": side}
+        model = SegViT(SegViTConfig.preset(self.preset, self.classes, **fields)).requires_grad_(False)
+        model.anneal(1.0)
+        return model.eval()
+
+    def call(self, dtype: str) -> Callable[[], Tensor]:
+        """One picture to its label map."""
+        engine = self.build().compile_for_inference(self.side, dtype=getattr(torch, dtype), method="eager")
+        images = torch.randint(0, 256, (1, 3, self.side, self.side), dtype=torch.uint8)
+        return lambda: engine(images)
+
+    def counts(self) -> tuple[float, int]:
+        """Multiply-accumulates, and parameters."""
+        with torch.device("meta"):
+            model = self.build()
+            images = torch.zeros(1, 3, self.side, self.side, dtype=torch.uint8)
+
+            def run(images: Tensor) -> Tensor:
+                padded = model.pad_to_patches(model.preprocess(images))
+                return model.labels(model(padded), (self.side, self.side))
+
+            return count_torch(run, images), sum(p.numel() for p in model.parameters())
+
+
+def measure_memory(row: dict[str, Any], dtype: str) -> int | None:
+    """Peak of a call beyond the model; runs in a process of its own."""
+    call = Row(**row).call(dtype)
+    with torch.inference_mode():
+        return peaks.resident_peak(call)
+
+
+def run(
+    *,
+    presets: Sequence[str] = PRESETS,
+    patches: Sequence[int] = PATCHES,
+    dtype: str = "float32",
+    threads: int = 2,
+    rounds: int = 9,
+    smoke: bool = False,
+    progress: Callable[[str], None] = print,
+) -> dict:
+    """One row a backbone, patch size and decoder, as plain data."""
+    torch.set_num_threads(threads)
+    shape = {"side": 64, "classes": 5} if smoke else {}
+    rows: list[dict] = []
+    for preset in ("vit_tiny",) if smoke else presets:
+        for patch in patches:
+            some = [Row(preset, decoder, patch, **shape) for decoder in DECODERS]
+            samplers = {row.decoder: functools.partial(_sample, row.call(dtype)) for row in some}
+            for sampler in samplers.values():
+                sampler()
+            times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
+            samplers.clear()
+            for row in some:
+                macs, parameters = row.counts()
+                extra = peaks.isolated(
+                    "bench.suites.decoders", "measure_memory", dataclasses.asdict(row), dtype
+                )
+                found = {"macs": macs, "parameters": parameters, "extra_bytes": extra, "dtype": dtype}
+                rows.append({**dataclasses.asdict(row), **found, **timing.summary(times[row.decoder])})
+                shown = f"{1e3 * rows[-1]['median_s']:.1f} ms, {macs / 1e9:.1f} GMACs"
+                progress(f"{preset}/{patch} {row.decoder}: {shown}")
+    described = {**environment.describe(torch.device("cpu")), "threads": threads}
+    return {
+        "schema": 1,
+        "kind": "decoders",
+        "measurement": not smoke,
+        "environment": described,
+        "rows": rows,
+    }
+
+
+def _sample(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        call()
+    return time.perf_counter() - start
