@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from segvit.config import SegViTConfig
 from segvit.model.backbone import Joining
+from segvit.model.decoder import Decoder
 from segvit.model.segvit import SegViT, SegViTOutput
 
 __all__ = ["EoMT", "EoMTDecoder", "ScaleBlock", "mask_probability"]
@@ -34,7 +35,7 @@ class ScaleBlock(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class EoMTDecoder(nn.Module):
+class EoMTDecoder(Decoder):
     """The queries, and what makes classes and masks of tokens.
 
     Args:
@@ -97,15 +98,6 @@ class EoMTDecoder(nn.Module):
         others = inside.new_ones(batch, tokens - queries, tokens)
         return torch.cat([torch.cat([before, inside], 2), others], 1)[:, None]
 
-    def fold_grid(self, grid: tuple[int, int]) -> None:
-        """Nothing here has a grid of its own."""
-
-    def fuse(self) -> None:
-        """Nothing to fold."""
-
-    def unfuse(self) -> None:
-        """Nothing was folded."""
-
 
 class EoMT(SegViT):
     """Queries in the last blocks of the ViT; otherwise used like `SegViT`.
@@ -118,6 +110,7 @@ class EoMT(SegViT):
     whole training none does.
     """
 
+    decoder: EoMTDecoder
     kind = "eomt"
     has_similarity_maps = False
 
