@@ -92,7 +92,8 @@ class Attention(nn.Module):
             query, key = apply_rotary(packed[:, :, :2], *(t[:, None] for t in angles)).unbind(-3)
         if self.native and mask is None and x.device.type == "cpu":
             return self.proj(self.norm(query_attention(query, key, value).flatten(2)), **around[1])
-        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)), attn_mask=mask)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.proj(self.norm(x.transpose(1, 2).flatten(2)), **around[1])
 
 
