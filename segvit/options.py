@@ -167,7 +167,7 @@ class DataOptions(LabelOptions):
         ...,
         "folder of pictures and label maps in a usual layout; ade20k:FOLDER, pascal-context:, "
         "pascal-context-60:, coco-stuff:, coco-panoptic:, cityscapes:, voc: for these in their own files; "
-        "shards, 'FOLDER/{00000..00123}.tar'; or 'synthetic'",
+        "shards, 'FOLDER/{00000..00123}.tar', also at an address (s3://..., extra remote); or 'synthetic'",
     )
 
 

@@ -103,7 +103,14 @@ def known_folder(root: str | Path) -> tuple[Path, str | None]:
     name, colon, rest = str(root).partition(":")
     if name in KNOWN and colon:
         return Path(rest), name
-    if colon and rest and len(name) > 1 and "/" not in name and not Path(root).exists():
+    if (
+        colon
+        and rest
+        and not rest.startswith("//")
+        and len(name) > 1
+        and "/" not in name
+        and not Path(root).exists()
+    ):
         raise ValueError(f"data: no data set {name!r}; expected {', '.join(KNOWN)}, or a folder")
     return Path(root), None
 

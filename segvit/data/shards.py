@@ -16,7 +16,8 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,30 @@ import torch
 from torch.utils.data import Dataset
 
 from segvit.data.pictures import PictureBytes, read_image
+from segvit.system.addresses import Address, File, file_at, is_address, read_part, size_of
 from segvit.system.extras import require
 from segvit.system.failures import one_line
-from segvit.system.text import read_json, shown
+from segvit.system.text import parse_json, read_json, shown
 
 __all__ = ["LIST", "Shards", "are_shards", "label_kind", "read_index"]
 
 LIST = "shards.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST, _LONGEST = 100_000, 4096  # shards of a pattern, its characters
+_BETWEEN = 1 << 12  # bytes that may lie between a picture and its label map
+_AT_ONCE = 16  # indices that are asked for
 _MOST_TEXT = 1 << 25  # characters of all names
 _KINDS = {"names": list, "pictures": list, "labels": list, "split": str, "bytes": int, "data": dict}
 
 
 def are_shards(data: str) -> bool:
-    """Whether `data` on the command line names shards: a pattern of tars, or their folder."""
-    return data.lower().endswith(".tar") or os.path.isfile(os.path.join(data, LIST))
+    """Whether `data` on the command line names shards: a pattern of tars, their folder, or an address."""
+    return is_address(data) or data.lower().endswith(".tar") or are_listed(data)
+
+
+def are_listed(folder: str) -> bool:
+    """Whether a folder on disk has a list of shards."""
+    return os.path.isfile(os.path.join(folder, LIST))
 
 
 def label_kind(num_classes: int) -> tuple[type, int]:
@@ -48,16 +57,18 @@ def label_kind(num_classes: int) -> tuple[type, int]:
     return (np.uint8, 255) if num_classes <= 255 else (np.uint16, 65535)
 
 
-def read_index(tar: Path) -> dict[str, Any]:
+def read_index(tar: File) -> dict[str, Any]:
     """What stands beside a shard.
 
     Raises:
         FileNotFoundError, ValueError: it is missing, or none.
     """
     path = tar.with_suffix(".json")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it is the index of {tar.name} (segvit data pack)")
-    index = read_json(path, dict)
+    try:
+        index = _read_dict(path)
+    except FileNotFoundError:
+        what = f"it is the index of {tar.name} (segvit data pack)"
+        raise FileNotFoundError(f"{path}: no such file; {what}") from None
     wrong = [name for name, kind in _KINDS.items() if not isinstance(index.get(name), kind)]
     if wrong or len({len(index[name]) for name in ("names", "pictures", "labels")}) != 1:
         raise ValueError(f"{path}: no index of a shard ({', '.join(wrong) or 'lists of several lengths'})")
@@ -70,6 +81,16 @@ def read_index(tar: Path) -> dict[str, Any]:
     if wrong := [name for name, well in right.items() if not well]:
         raise ValueError(f"{path}: no index of a shard ({', '.join(wrong)} of another form)")
     return index
+
+
+def _read_dict(file: File) -> dict[str, Any]:
+    if not isinstance(file, Address):
+        return read_json(file, dict)
+    try:
+        text = file.read().decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: no text in UTF-8") from None
+    return parse_json(text, str(file), dict)
 
 
 def _whole(value: Any, most: int) -> bool:
@@ -102,7 +123,7 @@ def _describes(data: dict[str, Any]) -> bool:
     )
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str) -> list[File]:
     """'a/{00000..00002}.tar' -> its three files; '*' stands for what is there."""
     if len(pattern) > _LONGEST:
         raise ValueError(f"data: got {shown(pattern)}, {len(pattern):,} characters, longer than any name")
@@ -120,17 +141,39 @@ def _expand(pattern: str) -> list[Path]:
         choices += [[text], [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]]
         text = after
     names = ["".join(parts) for parts in itertools.product(*choices, [text])]
-    paths = [Path(name) for name in names]
+    paths: list[File] = [file_at(name) for name in names]
     if any("*" in name for name in names):
-        paths = [path for one in paths for path in sorted(one.parent.glob(one.name))]
+        found: list[list[File]] = [sorted(one.parent.glob(one.name), key=str) for one in paths]
+        paths = [path for some in found for path in some]
     return paths
 
 
-def _listed(path: Path) -> list[str]:
-    names = read_json(path, dict).get("shards")
+def _listed(path: File) -> list[str]:
+    names = _read_dict(path).get("shards")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: no list of shards")
     return names
+
+
+def _indices(tars: Sequence[File]) -> Iterable[dict[str, Any]]:
+    """The index of each shard, whose length was compared with it."""
+    if not any(isinstance(tar, Address) for tar in tars):
+        return map(_index_of, tars)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(_index_of, tars))
+
+
+def _index_of(tar: File) -> dict[str, Any]:
+    try:
+        size = size_of(tar)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{tar}: no such shard") from None
+    index = read_index(tar)
+    if size != index["bytes"]:
+        raise ValueError(
+            f"{tar}: {size:,} bytes, {index['bytes']:,} when it was written: truncated or changed"
+        )
+    return index
 
 
 class Shards(Dataset):
@@ -138,7 +181,8 @@ class Shards(Dataset):
 
     Args:
         data: the folder, or a pattern of tars, 'shards/{00000..00012}.tar', of which those of other splits do
-            not count.
+            not count; either perhaps at an address that fsspec reads, of which each sample is a read of a
+            part of a shard.
         split: "training" or "validation".
         ignore_index: the label of pixels without a class.
         channels, value_range: see `segvit.data.read_image`.
@@ -148,6 +192,7 @@ class Shards(Dataset):
 
     Raises:
         FileNotFoundError: a shard or its index is missing, or there is none of the split.
+        OSError, ImportError: an address cannot be read.
         ValueError: a shard is truncated, or shards are of several data sets; when an item is read, one that
             cannot be decoded.
     """
@@ -163,10 +208,11 @@ class Shards(Dataset):
         channels: int = 3,
         value_range: Sequence[float] = (),
     ) -> None:
-        folder = Path(data)
-        listed = folder / LIST
-        self.tars = [folder / name for name in _listed(listed)] if os.path.isfile(listed) else _expand(data)
-        self.root = self.tars[0].parent if self.tars else folder
+        folder = file_at(data)
+        is_list = not data.lower().endswith(".tar") if is_address(data) else are_listed(data)
+        self.tars = [folder / name for name in _listed(folder / LIST)] if is_list else _expand(data)
+        # Of addresses the names within alone count (`segvit.training.run_folder.samples_of`).
+        self.root = Path() if is_address(data) or not self.tars else Path(str(self.tars[0].parent))
         self.split, self.ignore_index = split, ignore_index
         self.channels, self.value_range = channels, tuple(value_range) or None
         self.files: list[tuple[Path, str]] = []
@@ -174,14 +220,7 @@ class Shards(Dataset):
         shared: dict[str, Any] | None = None
         splits: set[str] = set()
         self._count = 0
-        for number, tar in enumerate(self.tars):
-            if not os.path.isfile(tar):
-                raise FileNotFoundError(f"{tar}: no such shard")
-            index = read_index(tar)
-            if (size := tar.stat().st_size) != index["bytes"]:
-                raise ValueError(
-                    f"{tar}: {size:,} bytes, {index['bytes']:,} when it was written: truncated or changed"
-                )
+        for number, (tar, index) in enumerate(zip(self.tars, _indices(self.tars), strict=True)):
             if shared is not None and shared != index["data"]:
                 raise ValueError(f"{tar}: is of another data set than {self.tars[0].name}")
             shared = index["data"]
@@ -217,11 +256,13 @@ class Shards(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | str]:
         number, start, length, label_start, label_length = self._places[index]
         tar, name = self.tars[number], self.files[index][1]
-        with tar.open("rb") as file:
-            file.seek(start)
-            picture = file.read(length)
-            file.seek(label_start)
-            data = file.read(label_length)
+        first, end = min(start, label_start), max(start + length, label_start + label_length)
+        if end - first <= length + label_length + _BETWEEN:  # side by side: one request
+            both = read_part(tar, first, end)
+            picture, data = both[start - first :][:length], both[label_start - first :][:label_length]
+        else:
+            picture = read_part(tar, start, start + length)
+            data = read_part(tar, label_start, label_start + label_length)
         image = read_image(PictureBytes(picture, f"{tar}: {name}"), self.channels, self.value_range)
         try:
             with require("PIL.Image", extra="train").open(io.BytesIO(data)) as stored:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 import tarfile
 import time
 
@@ -207,3 +208,54 @@ def test_what_is_wrong_with_shards_is_one_line(folder, tmp_path, capsys):
     (out / "00001.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"00001\.json: no such file; it is the index of 00001\.tar"):
         Shards(data)
+
+
+@pytest.fixture
+def elsewhere(folder, tmp_path):
+    """Shards at addresses in memory."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.put(pack(folder, tmp_path / "shards"), "/bucket/shards", recursive=True)
+    yield system, "memory://bucket/shards"
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("data", ["", "/", "/*.tar", "/{00000..00003}.tar"])
+def test_shards_at_an_address(folder, elsewhere, data):
+    _, address = elsewhere
+    for split in ("training", "validation"):
+        shards = open_dataset(f"{address}{data}", split)
+        assert_same_samples(pickle.loads(pickle.dumps(shards)), SegmentationFolder(folder, split))
+    names = [name for _, name in Shards(address).files]
+    assert names == [name for _, name in Shards(str(folder.parent / "shards")).files]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda system, tar: system.rm(tar), "00001.tar: no such shard"),
+        (lambda system, tar: system.pipe(tar, system.cat(tar)[:-9]), "00001.tar: .* truncated or changed"),
+        (
+            lambda system, tar: system.rm(tar.replace("tar", "json")),
+            "00001.json: no such file; it is the index",
+        ),
+        (lambda system, tar: system.pipe(tar.replace("tar", "json"), b"\xff"), "00001.json: no text"),
+    ],
+)
+def test_a_damaged_shard_at_an_address_is_named(elsewhere, damage, words):
+    system, address = elsewhere
+    damage(system, "/bucket/shards/00001.tar")
+    with pytest.raises((ValueError, OSError), match=f"^{address}/{words}"):
+        Shards(address)
+
+
+def test_addresses_that_nothing_reads(elsewhere, capsys, monkeypatch):
+    for address, words in (
+        ("memory://nothing/here", "memory://nothing/here/shards.json: no such file"),
+        ("nowhere://a/{0..1}.tar", "nowhere://a/0.tar: Protocol not known: nowhere"),
+    ):
+        assert main(["data", "check", address]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    assert main(["data", "check", elsewhere[1]]) == 2
+    assert "it comes with: pip install 'segvit-kernels[remote]'" in capsys.readouterr().err
