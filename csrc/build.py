@@ -45,6 +45,8 @@ FP16 = [*X86["avx512"], "-mavx512bf16", "-mavx512fp16"]
 AMX = [*FP16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 SPECIAL = {
     "linear_kernels": ("avx512_fp16", FP16),
+    "linear_float_kernels": ("avx2", X86["avx2"]),
+    "linear_int16_kernels": ("avx2", X86["avx2"]),
     "linear_amx_kernels": ("amx", AMX),
     "linear_vnni_kernels": ("avx512", X86["avx512"]),
     "attention_amx_kernels": ("amx", AMX),
@@ -181,7 +183,11 @@ def _plan(
     def sources_in(folder: str, pattern: str) -> list[Path]:
         left_out = set(OPERATORS) - set(chosen)
         found = sorted((HERE / folder).glob(pattern))
-        return [p for p in found if re.sub("(_amx|_fp16|_vnni)?_kernels$", "", p.stem) not in left_out]
+        return [
+            p
+            for p in found
+            if re.sub("(_amx|_float|_fp16|_int16|_vnni)?_kernels$", "", p.stem) not in left_out
+        ]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']
     definitions = ", ".join(f'"{schema}"' for schema in schemas())

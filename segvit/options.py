@@ -211,7 +211,7 @@ class PrecisionOptions(_Checked):
 
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = option(
         "float32",
-        "precision of the network; int8: the backbone's projections, on CPUs with AVX512-VNNI or AMX",
+        "precision of the network; int8: the backbone's projections, on x86 CPUs with AVX2",
     )
 
 

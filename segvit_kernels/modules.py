@@ -829,7 +829,7 @@ def pack_linears(model: nn.Module, *, int8: bool = False) -> int:
 
     Args:
         model: modules inside it are replaced in place.
-        int8: pack to 8 bits, float32 weights too, where the CPU has AVX512-VNNI or AMX.
+        int8: pack to 8 bits, float32 weights too, where the CPU has AVX2.
 
     Returns:
         How many were replaced.

@@ -1,4 +1,4 @@
-// The exact GELU, for the kernels that are compiled for AVX-512.
+// The exact GELU.
 #pragma once
 
 #include "simd.h"
@@ -9,13 +9,18 @@ namespace segvit::SEGVIT_ISA {
 // error of the tail 1e-4, a quarter of float16's rounding.
 SEGVIT_INLINE Vec gelu(Vec x) {
   Vec z = vmin(splat(20), vabs(x));  // there the tail is 0; a NaN stays one
+#if defined(__AVX512F__)
   Vec t = (Vec)_mm512_rcp14_ps((__m512)(z * 0.375f + 1.0f));
+#else
+  Vec t = 1.0f / (z * 0.375f + 1.0f);
+#endif
   Vec p = splat(-0.090317704f);
   p = p * t + 0.19955836f;
   p = p * t + 0.084123343f;
   p = p * t + 0.15755840f;
   p = p * t + 0.14907965f;
   Vec power = z * z * -0.72134752f;
+#if defined(__AVX512F__)
   Vec r = (Vec)_mm512_reduce_ps((__m512)power, 9);  // the fraction, in [0, 1)
   Vec e = splat(0.013426688f);
   e = e * r + 0.052242465f;
@@ -23,6 +28,9 @@ SEGVIT_INLINE Vec gelu(Vec x) {
   e = e * r + 0.69304484f;
   e = e * r + 1.0f;
   e = (Vec)_mm512_scalef_ps((__m512)e, (__m512)power);
+#else
+  Vec e = vexp(power * 0.69314718f);
+#endif
   return vmax(splat(0), x) - z * t * p * e;
 }
 

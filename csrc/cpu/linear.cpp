@@ -20,25 +20,31 @@ struct Kernel {
   void (*run)(const Linear&, int64_t, int64_t, int64_t, int64_t, char*);
   int64_t (*scratch_bytes)(int64_t rows, int64_t depth);
   int64_t rows, most_rows, columns, panels, depth;
+  int64_t element;    // bytes of a packed number
   int64_t tasks;      // a thread, at least
   bool takes_around;  // LayerNorm, scale and residual
 };
 
 // The kernel for weights packed so, or one that does not run.
-Kernel kernel_for(ScalarType panels, Type type) {
+Kernel kernel_for(const Tensor& packed, Type type) {
+  ScalarType panels = packed.scalar_type();
 #if defined(SEGVIT_X86)
 #if defined(SEGVIT_AMX)
-  if (isa() >= Isa::amx && panels == ScalarType::BFloat16 && type == Type::bf16)
-    return {&amx::linear, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, kPackedDepth, 2, true};
+  if (isa() >= Isa::amx && panels == ScalarType::BFloat16 && packed.dim() == 5 && type == Type::bf16)
+    return {&amx::linear, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, kPackedDepth, 2, 2, true};
   if (isa() >= Isa::amx && panels == ScalarType::Char)
-    return {&amx::linear_int8, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, 64, 2, true};
+    return {&amx::linear_int8, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, 64, 1, 2, true};
 #endif
   if (isa() >= Isa::avx512 && panels == ScalarType::Char)
-    return {&avx512::linear_int8, linear_vnni_scratch_bytes, kVnniRows, 22 * kVnniRows, kTilePanel, 1, 64, 2, true};
+    return {&avx512::linear_int8, linear_vnni_scratch_bytes, kVnniRows, 22 * kVnniRows, kTilePanel, 1, 64, 1, 2, true};
 #if defined(SEGVIT_AVX512_FP16)
-  if (isa() >= Isa::avx512_fp16 && panels == ScalarType::Half && type != Type::f32)
-    return {&avx512_fp16::linear, linear_scratch_bytes, kPackedRows, 128, kPanelColumns, 4, kPackedDepth, 4, false};
+  if (isa() >= Isa::avx512_fp16 && panels == ScalarType::Half && packed.dim() == 4 && type != Type::f32)
+    return {&avx512_fp16::linear, linear_scratch_bytes, kPackedRows, 128, kPanelColumns, 4, kPackedDepth, 2, 4, false};
 #endif
+  if (isa() >= Isa::avx2 && panels == ScalarType::Char)
+    return {&avx2::linear_int8, linear_int16_scratch_bytes, kFloatRows, 22 * kFloatRows, kTilePanel, 1, 64, 2, 2, true};
+  if (isa() >= Isa::avx2 && packed.dim() == 3 && type != Type::f32 && type_of(packed) == type)
+    return {&avx2::linear_float, linear_float_scratch_bytes, kFloatRows, 22 * kFloatRows, kTilePanel, 1, 1, 4, 2, true};
 #endif
   return {};
 }
@@ -58,7 +64,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
               Optional norm_weight, Optional norm_bias, double norm_eps, Optional scale, Optional residual) {
   STD_TORCH_CHECK(panels, "segvit: linear needs packed weights");
   Type type = type_of(input);
-  Kernel kernel = kernel_for(panels->scalar_type(), type);
+  Kernel kernel = kernel_for(*panels, type);
   STD_TORCH_CHECK(kernel.run, "segvit: linear: weights are packed for other numbers, or for an instruction set that the "
                   "CPU code in use is not for");
   STD_TORCH_CHECK(kernel.takes_around || (!norm_weight && !scale && !residual),
@@ -75,7 +81,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
   int64_t padded = round_up(depth, kernel.depth), count = (columns + kernel.columns - 1) / kernel.columns;
   Tensor packed = torch::stable::contiguous(*panels);
   bool fits = packed.numel() == count * kernel.columns * padded && weight.size(1) == depth;
-  if (packed.scalar_type() != ScalarType::BFloat16) {
+  if (packed.scalar_type() == ScalarType::Char || packed.dim() == 4) {
     fits = fits && factors && factors->scalar_type() == ScalarType::Float &&
            factors->numel() == count * kernel.columns;
     factors = in_one_piece(factors);
@@ -102,7 +108,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
               whole(residual, input, rows * columns),
               rows * columns * size_of(type) > kStreamed};
   int64_t threads = torch::stable::get_num_threads();
-  int64_t row_bytes = packed.scalar_type() == ScalarType::Char ? padded : 2 * padded;
+  int64_t row_bytes = kernel.element * padded;
   int64_t most = std::clamp(kTaskBytes / row_bytes / kernel.rows * kernel.rows, kernel.rows, kernel.most_rows);
   // As many blocks of rows for each thread, that differ by one granule at most.
   int64_t granules = (rows + kernel.rows - 1) / kernel.rows, blocks = (rows + most - 1) / most;

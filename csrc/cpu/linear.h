@@ -13,7 +13,7 @@ struct Linear {
   char* output;            // contiguous
   int64_t depth, columns;
   bool gelu;
-  // With AMX or VNNI; each of these may be null, and has elements of `type`.
+  // Not with AVX512-FP16; each of these may be null, and has elements of `type`.
   const char *norm_weight, *norm_bias;  // LayerNorm of the input's rows, where there is a weight
   float norm_eps;
   const char *scale, *residual;  // of every column; contiguous as the output
@@ -44,6 +44,19 @@ inline int64_t linear_vnni_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded + kVnniRows * kTilePanel * 4 + padded * 4 + rows * 4;
 }
 
+// With AVX2: products of float32 or int16 numbers.
+constexpr int64_t kFloatRows = 6;
+
+inline int64_t linear_float_scratch_bytes(int64_t rows, int64_t depth) {
+  int64_t padded = (depth + 31) / 32 * 32;
+  return rows * padded * 4 + kFloatRows * kTilePanel * 4;
+}
+
+inline int64_t linear_int16_scratch_bytes(int64_t rows, int64_t depth) {
+  int64_t padded = (depth + 63) / 64 * 64;
+  return rows * padded * 2 + rows * kTilePanel * 4 + padded * 4 + rows * 4;
+}
+
 }  // namespace segvit
 
 // Rows and panels first...last of the result. `scratch`: the bytes above, of the rows rounded up to their granule.
@@ -53,6 +66,10 @@ void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int
 }  // namespace segvit::avx512_fp16
 #endif
 #if defined(SEGVIT_X86)
+namespace segvit::avx2 {
+void linear_float(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
+void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
+}  // namespace segvit::avx2
 namespace segvit::avx512 {
 void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::avx512

@@ -32,8 +32,9 @@ SEGVIT_INLINE void pack_row(const Linear& args, const bf16* row, char* to) {
       _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first_of_32(args.depth - k), row + k));
     return;
   }
-  for_row(args, row, [&](int64_t k, Pair x, __mmask32 inside) {
-    _mm512_store_si512(to + k / kTileDepth * kStep, _mm512_maskz_mov_epi16(inside, rounded(x, bf16{})));
+  for_row(args, row, [&](int64_t k, Block x, Inside inside) {
+    __m512i bits = rounded(Pair{x.part[0], x.part[1]}, bf16{});
+    _mm512_store_si512(to + k / kTileDepth * kStep, _mm512_maskz_mov_epi16(inside, bits));
   });
 }
 

@@ -1,7 +1,7 @@
 // Rows of a linear layer in float32: LayerNorm before the product, and bias, GELU, scale and residual behind it.
 #pragma once
 
-#include "avx512.h"
+#include "block32.h"
 #include "gelu.h"
 #include "linear.h"
 
@@ -13,6 +13,12 @@ const T* row_of(const Linear& args, int64_t r) {
          r % args.rows_per_outer * args.row_stride;
 }
 
+SEGVIT_INLINE Vec sum_of_parts(const Block& x) {
+  Vec total = x.part[0];
+  for (int i = 1; i < kParts; ++i) total += x.part[i];
+  return total;
+}
+
 struct Statistics {
   Vec mean, rstd;
 };
@@ -20,20 +26,20 @@ struct Statistics {
 // Of a row, in float32; the squares are those of centred numbers.
 template <class T>
 SEGVIT_INLINE Statistics statistics(const T* row, int64_t depth, float eps) {
-  Vec sums[2] = {}, squares[2] = {};
+  Block sums{}, squares{};
   for (int64_t k = 0; k < depth; k += 32) {
-    Pair x = load_pair(row + k, first_of_32(depth - k));
-    sums[0] += x.first, sums[1] += x.second;
+    Block x = load_block(row + k, inside_of(depth - k));
+    for_parts([&](int i) { sums.part[i] += x.part[i]; });
   }
-  Vec mean = splat(sum(sums[0] + sums[1]) / depth);
+  Vec mean = splat(sum(sum_of_parts(sums)) / depth);
   for (int64_t k = 0; k < depth; k += 32) {
-    __mmask32 inside = first_of_32(depth - k);
-    Pair x = load_pair(row + k, inside);
-    Vec a = (Vec)_mm512_maskz_sub_ps(inside, (__m512)x.first, (__m512)mean);
-    Vec b = (Vec)_mm512_maskz_sub_ps(inside >> 16, (__m512)x.second, (__m512)mean);
-    squares[0] += a * a, squares[1] += b * b;
+    Inside inside = inside_of(depth - k);
+    Block x = load_block(row + k, inside);
+    for_parts([&](int i) { x.part[i] -= mean; });
+    keep(x, inside);
+    for_parts([&](int i) { squares.part[i] += x.part[i] * x.part[i]; });
   }
-  return {mean, splat(1 / __builtin_sqrtf(sum(squares[0] + squares[1]) / depth + eps))};
+  return {mean, splat(1 / __builtin_sqrtf(sum(sum_of_parts(squares)) / depth + eps))};
 }
 
 // f(first of the depth, 32 numbers, which of them there are) for a row, normalised if that is asked for.
@@ -42,33 +48,46 @@ SEGVIT_INLINE void for_row(const Linear& args, const T* row, const F& f) {
   Statistics stats{};
   if (args.norm_weight) stats = statistics(row, args.depth, args.norm_eps);
   for (int64_t k = 0; k < args.depth; k += 32) {
-    __mmask32 inside = first_of_32(args.depth - k);
-    Pair x = load_pair(row + k, inside);
+    Inside inside = inside_of(args.depth - k);
+    Block x = load_block(row + k, inside);
     if (args.norm_weight) {
-      auto part = [&](const char* from) { return load_pair(reinterpret_cast<const T*>(from) + k, inside); };
-      Pair weight = part(args.norm_weight), bias = args.norm_bias ? part(args.norm_bias) : Pair{};
-      x.first = (x.first - stats.mean) * stats.rstd * weight.first + bias.first;
-      x.second = (x.second - stats.mean) * stats.rstd * weight.second + bias.second;
+      auto block = [&](const char* from) { return load_block(reinterpret_cast<const T*>(from) + k, inside); };
+      Block weight = block(args.norm_weight), bias = args.norm_bias ? block(args.norm_bias) : Block{};
+      for_parts([&](int i) {
+        x.part[i] = (x.part[i] - stats.mean) * stats.rstd * weight.part[i] + bias.part[i];
+      });
     }
     f(k, x, inside);
   }
 }
 
-// A row in int8, 64 numbers each `step` bytes: divided by a 127th of the largest magnitude and rounded, the signs' bits
-// flipped by `flip`. `values` is memory for the row in float32. Returns the scale, not a number where one in the row
-// is not finite.
+// A row in float32 to `values`, zeros up to a multiple of 32, for int8: returns a 127th of its largest magnitude, not
+// a number where one in the row is not finite.
+template <class T>
+SEGVIT_INLINE float scale_of_row(const Linear& args, const T* row, float* values) {
+  Block most{}, sum_of_zeros{};
+  for_row(args, row, [&](int64_t k, Block x, Inside inside) {
+    keep(x, inside);
+    for_parts([&](int i) {
+      store(values + k + i * kWidth, x.part[i]);
+      most.part[i] = vmax(most.part[i], vabs(x.part[i]));
+      sum_of_zeros.part[i] += x.part[i] * 0;
+    });
+  });
+  Vec all = most.part[0];
+  for (int i = 1; i < kParts; ++i) all = vmax(all, most.part[i]);
+  return largest(all) / 127 + sum(sum_of_parts(sum_of_zeros));
+}
+// What its numbers are multiplied by; below, they count as zero.
+SEGVIT_INLINE Vec factor_of(float scale) { return splat(scale > 1e-37f ? 1 / scale : 0); }
+
+#if defined(__AVX512F__)
+// A row in int8, 64 numbers each `step` bytes, rounded; the signs' bits flipped by `flip`. `values` is memory for the
+// row in float32. Returns the scale.
 template <class T>
 SEGVIT_INLINE float pack_row_int8(const Linear& args, const T* row, float* values, char* to, int64_t step, char flip) {
-  Vec most{}, sum_of_zeros{};
-  for_row(args, row, [&](int64_t k, Pair x, __mmask32 inside) {
-    x.first = (Vec)_mm512_maskz_mov_ps(inside, (__m512)x.first);
-    x.second = (Vec)_mm512_maskz_mov_ps(inside >> 16, (__m512)x.second);
-    store(values + k, x.first), store(values + k + 16, x.second);
-    most = vmax(most, vmax(vabs(x.first), vabs(x.second)));
-    sum_of_zeros += x.first * 0 + x.second * 0;
-  });
-  float scale = largest(most) / 127 + sum(sum_of_zeros);
-  Vec factor = splat(scale > 1e-37f ? 1 / scale : 0);  // below, numbers count as zero
+  float scale = scale_of_row(args, row, values);
+  Vec factor = factor_of(scale);
   __m128i signs = _mm_set1_epi8(flip);
   int64_t end = (args.depth + 31) / 32 * 32;
   for (int64_t k = 0; k < end; k += 16) {
@@ -79,32 +98,34 @@ SEGVIT_INLINE float pack_row_int8(const Linear& args, const T* row, float* value
   if (end % 64) _mm256_store_si256(reinterpret_cast<__m256i*>(to + end / 64 * step + 32), _mm256_setzero_si256());
   return scale;
 }
+#endif
 
 // 32 columns of a row, from `column` on; the row's scale is that of int8 numbers.
 template <class T, bool kInt8>
 SEGVIT_INLINE void finish(const Linear& args, const float* sums, int64_t row, float row_scale, int64_t column) {
-  __mmask32 inside = first_of_32(args.columns - column);
-  auto part = [&](const char* from) { return load_pair(reinterpret_cast<const T*>(from) + column, inside); };
-  Pair x{load(sums), load(sums + 16)};
-  if (kInt8) {
-    x.first = __builtin_convertvector((IVec)x.first, Vec) * (load(args.factors + column) * row_scale);
-    x.second = __builtin_convertvector((IVec)x.second, Vec) * (load(args.factors + column + 16) * row_scale);
-  }
+  Inside inside = inside_of(args.columns - column);
+  auto block = [&](const char* from) { return load_block(reinterpret_cast<const T*>(from) + column, inside); };
+  Block x;
+  for_parts([&](int i) {
+    x.part[i] = load(sums + i * kWidth);
+    if (kInt8)
+      x.part[i] = __builtin_convertvector((IVec)x.part[i], Vec) * (load(args.factors + column + i * kWidth) * row_scale);
+  });
   if (args.bias) {
-    Pair bias = part(args.bias);
-    x.first += bias.first, x.second += bias.second;
+    Block bias = block(args.bias);
+    for_parts([&](int i) { x.part[i] += bias.part[i]; });
   }
-  if (args.gelu) x.first = gelu(x.first), x.second = gelu(x.second);
+  if (args.gelu) for_parts([&](int i) { x.part[i] = gelu(x.part[i]); });
   if (args.scale) {
-    Pair scale = part(args.scale);
-    x.first *= scale.first, x.second *= scale.second;
+    Block scale = block(args.scale);
+    for_parts([&](int i) { x.part[i] *= scale.part[i]; });
   }
   int64_t before = row * args.columns;
   if (args.residual) {
-    Pair residual = part(args.residual + before * sizeof(T));
-    x.first += residual.first, x.second += residual.second;
+    Block residual = block(args.residual + before * sizeof(T));
+    for_parts([&](int i) { x.part[i] += residual.part[i]; });
   }
-  store_pair(reinterpret_cast<T*>(args.output) + before + column, inside, x, args.stream);
+  store_block(reinterpret_cast<T*>(args.output) + before + column, inside, x, args.stream);
 }
 
 }  // namespace segvit::SEGVIT_ISA

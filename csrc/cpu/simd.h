@@ -43,7 +43,16 @@ SEGVIT_INLINE T min_of(T a, T b) { return a < b ? a : b; }
 template <class T>
 SEGVIT_INLINE T max_of(T a, T b) { return a > b ? a : b; }
 
-SEGVIT_INLINE Vec splat(float x) { return Vec{} + x; }
+// Not a sum with zeros, which would keep the load from being the broadcast.
+SEGVIT_INLINE Vec splat(float x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_set1_ps(x);
+#else
+  return Vec{x, x, x, x};
+#endif
+}
 
 // 0, 1, 2, ...
 SEGVIT_INLINE IVec iota() {
@@ -60,7 +69,13 @@ SEGVIT_INLINE Vec load(const float* p) {
 SEGVIT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 SEGVIT_INLINE Vec to_float(HalfBits bits, bf16) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
   return (Vec)(__builtin_convertvector(bits, UVec) << 16);
+#endif
 }
 
 // To nearest, ties to even; a NaN stays one.

@@ -50,7 +50,7 @@ _INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")  # each has those before it
 # Of packed weights: what the processor has to have, as PyTorch calls it and as people do.
 _PACKED = {
     "amx": ("amx_bf16", "AMX"),
-    "avx512": ("avx512_vnni", "AVX512-VNNI"),
+    "avx2": ("avx2", "AVX2"),
     "avx512_fp16": ("avx512_fp16", "AVX512-FP16"),
 }
 
@@ -77,7 +77,7 @@ def check(plan: Plan) -> None:
 class Program(nn.Module):
     """The engine's function for a plan, on the device that the model is on.
 
-    int8 is the engine's, which asks for AVX512-VNNI or AMX and no pictures; all else is bfloat16 there.
+    int8 is the engine's, which asks for AVX2 and no pictures; all else is bfloat16 there.
     """
 
     def __init__(self, model: SegViT, plan: Plan) -> None:

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from segvit.inference.passes import crops_of, passes, views_of
 from segvit.inference.protocol import Foldable
 from segvit.options import InferenceOptions
-from segvit_kernels import freeze, pack_linears, requested_backend, unpack_linears, why_not_packed
+from segvit_kernels import (
+    freeze,
+    pack_linears,
+    pack_weight,
+    requested_backend,
+    unpack_linears,
+    why_not_packed,
+)
 
 __all__ = ["METHODS", "InferenceEngine", "check_precision", "copy_of", "in_precision"]
 
@@ -272,7 +279,7 @@ def _dtype(model: Foldable, asked: torch.dtype | None) -> torch.dtype:
 def prefers_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are the faster ones of a device.
 
-    On CPUs with AMX, or where `segvit_kernels.linear` has packed weights (AVX512-FP16, native library).
+    On CPUs with AMX, or where `segvit_kernels.linear` has packed weights for AVX512-FP16 (native library).
     AVX-512 BF16 alone multiplies no faster than float32, measured on whole models.
     """
     if device.type == "cuda":
@@ -281,7 +288,8 @@ def prefers_bfloat16(device: torch.device) -> bool:
         return False
     if torch.cpu.get_capabilities().get("amx_bf16", False):
         return True
-    packed = why_not_packed(torch.empty(1, 1, dtype=torch.bfloat16)) is None
+    weight = torch.zeros(1, 1, dtype=torch.bfloat16)
+    packed = why_not_packed(weight) is None and pack_weight(weight).isa != "avx2"
     return packed and requested_backend() in (None, "cpu")
 
 

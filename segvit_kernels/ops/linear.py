@@ -1,5 +1,4 @@
-"""A linear layer with packed weights: models in half precision, or with 8-bit weights, on CPUs that multiply
-these faster.
+"""A linear layer with packed weights: models in half precision, or with 8-bit weights, on x86 CPUs.
 
     Z = R + γ · GELU(X Wᵀ + b)      X = LN(X₀)      GELU(x) = x Φ(x)
 
@@ -12,11 +11,11 @@ and a normalised X are rounded once. Numbers below the normal range count as zer
 outputs, a part of 32 of the depth after the other, in two tiles of 16 outputs: row i of a tile holds elements
 2i and 2i + 1 of the depth of every output.
 
-**int8**, where it is asked for, on AMX or AVX512-VNNI, bit by bit the same: the weights of every output and
-the numbers of every row of X are divided by a 127th of their largest magnitude and rounded, X as the calls
-come and after LayerNorm in float32. Products are exact; the scales come on in float32, as all that follows.
-X and the result are float32, float16 or bfloat16. A row with an infinity or NaN becomes NaN. A tile has four
-elements of the depth where bfloat16 has two.
+**int8**, where it is asked for, on AMX, AVX512-VNNI or AVX2: the weights of every output and the numbers of
+every row of X are divided by a 127th of their largest magnitude and rounded, X as the calls come and after
+LayerNorm in float32. Products are exact, and so bit by bit the same on all three; the scales come on in
+float32, as all that follows. X and the result are float32, float16 or bfloat16. A row with an infinity or NaN
+becomes NaN. A tile has four elements of the depth where bfloat16 has two.
 
 **AVX512-FP16**: bfloat16 dot products are no faster than float32 arithmetic on CPUs without matrix
 units, but float16 multiply-adds are, by two. The kernel runs on these: rows of X and columns of Wᵀ are scaled
@@ -26,6 +25,10 @@ rounding of a bfloat16 result and four times that of a float16 result. A number 
 2⁻²⁰ (float16: 2⁻¹⁷) of the largest finite one in its row, and below errs by 2⁻²⁸ of that at most. W lies in
 panels of 48 outputs, float16. The depth goes by pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5,
 …, which transposing X in registers gives. LayerNorm, LayerScale and residual are PyTorch's there.
+
+**AVX2**, where the best set is this one: half-precision numbers are for storage, and PyTorch multiplies them
+at a tenth of float32's rate. Both become float32 on the way, and all is computed in float32: the result alone
+is rounded. W lies in panels of 32 outputs, two times 16 of them after the other, in W's own dtype.
 """
 
 from __future__ import annotations
@@ -41,8 +44,7 @@ from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transfo
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALVES)
-_PANELS = {"amx": 32, "avx512": 32, "avx512_fp16": 48}  # outputs, as in csrc/cpu/linear.h
-_KERNELS = {"amx": "AMX", "avx512": "AVX512-VNNI", "avx512_fp16": "AVX512-FP16"}
+_KERNELS = {"amx": "AMX", "avx2": "AVX2", "avx512_fp16": "AVX512-FP16"}
 _MOST_INT8 = 2**16  # of the depth: sums fit in 32 bits
 _DEPTH = 32
 _TOP = 3  # scaled numbers lie below 2^4
@@ -56,10 +58,10 @@ class PackedWeight(NamedTuple):
     """A weight (N, K) for one of the kernels.
 
     Attributes:
-        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). AMX and AVX512-VNNI: int8, (⌈N/32⌉, ⌈K/64⌉, 2, 16,
-            64). AVX512-FP16: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2).
+        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). int8: (⌈N/32⌉, ⌈K/64⌉, 2, 16, 64). AVX512-FP16:
+            float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2). AVX2: float16 or bfloat16, (2·⌈N/32⌉, K, 16).
         factors: float32, of every output, padded as in ``panels``. int8: the scale of its weights.
-            AVX512-FP16: e, where weights are 2^(e - 3) times those in ``panels``. bfloat16: ``None``.
+            AVX512-FP16: e, where weights are 2^(e - 3) times those in ``panels``. Otherwise ``None``.
     """
 
     panels: Tensor
@@ -68,11 +70,16 @@ class PackedWeight(NamedTuple):
     @property
     def isa(self) -> str:
         """The instruction set of its kernel, the least one."""
-        return {torch.float16: "avx512_fp16", torch.bfloat16: "amx", torch.int8: "avx512"}[self.panels.dtype]
+        return {3: "avx2", 4: "avx512_fp16", 5: "avx2" if self.int8 else "amx"}[self.panels.ndim]
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether its kernel is for numbers of this type."""
-        return dtype in {"avx512_fp16": _HALVES, "amx": (torch.bfloat16,), "avx512": _FLOATS}[self.isa]
+    @property
+    def int8(self) -> bool:
+        return self.panels.dtype == torch.int8
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the numbers that its kernel is for."""
+        return _FLOATS if self.int8 else _HALVES if self.isa == "avx512_fp16" else (self.panels.dtype,)
 
 
 @torch.no_grad()
@@ -81,8 +88,8 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
 
     Args:
         weight: (N, K), float16 or bfloat16; with ``int8`` float32 too.
-        isa: of the kernel, ``"amx"`` (bfloat16 alone) or ``"avx512_fp16"``; by default the best that the
-            native library runs here. int8 is the same on ``"amx"`` and ``"avx512"`` (with VNNI).
+        isa: of the kernel, ``"amx"`` (bfloat16 alone), ``"avx512_fp16"`` or ``"avx2"``; by default the one
+            that :func:`linear` gains most by here. int8 has one order for all.
         int8: round to 8 bits; a depth of 65536 at most.
 
     Raises:
@@ -98,29 +105,25 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
         )
     if isa is None:
-        amx = int8 or (weight.dtype == torch.bfloat16 and _library.runs_isa("amx"))
-        isa = "amx" if amx else "avx512_fp16"
-    known = ("amx", "avx512") if int8 else ("amx", "avx512_fp16")
-    if isa not in known or (isa == "amx" and not int8 and weight.dtype != torch.bfloat16):
-        expected = "'amx' or 'avx512'" if int8 else "'amx' (bfloat16) or 'avx512_fp16'"
-        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected}")
+        isa = "avx2" if int8 else _best(weight.dtype) or "avx512_fp16"
+    known = ("amx", "avx512", "avx2") if int8 else _sets(weight.dtype)
+    if isa not in known:
+        expected = ", ".join(map(repr, known[:-1]))
+        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected} or {known[-1]!r}")
     if int8 and weight.shape[1] > _MOST_INT8:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected at most {_MOST_INT8} inputs in int8"
         )
-    panel, (outputs, depth) = _PANELS[isa], weight.shape
-    part = 2 * _DEPTH if int8 else _DEPTH
-    panels, groups = -(-outputs // panel), -(-depth // part)
-    padding = (0, groups * part - depth, 0, panels * panel - outputs)
-    if isa != "avx512_fp16":
-        factors = None
-        if int8:
-            weight, factors = _rounded(weight)
-            factors = F.pad(factors, padding[2:])
-        tiles = F.pad(weight, padding).view(
-            panels, 2, 16, groups, 16, part // 16
-        )  # half, output; part, row, element
-        return PackedWeight(tiles.permute(0, 3, 1, 4, 2, 5).reshape(panels, groups, 2, 16, part), factors)
+    if int8:
+        return _tiles(*_rounded(weight), 64)
+    if isa == "amx":
+        return _tiles(weight, None, 32)
+    if isa == "avx2":
+        halves = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32)).unflatten(0, (-1, 16))
+        return PackedWeight(halves.transpose(1, 2).contiguous(), None)
+    panel, (outputs, depth) = 48, weight.shape
+    panels, groups = -(-outputs // panel), -(-depth // _DEPTH)
+    padding = (0, groups * _DEPTH - depth, 0, panels * panel - outputs)
     values = weight.float()
     largest = values.abs().nan_to_num(posinf=0).amax(1)
     exponents = torch.where(largest > 0, torch.frexp(largest).exponent - 1, 0)
@@ -134,9 +137,31 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
     )
 
 
+def _sets(dtype: torch.dtype) -> tuple[str, ...]:
+    """Whose kernels there are for numbers of half precision, the fastest first."""
+    return ("avx512_fp16", "avx2") if dtype == torch.float16 else ("amx", "avx512_fp16", "avx2")
+
+
+def _best(dtype: torch.dtype) -> str | None:
+    """The set whose kernel is faster here than PyTorch's own product: AVX2's where that is the best set."""
+    slow = not _library.runs_isa("avx512")
+    return next((isa for isa in _sets(dtype) if _library.runs_isa(isa) and (isa != "avx2" or slow)), None)
+
+
+def _tiles(weight: Tensor, factors: Tensor | None, part: int) -> PackedWeight:
+    """A weight in tiles of 16 outputs, a part of the depth each."""
+    outputs, depth = weight.shape
+    panels, groups = -(-outputs // 32), -(-depth // part)
+    more = (0, panels * 32 - outputs)
+    weight = F.pad(weight, (0, groups * part - depth, *more))
+    tiles = weight.view(panels, 2, 16, groups, 16, part // 16)  # half, output; part, row, element
+    tiles = tiles.permute(0, 3, 1, 4, 2, 5).reshape(panels, groups, 2, 16, part)
+    return PackedWeight(tiles, None if factors is None else F.pad(factors, more))
+
+
 def _names(kinds: tuple[torch.dtype, ...]) -> str:
     *most, last = (str(kind).removeprefix("torch.") for kind in kinds)
-    return f"{', '.join(most)} or {last}"
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,12 +226,16 @@ def _refuse(backend: str, input: Tensor, weight: Tensor, bias: Any, panels: Any,
     if panels is None:
         return ValueError(f"backend {backend!r} takes packed weights; packed is None: see pack_weight")
     packed = PackedWeight(panels, None)
-    if not packed.takes(input.dtype):
-        kinds = "bfloat16" if packed.isa == "amx" else "half-precision"
-        return TypeError(f"packed is for {_KERNELS[packed.isa]}, of {kinds} numbers; input is {input.dtype}")
+    if input.dtype not in packed.dtypes:
+        return _other_numbers(packed, input)
     if not _library.runs_isa(packed.isa):
         return ValueError(f"packed is for {_KERNELS[packed.isa]}, and the CPU code in use is not")
     return None
+
+
+def _other_numbers(packed: PackedWeight, input: Tensor) -> TypeError:
+    kinds = "half-precision" if len(packed.dtypes) == 2 else _names(packed.dtypes)
+    return TypeError(f"packed is for {_KERNELS[packed.isa]}, of {kinds} numbers; input is {input.dtype}")
 
 
 _linear = _library.define(
@@ -218,7 +247,7 @@ _linear = _library.define(
     macs=_macs,
     refuse=_refuse,
     backends=("cpu",),
-    isa="avx512",
+    isa="avx2",
 )
 
 
@@ -234,14 +263,11 @@ def why_not_packed(weight: Tensor, *, int8: bool = False) -> str | None:
         return "the weight is empty"
     if int8 and weight.ndim == 2 and weight.shape[1] > _MOST_INT8:
         return f"int8 weights have at most {_MOST_INT8} inputs, not {weight.shape[1]}"
-    reason, isa = (
-        _library.why_not_operator("linear", "cpu", weight.device),
-        "avx512" if int8 else "avx512_fp16",
-    )
-    if reason is None and not _library.runs_isa(isa):
-        reason = f"linear needs {isa} for weights packed so"
+    reason = _library.why_not_operator("linear", "cpu", weight.device)
+    if reason is None and not (_library.runs_isa("avx2") if int8 else _best(weight.dtype)):
+        reason = f"linear needs {'avx2' if int8 else 'avx512_fp16'} for weights packed so"
     if reason and int8:
-        return f"int8 weights need a CPU with AVX512-VNNI or AMX and the native library ({reason})"
+        return f"int8 weights need a CPU with AVX2 and the native library ({reason})"
     return reason
 
 
@@ -259,9 +285,10 @@ def linear(
 ) -> Tensor:
     """``F.linear`` with what stands around it in a transformer, in one pass where there are packed weights.
 
-    Packed weights are used on CPUs with AVX512-FP16 or AMX (half precision), AVX512-VNNI or AMX (int8),
-    without autograd and without autocast; in all other cases, and on the backend ``eager``, this is PyTorch's
-    own layer. How it is computed, and how exactly, stands at the top of this module.
+    Packed weights are used on x86 CPUs with AVX2, AVX512-VNNI or AMX (int8), and AVX2 (as the best set),
+    AVX512-FP16 or AMX (half precision), without autograd and without autocast; in all other cases, and on the
+    backend ``eager``, this is PyTorch's own layer. How it is computed, and how exactly, stands at the top of
+    this module.
 
     Args:
         input: (..., K), float16, bfloat16, float32 or float64.
@@ -288,7 +315,7 @@ def linear(
     autocast = autocast_dtype(input.device) is not None
     if packed is not None:
         _check_packed(packed)
-    plain = packed is None or input.dtype not in (_FLOATS if packed.isa == "avx512" else _HALVES)
+    plain = packed is None or input.dtype not in (_FLOATS if packed.int8 else _HALVES)
     if backend is None and (plain or autograd or autocast):
         return linear_reference(input, weight, bias, gelu=gelu, **around)
     _validate(input, weight, bias, packed, **around)
@@ -313,7 +340,9 @@ def _check_packed(packed: PackedWeight) -> None:
     if not isinstance(panels, Tensor) or panels.dtype not in kinds:
         found = panels.dtype if isinstance(panels, Tensor) else type(packed).__name__
         raise TypeError(f"packed is {found}; expected what pack_weight gives")
-    if not isinstance(factors, Tensor) and (factors is not None or panels.dtype != torch.bfloat16):
+    if not isinstance(factors, Tensor) and (
+        factors is not None or panels.ndim == 4 or panels.dtype == torch.int8
+    ):
         raise TypeError(f"packed has factors {type(factors).__name__}; expected what pack_weight gives")
 
 
@@ -354,13 +383,17 @@ def _validate(
             raise ValueError(f"{name} is on {tensor.device}; expected {input.device}, the device of input")
     if packed is None:
         return
-    if packed.isa == "amx" and input.dtype != torch.bfloat16:
-        raise TypeError(f"packed is for AMX, of bfloat16 numbers; input is {input.dtype}")
-    panel, part = _PANELS[packed.isa], 2 * _DEPTH if packed.panels.dtype == torch.int8 else _DEPTH
-    panels, parts = -(-outputs // panel), -(-depth // part)
-    shape = (panels, parts, 2, 16, part)
-    if packed.isa == "avx512_fp16":
-        shape = (panels, parts * _DEPTH // 2, panel, 2)
+    if input.dtype not in packed.dtypes:
+        raise _other_numbers(packed, input)
+    panels, panel = -(-outputs // 32), 32
+    if packed.panels.ndim == 5:
+        part = 64 if packed.int8 else 32
+        shape: tuple[int, ...] = (panels, -(-depth // part), 2, 16, part)
+    elif packed.panels.ndim == 3:
+        shape = (2 * panels, depth, 16)
+    else:
+        panels, panel = -(-outputs // 48), 48
+        shape = (panels, -(-depth // _DEPTH) * _DEPTH // 2, panel, 2)
     if tuple(packed.panels.shape) != shape:
         raise ValueError(
             f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"

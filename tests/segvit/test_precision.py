@@ -15,7 +15,7 @@ from segvit.inference.engine import check_precision, in_precision
 from segvit_kernels import PackedLinear, _native
 
 CPU = torch.device("cpu")
-INT8 = pytest.mark.skipif(not _native.runs_isa("avx512"), reason="int8: no kernels here")
+INT8 = pytest.mark.skipif(not _native.runs_isa("avx2"), reason="int8: no kernels here")
 BACKENDS = {"bfloat16": "eager", "float16": "eager", "int8": "cpu"}
 PRECISIONS = ["bfloat16", "float16", pytest.param("int8", marks=INT8)]
 
@@ -117,7 +117,7 @@ def test_refusals(command, checkpoint, picture, tmp_path, monkeypatch, capsys):
         "serve": [str(checkpoint), "--port", "0"],
     }[command]
     for extra, said in (
-        ([], "dtype: int8 weights need a CPU with AVX512-VNNI or AMX and the native library"),
+        ([], "dtype: int8 weights need a CPU with AVX2 and the native library"),
         (["--backend", "eager"], "dtype: int8 is computed by the backend cpu, got eager"),
     ):
         assert main([command, *given, "--dtype", "int8", *extra]) == 2
