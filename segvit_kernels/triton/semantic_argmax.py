@@ -661,10 +661,14 @@ def _semantic_argmax_held_kernel(
 
 
 def _in_rows(masks: Tensor) -> Tensor:
-    """The masks, or a copy where 16 neighbours of a row may be none in memory: the preparing kernel tells the
-    compiler that they are, which then reads them at once if strides are multiples of 16."""
-    rows_of_one = masks.shape[-1] == 1 and masks.stride(-2) != 1
-    return masks.contiguous() if masks.stride(-1) != 1 or rows_of_one else masks
+    """The masks, or a copy where 16 neighbours by number may be none in memory.
+
+    The preparing kernel tells the compiler that they are, which then reads several at once where pointer and
+    strides are aligned. They are where a row follows the other, or where no 16 of them cross into the next.
+    """
+    width, stride = masks.shape[-1], masks.stride(-2)
+    apart = width % 16 != 0 and masks.shape[-2] > 1 and stride != width
+    return masks.contiguous() if masks.stride(-1) != 1 or apart else masks
 
 
 def _holds(

@@ -141,4 +141,4 @@ def check_matching(call, backend):
     for name, actual, truth, plain in zip(("products", "totals", "areas"), found, *results, strict=True):
         assert actual.dtype == torch.float32 and actual.is_contiguous()
         for i, values in enumerate(zip(actual, truth, plain, strict=True)):
-            assert_within_budget(f"{name} {i}", *values)
+            assert_within_budget(f"{name} {i}", *values, ulps=4 if name == "products" else 2)

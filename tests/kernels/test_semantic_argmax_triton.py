@@ -92,7 +92,9 @@ def test_turns(parts, dtype, poisoned):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """One for every 32 tokens of which programs compute σ."""
+    """One for every 32 tokens of which programs compute σ; compiled kernels cannot be counted so."""
+    if PTX:
+        pytest.skip("counted in Triton's interpreter alone")
     calls, activate = [], kernels._activate
 
     def counted(x, *args, **kwargs):
@@ -296,17 +298,25 @@ def test_far_strides_are_copied():
     assert kernels.addressable(far, 2).is_contiguous()
 
 
-@pytest.mark.parametrize(("w", "strides"), [(1, (4096, 256, 16, 1)), (16, (8192, 512, 32, 2))])
-def test_neighbours_of_a_row_are_neighbours_in_memory(w, strides):
-    """The preparing kernel says so to the compiler, which then reads 16 at once."""
+@pytest.mark.parametrize(
+    ("w", "strides", "copied"),
+    [
+        (1, (4096, 256, 16, 1), True),
+        (7, (1024, 128, 12, 1), True),
+        (16, (8192, 512, 32, 2), True),
+        (16, (8192, 512, 32, 1), False),
+        (7, (7, 14 * 16, 7, 1), False),
+    ],
+)
+def test_neighbours_of_a_row_are_neighbours_in_memory(w, strides, copied):
+    """The preparing kernel says so to the compiler, which then reads many at once. Rows of 7 that lay apart
+    gave wrong labels when compiled, though not in the interpreter."""
     masks = torch.empty(2**15, device="meta").as_strided((2, 8, 16, w), strides)
     probs = torch.empty(2, 8, 5, device="meta")
     config = kernels._config((2, 64, 64, 8, 5), torch.float32, "sm_90", (16 / 64, w / 64))
     _, launches = kernels._launches([masks], probs, [], 2, 64, 64, True, False, 0.0, config)
-    assert launches[0].arguments["masks_ptr"].is_contiguous()
-    plain = torch.empty(2, 8, 16, w, device="meta")
-    _, launches = kernels._launches([plain], probs, [], 2, 64, 64, True, False, 0.0, config)
-    assert launches[0].arguments["masks_ptr"] is plain
+    taken = launches[0].arguments["masks_ptr"]
+    assert taken.is_contiguous() if copied else taken is masks
 
 
 def test_accumulators():
