@@ -388,15 +388,15 @@ def _validate(
     panels, panel = -(-outputs // 32), 32
     if packed.panels.ndim == 5:
         part = 64 if packed.int8 else 32
-        shape: tuple[int, ...] = (panels, -(-depth // part), 2, 16, part)
+        expected: tuple[int, ...] = (panels, -(-depth // part), 2, 16, part)
     elif packed.panels.ndim == 3:
-        shape = (2 * panels, depth, 16)
+        expected = (2 * panels, depth, 16)
     else:
         panels, panel = -(-outputs // 48), 48
-        shape = (panels, -(-depth // _DEPTH) * _DEPTH // 2, panel, 2)
-    if tuple(packed.panels.shape) != shape:
+        expected = (panels, -(-depth // _DEPTH) * _DEPTH // 2, panel, 2)
+    if tuple(packed.panels.shape) != expected:
         raise ValueError(
-            f"packed has panels of shape {tuple(packed.panels.shape)}; expected {shape}, those of weight"
+            f"packed has panels of shape {tuple(packed.panels.shape)}; expected {expected}, those of weight"
         )
     factors = packed.factors
     if factors is not None and (factors.shape != (panels * panel,) or factors.dtype != torch.float32):
