@@ -374,14 +374,20 @@ class PredictConfig(PrecisionOptions, InferenceOptions):
     """Prediction"""
 
     images: list[str] = option(
-        ..., "image files, folders and tars of them, and lists (.txt) of such files", positional=True
+        ...,
+        "image files, folders and tars of them, lists (.txt) of such files, and videos (extra video)",
+        positional=True,
     )
     checkpoint: str = option(
         ..., "a run's folder (its best), a checkpoint's, owner/name on the Hub, or a file of `segvit export`"
     )
     out: str = option("predictions", "folder for overlays and label maps")
     recursive: bool = option(False, "also take what lies in folders below those given, and keep their tree")
+    frames: int = option(1, "of videos take every so manyth frame", at_least=1)
     overlay: bool = option(True, "write NAME_overlay.png")
+    labels: Literal["png", "rle"] = option(
+        "png", "label maps as NAME_labels.png, or as NAME_rle.json: each class in COCO's run lengths"
+    )
     manifest: bool = option(
         False,
         "keep a record in the folder, a line of JSON for each picture with its size and the pixels of each "
@@ -392,6 +398,10 @@ class PredictConfig(PrecisionOptions, InferenceOptions):
         "put the results of so many pictures into each of several tar files in place of single files; with "
         "such a record",
         at_least=1,
+    )
+    parquet: bool = option(
+        False,
+        "at the end also write that record, of --manifest or --pack, as Parquet files (extra parquet)",
     )
     batch: int = option(
         1,

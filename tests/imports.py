@@ -44,6 +44,7 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("demo", "demo", "ground system data pictures inference model"),
         Floor("exporting", "exporting", "ground system data inference model"),
         Floor("serve", "serve", "ground system data pictures inference"),
+        Floor("clusters", "ray", "ground system data inference exporting"),
         Floor(
             "commands",
             "commands",

@@ -1,9 +1,10 @@
 """`segvit predict`: label maps, overlays with a legend, scores and similarity maps for pictures on disk.
 
 For every picture NAME.* the output folder gets NAME_labels.png (class indices as grey values, 16-bit above
-256 classes), NAME_overlay.png and, where asked for, NAME_maps.png (similarity maps), NAME_scores.npz and
-NAME_probabilities.npz. Arguments are checked before the first file is written, and a file appears whole or
-not at all. A picture that cannot be done does not keep the others from it; it is named at the end.
+256 classes) or NAME_rle.json (run lengths), NAME_overlay.png and, where asked for, NAME_maps.png (similarity
+maps), NAME_scores.npz and NAME_probabilities.npz. Arguments are checked before the first file is written, and
+a file appears whole or not at all. A picture that cannot be done does not keep the others from it; it is
+named at the end.
 
 Pictures are read and results written while the network runs. Of several processes (torchrun) each takes every
 so manyth picture; they need nothing of each other but the end, for which all wait.
@@ -28,8 +29,10 @@ from segvit.inference.classes import class_names
 from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.inference.record import CannotWriteError, Files, Output, Record, Tars
+from segvit.inference.table import write_parquet
 from segvit.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from segvit.options import PredictConfig
+from segvit.system.extras import require
 from segvit.system.files import make_folder
 from segvit.system.machine import pick_backend, pick_device, place_among_processes
 
@@ -57,9 +60,9 @@ def run(config: PredictConfig) -> int:
     """
     out = Path(config.out)
     rank, ranks = place_among_processes()
-    found = find_pictures(config.images, recursive=config.recursive, leave_out=out)
-    stems = output_stems(found, out, dots=config.pack is None)
     _check(config)
+    found = find_pictures(config.images, recursive=config.recursive, leave_out=out, every=config.frames)
+    stems = output_stems(found, out, dots=config.pack is None)
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
     if device.index is not None:
@@ -108,7 +111,7 @@ def run(config: PredictConfig) -> int:
                             record.add({"picture": picture.name, "error": reason})
                         print(f"{picture.name}: failed: {reason}", flush=True)
                     else:
-                        what = "overlay.png" if config.overlay else "labels.png"
+                        what = "overlay.png" if config.overlay else job.results[0]
                         where = out if config.pack else f"{out / stem}_{what}"
                         print(f"{picture.name}: {summary} -> {where}", flush=True)
         except CannotWriteError as error:
@@ -119,6 +122,8 @@ def run(config: PredictConfig) -> int:
             if made and not pipeline.done:
                 with suppress(OSError):  # not empty
                     out.rmdir()
+    if config.parquet and record:
+        write_parquet(out, (rank, ranks), record.lines())
     _wait_for_all(ranks)
     if pipeline.failed:
         raise ValueError(state())
@@ -140,6 +145,10 @@ def _check(config: PredictConfig) -> None:
             f"batch: got {config.batch}, expected 1 with --scores, --probabilities or --maps, of which each "
             "picture's are made by themselves"
         )
+    if config.parquet:
+        if not (config.manifest or config.pack):
+            raise ValueError("parquet: is the record of --manifest or --pack; expected one of them too")
+        require("pyarrow.parquet", extra="parquet")
     if not (config.manifest or config.pack) and Record.begun(Path(config.out)):
         raise ValueError(
             f"out: {config.out} holds results with a record; expected --manifest or --pack, or another folder"
@@ -157,7 +166,8 @@ def _results(
     settings = {
         "checkpoint": config.checkpoint,
         "checkpoint's sha256": _digest(config.checkpoint),
-        "kind of results": "tars" if config.pack else "files",
+        "kind of results": ("tars" if config.pack else "files")
+        + (" of run lengths" if config.labels == "rle" else ""),
         **config.inference_fields(),
         **{name: getattr(config, name) for name in _OF_RESULTS},
     }

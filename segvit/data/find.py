@@ -1,14 +1,18 @@
-"""Pictures named on a command line: files, what lies in folders, tars and lists of paths."""
+"""Pictures named on a command line: files, what lies in folders, tars and lists of paths, videos' frames."""
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from segvit.data.pictures import PICTURE_SUFFIXES, PictureBytes, probe
+from segvit.data.videos import VIDEO_SUFFIXES, count_frames, read_frame
 from segvit.system.failures import one_line
 from segvit.system.text import read_lines
 
@@ -17,7 +21,7 @@ __all__ = ["Found", "find_images", "find_pictures"]
 
 @dataclass(frozen=True)
 class Found:
-    """A picture in a file of its own, or within a tar.
+    """A picture in a file of its own, within a tar, or a frame of a video.
 
     Attributes:
         name: what messages and records call it.
@@ -25,6 +29,7 @@ class Found:
         folder: below which its results go in an output folder; "." where they lie flat.
         stem: its name without suffix.
         offset, size: of its bytes within a tar; -1 and 0 for a whole file.
+        frame, every: its place in a video, and which places are asked for; -1 for a picture.
     """
 
     name: str
@@ -33,9 +38,15 @@ class Found:
     stem: str
     offset: int = -1
     size: int = 0
+    frame: int = -1
+    every: int = 1
 
     def open(self) -> Path | PictureBytes:
         """What `segvit.data.read_image` takes."""
+        if self.frame >= 0:
+            data = io.BytesIO()
+            np.save(data, read_frame(self.file, self.frame, self.every))
+            return PictureBytes(data.getvalue(), self.name)
         if self.offset < 0:
             return self.file
         with self.file.open("rb") as tar:
@@ -61,17 +72,19 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def find_pictures(
-    paths: Sequence[str | Path], *, recursive: bool = False, leave_out: Path | None = None
+    paths: Sequence[str | Path], *, recursive: bool = False, leave_out: Path | None = None, every: int = 1
 ) -> list[Found]:
-    """What `find_images` finds, and the pictures in tars (.tar) and lists (.txt, a path a line), in order.
+    """What `find_images` finds, pictures in tars (.tar) and lists (.txt, a path a line), and videos' frames.
 
     Args:
         paths: as on a command line. Those in a list too, but one that is not there is no error here.
         recursive: also what lies in folders below those given; results keep this tree, as they do those of
             lists and tars.
         leave_out: a folder that is not looked into.
+        every: of a video every so manyth frame.
 
     Raises:
+        ImportError: there is a video, and PyAV is not installed.
         FileNotFoundError, ValueError: as `find_images`, or a tar is damaged or compressed.
     """
 
@@ -85,6 +98,8 @@ def find_pictures(
                 yield from _in_tar(path)
             elif path.suffix.lower() == ".txt":
                 yield from _in_list(path)
+            elif path.suffix.lower() in VIDEO_SUFFIXES:
+                yield from _in_video(path, every)
             else:
                 yield Found(str(path), path, PurePosixPath("."), path.stem)
 
@@ -100,9 +115,9 @@ def _checked(path: str | Path) -> Path:
 
 
 def _each_once(found: Iterable[Found]) -> list[Found]:
-    once: dict[tuple[Path, int], Found] = {}
+    once: dict[tuple[Path, int, int], Found] = {}
     for picture in found:
-        once.setdefault((picture.file.resolve(), picture.offset), picture)
+        once.setdefault((picture.file.resolve(), picture.offset, picture.frame), picture)
     return list(once.values())
 
 
@@ -182,6 +197,14 @@ def _in_list(path: Path) -> list[Found]:
     except ValueError:  # on several drives
         folders = [PurePosixPath(".")] * len(files)
     return [Found(str(file), file, folder, file.stem) for file, folder in zip(files, folders, strict=True)]
+
+
+def _in_video(path: Path, every: int) -> list[Found]:
+    here = PurePosixPath(".")
+    return [
+        Found(f"{path}#{frame}", path, here, f"{path.stem}_{frame:06d}", frame=frame, every=every)
+        for frame in range(0, count_frames(path), every)
+    ]
 
 
 def _listed(path: Path, number: int, line: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from segvit.inference.classes import class_colors, class_names
 from segvit.inference.passes import check_region, label_maps_with_scores
 from segvit.inference.protocol import Predictor
 from segvit.inference.record import CannotWriteError, Output, Writer
+from segvit.inference.runs import run_lengths
 from segvit.inference.similarity import similarity_maps
 from segvit.options import PredictConfig
 from segvit.pictures.visualize import (
@@ -67,6 +69,7 @@ def find_classes(wanted: Sequence[str], names: Sequence[str], option: str = "map
 
 KINDS = {
     "labels": ".png",
+    "rle": ".json",
     "overlay": ".png",
     "maps": ".png",
     "scores": ".npz",
@@ -129,6 +132,14 @@ def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
     return image_module.fromarray(labels.astype(np.uint8 if num_classes <= 256 else np.uint16))
 
 
+def _write_text(text: str, target: Any) -> None:
+    """Into a path or a binary file."""
+    if isinstance(target, Path):
+        target.write_text(text, encoding="utf-8")
+    else:
+        target.write(text.encode())
+
+
 class Computed(NamedTuple):
     """What the network said of a picture.
 
@@ -168,7 +179,8 @@ class Job:
     def results(self) -> list[str]:
         """What is written for each picture: KIND.SUFFIX, as it stands behind the stem."""
         asked = {
-            "labels": True,
+            "labels": self.config.labels == "png",
+            "rle": self.config.labels == "rle",
             "overlay": self.config.overlay,
             "maps": bool(self.classes),
             "scores": self.config.scores,
@@ -195,7 +207,9 @@ class Job:
         """Make a picture's results and put them where they go; returns a summary."""
         with computed.scratch:
             labels, pixels = computed.labels, as_rgb(computed.image).permute(1, 2, 0).numpy()
-            drawn: dict[str, Image.Image] = {"labels": label_picture(labels, len(self.names))}
+            drawn: dict[str, Image.Image] = {}
+            if self.config.labels == "png":
+                drawn["labels"] = label_picture(labels, len(self.names))
             if self.config.overlay:
                 drawn["overlay"] = overlay_with_legend(
                     pixels, labels, self.names, self.palette, alpha=self.config.alpha
@@ -210,6 +224,8 @@ class Job:
                 **computed.writers,
                 **{kind: functools.partial(image.save, format="PNG") for kind, image in drawn.items()},
             }
+            if self.config.labels == "rle":
+                writers["rle"] = functools.partial(_write_text, json.dumps(run_lengths(labels, self.names)))
             counts = np.bincount(labels.reshape(-1), minlength=len(self.names))
             line = {
                 "picture": picture.name,

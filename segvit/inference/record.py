@@ -23,7 +23,7 @@ import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from segvit.system.failures import one_line
@@ -132,6 +132,16 @@ class Record:
                     f"out: {self.out} was predicted with other options, {name} {was}, now {_short(value)}; "
                     "choose another folder"
                 )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What counts of every picture, by name: its results, or else its error; of tars that are whole."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.out.glob("*.jsonl")):
+            for line in _whole_lines(path):
+                name = line["picture"]
+                if name in self._names and ("output" in line or "output" not in found.get(name, {})):
+                    found[name] = line
+        return [found[name] for name in sorted(found)]
 
     def is_done(self, picture: str, output: str) -> bool:
         """Whether a picture has its results under a name.
@@ -348,7 +358,7 @@ def _groups(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 end = member.offset_data + member.size + -member.size % BLOCK
                 if end > size:
                     return
-                if member.name.endswith(".json"):
+                if PurePosixPath(member.name).suffixes == [".json"]:  # not NAME.rle.json
                     text = tar.extractfile(member)
                     assert text is not None
                     yield end, _line(text.read(), f"{path}: {shown(member.name)}")

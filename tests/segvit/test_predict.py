@@ -14,7 +14,8 @@ from PIL import Image
 
 from segvit.commands.predict import run
 from segvit.config import BackboneConfig, SegViTConfig
-from segvit.data.find import find_images
+from segvit.data.find import find_images, find_pictures
+from segvit.data.pictures import read_image
 from segvit.inference.bulk import find_classes, label_picture, output_stems
 from segvit.inference.classes import class_names
 from segvit.inference.passes import label_maps_with_scores
@@ -622,3 +623,93 @@ def test_killed_processes_go_on():
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and all("40 pictures once each, 2 of them damaged" in line for line in lines[:2])
+
+
+def test_run_lengths_are_the_label_map(checkpoint, pictures, tmp_path):
+    """COCO's own decoder gives the masks of the PNG; packed, the record is told from them."""
+    masks = pytest.importorskip("pycocotools.mask")
+    out, runs, packed = tmp_path / "png", tmp_path / "rle", tmp_path / "packed"
+    predict(checkpoint, out, [pictures], overlay=False)
+    predict(checkpoint, runs, [pictures], overlay=False, labels="rle", manifest=True)
+    assert outputs(runs) == {"a_rle.json", "b_rle.json", "b_2_rle.json"} | {
+        "manifest.json",
+        "manifest-00000-of-00001.jsonl",
+    }
+    for stem in ("a", "b", "b_2"):
+        labels = np.array(Image.open(out / f"{stem}_labels.png"))
+        found = json.loads((runs / f"{stem}_rle.json").read_text())
+        assert found["size"] == list(labels.shape)
+        assert [s["index"] for s in found["segments"]] == np.unique(labels).tolist()
+        for segment in found["segments"]:
+            assert segment["class"] == NAMES[segment["index"]]
+            mask = masks.decode({"size": found["size"], "counts": segment["counts"].encode()})
+            assert np.array_equal(mask, labels == segment["index"]) and segment["area"] == mask.sum()
+    with pytest.raises(ValueError, match="other options, kind of results"):
+        predict(checkpoint, runs, [pictures], overlay=False, manifest=True)
+    for _ in range(2):  # again: all is there
+        predict(checkpoint, packed, [pictures], overlay=False, labels="rle", pack=2)
+    with tarfile.open(packed / "results-00000-of-00001-000000.tar") as tar:
+        assert sorted(tar.getnames()) == ["a.json", "a.rle.json", "b.json", "b.rle.json"]
+
+
+def test_record_as_parquet(checkpoint, pictures, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (pictures / "c.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="parquet: is the record of --manifest or --pack"):
+        predict(checkpoint, tmp_path / "none", [pictures], parquet=True)
+    for name, options in (("files", {"manifest": True}), ("tars", {"pack": 2})):
+        out = tmp_path / name
+        stale = out / "manifest-00001-of-00002.parquet"
+        out.mkdir()
+        stale.write_bytes(b"")
+        with pytest.raises(ValueError, match=r"c\.png"):
+            predict(checkpoint, out, [pictures], overlay=False, parquet=True, **options)
+        assert not stale.exists()
+        rows = parquet.read_table(out / "manifest-00000-of-00001.parquet").to_pylist()
+        assert [Path(row["picture"]).name for row in rows] == ["a.png", "b.jpg", "b.png", "c.png"]
+        assert sum(count for _, count in rows[0]["pixels"]) == rows[0]["width"] * rows[0]["height"] == 61 * 40
+        assert rows[3]["error"] and rows[3]["output"] is None and rows[0]["error"] is None
+        assert (rows[0]["tar"] is None) == (name == "files")
+
+
+@pytest.fixture
+def video(tmp_path):
+    """Ten frames, each of a grey of its own."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(10):
+            pixels = np.full((32, 48, 3), 20 * number + 10, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_frames_of_a_video(checkpoint, video, tmp_path):
+    found = find_pictures([video], every=3)
+    assert [picture.name.rpartition("#")[2] for picture in found] == ["0", "3", "6", "9"]
+    for picture in [*found, found[1]]:  # the last one again, which is behind
+        image = read_image(picture.open())
+        assert image.shape == (3, 32, 48)
+        assert abs(float(image.float().mean()) - 20 * picture.frame - 10) < 4
+    out = tmp_path / "out"
+    predict(checkpoint, out, [video], frames=3, threads=4, overlay=False)
+    assert outputs(out) == {f"film_{number:06d}_labels.png" for number in (0, 3, 6, 9)}
+    whole = video.read_bytes()
+    video.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(ValueError, match=r"film\.mp4: (cannot be decoded as a|holds no) video"):
+        predict(checkpoint, tmp_path / "none", [video])
+
+
+def test_what_is_not_installed_is_named(checkpoint, pictures, tmp_path, monkeypatch):
+    (tmp_path / "film.mp4").write_bytes(b"")
+    for module, extra, words in (
+        ("av", "video", {"images": [str(tmp_path / "film.mp4")]}),
+        ("pyarrow.parquet", "parquet", {"images": [str(pictures)], "manifest": True, "parquet": True}),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError, match=rf"pip install 'segvit-kernels\[{extra}\]'"):
+            run(PredictConfig(checkpoint=str(checkpoint), out=str(tmp_path / "out"), **words))
+        assert not (tmp_path / "out").exists()

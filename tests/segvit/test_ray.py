@@ -1,0 +1,109 @@
+"""Rows of pictures to rows of label maps, as Ray's and Spark's workers call it; SEGVIT_RAY=1: on Ray."""
+
+import importlib.util
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segvit.config import BackboneConfig, SegViTConfig
+from segvit.model.segvit import SegViT
+from segvit.options import InferenceOptions
+from segvit.ray import Labeller
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    backbone = BackboneConfig(width=16, depth=1, heads=2, patch_size=8)
+    values = {"taps": (0,), "decoder_dim": 16, "decoder_heads": 2, "decoder_depth": 1}
+    folder = tmp_path_factory.mktemp("model")
+    SegViT(SegViTConfig(backbone, num_classes=3, image_size=16, **values)).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int, size=(24, 16)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def labels_of(row) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(bytes(row))))
+
+
+def test_rows_of_label_maps(checkpoint):
+    files = [picture(0), picture(1, (9, 30)), b"no picture", picture(2)]
+    found = Labeller(str(checkpoint), "cpu", flip=True)({"path": ["a", "b", "c", "d"], "bytes": files})
+    assert list(found["width"]) == [24, 9, 0, 24] and list(found["height"]) == [16, 30, 0, 16]
+    assert list(found["path"]) == ["a", "b", "c", "d"]
+    assert found["error"][2].startswith("not a picture") and found["labels"][2] == b""
+    assert not found["counts"][2].any() and found["counts"].sum(1).tolist() == [384, 270, 0, 384]
+    model = SegViT.from_pretrained(checkpoint)
+    for row in (0, 1, 3):
+        image = Image.open(io.BytesIO(files[row])).convert("RGB")
+        assert np.array_equal(
+            labels_of(found["labels"][row]), model.predict(image, InferenceOptions(flip=True))
+        )
+
+
+class Dying(Labeller):
+    """One of the workers is killed in the middle, once."""
+
+    def __init__(self, checkpoint: str, flag: str) -> None:
+        super().__init__(checkpoint, "cpu")
+        self.flag, self.batches = flag, 0
+
+    def __call__(self, batch):
+        self.batches += 1
+        if self.batches == 2:
+            try:
+                os.close(os.open(self.flag, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+
+
+@pytest.mark.skipif(not os.environ.get("SEGVIT_RAY"), reason="starts a cluster: SEGVIT_RAY=1, extra ray")
+def test_two_workers_of_ray_and_one_is_killed(checkpoint, tmp_path):
+    ray = pytest.importorskip("ray")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:03d}.png").write_bytes(picture(number) if number % 17 else b"no picture")
+    spec = importlib.util.spec_from_file_location("ray_predict", EXAMPLES / "ray_predict.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    path = os.pathsep.join([str(Path(__file__).parent), str(EXAMPLES.parent), *filter(None, sys.path)])
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    try:
+        assert example.main(str(folder), str(checkpoint), str(tmp_path / "whole"), 2) == 60
+        flag = tmp_path / "killed"
+        rows = ray.data.read_binary_files(str(folder), include_paths=True, override_num_blocks=6).map_batches(
+            Dying, fn_constructor_args=(str(checkpoint), str(flag)), batch_size=5,
+            compute=ray.data.ActorPoolStrategy(size=2),
+        )  # fmt: skip
+        rows.write_parquet(str(tmp_path / "disturbed"))
+    finally:
+        ray.shutdown()
+    assert flag.exists()
+    tables = []
+    for name in ("whole", "disturbed"):
+        found = parquet.read_table(tmp_path / name).to_pylist()
+        tables.append(sorted(found, key=lambda row: row["path"]))
+    assert tables[0] == tables[1] and len(tables[0]) == 60
+    assert [row["path"] for row in tables[0] if row["error"]] == [
+        str(folder / f"{number:03d}.png") for number in range(0, 60, 17)
+    ]
