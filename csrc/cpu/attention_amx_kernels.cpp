@@ -27,8 +27,6 @@ template <class F>
 void pack_keys(const AttentionFwd& args, int64_t batch, int64_t head, int64_t keys, const F& token, char* key_tiles,
                char* value_tiles) {
   int64_t dim = args.shape.dim;
-  alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   __m512i first = _mm512_load_si512(kFirst), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   for (int64_t i = 0; i < keys; i += 32) {
     const bf16 *key[32] = {}, *value[32] = {};

@@ -26,6 +26,10 @@ SEGVIT_INLINE const bf16* row_of(const HeadsView& view, int64_t batch, int64_t t
          head * view.head_stride;
 }
 
+// Elements of two rows of 32 in turn: of their first halves.
+alignas(64) constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+
 // Squares of 32-bit elements to rows of 64 bytes.
 SEGVIT_INLINE void store_transposed(__m512i (&rows)[16], char* to) {
   Vec v[kWidth];
