@@ -20,6 +20,7 @@ from bench.subjects.operators.base import (
     budget_row,
     by_image,
     compilations,
+    on_backends,
     truth_and_ordinary,
 )
 from segvit_kernels import ATMFunction, atm_reference, fused_atm
@@ -44,8 +45,8 @@ def _product(query: Tensor, key: Tensor) -> Tensor:
 
 
 def peers(backend: str) -> list[Peer]:
-    def fused(name: str) -> Peer:
-        return Peer(name, f"fused_atm, backend {name}", lambda x: tuple(fused_atm(**x, backend=name)))
+    def ours(x: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        return tuple(fused_atm(**x, backend=backend))
 
     def with_product(peer: Peer) -> Peer:
         def call(x: dict) -> tuple[Tensor, Tensor]:
@@ -53,11 +54,11 @@ def peers(backend: str) -> list[Peer]:
 
         return replace(peer, what=f"{peer.what} + a separate product for the masks", call=call)
 
-    ours = fused(backend)
+    fused, *eager = on_backends(backend, "fused_atm", ours)
     return [
-        replace(ours, name="fused"),
+        fused,
         *(_plans() if backend == "triton" else []),
-        *([fused("eager")] if backend != "eager" else []),
+        *eager,
         Peer("plain", "the formula with S in memory and cloned", lambda x: plain(**x)),
         Peer("reference", "atm_reference: the formula with S in memory", lambda x: tuple(atm_reference(**x))),
         *compilations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,17 @@ class Peer:
     modes: tuple[str, ...] = MODES
     slow: bool = False
     missing: str | None = None
+
+
+def on_backends(
+    backend: str, what: str, call: Callable[..., tuple[torch.Tensor, ...]], modes: tuple[str, ...] = MODES
+) -> list[Peer]:
+    """``call(inputs, backend=...)`` on a backend, as "fused", and on "eager" where that is another."""
+    return [
+        Peer(name, f"{what}, backend {chosen}", functools.partial(call, backend=chosen), modes=modes)
+        for name, chosen in {"fused": backend, "eager": "eager"}.items()
+        if name == "fused" or chosen != backend
+    ]
 
 
 def judged_by_image(batch: int, quantity: str, hold: Callable[[slice], int | None]) -> list[dict[str, Any]]:

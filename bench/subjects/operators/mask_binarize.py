@@ -3,6 +3,7 @@ them are instances to the post-processing that is measured beside them."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations, judged_by_image
+from bench.subjects.operators.base import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    compilations,
+    judged_by_image,
+    on_backends,
+)
 from segvit_kernels import BinaryMasks, mask_binarize, mask_binarize_reference
 from segvit_kernels.integrations import post_process_instance_segmentation
 from segvit_kernels.testing.mask_binarize import BinarizeCase, assert_masks, oracle
@@ -37,14 +47,12 @@ TINY = Case("tiny", 1, 6, (4, 4), (24, 20))
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str, format: str = "bool") -> Peer:
-        what = f"mask_binarize to {format}, backend {name}"
-        return Peer(
-            name,
-            what,
-            lambda x: _tensors(mask_binarize(**x, format=format, backend=name)),
-            modes=("forward",),
-        )
+    def ours(x: dict[str, Any], backend: str, format: str) -> tuple[Tensor, ...]:
+        return _tensors(mask_binarize(**x, format=format, backend=backend))
+
+    def to(format: str) -> list[Peer]:
+        call = functools.partial(ours, format=format)
+        return on_backends(backend, f"mask_binarize to {format}", call, ("forward",))
 
     def plain(**x: Any) -> tuple[Tensor, ...]:
         return tuple(mask_binarize_reference(**x))
@@ -63,11 +71,11 @@ def peers(backend: str) -> list[Peer]:
         return _maps(post_process_instance_segmentation(_outputs(x), **_options(x)))
 
     what = "interpolated, compared and counted at full size"
+    fused, *eager = to("bool")
     return [
-        replace(ours(backend), name="fused"),
-        replace(ours(backend, "packed"), name="packed"),
-        replace(ours(backend, "rle"), name="rle"),
-        *([ours("eager")] if backend != "eager" else []),
+        fused,
+        *(replace(to(format)[0], name=format) for format in ("packed", "rle")),
+        *eager,
         Peer("drop-in", f"{whole}, by segvit_kernels.integrations", dropped_in, modes=("forward",)),
         Peer("transformers", whole, processed, modes=("forward",), missing=missing),
         Peer("plain", what, lambda x: plain(**x), modes=("forward",)),

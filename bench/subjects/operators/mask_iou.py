@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations, judged_by_image
+from bench.subjects.operators.base import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    compilations,
+    judged_by_image,
+    on_backends,
+)
 from segvit_kernels import MaskIoU, mask_iou, mask_iou_reference
 from segvit_kernels.testing.mask_iou import IoUCase, assert_iou
 
@@ -34,17 +43,15 @@ TINY = Case("tiny", 1, (6, 5), ((4, 4), (6, 5)), (24, 20))
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str) -> Peer:
-        what = f"mask_iou, backend {name}"
-        return Peer(name, what, lambda x: tuple(mask_iou(**x, backend=name)), modes=("forward",))
+    def ours(x: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+        return tuple(mask_iou(**x, backend=backend))
 
     def plain(**x: Any) -> tuple[Tensor, ...]:
         return tuple(mask_iou_reference(**x))
 
     what = "masks at full size, product of all pairs"
     return [
-        replace(ours(backend), name="fused"),
-        *([ours("eager")] if backend != "eager" else []),
+        *on_backends(backend, "mask_iou", ours, ("forward",)),
         Peer("plain", what, lambda x: plain(**x), modes=("forward",)),
         *compilations(
             plain,

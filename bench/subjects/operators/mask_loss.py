@@ -21,6 +21,7 @@ from bench.subjects.operators.base import (
     budget_row,
     by_image,
     compilations,
+    on_backends,
     truth_and_ordinary,
 )
 from segvit_kernels import mask_loss
@@ -91,8 +92,7 @@ def plain(leaves: dict[str, Tensor], losses=pair_losses) -> tuple[Tensor, ...]:
 def peers(backend: str) -> list[Peer]:
     gather = "pairs gathered, upsampled to full size, focal/BCE and dice there"
     return [
-        Peer("fused", f"mask_loss, backend {backend}", lambda x: fused(x, backend)),
-        *([Peer("eager", "mask_loss, backend eager", lambda x: fused(x, "eager"))] * (backend != "eager")),
+        *on_backends(backend, "mask_loss", fused),
         Peer("plain", gather, lambda x: plain(x)),
         *compilations(pair_losses, f"torch.compile: {gather}", call=lambda f, x: plain(x, f), dynamic=True),
     ]

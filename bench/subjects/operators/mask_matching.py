@@ -20,6 +20,7 @@ from bench.subjects.operators.base import (
     budget_row,
     by_image,
     compilations,
+    on_backends,
     truth_and_ordinary,
 )
 from segvit_kernels import (
@@ -74,14 +75,8 @@ def products(mask_logits: Tensor, targets: Tensor, num_classes: int | None = Non
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str) -> Peer:
-        what = f"mask_matching_cost, backend {name}"
-        return Peer(
-            name,
-            what,
-            lambda x: _costs(mask_matching_cost(**_arguments(x), backend=name)),
-            modes=("forward",),
-        )
+    def ours(x: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+        return _costs(mask_matching_cost(**_arguments(x), backend=backend))
 
     def at_points(x: dict[str, Any]) -> tuple[Tensor, ...]:
         targets = _masks(x["targets"], x.get("num_classes"))
@@ -99,8 +94,7 @@ def peers(backend: str) -> list[Peer]:
 
     what = "maps at full size, products with the targets"
     return [
-        replace(ours(backend), name="fused"),
-        *([ours("eager")] if backend != "eager" else []),
+        *on_backends(backend, "mask_matching_cost", ours, ("forward",)),
         Peer("points", f"mask_matching_cost_at_points, {POINTS} points", at_points, modes=("forward",)),
         Peer(
             "transformers",

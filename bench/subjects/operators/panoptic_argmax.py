@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from bench.measure import timing
-from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, compilations, judged_by_image
+from bench.subjects.operators.base import (
+    Check,
+    Cost,
+    Operator,
+    Peer,
+    Target,
+    compilations,
+    judged_by_image,
+    on_backends,
+)
 from segvit_kernels import PanopticArgmax, panoptic_argmax, panoptic_argmax_reference
 from segvit_kernels.integrations import post_process_panoptic_segmentation
 from segvit_kernels.testing.panoptic_argmax import PanopticCase, assert_panoptic
@@ -42,9 +51,8 @@ TINY = Case("tiny", 1, 6, (4, 4), (24, 20))
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str) -> Peer:
-        what = f"panoptic_argmax, backend {name}"
-        return Peer(name, what, lambda x: tuple(panoptic_argmax(**x, backend=name)), modes=("forward",))
+    def ours(x: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+        return tuple(panoptic_argmax(**x, backend=backend))
 
     def plain(**x: Any) -> tuple[Tensor, ...]:
         return tuple(panoptic_argmax_reference(**x)[0])
@@ -65,8 +73,7 @@ def peers(backend: str) -> list[Peer]:
 
     what = "interpolated, sigmoid, products, maximum and counts at full size"
     return [
-        replace(ours(backend), name="fused"),
-        *([ours("eager")] if backend != "eager" else []),
+        *on_backends(backend, "panoptic_argmax", ours, ("forward",)),
         Peer("drop-in", f"{whole}, by segvit_kernels.integrations", dropped_in, modes=("forward",)),
         Peer("transformers", whole, processed, modes=("forward",), missing=missing),
         Peer("plain", what, lambda x: plain(**x), modes=("forward",)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bench.subjects.operators.base import (
     budget_row,
     by_image,
     compilations,
+    on_backends,
     truth_and_ordinary,
 )
 from segvit_kernels import QueryAttentionFunction, query_attention, query_attention_reference
@@ -30,14 +31,12 @@ BATCHES = (16, 1, 4)
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str) -> Peer:
-        what = f"query_attention, backend {name}"
-        return Peer(name, what, lambda x: (query_attention(**x, backend=name),))
+    def ours(x: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+        return (query_attention(**x, backend=backend),)
 
     what = "the formula with S in memory"
     return [
-        replace(ours(backend), name="fused"),
-        *([ours("eager")] if backend != "eager" else []),
+        *on_backends(backend, "query_attention", ours),
         Peer("plain", what, lambda x: (query_attention_reference(**x),)),
         *compilations(
             query_attention_reference, f"torch.compile: {what}", call=lambda f, x: (f(**x),), dynamic=False

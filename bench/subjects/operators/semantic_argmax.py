@@ -20,6 +20,7 @@ from bench.subjects.operators.base import (
     Target,
     compilations,
     judged_by_image,
+    on_backends,
 )
 from segvit_kernels import View, Views, semantic_argmax, semantic_argmax_reference
 from segvit_kernels.testing.semantic_argmax import SemanticCase, assert_labels, oracle
@@ -101,14 +102,12 @@ def plain(mask_logits: Tensor, class_probs: Tensor, size: tuple[int, int], views
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str) -> Peer:
-        what = f"semantic_argmax, backend {name}"
-        return Peer(name, what, lambda x: (semantic_argmax(**x, backend=name),), modes=("forward",))
+    def ours(x: dict[str, Any], backend: str) -> tuple[Tensor, ...]:
+        return (semantic_argmax(**x, backend=backend),)
 
     what = "upsampled, sigmoid, einsum, argmax at full size"
     return [
-        replace(ours(backend), name="fused"),
-        *([ours("eager")] if backend != "eager" else []),
+        *on_backends(backend, "semantic_argmax", ours, ("forward",)),
         Peer("plain", what, lambda x: plain(**x), modes=("forward",)),
         *compilations(
             plain,

@@ -18,6 +18,7 @@ from bench.subjects.operators.base import (
     budget_row,
     by_image,
     compilations,
+    on_backends,
     truth_and_ordinary,
 )
 from segvit_kernels import subsample_layer_norm, subsample_layer_norm_reference
@@ -28,16 +29,14 @@ BATCHES = (16, 1, 4)
 
 
 def peers(backend: str) -> list[Peer]:
-    def ours(name: str) -> Peer:
-        what = f"subsample_layer_norm, backend {name}"
-        return Peer(name, what, lambda x: tuple(subsample_layer_norm(**_arguments(x), backend=name)))
+    def ours(x: dict, backend: str) -> tuple[Tensor, ...]:
+        return tuple(subsample_layer_norm(**_arguments(x), backend=backend))
 
     def plain(x: dict) -> tuple[Tensor, ...]:
         return tuple(subsample_layer_norm_reference(**_arguments(x)))
 
     return [
-        replace(ours(backend), name="fused"),
-        *([ours("eager")] if backend != "eager" else []),
+        *on_backends(backend, "subsample_layer_norm", ours),
         Peer("plain", "layer_norm, then two strided copies", plain),
         *compilations(
             subsample_layer_norm_reference,
