@@ -220,12 +220,15 @@ def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def disassembled(cubin: bytes) -> str:
-    """The resources (``REG:``, ``STACK:`` ...) and the instructions of a compiled kernel, as text."""
+def disassembled(cubin: bytes, code: bool = True) -> str:
+    """The resources (``REG:``, ``STACK:`` ...) of a compiled kernel and, with ``code``, its instructions.
+
+    These take half a second, however few they are.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return cuobjdump("-res-usage", "-sass", file.name)
+        return cuobjdump("-res-usage", *["-sass"] * code, file.name)
 
 
 def serialised(sass: str, ptx: str) -> bool:

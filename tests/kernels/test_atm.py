@@ -446,20 +446,6 @@ def test_compile_with_one_tensor_twice():
     torch.testing.assert_close(actual, expected)
 
 
-def test_compile_with_inductor_and_dropout():
-    torch._dynamo.reset()
-    layer = FusedATM(32, 2, attn_drop=0.5)
-    compiled = torch.compile(layer, fullgraph=True)
-    query, features = torch.randn(1, 5, 32), torch.randn(2, 40, 32)
-    torch.manual_seed(0)
-    first, _ = compiled(query, features)
-    second, masks = compiled(query, features)
-    assert not torch.equal(first, second)
-    torch.testing.assert_close(masks, layer(query, features).mask_logits)
-    first.sum().backward()
-    assert layer.v.weight.grad.norm() > 0
-
-
 def test_export():
     layer = FusedATM(32, 2).eval()
     query, features = torch.randn(1, 5, 32), torch.randn(2, 40, 32)

@@ -151,7 +151,8 @@ def test_gradcheck(kind):
         losses = factored_mask_loss(given, leaves[-1], **arguments, budget=3 * 8 * 4)
         return tuple(stacked(losses).flatten())
 
-    assert torch.autograd.gradcheck(call, leaves)
+    # Of many numbers one combination: every partial derivative of the product alone is in the other kinds.
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=kind == "stacked")
     with pytest.raises(RuntimeError, match="factored_mask_loss has no second derivative"):
         torch.autograd.grad(
             torch.autograd.grad(call(*leaves)[0], leaves[-1], create_graph=True)[0].sum(), leaves[-1]

@@ -716,15 +716,6 @@ def test_compile_fullgraph_and_second_size():
     assert len(frames) == 1
 
 
-def test_compile_with_inductor():
-    torch._dynamo.reset()
-    inputs = BY_NAME["soft_masks"].inputs(torch.float32)
-    compiled = torch.compile(mask_loss, fullgraph=True)
-    result, expected = with_gradients(compiled, inputs), with_gradients(mask_loss, inputs)
-    torch.testing.assert_close(stacked(result[0]), stacked(expected[0]))
-    torch.testing.assert_close(result[1], expected[1])
-
-
 def test_export():
     class Criterion(torch.nn.Module):
         def forward(self, logits, labels):

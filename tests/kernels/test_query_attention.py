@@ -458,16 +458,6 @@ def test_compile_fullgraph_and_second_size():
     assert len(frames) == 1
 
 
-def test_compile_with_inductor_and_dropout():
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k: query_attention(q, k, k, dropout_p=0.5), fullgraph=True)
-    query, key = torch.randn(1, 5, 2, 16, requires_grad=True), torch.randn(2, 9, 2, 16)
-    first, second = compiled(query, key), compiled(query, key)
-    assert first.shape == (2, 5, 2, 16) and not torch.equal(first, second)
-    first.sum().backward()
-    assert query.grad.norm() > 0
-
-
 def test_compile_with_one_tensor_for_all_inputs():
     """Dynamo refuses a Function that gets a tensor twice."""
     torch._dynamo.reset()

@@ -82,13 +82,6 @@ def test_compile_fullgraph_and_second_size():
     assert len(frames) == 1
 
 
-def test_compile_with_inductor_and_views():
-    torch._dynamo.reset()
-    inputs = BY_NAME["mixed"].inputs(torch.float32)
-    compiled = torch.compile(lambda inputs: semantic_argmax(**inputs).long() + 1, fullgraph=True)
-    torch.testing.assert_close(compiled(inputs), semantic_argmax(**inputs).long() + 1)
-
-
 def test_export():
     class Tail(torch.nn.Module):
         def forward(self, masks, probs):

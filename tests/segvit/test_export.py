@@ -10,7 +10,7 @@ import torch
 from test_engine import assert_same_up_to_ties, pictures, tiny_model
 
 import segvit
-from segvit import InferenceOptions
+from segvit import InferenceOptions, RotaryConfig
 from segvit.cli import main
 from segvit.exporting import open_model
 from segvit.exporting.graph import LabelGraph, Plan, cells_of
@@ -31,7 +31,8 @@ def run(path, images):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(class_names=tuple("abcdef"))
+    """With an embedding of positions, which is resized, and rotary ones, whose angles a file makes itself."""
+    return tiny_model(class_names=tuple("abcdef"), setup={"rotary": RotaryConfig(), "register_tokens": 2})
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def anything(model, folder):
     return path
 
 
-def test_a_fixed_size_in_a_process_of_its_own(fixed, folder):
+def test_a_fixed_size_in_a_process_of_its_own(fixed, folder, model):
     """Labels and scores of a file, where neither torch nor this package is."""
     images = pictures(SIZE, batch=1)
     np.save(folder / "in.npy", images.permute(0, 2, 3, 1).numpy())
@@ -73,16 +74,16 @@ numpy.savez(sys.argv[1] + "/out.npz", labels=labels, scores=scores)
 """
     subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
     found = np.load(folder / "out.npz")
-    assert_same_up_to_ties(torch.from_numpy(found["labels"]), tiny_model(), images)
-    _, scores = tiny_model().predict(images, return_scores=True)
+    assert_same_up_to_ties(torch.from_numpy(found["labels"]), model, images)
+    _, scores = model.predict(images, return_scores=True)
     np.testing.assert_allclose(found["scores"], scores.amax(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(37, 50), (64, 40), (32, 32), (9, 91)])
-def test_any_size(anything, size):
+def test_any_size(anything, model, size):
     images = pictures(size, batch=3)
     (labels,) = run(anything, images)
-    assert_same_up_to_ties(torch.from_numpy(labels), tiny_model(), images)
+    assert_same_up_to_ties(torch.from_numpy(labels), model, images)
 
 
 def test_the_file(fixed, anything, model):
@@ -247,9 +248,9 @@ def openvino(model, folder):
     return folder / "f32.xml"
 
 
-def test_openvino(openvino):
+def test_openvino(openvino, model):
     images = pictures(SIZE)
-    assert_same_up_to_ties(open_model(openvino).predict(images), tiny_model(), images)
+    assert_same_up_to_ties(open_model(openvino).predict(images), model, images)
     import openvino as runtime
 
     read = runtime.Core().read_model(openvino)
@@ -280,7 +281,7 @@ def test_torchscript(model, folder):
     found = open_model(folder / "x.torchscript")
     assert "segvit::" not in str(found._run.script.inlined_graph)
     images = pictures(SIZE)
-    assert_same_up_to_ties(found.predict(images), tiny_model(), images)
+    assert_same_up_to_ties(found.predict(images), model, images)
     with pytest.raises(ValueError, match="size"):
         segvit.export(model, folder / "y.torchscript")
     (folder / "broken.torchscript").write_bytes((folder / "x.torchscript").read_bytes()[:999])
@@ -288,14 +289,14 @@ def test_torchscript(model, folder):
         open_model(folder / "broken.torchscript")
 
 
-def test_openvino_takes_any_size_from_the_graph(anything):
+def test_openvino_takes_any_size_from_the_graph(anything, model):
     """The scan of an ONNX file, as this package's own files have it."""
     runtime = pytest.importorskip("openvino")
     compiled = runtime.Core().compile_model(str(anything), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for size in ((37, 50), (64, 40)):
         images = pictures(size, batch=3)
         labels = torch.from_numpy(compiled(images.numpy())[0])
-        assert_same_up_to_ties(labels, tiny_model(), images)
+        assert_same_up_to_ties(labels, model, images)
 
 
 def test_int8(folder, capsys, tmp_path):

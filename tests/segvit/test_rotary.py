@@ -280,23 +280,6 @@ def test_one_graph():
     torch.testing.assert_close(program(images)[-1], model(images)[-1])
 
 
-def test_onnx(tmp_path):
-    """Pictures of any size: the angles are made in the file."""
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    import segvit
-
-    model = segmenter("centred")
-    segvit.export(model, tmp_path / "x.onnx", outputs="logits")
-    session = runtime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
-    for shape in ((32, 40), (24, 64)):
-        images = pictures(shape, 1)
-        masks, _ = session.run(None, {"pictures": images.numpy()})
-        with torch.no_grad():
-            expected = model(model.preprocess(images)).mask_logits
-        torch.testing.assert_close(torch.from_numpy(masks), expected, atol=1e-3, rtol=1e-4)
-
-
 def test_export_of_any_size_without_antialiasing():
     model = segmenter("index", absolute_positions=True, position_resize="bicubic_antialias")
     with pytest.raises(ValueError, match=r"size: bicubic_antialias of positions differs"):

@@ -112,8 +112,13 @@ def faults(row: dict[str, Any], arch: str, demand: Demand) -> list[str]:
     return found
 
 
-def resources(compiled: Any) -> dict[str, Any]:
-    """Registers, shared memory, spills, instruction mix and loops of a kernel that Triton compiled."""
+def resources(compiled: Any, code: bool = True) -> dict[str, Any]:
+    """Registers, shared memory, spills, instruction mix and loops of a kernel that Triton compiled.
+
+    Args:
+        compiled: what Triton gives.
+        code: False where nothing is asked of the instructions: they are looked at only if there are spills.
+    """
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -126,11 +131,14 @@ def resources(compiled: Any) -> dict[str, Any]:
         row = {"registers": find("vgpr_count"), "scalar": find("sgpr_count")}  # of addresses and counters
         row |= {"shared": shared, "spills": stack, "stack": stack}
         return {**row, **Code.gcn(text).counts(), "serialised": False, "undefined": 0}
-    text = disassembled(compiled.asm["cubin"])
+    text = disassembled(compiled.asm["cubin"], code)
     found, mix = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text)), instruction_mix(text)
     stack = int(found["STACK"]) + int(found["LOCAL"])
+    if stack and not code:
+        return resources(compiled)
     row = {"registers": int(found["REG"]), "shared": shared, "spills": stack + mix["LDL"] + mix["STL"]}
-    row |= {"stack": stack, **mix, **Code.sass(text).counts()}
+    loops = Code.sass(text) if code else Code((), ())
+    row |= {"stack": stack, **mix, **loops.counts()}
     ptx = compiled.asm["ptx"]
     # What LLVM says of a register that nothing wrote before it is read.
     return {**row, "serialised": serialised(text, ptx), "undefined": ptx.count("// implicit-def: ")}

@@ -52,12 +52,13 @@ def rows(operator: str, arch: str, names: Sequence[str], features: Features | No
     for name, launch in chosen(launches, features):
         kernel = launch.kernel.__name__
         compiled = launch.compile(GPUTarget(*TARGETS[arch]))
-        if compiled.hash not in seen:
-            seen[compiled.hash] = resources(compiled)
         row = {"operator": operator, "case": name, "kernel": kernel}
-        row |= {"warps": launch.options["num_warps"], **seen[compiled.hash]}
-        row["wgmma"] = found.wgmma(row)
+        row |= {"warps": launch.options["num_warps"], "wgmma": found.wgmma(row)}
         demand = found.KERNELS.get(kernel)
+        if compiled.hash not in seen:
+            asked = row["wgmma"] or (demand is not None and demand.barriers is not None)
+            seen[compiled.hash] = resources(compiled, bool(names) or asked)
+        row |= seen[compiled.hash]
         rows.append({**row, "faults": faults(row, arch, demand) if demand else ["no demand stands for it"]})
     if not names:
         demanded = {name for name, demand in found.KERNELS.items() if demand.everywhere or arch == "sm_90"}
