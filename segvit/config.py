@@ -92,6 +92,8 @@ class BackboneConfig:
         drop_path_branch: "mlp" (published SegViT) or "both" residual branches.
         shrink_at: index of the block that keeps every second row and column of the token grid (query-based
             down-sampling, paper section 3.3): later blocks run on a quarter of the tokens. None: no block.
+        shrink_edges: share of all patches that this block keeps besides, those where a lightweight head sees
+            an edge (edge-aware down-sampling of SegViTv2, arXiv 2306.06289). Needs `upsample`.
         absolute_positions: a learned position embedding is added to the patches.
         position_resize: how it gets to other grids: "bicubic", "bilinear", or either with "_antialias".
         rotary: rotary positions, beside or in place of it.
@@ -115,6 +117,7 @@ class BackboneConfig:
     drop_path: float = 0.0
     drop_path_branch: str = "mlp"
     shrink_at: int | None = None
+    shrink_edges: float = 0.0
     absolute_positions: bool = True
     position_resize: str = "bicubic"
     rotary: RotaryConfig | None = None
@@ -148,6 +151,9 @@ class BackboneConfig:
             self.shrink_at is None or 0 <= self.shrink_at < self.depth,
             f"shrink_at must be None or a block index from 0 to {self.depth - 1}, got {self.shrink_at}",
         )
+        edges = self.shrink_edges
+        _check(0 <= edges <= 0.75, f"shrink_edges must be between 0 and 0.75, got {edges}")
+        _check(not edges or self.shrink_at is not None, f"shrink_edges needs shrink_at, got {edges} without")
         _check(
             self.position_resize in RESIZES,
             f"position_resize must be {', '.join(map(repr, RESIZES))}, got {self.position_resize!r}",
@@ -178,6 +184,7 @@ class BackboneConfig:
 
 
 _LATER: dict[str, Any] = {
+    "shrink_edges": 0.0,
     "decoder": "atm",
     "queries": 100,
     "query_blocks": None,
@@ -286,6 +293,10 @@ class SegViTConfig:
         _check(
             not self.upsample or self.backbone.shrink_at is not None,
             "upsample needs a backbone that shrinks: shrink_at is None",
+        )
+        _check(
+            self.upsample or not self.backbone.shrink_edges,
+            "shrink_edges needs upsample: its tokens are on no grid, and only queries take them to one",
         )
         patch, size = self.backbone.patch_size, self.image_size
         _check(

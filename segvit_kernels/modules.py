@@ -493,7 +493,7 @@ class _UpsampleStage(nn.Module):
         return torch.cat(weights), torch.cat(biases)
 
     def position_keys(self, positions: Tensor) -> Tensor:
-        """What positions (Nk, C) add to the keys of every layer in turn: (Nk, depth, C)."""
+        """What positions (..., Nk, C) add to the keys of every layer in turn: (..., Nk, depth, C)."""
         weight = torch.cat([layer.multihead_attn.rows(1, 2)[0] for layer in self.layers])
         return F.linear(positions, weight).unflatten(-1, (len(self.layers), -1))
 
@@ -507,7 +507,7 @@ class _UpsampleStage(nn.Module):
         """Tokens (B, N, C) from tokens (B or 1, N, C) and features (B, Nk, level_dim).
 
         `first` is what `attend_tokens` of the first layer gives, if that is known; `position_keys`, of the
-        method of this name, are added to the keys.
+        method of this name, for all images or for each, are added to the keys.
         """
         features = self.input_norm(self.input_proj(features))
         stacked = self.folded_rows.get(self.attentions()) if self.folded_rows else None
@@ -518,7 +518,7 @@ class _UpsampleStage(nn.Module):
         for depth, (layer, key_value) in enumerate(zip(self.layers, projected, strict=True)):
             key, value = key_value.chunk(2, dim=-1)
             if position_keys is not None:
-                key = key + position_keys[:, depth]
+                key = key + position_keys[..., depth, :]
             tokens, query = first or layer.attend_tokens(tokens)
             tokens = layer.attend_features(tokens, query, key, value)
             first = None
@@ -668,12 +668,19 @@ class QueryUpsample(nn.Module):
         """Height and width of the output where ``grid`` is asked for."""
         return self.grid if grid is None or not self.resize else (grid[0], grid[1])
 
-    def forward(self, levels: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        levels: Sequence[Tensor],
+        grid: tuple[int, int] | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
         """Features of the queries' grid.
 
         Args:
             levels: feature maps (B, Nk, level_dim), in the order of ``level_dims``.
             grid: height and width of the output; the training grid if not given.
+            places: (B, n) int64, for levels of n tokens that are no subsampled grid: which places of the
+                image's grid, row by row, the tokens are of. Keys with positions need them.
 
         Returns:
             (B, h·w, C), row by row, of ``output_grid(grid)``.
@@ -696,14 +703,19 @@ class QueryUpsample(nn.Module):
         elif self.folded_first is not None and same_grid(grid, self.grid):
             first = self.folded_first.get(self._first_parts())
         for stage, features in zip(self.stages, levels, strict=True):
-            position_keys = self._position_keys(stage, features.shape[1], positions)
+            position_keys = self._position_keys(stage, features.shape[1], positions, places)
             tokens, first = stage(tokens, features, first, position_keys), None
         return tokens
 
-    def _position_keys(self, stage: _UpsampleStage, tokens: int, positions: Tensor | None) -> Tensor | None:
-        """What is added to a stage's keys, (tokens, depth, C), for levels of images with these (h, w, C)."""
+    def _position_keys(
+        self, stage: _UpsampleStage, tokens: int, positions: Tensor | None, places: Tensor | None
+    ) -> Tensor | None:
+        """What is added to a stage's keys, (tokens, depth, C), for levels of images with these (h, w, C);
+        (B, tokens, depth, C) where they have places of their own."""
         if positions is None:
             return None
+        if places is not None and places.shape[1] == tokens:
+            return stage.position_keys(positions.flatten(0, 1))[places]
         if stage.folded_keys is not None and same_grid((positions.shape[0], positions.shape[1]), self.grid):
             keys = stage.folded_keys.get([self.queries, *stage.attentions()])
             if keys is not None:

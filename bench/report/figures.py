@@ -30,6 +30,7 @@ COLOURS = {
     "sdpa": "#c2599a",
     "floor": TEXT,
 }
+DECODERS = {"linear": "#d1762a", "atm": "#2f80d0", "segvitv2": "#2f9a6a", "eomt": "#8a6fd1"}
 NAMES = {"fused": "ours", "eager": "ours, eager", "compiled": "torch.compile", "sdpa": "SDPA"}
 PANELS = (
     ("atm", "classes"),
@@ -108,6 +109,15 @@ def curves(result: dict) -> dict[str, Any] | None:
     return {"panels": panels} if panels else None
 
 
+def front(result: dict) -> dict[str, Any] | None:
+    """By backbone and decoder: milliseconds, GMACs and patch size of every row."""
+    panels: dict[str, dict[str, list]] = {}
+    for row in result["rows"]:
+        point = [round(1e3 * row["median_s"], 3), round(row["macs"] / 1e9, 3), row["patch"]]
+        panels.setdefault(row["preset"], {}).setdefault(row["decoder"], []).append(point)
+    return {"panels": panels} if panels else None
+
+
 def _short(mode: str) -> str:
     return {"forward_backward": "fwd + bwd"}.get(mode, mode)
 
@@ -170,15 +180,38 @@ def _curves(figure: Any, data: dict) -> None:
     _legend(figure, [k for k in COLOURS if any(k in lines for lines in panels.values())], bars=False)
 
 
-def _legend(figure: Any, kinds: list[str], bars: bool) -> None:
+def _front(figure: Any, data: dict) -> None:
+    """One panel a backbone: time over multiply-accumulates, a line a decoder, a point a patch size."""
+    for axes, (preset, lines) in zip(
+        figure.subplots(1, len(data["panels"]), squeeze=False)[0], data["panels"].items(), strict=True
+    ):
+        for decoder in (name for name in DECODERS if name in lines):
+            times, macs, patches = zip(*sorted(lines[decoder], key=lambda point: point[2]), strict=True)
+            axes.plot(macs, times, color=DECODERS[decoder], marker="o", markersize=3, linewidth=1.2)
+            for place in zip(patches, macs, times, strict=True):
+                axes.annotate(f" {place[0]}", place[1:], fontsize=7, color=TEXT)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(which="both", labelsize=7)
+        axes.set_title(preset, fontsize=8)
+        axes.set_xlabel("GMACs; beside a point its patch size", fontsize=8)
+        axes.set_ylabel("ms", fontsize=8)
+    shown = [name for name in DECODERS if any(name in lines for lines in data["panels"].values())]
+    _legend(figure, shown, bars=False, colours=DECODERS)
+
+
+def _legend(figure: Any, kinds: list[str], bars: bool, colours: dict[str, str] = COLOURS) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     def handle(kind: str) -> Any:
         name = NAMES.get(kind, kind)
         if bars:
-            return Patch(color=COLOURS[kind], label=name)
-        return Line2D([], [], color=COLOURS[kind], label=name, linestyle="--" if kind == "floor" else "-")
+            return Patch(color=colours[kind], label=name)
+        return Line2D([], [], color=colours[kind], label=name, linestyle="--" if kind == "floor" else "-")
 
     figure.legend(
         handles=[handle(k) for k in kinds],
@@ -217,6 +250,13 @@ _FIGURES = {
     ),
     "curves": _Figure(
         "Time of every operator as sizes grow, with the floor", "scaling", curves, (9.0, 8.0), _curves
+    ),
+    "front": _Figure(
+        "Time and operations of every decoder by backbone and patch size",
+        "decoders",
+        front,
+        (8.0, 3.8),
+        _front,
     ),
 }
 

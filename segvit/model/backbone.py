@@ -59,6 +59,11 @@ class Joining(NamedTuple):
     attend: Callable[[Tensor, int], Tensor | None]
 
 
+Keep = Callable[[Tensor, tuple[int, int]], Tensor]
+"""From patch tokens (B, h·w, C) and their grid, before the block that shrinks, the places (B, n) that it
+keeps, int64."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with packed projections: (B, N, C) -> (B, N, C).
 
@@ -89,7 +94,7 @@ class Attention(nn.Module):
             query, key, value = packed.unbind(-3)
         else:
             value = packed[:, :, 2]
-            query, key = apply_rotary(packed[:, :, :2], *(t[:, None] for t in angles)).unbind(-3)
+            query, key = apply_rotary(packed[:, :, :2], *(t.unsqueeze(-3) for t in angles)).unbind(-3)
         if self.native and mask is None and x.device.type == "cpu":
             return self.proj(self.norm(query_attention(query, key, value).flatten(2)), **around[1])
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
@@ -315,15 +320,24 @@ class VisionTransformer(nn.Module):
             self._kept[name] = ((grid, dtype), Folded([source], made))
         return made
 
-    def _angles(self, grid: tuple[int, int], dtype: torch.dtype) -> list[Angles | None]:
-        """Of rotary positions, for every block."""
+    def _angles(
+        self, grid: tuple[int, int], dtype: torch.dtype, shrink_at: int | None
+    ) -> list[Angles | None]:
+        """Of rotary positions, for every block, when this one leaves every second row and column."""
         config, rope, prefix = self.config, self.rope, self.num_prefix
         if rope is None:
             return [None] * config.depth
         table = self._keep("angles", grid, dtype, rope.freqs, lambda: rope(grid, prefix).to(dtype))
-        return [*block_angles(table, config.depth, config.shrink_at, grid, prefix)]
+        return [*block_angles(table, config.depth, shrink_at, grid, prefix)]
 
-    def forward(self, images: Tensor, joining: Joining | None = None) -> list[Tensor]:
+    def _kept_tokens(self, places: Tensor) -> Tensor:
+        """Which of all tokens are left where these patches are, (B, prefix + n)."""
+        prefix = torch.arange(self.num_prefix, device=places.device).expand(places.shape[0], -1)
+        return torch.cat([prefix, places + self.num_prefix], dim=1)
+
+    def forward(
+        self, images: Tensor, joining: Joining | None = None, keep: Keep | None = None
+    ) -> list[Tensor]:
         """Feature maps (B, h·w, C) after each tapped block, shallow to deep, without prefix tokens.
 
         Their grid is (H/p, W/p), or half of that rounded up from the block that shrinks on
@@ -333,6 +347,8 @@ class VisionTransformer(nn.Module):
             images: (B, in_channels, H, W), H and W multiples of the patch size p.
             joining: tokens that join on the way, behind the block that shrinks. Where they are there, a
                 feature map has all tokens: (B, Q + prefix + h·w, C).
+            keep: what the block that shrinks keeps, in place of every second row and column: feature maps
+                from there on are (B, n, C), on no grid.
         """
         grid = patch_grid(images, self.config.patch_size)
         x = self.patch_embed(images)
@@ -346,9 +362,16 @@ class VisionTransformer(nn.Module):
             x = self.norm_pre(x)
 
         features = []
-        for index, (block, angles) in enumerate(zip(self.blocks, self._angles(grid, x.dtype), strict=True)):
+        kept: Tensor | None = None  # which tokens of all are left, where `keep` said so
+        every_angle = self._angles(grid, x.dtype, None if keep else self.config.shrink_at)
+        for index, (block, angles) in enumerate(zip(self.blocks, every_angle, strict=True)):
+            if kept is not None and angles is not None:
+                angles = _taken(angles, kept)
             options: dict[str, Any] = {} if angles is None else {"angles": angles}
-            if index == self.config.shrink_at:
+            if index == self.config.shrink_at and keep is not None:
+                kept = self._kept_tokens(keep(x[:, self.num_prefix :], grid))
+                block = partial(_shrink, block, kept=kept)
+            elif index == self.config.shrink_at:
                 options |= {"grid": grid, "prefix_tokens": self.num_prefix}
             joined = joining is not None and index >= joining.block
             if joining is not None and joined:
@@ -365,6 +388,30 @@ class VisionTransformer(nn.Module):
             if index in self.taps:
                 features.append(self.norm(x if joined else x[:, self.num_prefix :]))
         return features
+
+
+def _taken(angles: Angles, kept: Tensor) -> Angles:
+    """Of the tokens (B, n), (B, n, 1 or heads, D/2) each."""
+    cos, sin = angles
+    return cos[kept], sin[kept]
+
+
+def _tokens_of(x: Tensor, kept: Tensor) -> Tensor:
+    """The tokens (B, n) of (B, N, ...)."""
+    index = kept.reshape(*kept.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def _shrink(block: Any, x: Tensor, kept: Tensor, angles: Angles | None = None) -> Tensor:
+    """What a `QueryDownsample` gives at the tokens `kept` (B, n), whatever they are: (B, n, C)."""
+    attn = block.attn
+    query, key, value = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.heads, -1)).unbind(-3)
+    query = _tokens_of(query, kept)
+    if angles is not None:
+        query, key = apply_rotary(query, *_taken(angles, kept)), apply_rotary(key, *angles)
+    output = attn.proj(attn.norm(query_attention(query, key, value).flatten(-2)))
+    x = _tokens_of(x, kept) + block.drop_path1(block.ls1(output))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _unturned(angles: Angles, count: int) -> Angles:

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from segvit.model.segvit import SegViTOutput
 from segvit_kernels import mask_loss
@@ -25,7 +26,9 @@ class SegViTLoss(nn.Module):
     - class: cross-entropy over N+1 logits of every token, its target its own class if present and "no object"
       otherwise, weighted w and `no_object_weight`, divided by the sum of these weights;
     - focal: for each pair w times the mean over the image of α_t (1 − p_t)^γ BCE, summed over P / |P|;
-    - dice: for each pair w (1 − (2 Σσt + 1) / (Σσ + Σt + 1)), summed over P / |P|.
+    - dice: for each pair w (1 − (2 Σσt + 1) / (Σσ + Σt + 1)), summed over P / |P|;
+    - edge, of a model with `shrink_edges`: binary cross-entropy of every patch, whether two classes meet in
+      it, the mean over patches and images.
 
     A batch may be split into parts: with the `normalisers` of all its labels, the parts' losses and gradients
     add up to the batch's.
@@ -72,7 +75,8 @@ class SegViTLoss(nn.Module):
         self.register_buffer("class_weights", weights_of_classes(class_weights, num_classes), False)
 
     def normalisers(self, labels: Tensor) -> Tensor:
-        """|P| and the sum of the classification term's weights for labels (B, H, W), over all processes."""
+        """|P|, the sum of the classification term's weights for labels (B, H, W), and the number of images,
+        over all processes."""
         return self._normalisers(*self._weights(classes_present(labels, self.num_classes), torch.float64))
 
     def _weights(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -83,7 +87,7 @@ class SegViTLoss(nn.Module):
         return pairs, torch.where(present, pairs, self.no_object_weight)
 
     def _normalisers(self, pairs: Tensor, tokens: Tensor) -> Tensor:
-        return over_processes(torch.stack([pairs.sum(), tokens.sum()]))
+        return over_processes(torch.stack([pairs.sum(), tokens.sum(), pairs.new_tensor(len(pairs))]))
 
     def forward(
         self, output: SegViTOutput, labels: Tensor, normalisers: Tensor | None = None
@@ -97,7 +101,8 @@ class SegViTLoss(nn.Module):
             normalisers: those of the whole batch, where this is a part of it.
 
         Returns:
-            'class', 'focal', 'dice', and for each auxiliary output, earliest first, 'aux0.class' and so on.
+            'class', 'focal', 'dice', and for each auxiliary output, earliest first, 'aux0.class' and so on;
+            'edge' where there are edges.
 
         Raises:
             TypeError: labels are not integers.
@@ -118,7 +123,7 @@ class SegViTLoss(nn.Module):
         pair_weights, token_weights = self._weights(masks.present, masks.num_masks.dtype)
         if normalisers is None:
             normalisers = self._normalisers(pair_weights, token_weights)
-        pair_sum, token_sum = normalisers.to(token_weights.dtype)
+        pair_sum, token_sum, images = normalisers.to(token_weights.dtype)
 
         terms: dict[str, Tensor] = {}
         for (prefix, (class_logits, _)), focal, dice in zip(
@@ -128,6 +133,8 @@ class SegViTLoss(nn.Module):
             terms[prefix + "class"] = self.weights["class"] * class_term / token_sum
             terms[prefix + "focal"] = self.weights["focal"] * focal / pair_sum
             terms[prefix + "dice"] = self.weights["dice"] * dice / pair_sum
+        if getattr(output, "edges", None) is not None:
+            terms["edge"] = _edge_term(output.edges, labels, self.ignore_index) / images
         return {**terms, "total": cast(Tensor, sum(terms.values()))}
 
     def _check(self, output: SegViTOutput, labels: Tensor) -> None:
@@ -150,6 +157,30 @@ class SegViTLoss(nn.Module):
         log_probabilities = full_precision(logits).log_softmax(-1)
         own = log_probabilities[..., :-1].diagonal(dim1=1, dim2=2)
         return -(weights * torch.where(present, own, log_probabilities[..., -1])).sum()
+
+
+def _edge_term(edges: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The sum over images of the mean BCE over patches."""
+    targets = F.adaptive_max_pool2d(edge_pixels(labels, ignore_index)[:, None].float(), edges.shape[1:])[:, 0]
+    return (
+        F.binary_cross_entropy_with_logits(
+            full_precision(edges), targets.to(full_precision(edges).dtype), reduction="none"
+        )
+        .mean((1, 2))
+        .sum()
+    )
+
+
+def edge_pixels(labels: Tensor, ignore_index: int) -> Tensor:
+    """Pixels of labels (B, H, W) whose right or lower neighbour is of another class, booleans; where one of
+    the two is ignored there is no edge."""
+    edges = torch.zeros_like(labels, dtype=torch.bool)
+    for axis in (1, 2):
+        length = labels.shape[axis] - 1
+        here, there = labels.narrow(axis, 0, length), labels.narrow(axis, 1, length)
+        other = (here != there) & (here != ignore_index) & (there != ignore_index)
+        edges.narrow(axis, 0, length).logical_or_(other)
+    return edges
 
 
 def classes_present(labels: Tensor, num_classes: int) -> Tensor:

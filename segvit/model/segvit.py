@@ -29,7 +29,7 @@ from segvit.model.checkpoint import (
     read_state_dict,
     save_weights,
 )
-from segvit.model.decoder import ATMDecoder, Decoder
+from segvit.model.decoder import ATMDecoder, Decoder, StageOutput
 from segvit.model.pretrained import Pretrained, open_pretrained
 from segvit.model.rotary import Rotary
 from segvit.model.shrunk import ShrunkDecoder
@@ -46,11 +46,13 @@ class SegViTOutput(NamedTuple):
         class_logits: (B, N, N+1), the last entry "no object"; of SegViTv2 (B, N), whether the class is there.
         mask_logits: (B, N, h, w), before the sigmoid.
         auxiliary: (class_logits, mask_logits) of the earlier stages, earliest first.
+        edges: of a backbone with `shrink_edges`, how likely each patch has an edge, logits (B, h, w).
     """
 
     class_logits: Tensor
     mask_logits: Tensor
     auxiliary: list[tuple[Tensor, Tensor]]
+    edges: Tensor | None = None
 
 
 class SegViT(nn.Module):
@@ -114,19 +116,34 @@ class SegViT(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        grid = self._grid(images)
+        stages, edges = self._stages(images)
         *auxiliary, (class_logits, mask_logits) = [
-            (stage.class_logits, stage.mask_logits.unflatten(-1, stage.grid))
-            for stage in self.decoder(self.backbone(images), grid)
+            (stage.class_logits, stage.mask_logits.unflatten(-1, stage.grid)) for stage in stages
         ]
-        return SegViTOutput(class_logits, mask_logits, auxiliary)
+        return SegViTOutput(class_logits, mask_logits, auxiliary, edges)
+
+    def _stages(self, images: Tensor, accumulate: bool = True) -> tuple[list[StageOutput], Tensor | None]:
+        """What the decoder gives, and the logits of edges."""
+        grid = self._grid(images)
+        if not self.config.backbone.shrink_edges:
+            return self.decoder(self.backbone(images), grid, accumulate=accumulate), None
+        found: list[tuple[Tensor, Tensor]] = []
+        decoder = cast(ShrunkDecoder, self.decoder)
+
+        def keep(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+            found.append(decoder.edges(patches, grid))
+            return found[0][1]
+
+        features = self.backbone(images, keep=keep)
+        edges, places = found[0]
+        return decoder(features, grid, accumulate=accumulate, places=places), edges
 
     def similarity_maps(self, images: Tensor) -> list[Tensor]:
         """Similarity maps (B, N, h, w) of the stages in running order, not accumulated (paper, figure 1).
 
         With `upsample` in the configuration: of the layers of its only stage.
         """
-        stages = self.decoder(self.backbone(images), self._grid(images), accumulate=False)
+        stages, _ = self._stages(images, accumulate=False)
         return [stage.mask_logits.unflatten(-1, stage.grid) for stage in stages]
 
     def mask_grid(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """The Shrunk structure's decoder: query-based up-sampling, then a single ATM stage.
 
 Source: SegViT (NeurIPS 2022, arXiv 2210.05844), section 3.3. Its other half, query-based down-sampling, is in
-the backbone (`BackboneConfig.shrink_at`).
+the backbone (`BackboneConfig.shrink_at`). SegViTv2 (arXiv 2306.06289) makes that aware of edges: tokens where
+a lightweight head sees one are kept too (`BackboneConfig.shrink_edges`).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from segvit.config import SegViTConfig
@@ -37,14 +39,48 @@ class ShrunkDecoder(ATMDecoder):
             key_positions=config.key_positions,
         )
 
+        width = config.backbone.width
+        self.edge_head = None
+        if config.backbone.shrink_edges:
+            self.edge_head = nn.Sequential(nn.Linear(width, width // 4), nn.GELU(), nn.Linear(width // 4, 1))
+
+    def edges(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """How likely each patch has an edge, logits (B, h, w), and the places (B, n) that are to be kept.
+
+        These are every second row and column, and of the others the share that the configuration says,
+        likeliest first: as many in every image.
+
+        Args:
+            patches: tokens (B, h·w, C) of the grid (h, w).
+        """
+        assert self.edge_head is not None
+        logits = self.edge_head(patches).squeeze(-1)
+        height, width = grid
+        rows, columns = (torch.arange(side, device=patches.device) for side in grid)
+        even = ((rows % 2 == 0)[:, None] & (columns % 2 == 0)).flatten()
+        regular = (rows[::2, None] * width + columns[::2]).flatten()
+        count = height * width * round(1000 * self.config.backbone.shrink_edges) // 1000
+        count = min(count, height * width - (height + 1) // 2 * ((width + 1) // 2))
+        chosen = logits.detach().masked_fill(even, -torch.inf).topk(count, dim=1).indices.sort(dim=1).values
+        places = torch.cat([regular.expand(logits.shape[0], -1), chosen], dim=1)
+        return logits.unflatten(1, grid), places
+
     def mask_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         return self.upsample.output_grid(grid)
 
     def forward(
-        self, features: list[Tensor], grid: tuple[int, int], accumulate: bool = True
+        self,
+        features: list[Tensor],
+        grid: tuple[int, int],
+        accumulate: bool = True,
+        places: Tensor | None = None,
     ) -> list[StageOutput]:
-        """Outputs after each layer; `accumulate` changes nothing. Otherwise as in `ATMDecoder`."""
-        upsampled = self.upsample(features, grid)
+        """Outputs after each layer; `accumulate` changes nothing. Otherwise as in `ATMDecoder`.
+
+        Args:
+            places: (B, n) of the tokens that the backbone kept, of `edges`.
+        """
+        upsampled = self.upsample(features, grid, places)
         tokens, first = self._first_tokens(upsampled.shape[0])
         layers = self.stages[0](tokens, upsampled, every_layer=True, first=first)
         grid = self.mask_grid(grid)
