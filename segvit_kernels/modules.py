@@ -672,15 +672,15 @@ class QueryUpsample(nn.Module):
         self,
         levels: Sequence[Tensor],
         grid: tuple[int, int] | None = None,
-        places: Tensor | None = None,
+        places: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Features of the queries' grid.
 
         Args:
             levels: feature maps (B, Nk, level_dim), in the order of ``level_dims``.
             grid: height and width of the output; the training grid if not given.
-            places: (B, n) int64, for levels of n tokens that are no subsampled grid: which places of the
-                image's grid, row by row, the tokens are of. Keys with positions need them.
+            places: for each level that is no subsampled grid (B, Nk) int64, of which places of the image's
+                grid, row by row, its tokens are; None for the others. Keys with positions need them.
 
         Returns:
             (B, h·w, C), row by row, of ``output_grid(grid)``.
@@ -702,8 +702,8 @@ class QueryUpsample(nn.Module):
             tokens = tokens.expand(levels[0].shape[0], -1, -1)
         elif self.folded_first is not None and same_grid(grid, self.grid):
             first = self.folded_first.get(self._first_parts())
-        for stage, features in zip(self.stages, levels, strict=True):
-            position_keys = self._position_keys(stage, features.shape[1], positions, places)
+        for stage, features, own in zip(self.stages, levels, places or [None] * len(levels), strict=True):
+            position_keys = self._position_keys(stage, features.shape[1], positions, own)
             tokens, first = stage(tokens, features, first, position_keys), None
         return tokens
 
@@ -714,7 +714,7 @@ class QueryUpsample(nn.Module):
         (B, tokens, depth, C) where they have places of their own."""
         if positions is None:
             return None
-        if places is not None and places.shape[1] == tokens:
+        if places is not None:
             return stage.position_keys(positions.flatten(0, 1))[places]
         if stage.folded_keys is not None and same_grid((positions.shape[0], positions.shape[1]), self.grid):
             keys = stage.folded_keys.get([self.queries, *stage.attentions()])

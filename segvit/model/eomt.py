@@ -148,7 +148,7 @@ class EoMT(SegViT):
         def attend(x: Tensor, block: int) -> Tensor | None:
             if not self.training and not self.masked[block - first]:
                 return None
-            class_logits, mask_logits = decoder(backbone.norm(x), grid)
+            class_logits, mask_logits = decoder.forward(backbone.norm(x), grid)  # no call: hooks see the last
             if self.training:
                 auxiliary.append((class_logits, mask_logits))
             return decoder.visible(mask_logits, x.shape[1], grid, block - first)

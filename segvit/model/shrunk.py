@@ -80,7 +80,9 @@ class ShrunkDecoder(ATMDecoder):
         Args:
             places: (B, n) of the tokens that the backbone kept, of `edges`.
         """
-        upsampled = self.upsample(features, grid, places)
+        shrink_at = self.config.backbone.shrink_at or 0
+        kept = [places if tap >= shrink_at else None for tap in self.config.taps]
+        upsampled = self.upsample(features, grid, kept)
         tokens, first = self._first_tokens(upsampled.shape[0])
         layers = self.stages[0](tokens, upsampled, every_layer=True, first=first)
         grid = self.mask_grid(grid)

@@ -230,6 +230,7 @@ def lowered(model, plan, given):
         ("shrunk", 14, True, {"window": 28, "stride": 14, "flip": True}),
         ("plain", 16, False, {"scales": [0.6, 1.3], "window": 48}),
         ("linear", 14, False, {"short_side": 30, "flip": True}),
+        ("segvitv2", 16, False, {}),
     ],
 )
 def test_windows_scales_and_flips(kind, patch, token, options):
