@@ -101,6 +101,9 @@ def _head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, ndim in (("queries", 2), ("class_head.weight", 2), ("mask_probabilities", 1)):
         if found[name].ndim != ndim:
             raise ValueError(f"{name} has {found[name].ndim} dimensions, expected {ndim}")
+    for name, value in found.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{name} holds {value.dtype} or values that are not finite; expected weights")
     return found
 
 
