@@ -367,10 +367,11 @@ class VisionTransformer(nn.Module):
         for index, (block, angles) in enumerate(zip(self.blocks, every_angle, strict=True)):
             if kept is not None and angles is not None:
                 angles = _taken(angles, kept)
+            run: Callable[..., Tensor] = block
             options: dict[str, Any] = {} if angles is None else {"angles": angles}
             if index == self.config.shrink_at and keep is not None:
                 kept = self._kept_tokens(keep(x[:, self.num_prefix :], grid))
-                block = partial(_shrink, block, kept=kept)
+                run = partial(_shrink, block, kept=kept)
             elif index == self.config.shrink_at:
                 options |= {"grid": grid, "prefix_tokens": self.num_prefix}
             joined = joining is not None and index >= joining.block
@@ -382,9 +383,9 @@ class VisionTransformer(nn.Module):
                 if (mask := joining.attend(x, index)) is not None:
                     options["mask"] = mask
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False, **options)
+                x = checkpoint(run, x, use_reentrant=False, **options)
             else:
-                x = block(x, **options)
+                x = run(x, **options)
             if index in self.taps:
                 features.append(self.norm(x if joined else x[:, self.num_prefix :]))
         return features

@@ -133,8 +133,8 @@ class SegViTLoss(nn.Module):
             terms[prefix + "class"] = self.weights["class"] * class_term / token_sum
             terms[prefix + "focal"] = self.weights["focal"] * focal / pair_sum
             terms[prefix + "dice"] = self.weights["dice"] * dice / pair_sum
-        if getattr(output, "edges", None) is not None:
-            terms["edge"] = _edge_term(output.edges, labels, self.ignore_index) / images
+        if (edges := getattr(output, "edges", None)) is not None:
+            terms["edge"] = _edge_term(edges, labels, self.ignore_index) / images
         return {**terms, "total": cast(Tensor, sum(terms.values()))}
 
     def _check(self, output: SegViTOutput, labels: Tensor) -> None:
