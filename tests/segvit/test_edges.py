@@ -4,11 +4,12 @@ import csv
 
 import pytest
 import torch
-from test_engine import assert_same_up_to_ties, pictures, tiny_model
+from test_engine import pictures, tiny_model
 from torch.nn import functional as F
 
 from segvit import InferenceOptions, SegViT, SegViTConfig
 from segvit.cli import main
+from segvit.exporting.graph import LabelGraph, Plan
 from segvit.model.backbone import VisionTransformer
 from segvit.model.losses import SegViTLoss, edge_pixels
 
@@ -107,7 +108,9 @@ def test_engine_windows_and_refusals():
         for options in (InferenceOptions(), InferenceOptions(window=32, flip=True)):
             _, scores = model.predict(images, options, return_scores=True)
             engine = model.compile_for_inference((37, 50), 2, options=options)
-            assert (scores.amax(1) - scores.gather(1, engine(images).long()[:, None])[:, 0]).max() < 1e-5
+            graph = LabelGraph(model, Plan((37, 50), 2, options=options)).eval()
+            for found in (engine(images), graph(images)[0]):
+                assert (scores.amax(1) - scores.gather(1, found.long()[:, None])[:, 0]).max() < 1e-5
         assert torch.equal(model.fuse().predict(images), model.unfuse().predict(images))
     maps = model.similarity_maps(model.preprocess(pictures((32, 32))))
     assert maps[-1].shape == (2, 6, 4, 4)
@@ -120,7 +123,7 @@ def test_engine_windows_and_refusals():
             SegViTConfig.preset("vit_tiny", 3, **fields)
 
 
-def test_training_converges_and_exports(tmp_path):
+def test_training_converges(tmp_path):
     pytest.importorskip("lightning_fabric")
     run = tmp_path / "run"
     tiny = (
@@ -139,14 +142,4 @@ def test_training_converges_and_exports(tmp_path):
     for name, share in (("loss", 0.85), ("edge", 0.95)):
         values = [float(row[name]) for row in rows]
         assert sum(values[-5:]) < share * sum(values[:5]), name
-    model = SegViT.from_pretrained(run)
-    assert model.config.backbone.shrink_edges == 0.25
-
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    assert main(["export", str(run), str(tmp_path / "any.onnx")]) == 0
-    session = runtime.InferenceSession(str(tmp_path / "any.onnx"), providers=["CPUExecutionProvider"])
-    for size in ((37, 50), (64, 48)):
-        images = pictures(size, 1)
-        (labels,) = session.run(None, {"pictures": images.numpy()})
-        assert_same_up_to_ties(torch.from_numpy(labels), model.float(), images)
+    assert SegViT.from_pretrained(run).config.backbone.shrink_edges == 0.25
