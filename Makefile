@@ -32,8 +32,8 @@ native: $(VENV)/.torch  ## C++ kernels for the CPU, and CUDA C++ kernels where n
 emulator: $(VENV)/.torch  ## the CUDA C++ kernels built to run on the CPU, for tests
 	$(BIN)/python csrc/build.py --emulate --out build/native
 
-wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with the native library (CUDA where nvcc is)
-	$(BIN)/python csrc/wheels.py
+wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with the native library (CUDA where nvcc is, for ARCHS)
+	$(BIN)/python csrc/wheels.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 hub: $(VENV)/.installed  ## the package in the form of the Kernel Hub, into build/hub
 	$(BIN)/python csrc/hub.py

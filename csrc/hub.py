@@ -1,9 +1,10 @@
 """The package in the form of Hugging Face's Kernel Hub: ``python csrc/hub.py``; needs what wheels.py needs.
 
-Writes a folder that ``kernels.get_local_kernel`` loads and that can be uploaded: ``build.toml``, a card, and
-in ``build/`` a copy of ``segvit_kernels`` for every machine: with the native library for CPUs, for CUDA where
-nvcc is, and one for all others (Triton and PyTorch). A copy imports nothing by its own name; its operators
-stand in a namespace of its own in ``torch.ops``, so that several versions live in one process.
+Writes a folder that ``kernels.get_local_kernel`` loads and that can be uploaded: ``build.toml``, a card,
+``benchmarks/`` for ``kernels benchmark``, and in ``build/`` a copy of ``segvit_kernels`` for every machine:
+with the native library for CPUs, for CUDA where nvcc is, and one for all others (Triton and PyTorch). A
+copy imports nothing by its own name; its operators stand in a namespace of its own in ``torch.ops``, so
+that several versions live in one process.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def build(out: Path, archs: str) -> list[Path]:
         f'[general]\nname = "segvit-kernels"\nedition = 5\nversion = {VERSION}\nlicense = "apache-2.0"\n'
         'backends = ["cpu", "cuda", "rocm"]\n\n[torch-noarch]\n'
     )
+    (out / "benchmarks").mkdir()
+    shutil.copy(ROOT / "csrc" / "hub_benchmark.py", out / "benchmarks" / "benchmark.py")
     (out / "README.md").write_text(CARD.format(readme=(ROOT / "docs" / "hub.md").read_text()))
     return [out / "build" / variant for variant in backends]
 

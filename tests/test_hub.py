@@ -94,6 +94,25 @@ for name, module, config in (
 print("well")
 """
 
+# `kernels benchmark`, for a CPU: of itself it takes the device that torch was built for. Small, once.
+BENCHMARKS = """
+import functools, pathlib, kernels
+from kernels.backends import CPU
+from kernels.cli import benchmark
+
+folder = pathlib.Path("hub").resolve()
+benchmark._backend = CPU
+kernels.get_local_kernel = functools.partial(kernels.get_local_kernel, backend="cpu")
+found = {}
+(script,) = benchmark.discover_benchmark_scripts("hub", folder)
+for kind in benchmark.discover_benchmark_classes(script, folder):
+    kind.image, kind.queries, kind.grid, kind.side = 64, 21, 8, 8 if hasattr(kind, "heads") else 32
+    results, commit = benchmark.run_benchmark_class(kind, 1, 0, str(folder), True, "local")
+    found |= results
+assert all(row.verified for row in found.values()), found
+print(*sorted(found))
+"""
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
@@ -118,18 +137,33 @@ def test_what_kernels_asks_of_a_repository(repository):
         assert not list(variant.rglob("testing")) and (variant / "triton" / "configs").is_dir()
 
 
-def test_loads_and_runs_without_the_source_tree(repository):
+def run(script, repository, *arguments):
+    """The words that a process without the source tree prints, beside the repository."""
     unset = ("PYTHONPATH", "SEGVIT_KERNELS_LIBRARY", "SEGVIT_KERNELS_BACKEND", "TRITON_INTERPRET")
     variables = {k: v for k, v in os.environ.items() if k not in unset} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", USE, _native.library().isa],
+        [sys.executable, "-P", "-c", script, *arguments],
         cwd=repository.parent,
         env=variables,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] in ("well", "transformers")
+    return done.stdout.split()
+
+
+def test_loads_and_runs_without_the_source_tree(repository):
+    assert run(USE, repository, _native.library().isa)[-1] in ("well", "transformers")
+
+
+def test_its_benchmarks_verify_and_run(repository):
+    assert run(BENCHMARKS, repository) == [
+        "best_classes",
+        "fused_atm",
+        "mask_binarize",
+        "mask_loss",
+        "semantic_argmax",
+    ]
 
 
 def test_an_import_that_stays_absolute_is_refused():
