@@ -12,6 +12,7 @@ R-CNN. Nothing here imports the libraries themselves.
 
 from segvit_kernels.integrations.criteria import use_fused_loss
 from segvit_kernels.integrations.detectron2 import fused_set_criterion
+from segvit_kernels.integrations.eomt import window_label_maps
 from segvit_kernels.integrations.timm import FusedAttentionPool, PooledMaps
 from segvit_kernels.integrations.torchvision import paste_masks
 from segvit_kernels.integrations.transformers import (
@@ -29,4 +30,5 @@ __all__ = [
     "post_process_panoptic_segmentation",
     "post_process_semantic_segmentation",
     "use_fused_loss",
+    "window_label_maps",
 ]

@@ -172,12 +172,47 @@ def test_eomt_windows(target_sizes):
     outputs = make_outputs("eomt", len(windows), (16, 16), patch_offsets=windows)
     theirs = processor.post_process_semantic_segmentation(outputs, target_sizes)
     assert_same_maps(post_process_semantic_segmentation(outputs, target_sizes), theirs)
+    theirs_scored, scored = (
+        method(outputs, target_sizes, return_segmentation_scores=True)
+        for method in (processor.post_process_semantic_segmentation, post_process_semantic_segmentation)
+    )
+    assert_same_scores(scored, theirs_scored)
 
     direct = post_process_semantic_segmentation(outputs, target_sizes, direct=True)
     assert [m.shape for m in direct] == [m.shape for m in theirs]
     for image, size in enumerate(target_sizes):
         if min(size) == 64:  # the target is the grid of the windows: then both means are one
             assert torch.equal(direct[image], theirs[image])
+
+
+def assert_same_scores(ours: list, theirs: list) -> None:
+    assert_same_maps([item["segmentation"] for item in ours], [item.segmentation for item in theirs])
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        assert type(ours_) is type(theirs_)
+        theirs_scores = theirs_.segmentation_scores  # float32 where windows are merged
+        budget = 8 * QUERIES * torch.finfo(theirs_scores.dtype).eps
+        found = ours_["segmentation_scores"].to(theirs_scores.dtype)
+        torch.testing.assert_close(found, theirs_scores, rtol=budget, atol=budget)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_segmentation_scores(name):
+    outputs, processor, sizes = make_outputs(name, 2, (13, 18)), make_processor(name), [(37, 51), (26, 70)]
+    more = {"size": processor.size} if name == "eomt" else {}
+    theirs = processor.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    assert_same_scores(
+        post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True, **more), theirs
+    )
+    (first, _), direct = (
+        post_process_semantic_segmentation(outputs, sizes, direct=True, return_segmentation_scores=flag)
+        for flag in (True, False)
+    )
+    assert torch.equal(first.segmentation, direct[0]) and first.segmentation_scores.shape == (CLASSES, 37, 51)
+    if name in ("maskformer", "mask2former", "oneformer"):
+        theirs = processor.post_process_semantic_segmentation(outputs, return_segmentation_scores=True)
+        assert_same_scores(
+            post_process_semantic_segmentation(outputs, return_segmentation_scores=True), theirs
+        )
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

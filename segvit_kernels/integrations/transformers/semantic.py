@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segvit_kernels.integrations._kinds import known_base
+from segvit_kernels.integrations._windows import check_windows, window_views
 from segvit_kernels.integrations.transformers import sam3
-from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
+from segvit_kernels.ops._checks import flag
+from segvit_kernels.ops.semantic_argmax import semantic_argmax, semantic_argmax_reference
 
 # The size to which the image processor resizes the mask logits before their sigmoid.
 _RESIZED: dict[str, tuple[int, int] | str | None] = {
@@ -32,7 +34,8 @@ def post_process_semantic_segmentation(
     size: Mapping[str, int | None] | None = None,
     direct: bool = False,
     threshold: float | None = None,
-) -> list[Tensor]:
+    return_segmentation_scores: bool = False,
+) -> list[Any]:
     """The label maps of the image processor's method of the same name, without a score tensor.
 
     The score of a class is Σ_q p[q, c] · σ(mask_q) (MaskFormer, NeurIPS 2021, section 3.4). The image
@@ -55,21 +58,29 @@ def post_process_semantic_segmentation(
             No intermediate resolution, and nothing of full resolution but the labels. Sharper edges than the
             image processor's, and so other labels near them.
         threshold: SAM 3 only: the probability above which a pixel belongs to the prompt; 0.5 unless given.
+        return_segmentation_scores: also give all scores, which takes the memory and the time of the image
+            processor; ``semantic_argmax(..., return_probabilities=k)`` gives the best few without.
 
     Returns:
-        One (height, width) int64 map per image.
+        One (height, width) int64 map per image. With ``return_segmentation_scores`` transformers'
+        ``SemanticSegmentationPostProcessorOutput``: ``segmentation``, the map, and ``segmentation_scores``
+        (classes, height, width), of which it is the argmax.
 
     Unlike the image processors, this does not smooth where the target is smaller than OneFormer's masks
-    (theirs resizes with antialiasing), and gives no scores.
+    (theirs resizes with antialiasing).
 
     Raises:
         TypeError: ``outputs`` is of none of these models, or has no such logits.
-        ValueError: ``target_sizes`` or ``size`` is missing or does not fit the outputs.
+        ValueError: ``target_sizes`` or ``size`` is missing or does not fit the outputs; scores of SAM 3.
+        ImportError: scores are asked for and transformers has no such output.
     """
+    scored = _scored_output() if flag("return_segmentation_scores", return_segmentation_scores) else None
     if sam3.is_sam3(outputs):
         if size is not None or direct:
             option = "direct is True" if direct else f"size is {size}"
             raise ValueError(f"{option}; expected none for SAM 3")
+        if scored:
+            raise ValueError("return_segmentation_scores is True; expected False for SAM 3")
         return sam3.semantic(outputs, threshold, target_sizes)
     if threshold is not None:
         raise ValueError(f"threshold is {threshold}; expected None for a {type(outputs).__name__}")
@@ -108,6 +119,13 @@ def post_process_semantic_segmentation(
             raise ValueError("size is None; expected the image processor's for EoMT: size=processor.size")
     if target_sizes is None:
         whole = resized or (masks.shape[-2], masks.shape[-1])
+        if scored:
+            return [
+                scored(
+                    _mixed(F.interpolate(own[None], whole, mode="bilinear").sigmoid_(), probs[None], whole)
+                )
+                for own, probs in zip(masks, class_probs, strict=True)
+            ]
         return list(cast(Tensor, semantic_argmax(masks, class_probs, whole)).long())
     if len(target_sizes) != images:
         raise ValueError(f"target_sizes has length {len(target_sizes)}; expected {images}, one per image")
@@ -122,9 +140,16 @@ def post_process_semantic_segmentation(
             tokens = (
                 F.interpolate(tokens, resized, mode="bilinear").sigmoid_() if resized else tokens.sigmoid()
             )
+        spans = [windows[i][1:] for i in members] if windows else []
+        if scored and not direct:
+            maps.append(scored(_mixed(tokens, class_probs[chosen], target, spans)))
+            continue
         if windows:
-            spans = [windows[i][1:] for i in members]
-            tokens, views = _window_views(tokens, spans, target, stitch=not direct)
+            tokens, views = window_views(tokens, spans, target, stitch=not direct)
+        if scored:
+            _, scores = semantic_argmax_reference(tokens, class_probs[chosen], target, views=views)
+            maps.append(scored(scores[0]))
+            continue
         labels = semantic_argmax(
             tokens, class_probs[chosen], target, views=views, activation="sigmoid" if direct else "none"
         )
@@ -132,40 +157,33 @@ def post_process_semantic_segmentation(
     return maps
 
 
-def _window_views(
-    tokens: Tensor, spans: list[tuple[int, int]], target: tuple[int, int], *, stitch: bool
-) -> tuple[Tensor, Views]:
-    """The windows of one image, ``spans`` of its longer side, as views of its target.
+def _scored_output() -> Callable[[Tensor], Any]:
+    """What makes transformers' output of scores (classes, height, width)."""
+    try:
+        from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput as Output
+    except ImportError:
+        raise ImportError(
+            "return_segmentation_scores needs a transformers whose image processors have it: "
+            "pip install -U transformers"
+        ) from None
+    return lambda scores: Output(data={"segmentation": scores.argmax(0), "segmentation_scores": scores})
 
-    Without ``stitch`` a pixel of the target takes the mean of the windows around it. The image processor
-    takes the mean on the grid of its input and interpolates that, across the edges of windows too. To get
-    this from views, every window is divided by how many cover its rows and set between zeros, into which its
-    interpolation fades. (The mean over views then divides the scores of a pixel once more, and the zeros at
-    the edge of the image scale them too, but all of a pixel's scores alike: the best stays the best.)
+
+def _mixed(
+    tokens: Tensor, class_probs: Tensor, target: tuple[int, int], spans: Sequence[tuple[int, int]] = ()
+) -> Tensor:
+    """Scores (classes, height, width) of one image, mixed where its masks are and then interpolated.
+
+    ``spans``: of its windows along its longer side, whose mean is taken first.
     """
-    side, length = spans[0][1] - spans[0][0], max(end for _, end in spans)
-    if abs(side * max(target) / min(target) - length) > 1:  # to rounding, how the image processor resized
-        raise ValueError(f"target_sizes has {target}; its windows are those of an image of {side} × {length}")
-    tall = target[0] > target[1]
-    margin = 0
-    if stitch:
-        cover = tokens.new_zeros(length)
-        for start, end in spans:
+    scores = torch.einsum("nqc,nqhw->nchw", class_probs, tokens)
+    if spans:
+        side, length = check_windows(spans, target)
+        tall = target[0] > target[1]
+        total = scores.new_zeros(scores.shape[1], *((length, side) if tall else (side, length)))
+        cover = scores.new_zeros(length)
+        for own, (start, end) in zip(scores, spans, strict=True):
+            total.narrow(1 if tall else 2, start, end - start).add_(own)
             cover[start:end] += 1
-        share = torch.stack([1 / cover[start:end] for start, end in spans])
-        tokens *= share[:, None, :, None] if tall else share[:, None, None, :]
-        tokens = F.pad(tokens, (0, 0, 1, 1) if tall else (1, 1, 0, 0))
-        margin = 1
-    views = [
-        View.crop(
-            0,
-            target,
-            resized=(length, side) if tall else (side, length),
-            top=start - margin if tall else 0,
-            left=0 if tall else start - margin,
-            crop=(side + 2 * margin, side) if tall else (side, side + 2 * margin),
-            grid=(tokens.shape[-2], tokens.shape[-1]),
-        )
-        for start, _ in spans
-    ]
-    return tokens, Views(views, batch=1, size=target, device=tokens.device)
+        scores = (total / (cover[:, None] if tall else cover))[None]
+    return F.interpolate(scores, target, mode="bilinear")[0]
