@@ -22,6 +22,7 @@ SMALL = {
     "query_attention": {"queries": 256, "keys": 256, "heads": 4},
     "mask_loss": {"queries": 19, "grids": ((8, 8),) * 3, "size": (128, 128)},
     "semantic_argmax": {"queries": 19, "classes": 19, "grid": (16, 16), "size": (256, 256)},
+    "semantic_topk": {"queries": 19, "classes": 19, "grid": (16, 16), "size": (64, 64)},
     "mask_binarize": {"count": 9, "grid": (16, 16), "size": (64, 64)},
     "mask_iou": {"masks": (9, 9), "grids": ((16, 16), (16, 16)), "size": (64, 64)},
     "panoptic_argmax": {"queries": 20, "grid": (16, 16), "resized": (24, 24), "size": (64, 64)},

@@ -75,8 +75,10 @@ const Definitions definitions;
 #endif
 #if defined(SEGVIT_WITH_semantic_argmax)
 #define SEGVIT_BIND_SEMANTIC_ARGMAX SEGVIT_BIND(semantic_argmax)
+#define SEGVIT_BIND_SEMANTIC_TOPK SEGVIT_BIND(semantic_topk)
 #else
 #define SEGVIT_BIND_SEMANTIC_ARGMAX
+#define SEGVIT_BIND_SEMANTIC_TOPK
 #endif
 #if defined(SEGVIT_WITH_subsample_norm)
 #define SEGVIT_BIND_SUBSAMPLE_NORM SEGVIT_BIND(subsample_norm_fwd) SEGVIT_BIND(subsample_norm_bwd)
@@ -97,6 +99,7 @@ void bind_cpu(StableLibrary& m) {
   SEGVIT_BIND_MASK_IOU
   SEGVIT_BIND_PANOPTIC_ARGMAX
   SEGVIT_BIND_SEMANTIC_ARGMAX
+  SEGVIT_BIND_SEMANTIC_TOPK
   SEGVIT_BIND_SUBSAMPLE_NORM
 }
 #endif

@@ -56,6 +56,9 @@
   std::tuple<Tensor, Tensor> semantic_argmax(                                                                     \
       std::vector<Tensor> mask_logits, Tensor class_probs, std::vector<Tensor> views, int64_t batch,              \
       int64_t height, int64_t width, std::vector<double> reach, bool sigmoid, bool need_scores, double prune);    \
+  std::tuple<Tensor, Tensor> semantic_topk(                                                                       \
+      std::vector<Tensor> mask_logits, Tensor class_probs, std::vector<Tensor> views, int64_t batch,              \
+      int64_t height, int64_t width, std::vector<double> reach, bool sigmoid, int64_t k, double prune);           \
                                                                                                                   \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> subsample_norm_fwd(                                          \
       Tensor x, Optional weight, Optional bias, int64_t height, int64_t width, int64_t stride,                    \

@@ -23,6 +23,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "mask_loss": {"grids": ((10, 10),) * 3, "size": (160, 160)},
     "mask_matching": {"grids": ((40, 40),), "size": (160, 160)},
     "semantic_argmax": {"grid": (10, 10), "size": (160, 160)},
+    "semantic_topk": {"grid": (10, 10), "size": (160, 160)},
     "mask_binarize": {"count": 3, "grid": (40, 40), "size": (160, 160)},
     "mask_iou": {"masks": (40, 40), "grids": ((40, 40), (40, 40)), "size": (80, 80)},
     "panoptic_argmax": {"grid": (40, 40), "resized": (60, 60), "size": (160, 160)},

@@ -42,6 +42,7 @@ OPERATORS = (
     "mask_loss",
     "mask_matching",
     "semantic_argmax",
+    "semantic_topk",
     "panoptic_argmax",
     "mask_binarize",
     "mask_iou",

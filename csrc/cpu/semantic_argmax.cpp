@@ -164,25 +164,26 @@ size_t lay_out(SemanticScratch& s, const SemanticArgmax& args, int64_t queries, 
                                  std::min(classes, kMostBytes + kArgmaxClasses) * kArgmaxTile));
   layout.take(s.upper, classes * kArgmaxTile);
   for (float** array : {&s.fractions, &s.some_fractions, &s.weights, &s.some_weights, &s.groups, &s.members,
-                        &s.best})
+                        &s.best, &s.totals})
     layout.take(*array, args.chunk);
+  layout.take(s.best_scores, args.best * args.chunk);
+  layout.take(s.best_labels, args.best * args.chunk);
   for (int32_t** array : {&s.taps, &s.some_taps, &s.labels, &s.open, &s.open_labels})
     layout.take(*array, args.chunk);
   layout.take(s.list, classes + 1);
   return layout.bytes;
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> semantic_argmax(
-    std::vector<Tensor> mask_logits, Tensor class_probs, std::vector<Tensor> views, int64_t batch,
-    int64_t height, int64_t width, std::vector<double>, bool sigmoid, bool need_scores, double prune) {
+// Labels and scores, or with `best` so many classes and probabilities of every pixel.
+std::tuple<Tensor, Tensor> run(std::vector<Tensor>& mask_logits, const Tensor& class_probs,
+                               std::vector<Tensor>& views, int64_t batch, int64_t height, int64_t width,
+                               bool sigmoid, bool need_scores, int64_t best, double prune) {
   int64_t queries = class_probs.size(1), classes = class_probs.size(2);
   bool wide = classes > 256;
-  Tensor labels = empty(class_probs, {batch, height, width}, wide ? ScalarType::Short : ScalarType::Byte);
-  std::vector<int64_t> scores_shape{0};
-  if (need_scores) scores_shape = {batch, height, width};
-  Tensor scores = empty(class_probs, scores_shape, ScalarType::Float);
+  std::vector<int64_t> shape{batch, height, width}, none{0};
+  if (best) shape.insert(shape.begin() + 1, best);
+  Tensor labels = empty(class_probs, shape, wide ? ScalarType::Short : ScalarType::Byte);
+  Tensor scores = empty(class_probs, need_scores ? shape : none, ScalarType::Float);
   if (!batch) return {labels, scores};
 
   int64_t count = class_probs.size(0);
@@ -238,6 +239,7 @@ std::tuple<Tensor, Tensor> semantic_argmax(
   args.sigmoid = sigmoid, args.wide = wide;
   args.labels = data<char>(labels);
   args.scores = need_scores ? data<float>(scores) : nullptr;
+  args.best = best;
   args.turn = std::min(classes, kTurn);
   auto cells_of = [&](int64_t pixels) {
     double most = 0;
@@ -245,10 +247,10 @@ std::tuple<Tensor, Tensor> semantic_argmax(
       most = std::max(most, std::min((pixels - 1) * std::fabs(view.affine[2]) + 2, double(view.width)));
     return round_up(static_cast<int64_t>(most) + 1, 32) + 16;
   };
-  bool bytes = isa() >= Isa::avx2 && sigmoid && std::max(queries, classes) <= kMostBytes;
+  bool bytes = isa() >= Isa::avx2 && sigmoid && !best && std::max(queries, classes) <= kMostBytes;
   args.chunk = std::min(kLongest, round_up(width, kArgmaxTile));
   auto too_much = [&](int64_t held) {
-    return held * cells_of(args.chunk) > kCellsHeld || args.turn * args.chunk > kScoresHeld;
+    return held * cells_of(args.chunk) > kCellsHeld || (args.turn + best) * args.chunk > kScoresHeld;
   };
   while (args.chunk > kArgmaxTile && too_much(bytes ? queries : kArgmaxBlock))
     args.chunk = round_up(args.chunk / 2, kArgmaxTile);
@@ -272,8 +274,8 @@ std::tuple<Tensor, Tensor> semantic_argmax(
   args.images = images.data();
 
   int64_t held = bytes ? std::max<int64_t>(queries, kArgmaxBlock) : kArgmaxBlock;
-  SemanticScratch none{};
-  size_t size = lay_out(none, args, held, nullptr);
+  SemanticScratch unplaced{};
+  size_t size = lay_out(unplaced, args, held, nullptr);
   int64_t chunks = (width + args.chunk - 1) / args.chunk, runs = (height + kRowsPerTask - 1) / kRowsPerTask;
   auto* kernel = SEGVIT_PICK(semantic_argmax);
   parallel(batch * runs * chunks, size, [&](int64_t task, char* memory) {
@@ -284,6 +286,21 @@ std::tuple<Tensor, Tensor> semantic_argmax(
            std::min(width, x + args.chunk), scratch);
   });
   return {labels, scores};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> semantic_argmax(
+    std::vector<Tensor> mask_logits, Tensor class_probs, std::vector<Tensor> views, int64_t batch,
+    int64_t height, int64_t width, std::vector<double>, bool sigmoid, bool need_scores, double prune) {
+  return run(mask_logits, class_probs, views, batch, height, width, sigmoid, need_scores, 0, prune);
+}
+
+std::tuple<Tensor, Tensor> semantic_topk(
+    std::vector<Tensor> mask_logits, Tensor class_probs, std::vector<Tensor> views, int64_t batch,
+    int64_t height, int64_t width, std::vector<double>, bool sigmoid, int64_t k, double prune) {
+  STD_TORCH_CHECK(0 < k && k <= class_probs.size(2), "semantic_topk: k is not 1 to the number of classes");
+  return run(mask_logits, class_probs, views, batch, height, width, sigmoid, true, k, prune);
 }
 
 }  // namespace segvit::cpu

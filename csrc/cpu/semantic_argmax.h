@@ -50,7 +50,8 @@ struct SemanticArgmax {
   int64_t height, width, classes;
   bool sigmoid, wide;  // labels are int16
   char* labels;
-  float* scores;           // null: not asked for
+  float* scores;           // null: not asked for; with `best`, probabilities
+  int64_t best;            // 0, or how many classes and probabilities of every pixel, as [image][best][pixel]
   int64_t chunk;           // pixels of a row that are worked on at a time, a multiple of the tile
   int64_t turn;            // classes whose scores are held at a time
   int64_t rows_stride;     // cells of a row that a chunk may touch, padded
@@ -70,6 +71,8 @@ struct SemanticScratch {
   float* best;                        // [chunk]
   int32_t *labels, *open, *open_labels;  // [chunk]
   int32_t* list;                      // [class, padded]
+  float *totals, *best_scores;        // [chunk], [best][chunk]
+  int32_t* best_labels;               // [best][chunk]
 };
 
 }  // namespace segvit

@@ -37,6 +37,19 @@ SEGVIT_INLINE bool any_reaches(Vec a, Vec b) {
 #endif
 }
 
+// Whether any element of a is greater than that of b.
+SEGVIT_INLINE bool any_exceeds(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#else
+  bool any = false;
+  for (int i = 0; i < kWidth; ++i) any |= a[i] > b[i];
+  return any;
+#endif
+}
+
 // The column to the left of every pixel and the share of the one to the right.
 struct Pixels {
   const int32_t* taps;
@@ -309,6 +322,36 @@ void join_maximum(const Work& work, int64_t count, int64_t c0, int64_t classes, 
   }
 }
 
+// The first maxima over classes, in order, joined to what is there, and the sum of all scores.
+void join_best(const Work& work, int64_t count, int64_t c0, int64_t classes) {
+  const SemanticScratch& s = work.scratch;
+  int64_t stride = work.args.chunk, best = work.args.best;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    float* values = s.best_scores + i;
+    int32_t* labels = s.best_labels + i;
+    Vec total = load(s.totals + i), part{}, least = load(values + (best - 1) * stride);
+    for (int64_t c = 0; c < classes; ++c) {
+      Vec score = load(s.scores + c * stride + i);
+      part += score;
+      if (c % 32 == 31) total += part, part = Vec{};  // sums of sums lose less
+      if (!any_exceeds(score, least)) continue;
+      // From where it goes in on, each moves one place down.
+      IVec label = IVec{} + static_cast<int32_t>(c0 + c), in{};
+      for (int64_t j = 0; j < best; ++j) {
+        Vec value = load(values + j * stride);
+        IVec its = load_ints(labels + j * stride);
+        in |= score > value;
+        store(values + j * stride, in ? score : value);
+        store_ints(labels + j * stride, in ? label : its);
+        score = in ? value : score;
+        label = in ? its : label;
+      }
+      least = load(values + (best - 1) * stride);
+    }
+    store(s.totals + i, total + part);
+  }
+}
+
 #if defined(__AVX2__)
 
 // sum += k·σ8 of four queries, for every pixel.
@@ -486,6 +529,41 @@ void solve(Work& work, const SemanticView* only, const int32_t* chosen, int64_t 
   }
 }
 
+// Labels of a row as they are stored.
+void store_labels(const SemanticArgmax& args, const int32_t* labels, int64_t count, int64_t offset) {
+  if (args.wide) {
+    int16_t* out = reinterpret_cast<int16_t*>(args.labels) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int16_t>(labels[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) args.labels[offset + i] = static_cast<char>(labels[i]);
+  }
+}
+
+// The best classes of a row and their shares of all scores.
+void solve_best(Work& work, bool several, int64_t image) {
+  const SemanticArgmax& args = work.args;
+  const SemanticScratch& s = work.scratch;
+  for (int64_t i = 0; i < work.count; i += kWidth) {
+    store(s.totals + i, Vec{});
+    for (int64_t j = 0; j < args.best; ++j) {
+      store(s.best_scores + j * args.chunk + i, splat(-kInfinity));
+      store_ints(s.best_labels + j * args.chunk + i, IVec{});
+    }
+  }
+  for (int64_t c = 0; c < args.classes; c += args.turn) {
+    int64_t classes = min_of<int64_t>(args.turn, args.classes - c);
+    accumulate(work, several, nullptr, work.count, INT64_MAX, nullptr, c, classes);
+    join_best(work, work.count, c, classes);
+  }
+  for (int64_t j = 0; j < args.best; ++j) {
+    int64_t offset = ((image * args.best + j) * args.height + work.y) * args.width + work.x0;
+    store_labels(args, s.best_labels + j * args.chunk, work.count, offset);
+    const float* scores = s.best_scores + j * args.chunk;
+    for (int64_t i = 0; i < work.count; ++i)
+      args.scores[offset + i] = s.totals[i] > 0 ? scores[i] / s.totals[i] : 1.0f / args.classes;
+  }
+}
+
 }  // namespace
 
 void semantic_argmax(const SemanticArgmax& args, int64_t image, int64_t y0, int64_t y1, int64_t x0,
@@ -501,6 +579,10 @@ void semantic_argmax(const SemanticArgmax& args, int64_t image, int64_t y0, int6
       only = nullptr;
       count_groups(work);
     }
+    if (args.best) {
+      solve_best(work, !only, image);
+      continue;
+    }
     if (head.queries) {
       accumulate(work, !only, nullptr, work.count, head.queries, head.index, 0, head.classes);
       int64_t open = decide(work);
@@ -514,12 +596,7 @@ void semantic_argmax(const SemanticArgmax& args, int64_t image, int64_t y0, int6
       solve(work, only, nullptr, work.count, s.best, s.labels);
     }
     int64_t offset = (image * args.height + work.y) * args.width + x0;
-    if (args.wide) {
-      int16_t* out = reinterpret_cast<int16_t*>(args.labels) + offset;
-      for (int64_t i = 0; i < work.count; ++i) out[i] = static_cast<int16_t>(s.labels[i]);
-    } else {
-      for (int64_t i = 0; i < work.count; ++i) args.labels[offset + i] = static_cast<char>(s.labels[i]);
-    }
+    store_labels(args, s.labels, work.count, offset);
     if (args.scores) __builtin_memcpy(args.scores + offset, s.best, work.count * sizeof(float));
   }
 }

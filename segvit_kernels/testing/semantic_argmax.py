@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax_reference
+from segvit_kernels.testing.budgets import assert_within_budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +151,60 @@ def assert_labels(name: str, labels: Tensor, truth: Tensor, ordinary: Tensor) ->
     assert int(index.min()) >= 0 and int(index.max()) < classes, f"{name}: label {int(index.max())}"
     best, expected = truth.max(1)
     short = best - truth.gather(1, index)[:, 0]
-    eps = torch.finfo(ordinary.dtype).eps
-    allowed = 2 * (2 * (ordinary.double() - truth).abs().max() + 2 * eps * best.abs())
+    allowed = _allowed(truth, ordinary)
     bad = short > allowed
     assert not bool(bad.any()), (
         f"{name}: {int(bad.sum())} of {labels.numel()} labels are wrong, the worst by a score of "
         f"{short[bad].max():.3g} where rounding explains {allowed[bad].min():.3g}"
     )
     return int((index[:, 0] != expected).sum())
+
+
+def best_classes(truth: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of scores (B, C, H, W) the first k classes and their probabilities (B, k, H, W), by a stable sort."""
+    values, classes = truth.sort(dim=1, descending=True, stable=True)
+    total = truth.sum(1, keepdim=True)
+    return classes[:, :k], torch.where(total > 0, values[:, :k] / total, 1 / truth.shape[1])
+
+
+def assert_best_classes(name: str, found: tuple[Tensor, Tensor], truth: Tensor, ordinary: Tensor) -> int:
+    """Hold the k best classes and their probabilities to the oracle's; return how many classes differ.
+
+    A class may stand in another's place only where their true scores are closer than rounding explains, as in
+    :func:`assert_labels`; no class stands twice at a pixel.
+
+    Args:
+        name: what is compared, for the message.
+        found: classes and probabilities (B, k, H, W).
+        truth, ordinary: the scores of all classes, as in :func:`assert_labels`.
+
+    Raises:
+        AssertionError: with the figures.
+    """
+    classes, shares = found
+    k, number = classes.shape[1], truth.shape[1]
+    assert classes.dtype == (torch.uint8 if number <= 256 else torch.int16), f"{name}: {classes.dtype}"
+    expected, exact = best_classes(truth, k)
+    assert shares.shape == classes.shape == expected.shape, f"{name}: shape {tuple(shares.shape)}"
+    if classes.numel() == 0:
+        return 0
+    assert int(classes.min()) >= 0 and int(classes.max()) < number, f"{name}: class {int(classes.max())}"
+    allowed = _allowed(truth, ordinary)
+    left = truth.clone()
+    for rank, chosen in enumerate(classes.long().unbind(1)):
+        # Behind what stands before it, a class is the best of those that are left.
+        short = left.amax(1) - left.gather(1, chosen[:, None])[:, 0]
+        bad = short > allowed
+        assert not bool(bad.any()), (
+            f"{name}: {int(bad.sum())} of {bad.numel()} classes in place {rank} are wrong, one by a score "
+            f"of {short[bad].max():.3g} where rounding explains {allowed[bad].min():.3g}"
+        )
+        left.scatter_(1, chosen[:, None], -math.inf)
+    assert_within_budget(f"{name}: probabilities", shares, exact, best_classes(ordinary, k)[1])
+    return int((classes != expected).sum())
+
+
+def _allowed(truth: Tensor, ordinary: Tensor) -> Tensor:
+    """How far the best true score (B, H, W) may be from that of a label; see :func:`assert_labels`."""
+    eps = torch.finfo(ordinary.dtype).eps
+    return 2 * (2 * (ordinary.double() - truth).abs().max() + 2 * eps * truth.amax(1).abs())

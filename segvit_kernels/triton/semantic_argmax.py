@@ -692,32 +692,19 @@ def _run_length(config: dict[str, Any], batch: int, tiles: int) -> int:
     return max(1, min(16, batch * tiles // (6 * config["programs"])))
 
 
-def _launches(
-    mask_logits: list[Tensor],
-    class_probs: Tensor,
-    views: list[Tensor],
-    batch: int,
-    height: int,
-    width: int,
-    sigmoid: bool,
-    need_scores: bool,
-    prune: float,
-    config: dict[str, Any],
-) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
-    """Labels and scores, still empty, and the launches that fill them."""
-    count, queries, classes = class_probs.shape
-    labels = class_probs.new_empty(batch, height, width, dtype=torch.uint8 if classes <= 256 else torch.int16)
-    scores = class_probs.new_empty((batch, height, width) if need_scores else (0,), dtype=torch.float32)
-    if batch == 0:
-        return (labels, scores), []
+def prepare(
+    mask_logits: list[Tensor], class_probs: Tensor, head: int, prune: float, config: dict[str, Any]
+) -> tuple[dict[str, Tensor], list[Launch]]:
+    """What the second launch reads, still empty, as its arguments; and the launches that fill it.
 
+    ``head``: tokens after which there is a test, 0 for none.
+    """
+    count, queries, classes = class_probs.shape
     single = mask_logits[0].dtype == torch.float32
     dtype = torch.float32 if single else torch.float16
     block_q, parts = config["block_q"], config["parts"]
     padded_q = cdiv(queries, block_q) * block_q
     padded_c = config["turns"] * sum(parts)
-    # σ is at most 1, and scores want all of the sum.
-    head = config["head"] if sigmoid and not need_scores else 0
     total = sum(m.shape[0] * m.shape[2] * m.shape[3] for m in mask_logits)
     cells = class_probs.new_empty(total, padded_q, dtype=dtype)
     probs = class_probs.new_empty(count, padded_q, padded_c, dtype=dtype)
@@ -781,7 +768,28 @@ def _launches(
         )
         launches.append(launch)
         first_view, first_cell = first_view + views_here, first_cell + views_here * h * w
+    written = {
+        "cells_ptr": cells,
+        "probs_ptr": probs,
+        "tails_ptr": tails,
+        "info_ptr": info,
+        "units_ptr": units,
+    }
+    return written, launches
 
+
+def main_launch(
+    mask_logits: list[Tensor],
+    views: list[Tensor],
+    height: int,
+    width: int,
+    sigmoid: bool,
+    config: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Arguments, constants and options of the second launch that do not depend on its results."""
+    single = mask_logits[0].dtype == torch.float32
+    queries = mask_logits[0].shape[1]
+    block_q, parts = config["block_q"], config["parts"]
     h, w = mask_logits[0].shape[2:]
     step_y, step_x = h / height, w / width
     # Weights of odd multiples of 1/(2·16) are exact in float16, and their products are.
@@ -790,29 +798,21 @@ def _launches(
     )
     starts, layout, affine = views or (None, None, None)
     arguments = {
-        "cells_ptr": cells,
-        "probs_ptr": probs,
-        "tails_ptr": tails,
-        "info_ptr": info,
-        "units_ptr": units,
         "starts_ptr": starts,
         "layout_ptr": layout,
         "affine_ptr": affine,
-        "labels_ptr": labels,
-        "scores_ptr": scores if need_scores else None,
         "H": height,
         "W": width,
         "step_y": step_y,
         "offset_y": step_y / 2 - 0.5,
         "step_x": step_x,
         "offset_x": step_x / 2 - 0.5,
-        "C": classes,
         "sigma_scale": _SIGMA_SCALE if sigmoid and not single else 1.0,
         "probs_scale": 1.0 if single else _PROBS_SCALE,
     }
     widths = (*parts, 0, 0)
     constants = {
-        "PADDED_Q": padded_q,
+        "PADDED_Q": cdiv(queries, block_q) * block_q,
         "BLOCK_Q": block_q,
         "TILE_Y": config["tile_y"],
         "TILE_X": config["tile_x"],
@@ -822,16 +822,44 @@ def _launches(
         "N1": widths[1],
         "N2": widths[2],
         "TURNS": config["turns"],
-        "TAILS": head > 0,
         "SPLIT": not (single or exact),
         "SIGMOID": sigmoid,
         "PRECISION": config["precision"] if single else None,
         "STAGES": config["num_stages"],
     }
-    tiles = cdiv(height, config["tile_y"]) * cdiv(width, config["tile_x"])
     options = {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
+    return arguments, constants, options
+
+
+def _launches(
+    mask_logits: list[Tensor],
+    class_probs: Tensor,
+    views: list[Tensor],
+    batch: int,
+    height: int,
+    width: int,
+    sigmoid: bool,
+    need_scores: bool,
+    prune: float,
+    config: dict[str, Any],
+) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
+    """Labels and scores, still empty, and the launches that fill them."""
+    classes = class_probs.shape[2]
+    labels = class_probs.new_empty(batch, height, width, dtype=torch.uint8 if classes <= 256 else torch.int16)
+    scores = class_probs.new_empty((batch, height, width) if need_scores else (0,), dtype=torch.float32)
+    if batch == 0:
+        return (labels, scores), []
+
+    # σ is at most 1, and scores want all of the sum.
+    head = config["head"] if sigmoid and not need_scores else 0
+    written, launches = prepare(mask_logits, class_probs, head, prune, config)
+    arguments, constants, options = main_launch(mask_logits, views, height, width, sigmoid, config)
+    arguments |= written
+    arguments |= {"labels_ptr": labels, "scores_ptr": scores if need_scores else None, "C": classes}
+    constants["TAILS"] = head > 0
+    tiles = cdiv(height, config["tile_y"]) * cdiv(width, config["tile_x"])
     kernel, programs = _semantic_argmax_kernel, batch * tiles
-    if _holds(config, dtype, padded_q, views, prune):
+    if _holds(config, written["probs_ptr"].dtype, constants["PADDED_Q"], views, prune):
         kernel, run = _semantic_argmax_held_kernel, _run_length(config, batch, tiles)
         programs = batch * cdiv(tiles, run)
         for name in ("starts_ptr", "layout_ptr", "affine_ptr", "probs_scale"):
@@ -839,9 +867,26 @@ def _launches(
         for name in ("TURNS", "TAILS", "PRECISION", "STAGES", "BLOCK_Q"):
             del constants[name]
         arguments["run"], constants["HEAD"] = run, head
-        constants["BLOCKS"] = _blocks(padded_q, head, block_q)
+        constants["BLOCKS"] = _blocks(constants["PADDED_Q"], head, config["block_q"])
     launches.append(Launch(kernel, programs, arguments, constants, options))
     return (labels, scores), launches
+
+
+def found_config(
+    masks: Tensor,
+    class_probs: Tensor,
+    views: list[Tensor],
+    batch: int,
+    height: int,
+    width: int,
+    reach: list[float],
+    arch: str | None = None,
+) -> dict[str, Any]:
+    """:func:`_config` of one call, for ``arch`` or the device of the masks."""
+    if not views:
+        reach = [masks.shape[2] / height, masks.shape[3] / width]
+    shape = (batch, height, width, *class_probs.shape[1:])
+    return _config(shape, masks.dtype, arch or target(masks.device), tuple(reach))
 
 
 @planned
@@ -860,10 +905,6 @@ def semantic_argmax(
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::semantic_argmax``; ``config`` replaces entries of :func:`_config`."""
-    masks = mask_logits[0]
-    if not views:
-        reach = [masks.shape[2] / height, masks.shape[3] / width]
-    shape = (batch, height, width, *class_probs.shape[1:])
-    found = _config(shape, masks.dtype, target(masks.device), tuple(reach))
+    found = found_config(mask_logits[0], class_probs, views, batch, height, width, reach)
     arguments = (mask_logits, class_probs, views, batch, height, width, sigmoid, need_scores, prune)
     return _launches(*arguments, {**found, **(config or {})})

@@ -23,6 +23,7 @@ import test_mask_loss as mask_loss
 import test_panoptic_argmax as panoptic_argmax
 import test_query_attention as query_attention
 import test_semantic_argmax as semantic_argmax
+import test_semantic_topk as semantic_topk
 import test_subsample_norm as subsample_norm
 import torch
 from backends import BY_ID, Launchers
@@ -81,6 +82,11 @@ def check_semantic_argmax(dtype):
     for case, concentrated in ((semantic_argmax.BY_NAME["odd"], True), (ONE_VIEW, False)):
         inputs = case.inputs(dtype, concentrated=concentrated)
         semantic_argmax.check(case.name, inputs, BY_ID["triton"], scores=False)
+
+
+def check_semantic_topk(dtype):
+    for case, k in ((semantic_argmax.BY_NAME["odd"], 3), (ONE_VIEW, 1)):
+        semantic_topk.check(case.name, case.inputs(dtype), BY_ID["triton"], k)
 
 
 def check_subsample_norm(dtype):

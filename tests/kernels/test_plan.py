@@ -30,6 +30,7 @@ from segvit_kernels.triton import (
     panoptic_argmax,
     query_attention,
     semantic_argmax,
+    semantic_topk,
     subsample_norm,
 )
 
@@ -221,6 +222,12 @@ def argmax(draw):
     return [(semantic_argmax.semantic_argmax, (masks, probs, [], *options))]
 
 
+def topk(draw):
+    ((_, arguments),) = argmax(draw)
+    *given, _, prune = arguments
+    return [(semantic_topk.semantic_topk, (*given, draw.choice([1, 3]), prune))]
+
+
 def overlaps(draw):
     a, b = tensor(draw, 2, 5, 4, 6), draw.choice([tensor(draw, 2, 3, 4, 6), torch.ones(2, 3, 8, 9).bool()])
     options = (draw.choice([True, False]), draw.choice([0.0, 0.25]))
@@ -281,6 +288,7 @@ DRAWN = {
     "mask_binarize": binaries,
     "mask_loss": losses,
     "semantic_argmax": argmax,
+    "semantic_topk": topk,
     "panoptic_argmax": panoptic,
     "mask_iou": overlaps,
     "subsample_norm": norms,

@@ -5,6 +5,7 @@ import torch
 from backends import BY_ID, each_backend
 from test_semantic_argmax import BY_NAME, NATIVE, check, normal, run
 
+from segvit_kernels.ops import _class_scores
 from segvit_kernels.ops import semantic_argmax as module
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 
@@ -176,7 +177,7 @@ class TestShortcut:
         assert not shortcuts
 
     def test_is_given_up_where_it_leaves_most_pixels_open(self, shortcuts, monkeypatch):
-        monkeypatch.setattr(module, "_BUDGET", 2**12)  # many blocks
+        monkeypatch.setattr(_class_scores, "_BUDGET", 2**12)  # many blocks
         inputs = BY_NAME["classes_150"].inputs(torch.float64, concentrated=True)
         inputs["mask_logits"] = torch.full_like(inputs["mask_logits"], -8) + inputs["mask_logits"] * 1e-2
         check("flat", inputs, BY_ID["eager"])

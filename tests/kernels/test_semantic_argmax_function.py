@@ -7,6 +7,7 @@ from test_semantic_argmax import BY_NAME, RANDOM_OR_TRAINED, check, named
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from segvit_kernels.ops import _class_scores
 from segvit_kernels.ops import semantic_argmax as module
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax, semantic_argmax_reference
 from segvit_kernels.testing.semantic_argmax import SemanticCase, assert_labels, oracle
@@ -23,7 +24,7 @@ def test_an_image_of_640():
 def test_blocking_does_not_change_the_result(case, budget, concentrated, monkeypatch):
     inputs = case.inputs(torch.float64, concentrated=concentrated)
     expected = semantic_argmax(**inputs)
-    monkeypatch.setattr(module, "_BUDGET", budget)
+    monkeypatch.setattr(_class_scores, "_BUDGET", budget)
     torch.testing.assert_close(semantic_argmax(**inputs), expected, rtol=0, atol=0)
 
 
@@ -42,7 +43,7 @@ class LargestTensor(TorchDispatchMode):
 def test_nothing_of_full_size(repeat, concentrated, monkeypatch):
     """No tensor holds more than a block, or than the label map, whatever the number of views and classes."""
     size, budget = (96, 96), 2**15
-    monkeypatch.setattr(module, "_BUDGET", budget)
+    monkeypatch.setattr(_class_scores, "_BUDGET", budget)
     crops = [View.crop(0, size, size, t, u, (64, 64), (4, 4)) for t in (0, 32) for u in (0, 32)] * repeat
     case = SemanticCase("sliding", ((len(crops), 4, 4),), 64, 50 * repeat, size, tuple(crops), 1)
     inputs = case.inputs(torch.float32, concentrated=concentrated)
@@ -105,11 +106,11 @@ def test_scattered_pixels_are_those_of_the_block():
     """The path of pixels that the shortcut leaves open, on all pixels, with clamped places and ±inf."""
     masks = torch.randn(6, 4, 5, dtype=torch.float64)
     masks[0, 1], masks[1, :, 2] = float("inf"), -float("inf")
-    part = module._Part(masks, torch.rand(3, 6, dtype=torch.float64), (0.3, -1.2, -0.25, 4.9), (0, 24))
+    part = _class_scores.Part(masks, torch.rand(3, 6, dtype=torch.float64), (0.3, -1.2, -0.25, 4.9), (0, 24))
     y, x = torch.cartesian_prod(torch.arange(18), torch.arange(24)).unbind(1)
-    block = module._mix(part, 0, 18, True)
+    block = _class_scores._mix(part, 0, 18, True)
     assert block.isfinite().all()
-    torch.testing.assert_close(module._mix_at(part, y, x), block.flatten(1))
+    torch.testing.assert_close(_class_scores.mix_at(part, y, x), block.flatten(1))
 
 
 def test_autocast_changes_nothing():

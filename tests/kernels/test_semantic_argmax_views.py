@@ -9,6 +9,7 @@ import torch
 from test_semantic_argmax import BY_NAME, named
 from torch.nn import functional as F
 
+from segvit_kernels.ops import _class_scores
 from segvit_kernels.ops import semantic_argmax as module
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 from segvit_kernels.testing.semantic_argmax import CASES
@@ -102,15 +103,13 @@ def test_the_form_without_sync(case, monkeypatch):
     views = inputs["views"]
     masks = inputs["mask_logits"]
     masks = list(masks) if isinstance(masks, torch.Tensor) else [m for stack in masks for m in stack]
-    parts = [
-        module._Part(mask, p.t(), (), (0, case.size[1]))
-        for mask, p in zip(masks, inputs["class_probs"], strict=True)
-    ]
+    given = (masks, inputs["class_probs"], views.tensors, expected[0], torch.float64, 0.0, True)
     for budget in (1, 2**20):
-        monkeypatch.setattr(module, "_BUDGET", budget)
-        result = tuple(torch.empty_like(t) for t in expected)
-        module._label_without_sync(parts, views.tensors, True, *result)
-        torch.testing.assert_close(result, expected)
+        monkeypatch.setattr(_class_scores, "_BUDGET", budget)
+        blocks = [(stop - start, scores) for start, stop, scores in _class_scores.blocks_without_sync(*given)]
+        assert all(rows == scores.shape[2] for rows, scores in blocks) and (budget > 1 or len(blocks) > 1)
+        classes, best = _class_scores.first_maximum(torch.cat([scores for _, scores in blocks], 2))
+        torch.testing.assert_close((classes.to(expected[0].dtype), best), expected)
 
 
 @named("odd", "mixed")

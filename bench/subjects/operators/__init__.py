@@ -14,6 +14,7 @@ from bench.subjects.operators import (
     panoptic_argmax,
     query_attention,
     semantic_argmax,
+    semantic_topk,
     subsample_norm,
 )
 from bench.subjects.operators.base import (
@@ -57,6 +58,7 @@ _MODULES = (
     mask_loss,
     mask_matching,
     semantic_argmax,
+    semantic_topk,
     panoptic_argmax,
     mask_binarize,
     mask_iou,

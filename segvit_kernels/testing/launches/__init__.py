@@ -29,6 +29,7 @@ OPERATORS = (
     "panoptic_argmax",
     "query_attention",
     "semantic_argmax",
+    "semantic_topk",
     "subsample_norm",
 )
 TARGETS = {

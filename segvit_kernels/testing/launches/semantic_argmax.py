@@ -60,6 +60,6 @@ def launches(case, arch):
             views = [torch.empty(n, dtype=torch.int32) for n in ((batch + 1,), (count, 7))]
             views.append(torch.empty(count, 4))
     steps = (reach, reach) if reach else (h / height, w / width)
-    config = semantic_argmax._config((batch, height, width, queries, classes), dtype, arch, steps)
+    config = semantic_argmax.found_config(masks, class_probs, views, batch, height, width, list(steps), arch)
     arguments = (options.get("sigmoid", True), options.get("scores", False), options.get("prune", 0.0))
     return semantic_argmax._launches([masks], class_probs, views, batch, height, width, *arguments, config)[1]
