@@ -14,6 +14,7 @@ COMMANDS = {
     "step": "a training step of transformers' Mask2Former, its own loss against ours",
     "flops": "multiply-accumulates, parameters, memory of published models",
     "backbones": "backbones of the presets against timm: features, parameters, multiply-accumulates",
+    "bulk": "many small pictures: `segvit predict` against a plain loop, its parts, shards",
     "decoders": "decoders of this package by backbone and patch size, picture to label map",
     "static": "what compiled kernels need, without running them",
     "simulate": "the time of the Triton kernels on an H100 and H200, predicted from machine code",

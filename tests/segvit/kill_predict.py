@@ -1,6 +1,7 @@
 """Bulk prediction that is killed and goes on: the results must be those of an undisturbed run.
 
     python kill_predict.py --kills 20 --pictures 300
+    python kill_predict.py --kills 20 --pictures 20000 --kind files
 
 Two processes, as torchrun would start them, killed at so many random moments, then left to end; results in
 files and in tars. Compared with one process that nothing disturbs: every picture has its results once, with
@@ -32,13 +33,13 @@ from segvit.config import BackboneConfig, SegViTConfig
 from segvit.model.segvit import SegViT
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_pictures(folder: Path, count: int, side: int) -> None:
     """Small pictures in folders, every seventeenth of them damaged."""
     rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / f"{number % 7}" / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (side, side * 3 // 2, 3), dtype=np.uint8)).save(path)
         if number % 17 == 16:
             path.write_bytes(path.read_bytes()[:60])
 
@@ -135,19 +136,20 @@ def ends_with_the_others(words: list[str], out: Path) -> None:
     print("torchrun: a process with a damaged picture ended with the others")
 
 
-def run(kills: int, pictures: int) -> None:
+def run(kills: int, pictures: int, side: int, kinds: list[str]) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_pictures(root / "pictures", pictures)
+        make_pictures(root / "pictures", pictures, side)
         backbone = BackboneConfig(width=16, depth=1, heads=2, patch_size=8)
         values = {"taps": (0,), "decoder_dim": 16, "decoder_heads": 2, "decoder_depth": 1}
         SegViT(SegViTConfig(backbone, num_classes=3, image_size=16, **values)).save_pretrained(root / "model")
         words = ["predict", str(root / "pictures"), "--recursive", "--checkpoint", str(root / "model")]
         words += ["--no-overlay", "--accelerator", "cpu"]
-        compare("files", [*words, "--manifest"], root / "files", kills)
-        compare("tars", [*words, "--pack", "13"], root / "tars", kills)
+        for kind in kinds:
+            how = ["--manifest"] if kind == "files" else ["--pack", str(max(13, pictures // 100))]
+            compare(kind, [*words, *how], root / kind, kills)
         for number in (17, 16):  # whole, and before it damaged
             words.insert(1, str(root / "pictures" / f"{number % 7}" / f"{number:05d}.png"))
         words.remove(str(root / "pictures"))
@@ -159,10 +161,12 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=300)
+    parser.add_argument("--pictures", type=int, default=300, help="small ones, of files and of tars each")
+    parser.add_argument("--side", type=int, default=16, help="their height; they are half as wide again")
+    parser.add_argument("--kind", choices=["files", "tars"], help="results in one of them alone")
     asked = parser.parse_args()
     try:
-        run(asked.kills, asked.pictures)
+        run(asked.kills, asked.pictures, asked.side, [asked.kind] if asked.kind else ["files", "tars"])
     except AssertionError as error:
         print(error)
         sys.exit(1)

@@ -3,6 +3,7 @@
 
 from bench.report.tables import (
     backbones,
+    bulk,
     decoders,
     export,
     flops,
@@ -19,6 +20,7 @@ from bench.report.tables import (
 
 KINDS = {
     "backbones": backbones,
+    "bulk": bulk,
     "cpu": kernels,
     "decoders": decoders,
     "gpu": kernels,
