@@ -190,7 +190,8 @@ class Stage(nn.Module):
                 previous_masks if last else None,
                 need_masks=last or every_layer,
             )
-            if masks is not None:
+            if last or every_layer:
+                assert masks is not None
                 outputs.append((tokens, masks))
         return outputs
 
