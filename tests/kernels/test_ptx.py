@@ -111,3 +111,32 @@ def test_a_kernel_that_was_not_executed_is_said():
     assert missing == ["sm_80 local bf16"] and "1 / 1" in lines[1] and "MISSING" in lines[1]
     lines, missing = ptx_coverage.table([row | {"launches": 1, "arch": "sm_90"}], "sm_80", expected, {})
     assert len(missing) == 2
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"), [("0x2301", 0x07060504), ("0x7301", None), ("0x1000", None)]
+)
+def test_bytes_of_a_register_that_nothing_wrote(selector, expected):
+    """A permutation may name one of which it takes nothing, as LLVM writes it, and no other."""
+    first, second = ("%r1", "%r2") if selector != "0x1000" else ("%r2", "%r1")
+    text = f"""
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry bytes(.param .u64 out) {{
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<2>;
+    mov.b32 %r1, 0x06070405;
+    prmt.b32 %r3, {first}, {second}, {selector};
+    ld.param.u64 %rd1, [out];
+    st.global.b32 [%rd1], %r3;
+    ret;
+}}
+"""
+    out = torch.zeros(1, dtype=torch.int32)
+    if expected is None:
+        with pytest.raises(ptx.Fault, match="uninitialised register"):
+            ptx.run_ptx(text, "bytes", (1, 1, 1), 32, [out])
+    else:
+        ptx.run_ptx(text, "bytes", (1, 1, 1), 32, [out])
+        assert out.item() == expected

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from segvit_kernels.testing.ptx.flow import picks
 from segvit_kernels.testing.ptx.parser import Immediate, Instruction, Register, Vector
 from segvit_kernels.testing.ptx.translate import HANDLERS, NUMPY, Emitter, function, instruction, unknown
 
@@ -220,8 +221,9 @@ def _bmsk(emit: Emitter, i: Instruction) -> None:
 def _prmt(emit: Emitter, i: Instruction) -> None:
     if i.modifiers != ("b32",):
         raise unknown(i)
-    a, b, selector = (emit.use(o, "u4") for o in i.operands[1:])
-    emit.set(i.operands[0], "u4", f"permute({a}, {b}, {selector})")
+    used = zip(i.operands[1:3], picks(i.operands[3]), strict=True)
+    a, b = (emit.use(o, "u4") if picked else emit.constant(0, "u4") for o, picked in used)
+    emit.set(i.operands[0], "u4", f"permute({a}, {b}, {emit.use(i.operands[3], 'u4')})")
 
 
 @function

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from segvit_kernels.testing.ptx.faults import PTXError
-from segvit_kernels.testing.ptx.parser import Address, Instruction, Kernel, Register, Symbol, Vector
+from segvit_kernels.testing.ptx.parser import (
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Register,
+    Symbol,
+    Vector,
+)
 
 # Without a destination: every operand is read.
 _READ_ONLY = {
@@ -91,6 +99,17 @@ def accumulates(instruction: Instruction) -> bool:
     return instruction.name == "wgmma" and instruction.modifiers[0] == "mma_async"
 
 
+def picks(selector: Any) -> tuple[bool, bool]:
+    """Whether a permutation of bytes takes any from its first operand, and from its second.
+
+    Compilers put a register that nothing wrote where no byte is taken from it.
+    """
+    if not isinstance(selector, Immediate):
+        return True, True
+    places = [selector.value >> 4 * byte & 7 for byte in range(4)]
+    return min(places) < 4, max(places) >= 4
+
+
 @_once
 def reads(instruction: Instruction) -> list[str]:
     """Registers that it reads, without those whose old value a guard keeps."""
@@ -101,7 +120,11 @@ def reads(instruction: Instruction) -> list[str]:
         and instruction.name not in _READ_ONLY
     ):
         begin = 1
-    found = [name for operand in instruction.operands[begin:] for name in registers_in(operand)]
+    operands = instruction.operands[begin:]
+    if instruction.name == "prmt":
+        picked = (*picks(operands[2]), True)
+        operands = tuple(o for o, wanted in zip(operands, picked, strict=True) if wanted)
+    found = [name for operand in operands for name in registers_in(operand)]
     return found + ([instruction.predicate.name] if instruction.predicate else [])
 
 
