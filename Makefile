@@ -12,15 +12,16 @@ BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*
 
 .PHONY: demo test ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
+# LOCKED=1: nothing but the files of .ci/requirements.txt, by hash; for the platform and Python that it names.
 # torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-$(VENV)/.torch: constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(if $(LOCKED),,-c constraints.txt)
+$(VENV)/.torch: constraints.txt $(if $(LOCKED),.ci/requirements.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch numpy
+	$(PIP) $(if $(LOCKED),--require-hashes --no-deps -r .ci/requirements.txt,torch numpy)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) -e '.[dev]'
+	$(PIP) $(if $(LOCKED),--no-deps --no-build-isolation) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small model on synthetic images and write an HTML report

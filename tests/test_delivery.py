@@ -1,9 +1,11 @@
 """What the package says about itself in several places is the same everywhere."""
 
+import importlib
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 from segvit_kernels import __version__
@@ -44,3 +46,32 @@ def test_the_support_table_names_what_is_pinned_and_asked_for():
     oldest = next(name for name in PROJECT["dependencies"] if name.startswith("torch")).partition(">=")[2]
     assert f"| {oldest} |" in SUPPORT and f"below {oldest}" in SUPPORT
     assert set(re.findall(r"\b(?:sm_|gfx)\w+", SUPPORT)) == set(launches.TARGETS)
+
+
+def test_the_files_of_ci_are_those_of_the_constraints_by_hash():
+    """No address stands in it, so that any index that has the files serves."""
+    _, *lines = (ROOT / ".ci" / "requirements.txt").read_text().splitlines()
+    constraints = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if found := re.fullmatch(r"([\w.-]+)==(\S+)", line):
+            constraints[re.sub(r"[-_.]+", "-", found[1]).lower()] = found[2]
+    names = set()
+    for line in lines:
+        name, version = re.fullmatch(r"([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups()
+        name = re.sub(r"[-_.]+", "-", name).lower()
+        names.add(name)
+        assert constraints.get(name, version) == version, name
+    assert {"torch", "numpy", "pytest", "setuptools"} <= names and len(names) == len(lines)
+
+
+def test_a_file_without_a_hash_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    lock = importlib.import_module("lock")
+    known = {
+        "metadata": {"name": "B", "version": "2"},
+        "download_info": {"archive_info": {"hashes": {"sha256": "0f"}}},
+    }
+    bare = {"metadata": {"name": "c", "version": "1"}, "download_info": {"archive_info": {}}}
+    assert lock.lines({"install": [known]}) == ["B==2 --hash=sha256:0f"]
+    with pytest.raises(ValueError, match="c: pip's report has no SHA-256"):
+        lock.lines({"install": [known, bare]})
