@@ -114,9 +114,10 @@ def semantic_argmax_reference(
         for image in range(views.batch):
             groups = [total for (i, _), total in sums.items() if i == image]
             covering = sum((count > 0).to(probs.dtype) for _, count in groups)
-            scores.append(sum(score / count.clamp(min=1) for score, count in groups) / covering)
-    scores = torch.stack(scores) if scores else probs.new_empty(0, probs.shape[-1], *size)
-    return scores.argmax(1).to(label_dtype(probs.shape[-1])), scores
+            means = (score / count.clamp(min=1) for score, count in groups)
+            scores.append(sum(means, probs.new_zeros(())) / covering)
+    stacked = torch.stack(scores) if scores else probs.new_empty(0, probs.shape[-1], *size)
+    return stacked.argmax(1).to(label_dtype(probs.shape[-1])), stacked
 
 
 def _mass(probs: Tensor) -> Tensor:
@@ -163,7 +164,9 @@ def _head(parts: list[Part]) -> _Head | None:
     queries = max(part.mixing.shape[1] for part in parts)
     if queries < _MANY:
         return None
-    orders, largest, tail = [], 0.0, None
+    # Class mass (C, Q + 1) of the tokens from the k-th on, the largest of any part.
+    tail = parts[0].mixing.new_zeros(len(parts[0].mixing), queries + 1)
+    orders, largest = [], 0.0
     for part in parts:
         order = part.mixing.sum(0).argsort(descending=True)
         ordered = F.pad(part.mixing[:, order], (0, queries + 1 - len(order)))
@@ -171,8 +174,7 @@ def _head(parts: list[Part]) -> _Head | None:
             return None  # not probabilities: there is no bound
         orders.append(order)
         largest = max(largest, float(ordered.amax()))
-        after = ordered.flip(1).cumsum(1).flip(1)  # (C, Q + 1): class mass of the tokens from the k-th on
-        tail = after if tail is None else torch.maximum(tail, after)
+        tail = torch.maximum(tail, ordered.flip(1).cumsum(1).flip(1))
     few = _FEW * largest
     keep = int((tail.amax(0) > few).sum())
     if 2 * keep > queries or not keep:
@@ -429,10 +431,9 @@ def _validate(
     first = stacks[0]
     for name, tensor in named:
         if tensor.ndim != 4 or min(tensor.shape[1:]) < 1 or tensor.shape[1] != first.shape[1]:
-            queries = f"{first.shape[1]} queries" if first.ndim == 4 else "queries"
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected (views, {queries}, height, width)"
-            )
+            many = f"{first.shape[1]} " if first.ndim == 4 else ""
+            expected = f"(views, {many}queries, height, width)"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {first.dtype}, that of the first")
     count, queries = sum(t.shape[0] for t in stacks), first.shape[1]
