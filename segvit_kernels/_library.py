@@ -175,7 +175,8 @@ class Operator:
         isa: str | None,
     ):
         self.name = name
-        self.stem = eager.__module__.rpartition(".")[2]
+        # ops/<stem>.py, or ops/_<stem>_eager.py where that is long.
+        self.stem = eager.__module__.rpartition(".")[2].removeprefix("_").removesuffix("_eager")
         self.eager = eager
         self.macs = macs
         self.refuse = refuse

@@ -11,7 +11,7 @@ from imports import imports_of
 
 import segvit_kernels
 from segvit_kernels import BackendUnavailableError, backend, fused_atm
-from segvit_kernels._library import ENVIRONMENT_VARIABLE, requested_backend
+from segvit_kernels._library import ENVIRONMENT_VARIABLE, operators, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,3 +121,11 @@ def test_moved_modules_are_found_under_their_earlier_names():
         "    assert get(name) is get(f'segvit.{room}.{name.split(\".\")[1]}'), name\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_an_operators_parts_are_found_by_its_name():
+    """ops/<stem>.py and triton/<stem>.py, wherever the plain implementation stands."""
+    for operator in operators():
+        folders = ["ops", *(["triton"] if "triton" in operator.backends else [])]
+        for folder in folders:
+            assert (ROOT / "segvit_kernels" / folder / f"{operator.stem}.py").exists(), operator.name
