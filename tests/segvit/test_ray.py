@@ -87,7 +87,7 @@ def test_two_workers_of_ray_and_one_is_killed(checkpoint, tmp_path):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     path = os.pathsep.join([str(Path(__file__).parent), str(EXAMPLES.parent), *filter(None, sys.path)])
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     try:
         assert example.main(str(folder), str(checkpoint), str(tmp_path / "whole"), 2) == 60
         flag = tmp_path / "killed"
