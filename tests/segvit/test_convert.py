@@ -188,7 +188,7 @@ def test_planted_bugs_show(case):
     def other_order(model):
         model.decoder.upsample.stages = torch.nn.ModuleList(list(model.decoder.upsample.stages)[::-1])
         forward = model.decoder.upsample.forward
-        model.decoder.upsample.forward = lambda levels, grid: forward(levels[::-1], grid)
+        model.decoder.upsample.forward = lambda levels, *others: forward(levels[::-1], *others)
 
     def other_norm(model):
         for stage in model.decoder.upsample.stages:

@@ -18,7 +18,7 @@ from bench.subjects.operators.base import Check, Cost, Operator, Peer, Target, c
 from segvit_kernels import semantic_argmax
 from segvit_kernels.testing.semantic_argmax import assert_best_classes, oracle
 
-BATCHES = (16, 1)
+BATCHES = (16, 1, 4)
 
 
 @dataclass(frozen=True)
