@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,9 +256,20 @@ def watched() -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
+def held_kilobytes() -> int:
+    """The most that this process has held: since `_forget_peak`, where the system lets a process forget."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def fault(subject: Subject, data: bytes) -> str | None:
     """What is wrong with what the reader makes of an input; call it within `watched`."""
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _forget_peak()
+    held = held_kilobytes()
     wrong = None
     try:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -283,7 +294,7 @@ def fault(subject: Subject, data: bytes) -> str | None:
             trace = trace.tb_next
         place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
         wrong = f"escapes: {type(error).__name__}: {str(error)[:200]} ({place})"
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024
+    more = (held_kilobytes() - held) / 1024
     return wrong or (f"{more:.0f} MB more" if more > MEGABYTES else None)
 
 

@@ -518,9 +518,8 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
 
 
 def _messages() -> Iterator[tuple[str, Subject]]:
-    text = metadata.describe(
-        CONFIG, None, Plan(size=(32, 32)), {"format": "onnx", "precision": "float32", "source": None}
-    )
+    about = {"format": "onnx", "precision": "float32", "source": None}
+    text = metadata.describe(CONFIG, Plan(size=(32, 32)), about)
 
     def described(data: bytes) -> None:
         found = metadata.read(data.decode("utf-8", "replace"), "a.onnx")

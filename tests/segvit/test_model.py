@@ -159,7 +159,7 @@ def test_planted_bugs_show(fixture, published, bug):
         decoder.stages[0], decoder.stages[1] = decoder.stages[1], decoder.stages[0]
     elif bug == "accumulation":
         forward = decoder.forward
-        decoder.forward = lambda features, grid: forward(features, grid, accumulate=False)
+        decoder.forward = lambda features, grid, **_: forward(features, grid, accumulate=False)
     elif bug == "scale":
         decoder.stages[2].layers[2].atm.q.weight *= 1.001
     output = model(fixture["img"])

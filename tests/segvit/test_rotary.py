@@ -124,7 +124,7 @@ def test_features_are_the_oracles(kind, shrink_at):
         wrong = copy.deepcopy(model)
         wrong.unfuse()
         table = wrong.rope((2, 3), wrong.num_prefix)
-        wrong._angles = lambda grid, dtype: [
+        wrong._angles = lambda grid, *_: [
             tuple((wrong.rope(grid, wrong.num_prefix) if i == 0 else table)[:, i % table.shape[1]])
             for i in range(3)
         ]
