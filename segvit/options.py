@@ -165,9 +165,10 @@ class DataOptions(LabelOptions):
 
     data: str = option(
         ...,
-        "folder of pictures and label maps in a usual layout; ade20k:FOLDER, pascal-context:, "
-        "pascal-context-60:, coco-stuff:, coco-panoptic:, cityscapes:, voc: for these in their own files; "
-        "shards, 'FOLDER/{00000..00123}.tar', also at an address (s3://..., extra remote); or 'synthetic'",
+        "folder of pictures and label maps in a usual layout, or a .zip of it; ade20k:FOLDER, "
+        "pascal-context:, pascal-context-60:, coco-stuff:, coco-panoptic:, cityscapes:, voc: for these in "
+        "their own files; shards, 'FOLDER/{00000..00123}.tar', also at an address (s3://..., extra remote); "
+        "or 'synthetic'",
     )
 
 
@@ -375,7 +376,7 @@ class PredictConfig(PrecisionOptions, InferenceOptions):
 
     images: list[str] = option(
         ...,
-        "image files, folders and tars of them, lists (.txt) of such files, and videos (extra video)",
+        "image files, folders, tars and zips of them, lists (.txt) of such files, and videos (extra video)",
         positional=True,
     )
     checkpoint: str = option(
@@ -560,7 +561,9 @@ class DataConfig(LabelOptions):
     """Looking at data"""
 
     folder: str = option(
-        ..., "folder of pictures and label maps; as --data of `segvit train`", positional=True
+        ...,
+        "folder of pictures and label maps, or a .zip of it; as --data of `segvit train`",
+        positional=True,
     )
     sheet: str | None = option(
         "data-check.png", "contact sheet to write: pictures with their labels over them"
@@ -577,7 +580,9 @@ class PackConfig(LabelOptions):
     """Packing"""
 
     folder: str = option(
-        ..., "folder of pictures and label maps; as --data of `segvit train`", positional=True
+        ...,
+        "folder of pictures and label maps, or a .zip of it; as --data of `segvit train`",
+        positional=True,
     )
     out: str = option(..., "folder for the shards", positional=True)
     pictures: int = option(1000, "pictures of a shard, at most", at_least=1)

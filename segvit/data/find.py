@@ -1,4 +1,4 @@
-"""Pictures named on a command line: files, what lies in folders, tars and lists of paths, videos' frames."""
+"""Pictures named on a command line: files, what lies in folders, tars, zips and lists, videos' frames."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from segvit.data.pictures import PICTURE_SUFFIXES, PictureBytes, probe
 from segvit.data.videos import VIDEO_SUFFIXES, count_frames, read_frame
 from segvit.system.failures import one_line
 from segvit.system.text import read_lines
+from segvit.system.zips import ZipPath, path_at
 
 __all__ = ["Found", "find_images", "find_pictures"]
 
@@ -74,12 +75,12 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 def find_pictures(
     paths: Sequence[str | Path], *, recursive: bool = False, leave_out: Path | None = None, every: int = 1
 ) -> list[Found]:
-    """What `find_images` finds, pictures in tars (.tar) and lists (.txt, a path a line), and videos' frames.
+    """What `find_images` finds, pictures in tars, zips and lists (.txt, a path a line), and videos' frames.
 
     Args:
         paths: as on a command line. Those in a list too, but one that is not there is no error here.
         recursive: also what lies in folders below those given; results keep this tree, as they do those of
-            lists and tars.
+            lists, tars and zips.
         leave_out: a folder that is not looked into.
         every: of a video every so manyth frame.
 
@@ -90,7 +91,9 @@ def find_pictures(
 
     def each() -> Iterator[Found]:
         for path in map(_checked, paths):
-            if path.is_dir() and recursive:
+            if isinstance(path, ZipPath) and path.is_dir():
+                yield from _in_zip(path)
+            elif path.is_dir() and recursive:
                 yield from _below(path, leave_out)
             elif path.is_dir():
                 yield from (Found(str(f), f, PurePosixPath("."), f.stem) for f in _in_folder(path))
@@ -109,9 +112,10 @@ def find_pictures(
 def _checked(path: str | Path) -> Path:
     if "\0" in str(path):
         raise ValueError(f"images: got {str(path)!r}, a file name cannot hold a NUL character")
-    if not Path(path).exists():
+    found = path_at(path)
+    if not found.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    return Path(path)
+    return found
 
 
 def _each_once(found: Iterable[Found]) -> list[Found]:
@@ -186,6 +190,14 @@ def _in_tar(path: Path) -> list[Found]:
     return found
 
 
+def _in_zip(path: ZipPath) -> list[Found]:
+    places = [(file, PurePosixPath(file.relative_to(path).as_posix())) for file in path.below()]
+    found = [Found(str(file), file, at.parent, at.stem) for file, at in places if _is_picture(at.name)]
+    if not found:
+        raise FileNotFoundError(f"{path}: no picture in this zip ({', '.join(PICTURE_SUFFIXES)})")
+    return found
+
+
 def _in_list(path: Path) -> list[Found]:
     files = [_listed(path, number, line) for number, line in read_lines(path)]
     if not files:
@@ -210,4 +222,4 @@ def _in_video(path: Path, every: int) -> list[Found]:
 def _listed(path: Path, number: int, line: str) -> Path:
     if "\0" in line:
         raise ValueError(f"{path}: line {number}: a file name cannot hold a NUL character")
-    return Path(line)
+    return path_at(line)

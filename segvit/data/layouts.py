@@ -21,6 +21,7 @@ from typing import NamedTuple
 from segvit.data.known import KNOWN, Form, Known, known_folder
 from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES, StoredLabel, stored_label
 from segvit.system.text import read_lines
+from segvit.system.zips import ZipPath, path_at
 
 __all__ = ["Layout", "Listing", "find_layout"]
 
@@ -84,7 +85,7 @@ class Layout:
         if self.known is None:
             return ""
         form = self.known[1]
-        beside = sorted(self.root.glob(form.beside)) if form.beside else []
+        beside = sorted(path for _, path in _matches(self.root, form.beside, ("",))) if form.beside else []
         return " ".join([form.what, *(f"{path.name} {path.stat().st_mtime_ns}" for path in beside)])
 
     def read_label(self, path: Path) -> StoredLabel:
@@ -253,6 +254,9 @@ def find_layout(
             known data set.
     """
     root, known = known_folder(root)
+    root = path_at(root)
+    if isinstance(root, ZipPath) and root.is_dir():
+        root = root.top()
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder (expected images/SPLIT and annotations/SPLIT)")
     if known is not None:
@@ -399,6 +403,9 @@ def _matches(root: Path, pattern: str, suffixes: tuple[str, ...]) -> Iterator[tu
 
 
 def _walk(folder: Path, depth: int | None) -> Iterator[Path]:
+    if isinstance(folder, ZipPath):
+        yield from folder.below(depth)
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):

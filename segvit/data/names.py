@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from segvit.system.text import read_lines, shown
+from segvit.system.zips import path_at
 
 __all__ = ["ClassList", "read_classes", "read_names"]
 
@@ -54,7 +55,7 @@ def read_classes(path: str | Path) -> ClassList:
         FileNotFoundError: no such file.
         ValueError: not a text file; no name; a name or colour twice; a colour out of range, or missing.
     """
-    path = Path(path)
+    path = path_at(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such names file")
     lines = [line for _, line in read_lines(path)]

@@ -27,6 +27,7 @@ from torch import Tensor
 from segvit.data.matlab import variables
 from segvit.system.extras import require
 from segvit.system.text import shown
+from segvit.system.zips import ZipPath, path_at
 
 __all__ = [
     "PictureBytes",
@@ -98,12 +99,12 @@ _COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 
 
 def _source(path: str | os.PathLike | PictureBytes) -> Source:
-    return path if isinstance(path, PictureBytes) else Path(path)
+    return path if isinstance(path, PictureBytes) else path_at(path)
 
 
 def _file(path: Source) -> Any:
     """What decoders take."""
-    return path if isinstance(path, Path) else path.open()
+    return path.open() if isinstance(path, PictureBytes | ZipPath) else path
 
 
 def read_image(
@@ -267,7 +268,7 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
         FileNotFoundError: no such file.
         ValueError: it cannot be decoded, was compressed with loss, or holds values that are no whole numbers.
     """
-    path = Path(path)
+    path = path_at(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     palette = None
@@ -420,7 +421,7 @@ def _open(path: Source) -> Any:
         before, image_module.MAX_IMAGE_PIXELS = image_module.MAX_IMAGE_PIXELS, None
         try:
             if isinstance(path, Path):
-                image = image_module.open(path)
+                image = image_module.open(_file(path))
             else:
                 image_module.init()
                 known = [name for name in _COMMON_FORMATS if name in image_module.OPEN]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from segvit.system.extras import require
 from segvit.system.failures import one_line
+from segvit.system.zips import path_at
 
 __all__ = ["Address", "File", "file_at", "is_address", "read_part", "size_of"]
 
@@ -75,8 +76,8 @@ File = Path | Address
 
 
 def file_at(name: str) -> File:
-    """A path, or an address."""
-    return Address(name) if is_address(name) else Path(name)
+    """A path, perhaps within a zip, or an address."""
+    return Address(name) if is_address(name) else path_at(name)
 
 
 def size_of(file: File) -> int:

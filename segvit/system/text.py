@@ -13,10 +13,10 @@ import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn
 
 from segvit.system.extras import require
+from segvit.system.zips import path_at
 
 __all__ = [
     "did_you_mean",
@@ -77,7 +77,7 @@ def read_text(path: str | os.PathLike) -> str:
         ValueError: it is not UTF-8 (or UTF-16 or UTF-32 with their mark), or holds NUL characters.
     """
     try:
-        data = Path(path).read_bytes()
+        data = path_at(path).read_bytes()
     except OSError as error:
         raise file_error(error, path) from None
     except ValueError:  # a NUL in the name

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,14 @@ def opened(data: str, split: str = "validation") -> SegmentationFolder:
     found = SegmentationFolder(data, split)
     found.check()
     assert len(pickle.loads(pickle.dumps(found))) == len(found)  # loading processes get it so
+    name, _, folder = data.partition(":")
+    with tempfile.TemporaryDirectory() as temporary:  # the same in a zip
+        packed = shutil.make_archive(f"{temporary}/data", "zip", folder)
+        again = SegmentationFolder(f"{name}:{packed}", split)
+        assert again.check() == found.check() and len(again) == len(found)
+        for one, two in ((again[i], found[i]) for i in {0, len(found) - 1}):
+            assert one["name"] == two["name"]
+            assert torch.equal(one["image"], two["image"]) and torch.equal(one["label"], two["label"])
     return found
 
 

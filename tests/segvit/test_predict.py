@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -458,7 +459,7 @@ def lines_of(out) -> dict[str, dict]:
     return {line["picture"]: line for line in found}
 
 
-def test_a_tree_its_list_and_its_tar_give_the_same(model, checkpoint, tree, tmp_path, monkeypatch):
+def test_a_tree_its_list_its_tar_and_its_zip_give_the_same(model, checkpoint, tree, tmp_path, monkeypatch):
     packed = tmp_path / "tree.tar"
     with tarfile.open(packed, "w") as tar:
         for path in sorted(tree.rglob("*.*")):
@@ -466,7 +467,8 @@ def test_a_tree_its_list_and_its_tar_give_the_same(model, checkpoint, tree, tmp_
         tar.add(tree, "folder")  # the same once more
     listed = tmp_path / "list.txt"
     listed.write_text("# pictures\n" + "\n".join(str(path) for path in sorted(tree.rglob("*.*"))) + "\n")
-    for given in (tree, listed, packed):
+    zipped = Path(shutil.make_archive(str(tmp_path / "tree"), "zip", tree))
+    for given in (tree, listed, packed, zipped):
         out = tmp_path / f"out{given.suffix}"
         with pytest.raises(
             ValueError, match=r"of (5|10) pictures are done, in .*; failed: .*c\.jpg: cannot be"
