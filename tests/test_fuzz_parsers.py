@@ -231,6 +231,13 @@ def test_an_index_of_another_form_is_refused(tmp_path, changes, what):
         read_index(tmp_path / "0.tar")
 
 
+@pytest.mark.parametrize("name", ["\0", "\ud800", 3, "", "x" * 4000])
+def test_a_shard_of_no_name_is_refused(tmp_path, name):
+    (tmp_path / "shards.json").write_text(json.dumps({"shards": ["0.tar", name]}))
+    with pytest.raises(ValueError, match=r"shards\.json: no list of shards"):
+        Shards(str(tmp_path))
+
+
 def test_patterns_of_shards_are_bounded():
     for pattern in ("{0..99999}{0..99}.tar", "{0..9}" * 700 + ".tar"):
         with pytest.raises(ValueError, match="data: got"):
@@ -284,8 +291,13 @@ def test_weights_of_other_shapes(tmp_path):
 def test_packed_weights_of_another_form():
     x, weight = torch.zeros(2, 40).half(), torch.zeros(50, 40).half()
     panels = torch.zeros(2, 32, 48, 2).half()
-    for packed in ((panels, torch.zeros(96)), segvit_kernels.PackedWeight(None, None)):
-        with pytest.raises(TypeError, match="packed is"):
+    for packed in (
+        (panels, torch.zeros(96)),
+        segvit_kernels.PackedWeight(None, None),
+        segvit_kernels.PackedWeight(panels[0, 0], None),
+        segvit_kernels.PackedWeight(panels.bfloat16(), torch.zeros(96)),
+    ):
+        with pytest.raises(TypeError, match="packed (is|has panels)"):
             segvit_kernels.linear(x, weight, packed=packed)
     with pytest.raises(ValueError, match=r"packed has factors \(3,\), torch.float32; expected \(96,\)"):
         segvit_kernels.linear(

@@ -222,7 +222,9 @@ def probe(path: str | os.PathLike | PictureBytes, *, decode: bool = False) -> tu
     path = _source(path)
     if path.suffix.lower() == ".npy":
         shape = _array_shape(path)
-        return (shape[1], shape[0]) if len(shape) == 2 or shape[-1] <= shape[0] else (shape[2], shape[1])
+        # As `_channels_last` takes grey and colours; of other numbers of channels it is the smaller side.
+        last = len(shape) == 2 or shape[-1] in (1, 3) or (shape[0] not in (1, 3) and shape[-1] <= shape[0])
+        return (shape[1], shape[0]) if last else (shape[2], shape[1])
     image = _open(path)
     if image is None:
         if decode:

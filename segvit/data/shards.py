@@ -35,7 +35,7 @@ __all__ = ["LIST", "Shards", "are_shards", "label_kind", "read_index"]
 
 LIST = "shards.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST, _LONGEST = 100_000, 4096  # shards of a pattern, its characters
+_MOST, _LONGEST = 1 << 16, 4096  # shards of a pattern, its characters
 _BETWEEN = 1 << 12  # bytes that may lie between a picture and its label map
 _AT_ONCE = 16  # indices that are asked for
 _MOST_TEXT = 1 << 25  # characters of all names
@@ -150,9 +150,16 @@ def _expand(pattern: str) -> list[File]:
 
 def _listed(path: File) -> list[str]:
     names = _read_dict(path).get("shards")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(_can_name_a_file(name) for name in names):
         raise ValueError(f"{path}: no list of shards")
     return names
+
+
+def _can_name_a_file(name: Any) -> bool:
+    try:
+        return isinstance(name, str) and 0 < len(name) < 1000 and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can write
+        return False
 
 
 def _indices(tars: Sequence[File]) -> Iterable[dict[str, Any]]:
@@ -233,7 +240,7 @@ class Shards(Dataset):
             self._places += [(number, *picture, *label) for picture, label in pairs]
         self.splits = sorted(splits)
         if shared is None or split not in splits:
-            here = ", ".join(self.splits) or "none"
+            here = ", ".join(shown(name).strip("'") for name in self.splits[:8]) or "none"
             raise FileNotFoundError(f"{data}: no shard of {split} (splits here: {here})")
         self.num_classes = shared["num_classes"]
         self.class_names = None if shared["class_names"] is None else tuple(shared["class_names"])

@@ -142,7 +142,8 @@ def parse_json(text: str, source: str, kind: type | None = None) -> Any:
         return values
 
     def number(word: str) -> NoReturn:
-        raise _RefusedError(f"{word} is not JSON, expected a number or null")
+        said = word if len(word) < 60 else f"{word[:59]}…"
+        raise _RefusedError(f"{said} is not JSON, expected a number or null")
 
     def finite(word: str) -> float:
         value = float(word)

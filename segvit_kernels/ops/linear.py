@@ -336,10 +336,13 @@ def linear(
 def _check_packed(packed: PackedWeight) -> None:
     """Raise TypeError for what `pack_weight` does not give."""
     panels, factors = packed if isinstance(packed, PackedWeight) else (None, None)
-    kinds = (torch.float16, torch.bfloat16, torch.int8)
-    if not isinstance(panels, Tensor) or panels.dtype not in kinds:
+    ranks = {torch.float16: (3, 4), torch.bfloat16: (3, 5), torch.int8: (5,)}
+    if not isinstance(panels, Tensor) or panels.dtype not in ranks:
         found = panels.dtype if isinstance(panels, Tensor) else type(packed).__name__
         raise TypeError(f"packed is {found}; expected what pack_weight gives")
+    if panels.ndim not in ranks[panels.dtype]:
+        shape = tuple(panels.shape)
+        raise TypeError(f"packed has panels of shape {shape}, {panels.dtype}; expected what pack_weight gives")
     if not isinstance(factors, Tensor) and (
         factors is not None or panels.ndim == 4 or panels.dtype == torch.int8
     ):

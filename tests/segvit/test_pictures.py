@@ -244,6 +244,10 @@ def test_channels(tmp_path):
         assert np.array_equal(pixels(read_image(tmp_path / f"{name}.npy", 6)), many)
     with pytest.raises(ValueError, match=r"last\.npy: an array of shape \(5, 7, 6\), expected \(H, W, 3\)"):
         read_image(tmp_path / "last.npy")
+    for name, array in (("flat", many[:2, :, :3]), ("narrow", many[:, :2, :3].transpose(2, 0, 1))):
+        np.save(tmp_path / f"{name}.npy", array)
+        height, width = read_image(tmp_path / f"{name}.npy").shape[1:]
+        assert probe(tmp_path / f"{name}.npy") == (width, height)
     rgba = saved(tmp_path, many[..., :4], "a.png")
     assert np.array_equal(pixels(read_image(rgba, 4)), many[..., :4])
     with pytest.raises(ValueError, match=r"a\.png: has 4 channels, expected 5"):

@@ -63,6 +63,7 @@ def test_files_that_cannot_be_opened(tmp_path):
         ("[1, 2]", r"got '\[1, 2\]', expected an object"),
         ("[" * 200000, "nested too deeply"),
         ("1" * 5000, "a number too long"),
+        ("9" * 5000 + ".5", "json: 9{59}… is not JSON"),
     ],
 )  # fmt: skip
 def test_json_is_read_strictly(tmp_path, text, message):
