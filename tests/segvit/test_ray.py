@@ -102,8 +102,10 @@ def test_two_workers_of_ray_and_one_is_killed(checkpoint, tmp_path):
     tables = []
     for name in ("whole", "disturbed"):
         found = parquet.read_table(tmp_path / name).to_pylist()
-        tables.append(sorted(found, key=lambda row: row["path"]))
+        rows = [{**row, "counts": np.array(row["counts"]).tolist()} for row in found]  # a tensor of Ray's
+        tables.append(sorted(rows, key=lambda row: row["path"]))
     assert tables[0] == tables[1] and len(tables[0]) == 60
+    assert all(sum(row["counts"]) == (0 if row["error"] else 24 * 16) for row in tables[0])
     assert [row["path"] for row in tables[0] if row["error"]] == [
         str(folder / f"{number:03d}.png") for number in range(0, 60, 17)
     ]
