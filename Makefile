@@ -10,6 +10,9 @@ OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
 BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
 
+# Every process of the tests would compile PyTorch's modules anew, at several times their import.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # LOCKED=1: nothing but the files of .ci/requirements.txt, by hash; for the platform and Python that it names.

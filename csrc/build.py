@@ -164,7 +164,8 @@ def _plan(
     """(source, name of the object, command without output) of everything to compile."""
     include = ["-isystem", str(torch_folder / "include")]
     compiler = _cxx(args)
-    cxx = [*compiler, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O3"]
+    # The emulator takes longer to compile than its tests to run.
+    cxx = [*compiler, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1" if args.emulate else "-O3"]
     # GCC's own headers of intrinsics would warn of what they mean to leave uninitialised.
     cxx += [
         "-Wall",
