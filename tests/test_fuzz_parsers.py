@@ -297,7 +297,7 @@ def test_packed_weights_of_another_form():
         segvit_kernels.PackedWeight(panels[0, 0], None),
         segvit_kernels.PackedWeight(panels.bfloat16(), torch.zeros(96)),
     ):
-        with pytest.raises(TypeError, match="packed (is|has panels)"):
+        with pytest.raises(TypeError, match=r"packed (is|has panels)"):
             segvit_kernels.linear(x, weight, packed=packed)
     with pytest.raises(ValueError, match=r"packed has factors \(3,\), torch.float32; expected \(96,\)"):
         segvit_kernels.linear(

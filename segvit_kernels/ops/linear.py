@@ -342,7 +342,9 @@ def _check_packed(packed: PackedWeight) -> None:
         raise TypeError(f"packed is {found}; expected what pack_weight gives")
     if panels.ndim not in ranks[panels.dtype]:
         shape = tuple(panels.shape)
-        raise TypeError(f"packed has panels of shape {shape}, {panels.dtype}; expected what pack_weight gives")
+        raise TypeError(
+            f"packed has panels of shape {shape}, {panels.dtype}; expected what pack_weight gives"
+        )
     if not isinstance(factors, Tensor) and (
         factors is not None or panels.ndim == 4 or panels.dtype == torch.int8
     ):
