@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 else:
     _Path = type(Path())  # Python 3.11 derives from no other
 
+_SUFFIX = re.compile(rf"\.zip(?={re.escape(os.sep)}|$)", re.IGNORECASE)
 _HEADER = struct.Struct("<4s22xHH")  # of a member: its signature, and the lengths of name and extra field
 
 
@@ -50,20 +51,20 @@ class _Contents(NamedTuple):
 def path_at(path: str | os.PathLike) -> Path:
     """A path, on disk or, where one of its folders is a zip, or it is one itself, within that."""
     plain = Path(path) if not isinstance(path, Path) else path
-    if isinstance(plain, ZipPath) or ".zip" not in str(plain).lower() or _zip_of(plain) is None:
-        return plain
-    return ZipPath(plain)
+    return plain if isinstance(plain, ZipPath) or _zip_of(plain) is None else ZipPath(plain)
 
 
-def _zip_of(path: Path) -> tuple[Path, os.stat_result] | None:
-    for place in (path, *path.parents):
-        if place.name.lower().endswith(".zip"):
-            try:
-                status = os.stat(place)
-            except (OSError, ValueError):  # a NUL
-                continue
-            if stat.S_ISREG(status.st_mode):
-                return place, status
+def _zip_of(path: Path) -> tuple[str, os.stat_result, str] | None:
+    """The first zip on a path, and the name within it."""
+    text = str(path)
+    for found in _SUFFIX.finditer(text):
+        place = text[: found.end()]
+        try:
+            status = os.stat(place)
+        except (OSError, ValueError):  # a NUL
+            continue
+        if stat.S_ISREG(status.st_mode):
+            return place, status, text[found.end() + 1 :].replace(os.sep, "/")
     return None
 
 
@@ -74,15 +75,13 @@ class ZipPath(_Path):
         ValueError: the zip is damaged, or holds what is not read.
     """
 
-    def _found(self) -> tuple[Path, os.stat_result, _Contents, str]:
+    def _found(self) -> tuple[str, os.stat_result, _Contents, str]:
         """The zip, its contents, and the name in it."""
         found = _zip_of(self)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        path, status = found
-        contents = _contents(str(path), status.st_size, status.st_mtime_ns)
-        name = self.relative_to(path).as_posix()
-        return path, status, contents, "" if name == "." else name
+        path, status, name = found
+        return path, status, _contents(path, status.st_size, status.st_mtime_ns), name
 
     def is_dir(self, **options: Any) -> bool:
         try:
