@@ -1,5 +1,6 @@
-"""Rows of pictures to rows of label maps, as Ray's and Spark's workers call it; SEGVIT_RAY=1: on Ray."""
+"""Rows of pictures to rows of label maps; SEGVIT_RAY=1, SEGVIT_SPARK=1: on Ray, on Spark."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -75,21 +76,50 @@ class Dying(Labeller):
         return super().__call__(batch)
 
 
-@pytest.mark.skipif(not os.environ.get("SEGVIT_RAY"), reason="starts a cluster: SEGVIT_RAY=1, extra ray")
-def test_two_workers_of_ray_and_one_is_killed(checkpoint, tmp_path):
-    ray = pytest.importorskip("ray")
-    parquet = pytest.importorskip("pyarrow.parquet")
+@pytest.fixture
+def folder(tmp_path):
+    """60 pictures, every seventeenth of them damaged."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(60):
         (folder / f"{number:03d}.png").write_bytes(picture(number) if number % 17 else b"no picture")
-    spec = importlib.util.spec_from_file_location("ray_predict", EXAMPLES / "ray_predict.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    path = os.pathsep.join([str(Path(__file__).parent), str(EXAMPLES.parent), *filter(None, sys.path)])
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    return folder
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workers_path(monkeypatch):
+    """Where workers find this file, the examples and the package."""
+    found = [str(Path(__file__).parent), str(EXAMPLES), str(EXAMPLES.parent), *filter(None, sys.path)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(found))
+    return os.environ["PYTHONPATH"]
+
+
+def assert_equal_tables(whole, disturbed):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    tables = []
+    for place in (whole, disturbed):
+        found = parquet.read_table(place).to_pylist()
+        rows = [{**row, "counts": np.array(row["counts"]).tolist()} for row in found]  # a tensor of Ray's
+        tables.append(sorted(rows, key=lambda row: row["path"]))
+    assert tables[0] == tables[1] and len(tables[0]) == 60
+    assert all(sum(row["counts"]) == (0 if row["error"] else 24 * 16) for row in tables[0])
+    damaged = [Path(row["path"]).stem for row in tables[0] if row["error"]]
+    assert damaged == [f"{number:03d}" for number in range(0, 60, 17)]
+
+
+@pytest.mark.skipif(not os.environ.get("SEGVIT_RAY"), reason="starts a cluster: SEGVIT_RAY=1, extra ray")
+def test_two_workers_of_ray_and_one_is_killed(checkpoint, folder, tmp_path, workers_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": workers_path}})
     try:
-        assert example.main(str(folder), str(checkpoint), str(tmp_path / "whole"), 2) == 60
+        assert example("ray_predict").main(str(folder), str(checkpoint), str(tmp_path / "whole"), 2) == 60
         flag = tmp_path / "killed"
         rows = ray.data.read_binary_files(str(folder), include_paths=True, override_num_blocks=6).map_batches(
             Dying, fn_constructor_args=(str(checkpoint), str(flag)), batch_size=5,
@@ -99,13 +129,21 @@ def test_two_workers_of_ray_and_one_is_killed(checkpoint, tmp_path):
     finally:
         ray.shutdown()
     assert flag.exists()
-    tables = []
-    for name in ("whole", "disturbed"):
-        found = parquet.read_table(tmp_path / name).to_pylist()
-        rows = [{**row, "counts": np.array(row["counts"]).tolist()} for row in found]  # a tensor of Ray's
-        tables.append(sorted(rows, key=lambda row: row["path"]))
-    assert tables[0] == tables[1] and len(tables[0]) == 60
-    assert all(sum(row["counts"]) == (0 if row["error"] else 24 * 16) for row in tables[0])
-    assert [row["path"] for row in tables[0] if row["error"]] == [
-        str(folder / f"{number:03d}.png") for number in range(0, 60, 17)
-    ]
+    assert_equal_tables(tmp_path / "whole", tmp_path / "disturbed")
+
+
+@pytest.mark.skipif(not os.environ.get("SEGVIT_SPARK"), reason="starts Spark: SEGVIT_SPARK=1, pyspark, Java")
+def test_two_workers_of_spark_and_one_is_killed(checkpoint, folder, tmp_path, workers_path):
+    session = pytest.importorskip("pyspark.sql").SparkSession
+    batches = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    spark = (
+        session.builder.master("local[2,4]").config(batches, 5).getOrCreate()
+    )  # a part is tried four times
+    main, flag = example("spark_predict").main, tmp_path / "killed"
+    try:
+        main(str(folder), str(tmp_path / "whole"), functools.partial(Labeller, str(checkpoint), "cpu"))
+        main(str(folder), str(tmp_path / "disturbed"), functools.partial(Dying, str(checkpoint), str(flag)))
+    finally:
+        spark.stop()
+    assert flag.exists()
+    assert_equal_tables(tmp_path / "whole", tmp_path / "disturbed")
