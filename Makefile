@@ -40,7 +40,7 @@ wheels: $(VENV)/.installed  ## every wheel into dist/: pure, and for Linux with 
 	$(BIN)/python csrc/wheels.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 hub: $(VENV)/.installed  ## the package in the form of the Kernel Hub, into build/hub
-	$(BIN)/python csrc/hub.py
+	$(BIN)/python csrc/hub.py $(if $(ARCHS),--archs "$(ARCHS)")
 
 tiles: $(VENV)/.installed  ## the AMX kernels' tests on a CPU without AMX but with AVX512-FP16: tiles as ordinary code
 	$(BIN)/python csrc/build.py --cpu-only --emulate-tiles --out build/tiles

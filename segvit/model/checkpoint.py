@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -49,15 +50,37 @@ def hub_snapshot(name: str, patterns: list[str], revision: str | None = None) ->
     Raises:
         FileNotFoundError: it cannot be had; the message has the Hub's reason.
         ImportError: huggingface_hub is not installed.
+        ValueError: a file in the cache is not the one whose hash it is named by.
     """
     hub = require("huggingface_hub", extra="hub")
     repository, _, tag = name.partition("@")
     try:
-        return Path(
+        folder = Path(
             hub.snapshot_download(repository, revision=revision or tag or None, allow_patterns=patterns)
         )
     except Exception as error:
         raise FileNotFoundError(f"{name}: no such folder, and the Hub says: {first_line(error)}") from None
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        _verify(name, path)
+    return folder
+
+
+def _verify(name: str, path: Path) -> None:
+    """Compare a file with its hash; huggingface_hub, which names files of its cache so, compares lengths.
+
+    Large files are named by SHA-256, others as Git does it, by SHA-1 of a header and the contents; a folder
+    without symbolic links (of Windows) has no such names.
+    """
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+        with blob.open("rb") as file:
+            if len(blob.name) == 64:
+                found = hashlib.file_digest(file, "sha256")
+            else:
+                found = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+                found.update(file.read())
+        if found.hexdigest() != blob.name:
+            raise ValueError(f"{name}: {path.name} is damaged, or not the Hub's (hash); delete {blob}")
 
 
 def find_checkpoint(source: str | os.PathLike, revision: str | None = None) -> Path:

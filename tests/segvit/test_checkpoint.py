@@ -1,5 +1,6 @@
 """Weights to files and back, published key names, and one clear line for everything that does not fit."""
 
+import hashlib
 import json
 import os
 import sys
@@ -99,6 +100,23 @@ def test_hub(tmp_path, monkeypatch):
     model = SegViT.from_pretrained("owner/name", revision="v1")
     assert model.config.num_classes == 3
     assert asked == [("owner/name", "v1", ["model.safetensors", "config.json"])]
+
+    # As the cache has it: links to files that are named by their hashes.
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        data = (tmp_path / name).read_bytes()
+        sha256, git = hashlib.sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data)
+        blob = blobs / (sha256 if name.endswith("safetensors") else git).hexdigest()
+        (tmp_path / name).rename(blob)
+        (tmp_path / name).symlink_to(blob)
+    assert SegViT.from_pretrained("owner/name").config.num_classes == 3
+    for name in ("model.safetensors", "config.json"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-1] + b" ")
+        with pytest.raises(ValueError, match=rf"owner/name: {name} is damaged, or not the Hub's"):
+            SegViT.from_pretrained("owner/name")
+        (tmp_path / name).write_bytes(data)
 
     def refuse(*args, **kwargs):
         raise OSError("no network\nsecond line")
