@@ -38,6 +38,7 @@ from segvit.model.convert import infer_config
 from segvit.model.pretrained import open_pretrained
 from segvit.serve.admission import RefusedError
 from segvit.serve.asking import longest_body, read_request
+from segvit.system import zips
 from segvit.system.tars import END, tar_member
 from segvit.system.text import parse_yaml, read_json, read_lines, yaml_value
 from segvit.training.run_folder import _compare_samples, _read_options
@@ -417,6 +418,21 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
 
     words = (b"ustar", b"\x0000000000", b"path=", b"30 path=a.png\n", b"size=")
     yield "tar", Subject(members, [tar, old.getvalue()], words, str(path))
+
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("a/x.png", png)
+        archive.writestr("y.jpg", _picture("JPEG"), zipfile.ZIP_DEFLATED)
+
+    def in_zip(data: bytes) -> None:
+        path.with_suffix(".zip").write_bytes(data)
+        zips._contents.cache_clear()  # the clock of files may not have moved
+        for found in find._in_zip(zips.ZipPath(path.with_suffix(".zip")))[:3]:
+            assert not Path(found.folder).is_absolute() and ".." not in found.folder.parts
+            pictures.probe(found.open())
+
+    words = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"../", b"\x08\x00", b"\xff\xff\xff\xff")
+    yield "zip", Subject(in_zip, [zipped.getvalue()], words, str(path.with_suffix(".zip")))
 
     place = folder / "shards"
     place.mkdir()

@@ -182,7 +182,7 @@ def _contents(path: str, _size: int, _time: int) -> _Contents:
         name = info.filename.removesuffix("/")
         parts = name.split("/")
         # Results are written under these names: none may lead elsewhere, on Windows neither.
-        if {"", ".", ".."} & set(parts) or "\\" in name or re.match("[A-Za-z]:", name):
+        if {"", ".", ".."} & set(parts) or re.search(r"^[A-Za-z]:|[\\\0-\x1f\x7f]", name):
             raise ValueError(f"{path}: holds the name {name!r}, expected names below it, as a/b.png")
         if not info.is_dir():
             if info.flag_bits & 1:
@@ -192,6 +192,8 @@ def _contents(path: str, _size: int, _time: int) -> _Contents:
                 raise ValueError(
                     f"{path}: {name!r} is compressed by method {kind}, expected 0 or 8 (deflate)"
                 )
+            if info.header_offset < 0:
+                raise ValueError(f"{path}: no whole zip ({name!r} is before its beginning)")
             if name in files:
                 raise ValueError(f"{path}: holds {name!r} twice")
             deflated = info.compress_type == zipfile.ZIP_DEFLATED

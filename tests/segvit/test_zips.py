@@ -144,6 +144,7 @@ def truncated(path):
         (changed("/b.png"), "holds the name '/b.png', expected names below it"),
         (changed("a/./b.png"), "holds the name 'a/./b.png', expected names below it"),
         (changed("a\\b.png"), "holds the name 'a\\\\b.png', expected names below it"),
+        (changed("a\n.png"), "holds the name 'a\\n.png', expected names below it"),
         (changed("C:b.png"), "holds the name 'C:b.png', expected names below it"),
         (changed("names.txt"), "holds 'names.txt' twice"),
         (changed("names.txt/b.png"), "'names.txt' is a file and a folder"),
