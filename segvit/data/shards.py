@@ -35,7 +35,7 @@ __all__ = ["LIST", "Shards", "are_shards", "label_kind", "read_index"]
 
 LIST = "shards.json"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST, _LONGEST = 1 << 16, 4096  # shards of a pattern, its characters
+_MOST, _LONGEST = 1 << 15, 4096  # shards of a pattern, its characters
 _BETWEEN = 1 << 12  # bytes that may lie between a picture and its label map
 _AT_ONCE = 16  # indices that are asked for
 _MOST_TEXT = 1 << 25  # characters of all names

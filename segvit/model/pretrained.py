@@ -420,9 +420,9 @@ def _statistics(mean: Any, std: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """{"mean", "std"} on the 0..1 scale, if both are known, and notes."""
     try:
         mean, std = (_numbers(value) for value in (mean, std))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return {}, ()
-    if not mean or len(mean) != len(std) or min(std) <= 0:
+    if not mean or len(mean) != len(std) or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         return {}, ()
     notes: tuple[str, ...] = ()
     if max(*mean, *std) > 4:
