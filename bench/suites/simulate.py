@@ -175,6 +175,12 @@ def jobs(names: Sequence[str], batches: Sequence[int] = BATCHES, **more: Any) ->
     return [job(name, known[name].shapes[0].name, batch, **more) for name in names for batch in batches]
 
 
+def _has(checkout: Path, operator: str) -> bool:
+    """Whether a checkout, perhaps an older one, has a benchmark of an operator."""
+    folders = (checkout / "bench" / "subjects" / "operators", checkout / "bench" / "operators")
+    return any((folder / f"{operator}.py").is_file() for folder in folders)
+
+
 def run(
     *,
     names: Sequence[str] | None = None,
@@ -196,7 +202,8 @@ def run(
         variants.append(("changed", environment.ROOT, changes))
     found: list[dict[str, Any]] = []
     for variant, checkout, changed in variants:
-        wanted = jobs(names, batches, **({"changes": changed} if changed else {}))
+        there = [name for name in names if _has(checkout, name)]
+        wanted = jobs(there, batches, **({"changes": changed} if changed else {}))
         for j, captured in zip(wanted, capture(wanted, checkout), strict=True):
             progress(f"{variant}: {j['operator']}, batch {j['batch']}")
             found += rows(j, captured, variant)
