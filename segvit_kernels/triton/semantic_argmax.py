@@ -424,6 +424,21 @@ def _place(pixel, step, offset, cells):
 
 
 @triton.jit
+def _tile(index, H, W, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """Of tile ``index`` of all images its image, first row and column, and rows and columns of its pixels.
+
+    Past the edge the last pixel again, so that there is nothing to leave out.
+    """
+    columns = tl.cdiv(W, TILE_X)
+    tiles = tl.cdiv(H, TILE_Y) * columns
+    y0 = index % tiles // columns * TILE_Y
+    x0 = index % tiles % columns * TILE_X
+    pixel = tl.arange(0, TILE_Y * TILE_X)
+    y, x = tl.minimum(y0 + pixel // TILE_X, H - 1), tl.minimum(x0 + pixel % TILE_X, W - 1)
+    return index // tiles, y0, x0, y, x
+
+
+@triton.jit
 def _add_blocks(
     acc, cells_ptr, probs_ptr, info_ptr, view, ay, by, ax, bx, y, x, y0, x0, share, column,
     PADDED_Q: tl.constexpr, PADDED_C: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -498,14 +513,7 @@ def _semantic_argmax_kernel(
     VIEWS: tl.constexpr = layout_ptr is not None
     PADDED_C: tl.constexpr = TURNS * (N0 + N1 + N2)
     PIXELS: tl.constexpr = TILE_Y * TILE_X
-    columns = tl.cdiv(W, TILE_X)
-    tiles = tl.cdiv(H, TILE_Y) * columns
-    b = tl.program_id(0) // tiles
-    y0 = tl.program_id(0) % tiles // columns * TILE_Y
-    x0 = tl.program_id(0) % tiles % columns * TILE_X
-    pixel = tl.arange(0, PIXELS)
-    # Past the edge the last pixel again, so that there is nothing to leave out.
-    y, x = tl.minimum(y0 + pixel // TILE_X, H - 1), tl.minimum(x0 + pixel % TILE_X, W - 1)
+    b, y0, x0, y, x = _tile(tl.program_id(0), H, W, TILE_Y, TILE_X)
 
     first_view, last_view = b, b + 1
     if VIEWS:

@@ -21,7 +21,7 @@ from torch import Tensor
 from segvit_kernels.triton import semantic_argmax
 from segvit_kernels.triton._launch import Launch, cdiv
 from segvit_kernels.triton._plan import planned
-from segvit_kernels.triton.semantic_argmax import _add_blocks, _add_views, _some_class, _zeros
+from segvit_kernels.triton.semantic_argmax import _add_blocks, _add_views, _some_class, _tile, _zeros
 
 
 @triton.jit
@@ -70,13 +70,7 @@ def _semantic_topk_kernel(
     VIEWS: tl.constexpr = layout_ptr is not None
     PADDED_C: tl.constexpr = TURNS * (N0 + N1 + N2)
     PIXELS: tl.constexpr = TILE_Y * TILE_X
-    columns = tl.cdiv(W, TILE_X)
-    tiles = tl.cdiv(H, TILE_Y) * columns
-    b = tl.program_id(0) // tiles
-    y0 = tl.program_id(0) % tiles // columns * TILE_Y
-    x0 = tl.program_id(0) % tiles % columns * TILE_X
-    pixel = tl.arange(0, PIXELS)
-    y, x = tl.minimum(y0 + pixel // TILE_X, H - 1), tl.minimum(x0 + pixel % TILE_X, W - 1)
+    b, y0, x0, y, x = _tile(tl.program_id(0), H, W, TILE_Y, TILE_X)
     groups = tl.full([PIXELS], 1.0, tl.float32)
 
     total = tl.zeros([PIXELS], tl.float32)
