@@ -208,7 +208,7 @@ def _tensors(shapes: dict[str, Any]) -> dict[str, torch.Tensor]:
         whole = isinstance(shape, list) and all(
             isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape
         )
-        if whole and len(shape) < 8 and math.prod(shape) <= 1 << 14:
+        if whole and len(shape) < 8 and max(shape, default=0) <= 1 << 14 and math.prod(shape) <= 1 << 14:
             found[name.encode("utf-8", "replace").decode()] = torch.zeros(shape)
     return found
 
