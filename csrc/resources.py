@@ -63,11 +63,16 @@ def demangled(names: list[str]) -> list[str]:
     ]
 
 
+def plain() -> str:
+    """The newest plain architecture that is compiled for, which a fat binary has the PTX of: "80"."""
+    return max((a for a in build.parse([]).archs.split(";") if a.isdigit()), default="80", key=int)
+
+
 def ptx(arch: str) -> list[str]:
-    """The PTX of each CUDA source for one plain architecture, "80"."""
+    """The PTX of each CUDA source for one plain architecture, "80"; compiled where it is not at hand."""
     args = build.parse([])
-    if arch != max((a for a in args.archs.split(";") if a.isdigit()), default=None, key=int):
-        args.archs = arch  # a fat binary has PTX of the newest plain one alone
+    if arch != plain() or arch not in args.archs.split(";"):
+        args.archs = arch
     found = []
     for path in build.objects(args, "cuda_").values():
         command = [find_cuobjdump(), "-ptx", str(path)]

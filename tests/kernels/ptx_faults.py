@@ -237,7 +237,7 @@ PLANTS = {
     ),
 }  # fmt: skip
 if ptx_native.missing() is None:
-    plant = functools.partial(Plant, arch=A, machine=ptx_native.machine)
+    plant = functools.partial(Plant, arch=f"sm_{ptx_native.resources.plain()}", machine=ptx_native.machine)
     PLANTS |= {
         "nvcc: a barrier less": plant(nvcc_norm, expected="race", pattern=BARRIER),
         "nvcc: a barrier less after a wait": plant(nvcc_attention, expected="race", pattern=BARRIER),

@@ -43,7 +43,7 @@ def test_every_cuda_kernel():
     """What nvcc makes of csrc/cuda, in place of the emulator's fibers; the whole battery: ``make ptx``."""
     if reason := ptx_native.missing():
         pytest.skip(reason)
-    printed = run("ptx_native.py", "sm_80", "bf16")
+    printed = run("ptx_native.py", f"sm_{ptx_native.resources.plain()}", "bf16")
     assert printed.rstrip().endswith("never: []")
 
 
