@@ -184,11 +184,23 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def _backend_of(item: pytest.Item) -> object:
+    """The row of tests/kernels/backends.py, or the name, that a test is for, by its name; ``None``: none."""
+    call = getattr(item, "callspec", None)
+    backend = call.params.get("backend") if call else None
+    return getattr(backend, "id", backend)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "SEGVIT_PTX" in os.environ:
         if os.environ.get("SEGVIT_PTX_DTYPES") == "turns":
             items[:] = importlib.import_module("ptx_coverage").in_turn(items)
         return
+    if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SEGVIT_DTYPES") != "all":
+        # What Python does of a kernel is the same in every dtype, and slow: each case in one of them.
+        interpreted = [item for item in items if _backend_of(item) == "triton"]
+        kept = {id(item) for item in importlib.import_module("ptx_coverage").in_turn(interpreted)}
+        items[:] = [item for item in items if id(item) in kept or _backend_of(item) != "triton"]
     if not torch.cuda.is_available():
         reason = "needs a CUDA or ROCm device, this machine has none"
     elif os.environ.get("TRITON_INTERPRET") == "1":
