@@ -27,6 +27,7 @@ from segvit.exporting import metadata, open_model
 from segvit.inference.record import Record
 from segvit.model.convert import infer_config
 from segvit.model.pretrained import open_pretrained, statistics_told
+from segvit.model.rotary_weights import told_by_names
 from segvit.system.text import parse_yaml
 
 INPUTS = 12  # of each parser
@@ -245,6 +246,8 @@ def test_patterns_of_shards_are_bounded():
     for pattern in ("{0..99999}{0..99}.tar", "{0..9}" * 700 + ".tar"):
         with pytest.raises(ValueError, match="data: got"):
             Shards(pattern)
+    with pytest.raises(FileNotFoundError, match=r"nowhere/a\*\*\.tar"):
+        Shards("nowhere/a**.tar")
 
 
 def test_a_record_with_other_lines_is_refused(tmp_path):
@@ -289,6 +292,22 @@ def test_weights_of_other_shapes(tmp_path):
     del vit["blocks.0.attn.k.weight"]
     with pytest.raises(ValueError, match="of another shape"):
         open_pretrained({**vit, "blocks.0.mlp.fc1.weight": torch.zeros(())}).backbone_config()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patch_embed.proj.weight": ()},
+        {"rope_embed.periods": ()},
+        {"rope_embed.periods": (0,)},
+        {"rope.freqs_cos": (4, 0)},
+        {"attn_pool.probe": (1,), "norm_pre.weight": (8,), "pos_embed": (1, 0, 8), "cls_token": (1, 1, 8)},
+    ],
+    ids=str,
+)
+def test_names_of_rotary_weights_with_other_shapes_tell_nothing(changes):
+    shapes = {"patch_embed.proj.weight": (8, 3, 4, 4), **changes}
+    assert told_by_names({name: torch.zeros(shape) for name, shape in shapes.items()}) == {}
 
 
 def test_packed_weights_of_another_form():

@@ -143,7 +143,9 @@ def _expand(pattern: str) -> list[File]:
     names = ["".join(parts) for parts in itertools.product(*choices, [text])]
     paths: list[File] = [file_at(name) for name in names]
     if any("*" in name for name in names):
-        found: list[list[File]] = [sorted(one.parent.glob(one.name), key=str) for one in paths]
+        # Two in a row are one: to `glob` they would be folders.
+        globs = [(one.parent, re.sub(r"\*+", "*", one.name)) for one in paths]
+        found: list[list[File]] = [sorted(parent.glob(name), key=str) for parent, name in globs]
         paths = [path for some in found for path in some]
     return paths
 

@@ -27,7 +27,7 @@ def told_by_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = timm_names(state_dict)
     kernel = names.get("patch_embed.proj.weight")
-    if kernel is None:
+    if kernel is None or not kernel.ndim:
         return {}
     width = kernel.shape[0]
     for name, read in (("rope_embed.periods", _dinov3), ("rope.freqs_cos", _eva02)):
@@ -39,6 +39,8 @@ def told_by_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dinov3(periods: Tensor, width: int) -> dict[str, Any]:
+    if periods.ndim != 1 or not len(periods):
+        return {}
     channels = 4 * len(periods)
     rotary = RotaryConfig(rescale=2.0)
     expected = rotary.base ** (torch.arange(len(periods)).double() * 4 / channels)
@@ -49,7 +51,7 @@ def _dinov3(periods: Tensor, width: int) -> dict[str, Any]:
 
 
 def _eva02(cosines: Tensor, width: int) -> dict[str, Any]:
-    if cosines.ndim != 2 or cosines.shape[1] % 4 or width % cosines.shape[1]:
+    if cosines.ndim != 2 or not cosines.numel() or cosines.shape[1] % 4 or width % cosines.shape[1]:
         return {}
     side, channels = math.isqrt(len(cosines)), cosines.shape[1]
     if side < 2 or side * side != len(cosines):
@@ -64,8 +66,10 @@ def _eva02(cosines: Tensor, width: int) -> dict[str, Any]:
 
 
 def _perception_encoder(names: Mapping[str, Tensor]) -> dict[str, Any]:
-    width, prefix = names["pos_embed"].shape[2], int("cls_token" in names)
-    side = math.isqrt(names["pos_embed"].shape[1] - prefix)
+    shape, prefix = names["pos_embed"].shape, int("cls_token" in names)
+    if len(shape) != 3 or shape[1] <= prefix:
+        return {}
+    width, side = shape[2], math.isqrt(shape[1] - prefix)
     rotary = RotaryConfig("index", base=10000.0, grid=(side, side), offset=float(prefix))
     told = {"rotary": rotary, "rotary_layout": (NEIGHBOURS, "xy"), "position_resize": "bilinear"}
     told["heads"] = 16 if width == 1536 else max(1, width // 64)  # those of G have 96 channels
