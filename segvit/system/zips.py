@@ -84,18 +84,17 @@ class ZipPath(_Path):
         return path, status, _contents(path, status.st_size, status.st_mtime_ns), name
 
     def is_dir(self, **options: Any) -> bool:
-        try:
-            _, _, contents, name = self._found()
-        except FileNotFoundError:
-            return False
-        return name in contents.folders
+        return self._is_in("folders")
 
     def is_file(self, **options: Any) -> bool:
+        return self._is_in("files")
+
+    def _is_in(self, kind: str) -> bool:
         try:
             _, _, contents, name = self._found()
         except FileNotFoundError:
             return False
-        return name in contents.files
+        return name in getattr(contents, kind)
 
     def exists(self, **options: Any) -> bool:
         return self.is_file() or self.is_dir()
