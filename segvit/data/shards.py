@@ -158,10 +158,12 @@ def _listed(path: File) -> list[str]:
 
 
 def _can_name_a_file(name: Any) -> bool:
+    """Below the list's folder, as `segvit data pack` writes them."""
     try:
-        return isinstance(name, str) and 0 < len(name) < 1000 and b"\0" not in os.fsencode(name)
+        held = isinstance(name, str) and 0 < len(name) < 1000 and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # a lone surrogate, which JSON can write
         return False
+    return held and not os.path.isabs(name) and ".." not in name.split("/")
 
 
 def _indices(tars: Sequence[File]) -> Iterable[dict[str, Any]]:
