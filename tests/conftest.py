@@ -1,5 +1,6 @@
 """Fixtures and guards of the whole suite. How Triton runs is chosen before anything of ours imports it."""
 
+import collections
 import contextlib
 import functools
 import importlib
@@ -24,6 +25,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def interpreted(given: str | None, device: bool, markers: str) -> bool:
@@ -191,15 +193,36 @@ def _backend_of(item: pytest.Item) -> object:
     return getattr(backend, "id", backend)
 
 
+def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
+    """One dtype of each case on each backend: the first case's first, the second's second, and so on.
+
+    Of a test that has fewer cases than dtypes, all. What only the other dtypes of a case would show is the
+    product of a shape and a dtype: every shape and every dtype of every kernel remain.
+    """
+    families: dict[object, dict[str, list[pytest.Item]]] = collections.defaultdict(dict)
+    for item in items:
+        given = dict((getattr(item, "callspec", None) and item.callspec.params) or {})
+        if given.pop("dtype", None) in FLOATS:
+            family = item.path, item.originalname, repr(given.pop("backend", None))
+            families[family].setdefault(repr(sorted(given.items())), []).append(item)
+    left_out: set[int] = set()
+    for cases in families.values():
+        if len(cases) >= max(map(len, cases.values())):
+            for number, dtypes in enumerate(cases.values()):
+                kept = dtypes[number % len(dtypes)]
+                left_out |= {id(item) for item in dtypes if item is not kept}
+    return [item for item in items if id(item) not in left_out]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "SEGVIT_PTX" in os.environ:
         if os.environ.get("SEGVIT_PTX_DTYPES") == "turns":
-            items[:] = importlib.import_module("ptx_coverage").in_turn(items)
+            items[:] = in_turn(items)
         return
     if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("SEGVIT_DTYPES") != "all":
         # What Python does of a kernel is the same in every dtype, and slow: each case in one of them.
         interpreted = [item for item in items if _backend_of(item) == "triton"]
-        kept = {id(item) for item in importlib.import_module("ptx_coverage").in_turn(interpreted)}
+        kept = {id(item) for item in in_turn(interpreted)}
         items[:] = [item for item in items if id(item) in kept or _backend_of(item) != "triton"]
     if not torch.cuda.is_available():
         reason = "needs a CUDA or ROCm device, this machine has none"

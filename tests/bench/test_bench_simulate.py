@@ -56,7 +56,9 @@ def captured(monkeypatch, tmp_path):
 
 
 def test_two_checkouts_and_two_configurations_beside_each_other(captured, tmp_path, capsys):
-    (tmp_path / "old" / "segvit_kernels" / "triton").mkdir(parents=True)
+    operator = tmp_path / "old" / "bench" / "operators" / "atm.py"
+    operator.parent.mkdir(parents=True)
+    operator.touch()
     changes, out = tmp_path / "changes.json", tmp_path / "found.json"
     changes.write_text(json.dumps({"atm_fwd half 32": {"num_stages": 2}}))
     arguments = ["simulate", "atm", "--batch", "16", "--before", str(tmp_path / "old")]

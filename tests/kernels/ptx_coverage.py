@@ -28,27 +28,6 @@ ANY = "any"  # of kernels that depend on no dtype
 COLUMNS = ("fp32", "fp16", "bf16", ANY)
 
 
-def in_turn(items: list[Any]) -> list[Any]:
-    """One dtype of each case on each backend: the first case's first, the second's second, and so on.
-
-    Of a test that has fewer cases than dtypes, all. What only the other dtypes of a case would show is the
-    product of a shape and a dtype: every shape and every dtype of every kernel remain.
-    """
-    families: dict[Any, dict[Any, list[Any]]] = collections.defaultdict(dict)
-    for item in items:
-        given = dict((getattr(item, "callspec", None) and item.callspec.params) or {})
-        if given.pop("dtype", None) in FLOATS:
-            family = item.path, item.originalname, repr(given.pop("backend", None))
-            families[family].setdefault(repr(sorted(given.items())), []).append(item)
-    left_out: set[int] = set()
-    for cases in families.values():
-        if len(cases) >= max(map(len, cases.values())):
-            for number, dtypes in enumerate(cases.values()):
-                kept = dtypes[number % len(dtypes)]
-                left_out |= {id(item) for item in dtypes if item is not kept}
-    return [item for item in items if id(item) not in left_out]
-
-
 def column(dtypes: Iterable[Any]) -> str:
     """Where a kernel with tensors of these dtypes stands: half precision before single, else "any"."""
     found = {FLOATS.get(dtype) for dtype in dtypes}

@@ -14,6 +14,7 @@ import ptx_native
 import ptx_text
 import pytest
 import torch
+from conftest import in_turn
 
 from segvit_kernels.testing import ptx
 
@@ -96,8 +97,8 @@ def test_one_dtype_of_each_case_in_turn():
         item("cases", case="a"),
         item("cases", case="b"),
     ]
-    assert ptx_coverage.in_turn([*many, *few, *others]) == [many[0], many[3], many[4], *few, *others]
-    assert [x for x in ptx_coverage.in_turn(both) if x in many] == [many[0], many[3], many[4]]
+    assert in_turn([*many, *few, *others]) == [many[0], many[3], many[4], *few, *others]
+    assert [x for x in in_turn(both) if x in many] == [many[0], many[3], many[4]]
 
 
 def test_a_kernel_that_was_not_executed_is_said():
