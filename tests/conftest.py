@@ -52,6 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
     given = os.environ.get("TRITON_INTERPRET")
     if interpreted(given, torch.cuda.is_available(), config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"
+        import interpreter
+
+        interpreter.quicken()
         # The operators' definition, whether the native library is built or not; tests name other backends.
         os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
 
