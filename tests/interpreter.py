@@ -28,7 +28,7 @@ def quicken() -> None:
 
 
 def _patched_once(plain: Any) -> Any:
-    """All that functions of kernels see is replaced where a launch begins; within it nothing is left to do."""
+    """All that functions of kernels see is replaced where a launch begins; within it nothing is left."""
     everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     active = False
 
