@@ -18,9 +18,10 @@ from bench.report import figures
 from bench.report.tables import kernels as tables
 from bench.simulator.machine import MULTIPROCESSORS
 from bench.subjects import operators, parameters
-from bench.subjects.operators import atm, comparison
+from bench.subjects.operators import atm, comparison, mask_matching
 from bench.suites import cpu, kernels, scaling, tune
-from segvit_kernels import _native
+from segvit_kernels import _native, mask_matching_cost_reference
+from segvit_kernels.testing.mask_loss import MaskLossCase
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -562,3 +563,15 @@ def test_pinned_files_keep_their_form(tmp_path):
 )
 def test_how_many_programs_fit_a_multiprocessor(warps, registers, shared, programs):
     assert MULTIPROCESSORS["sm_90"].fitting(warps, registers, shared) == programs
+
+
+@pytest.mark.parametrize("targets", ["labels", "bool", "soft"])
+def test_products_are_what_matching_means(targets):
+    """The oracle of large shapes, in float64, beside the definition, which holds every pair at every pixel."""
+    count = {} if targets == "labels" else {"num_targets": 4}
+    case = MaskLossCase("tiny", 2, 5, ((4, 3),), (24, 20), targets, **count)
+    drawn = case.inputs(torch.float64, torch.device("cpu"), seed=0)
+    arguments = {name: drawn[name] for name in ("mask_logits", "targets", "num_classes") if name in drawn}
+    arguments["mask_logits"] = 30 * arguments["mask_logits"]  # where softplus of PyTorch is not exact
+    expected = mask_matching_cost_reference(**arguments)
+    torch.testing.assert_close(mask_matching.products(**arguments), tuple(expected), rtol=1e-12, atol=1e-12)

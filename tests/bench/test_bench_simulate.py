@@ -56,6 +56,7 @@ def captured(monkeypatch, tmp_path):
 
 
 def test_two_checkouts_and_two_configurations_beside_each_other(captured, tmp_path, capsys):
+    (tmp_path / "old" / "segvit_kernels" / "triton").mkdir(parents=True)
     operator = tmp_path / "old" / "bench" / "operators" / "atm.py"
     operator.parent.mkdir(parents=True)
     operator.touch()
