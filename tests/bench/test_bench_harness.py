@@ -567,7 +567,7 @@ def test_how_many_programs_fit_a_multiprocessor(warps, registers, shared, progra
 
 @pytest.mark.parametrize("targets", ["labels", "bool", "soft"])
 def test_products_are_what_matching_means(targets):
-    """The oracle of large shapes, in float64, beside the definition, which holds every pair at every pixel."""
+    """The oracle of large shapes beside the definition, which holds every pair at every pixel; in float64."""
     count = {} if targets == "labels" else {"num_targets": 4}
     case = MaskLossCase("tiny", 2, 5, ((4, 3),), (24, 20), targets, **count)
     drawn = case.inputs(torch.float64, torch.device("cpu"), seed=0)

@@ -159,7 +159,9 @@ def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> li
             own = {**arguments, "targets": cut(arguments["targets"])}
             parts = cut(arguments["mask_logits"]).to(dtype).split(some, 1)
             found = zip(*(products(**{**own, "mask_logits": part}) for part in parts), strict=True)
-            return {name: torch.cat(costs, 1) for name, costs in zip(MatchingCost._fields, found, strict=True)}
+            return {
+                name: torch.cat(costs, 1) for name, costs in zip(MatchingCost._fields, found, strict=True)
+            }
 
         return by_image(case.batch, one)
 
