@@ -294,6 +294,30 @@ std::vector<Tensor> mask_loss_bwd(Tensor grad_sums, std::vector<Tensor> mask_log
   return results;
 }
 
+namespace {
+
+// MaskMatching::occurs of masks that are kept in bytes: every task would look for its targets in all of them.
+std::vector<char> occurrences(const MaskTargets& targets, int64_t batch) {
+  if (targets.type != Target::boolean) return {};
+  int64_t pieces = (targets.width + kMaskPiece - 1) / kMaskPiece, each = targets.height * pieces;
+  std::vector<char> found(batch * targets.count * each);
+  parallel(batch * targets.count, [&](int64_t task) {
+    const char* row = targets.data + task / targets.count * targets.image_stride +
+                      task % targets.count * targets.mask_stride;
+    char* out = found.data() + task * each;
+    for (int64_t y = 0; y < targets.height; ++y, row += targets.row_stride) {
+      for (int64_t left = 0; left < targets.width; left += kMaskPiece) {
+        char any = 0;
+        for (int64_t i = left; i < std::min(left + kMaskPiece, targets.width); ++i) any |= row[i];
+        *out++ = any;
+      }
+    }
+  });
+  return found;
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor targets, int64_t num_classes,
                                                       double focal_alpha, double focal_gamma) {
   Problem problem({mask_logits}, targets, num_classes);
@@ -303,8 +327,11 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
   Tensor totals = empty(mask_logits, {3, batch, queries}, ScalarType::Float);
   // A register of 16 labels has 16 classes at most.
   int64_t depth = std::max<int64_t>(1, problem.labels() ? std::min<int64_t>(16, num_classes) : num_classes);
-  int64_t pixels = kTilePixels / depth, rows = std::clamp<int64_t>(pixels / 16, 1, 16);
+  // Rows between two of the grid have the same logits above and below: a piece ends with them.
+  int64_t band = (problem.targets.height + problem.entries[0].rows.source - 1) / problem.entries[0].rows.source;
+  int64_t pixels = kTilePixels / depth, rows = std::clamp<int64_t>(std::min(pixels / 16, band), 1, 16);
   int64_t columns = std::clamp<int64_t>(pixels / rows / 16 * 16, 16, width);
+  std::vector<char> occurs = occurrences(problem.targets, batch);
   MaskMatching args{problem.targets,
                     problem.entries[0],
                     batch,
@@ -315,15 +342,16 @@ std::tuple<Tensor, Tensor, Tensor> mask_matching_sums(Tensor mask_logits, Tensor
                     rows,
                     columns,
                     depth,
+                    occurs.empty() ? nullptr : occurs.data(),
                     data<float>(products),
                     data<float>(totals)};
   int64_t block = std::clamp<int64_t>((queries + 7) / 8, 4, 16), blocks = (queries + block - 1) / block;
   pixels = rows * columns;
-  size_t bytes = 3 * block * (num_classes + 1) * sizeof(double) + 2 * num_classes * sizeof(int32_t) +
+  size_t bytes = 3 * block * (num_classes + 1) * sizeof(double) + 3 * num_classes * sizeof(int32_t) +
                  pixels / 4 * (20 + 16 * depth) + 4 * pixels * (depth + 1) +
                  4 * (3 * 16 * (problem.labels() ? std::min(num_classes, pixels) : num_classes) + 2 * width +
                       columns + 2 * (problem.grid_width + 32)) +
-                 16 * 64;
+                 17 * 64;
   auto* kernel = SEGVIT_PICK(mask_matching);
   parallel(batch * blocks, [&](int64_t task) {
     int64_t begin = task % blocks * block;

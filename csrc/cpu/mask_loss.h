@@ -6,6 +6,8 @@ namespace segvit {
 
 // The most rows of a strip.
 constexpr int64_t kMaskRows = 32;
+// Columns that MaskMatching::occurs knows together.
+constexpr int64_t kMaskPiece = 64;
 
 // Labels (integers), then masks.
 enum class Target : int32_t { u8, i8, i16, i32, i64, boolean, f32, f16, bf16, f64 };
@@ -89,6 +91,8 @@ struct MaskMatching {
   // Pieces of the image: pixels, columns a multiple of 16; chunk_targets: the most that a register of them
   // has.
   int64_t chunk_rows, chunk_columns, chunk_targets;
+  // Of every mask (batch, count), row and kMaskPiece columns, whether there are pixels; null: there may be.
+  const char* occurs;
   float *products, *totals;  // (3, batch, queries, count) and (3, batch, queries)
 };
 

@@ -252,17 +252,18 @@ SEGVIT_INLINE int64_t row_buffer(int64_t width) { return 2 * (padded(width) + 16
 // Row y of a grid, upsampled to columns begin...end and times log2(e).
 void upsample_row(const MaskEntry& entry, int64_t image, int64_t query, int64_t y, float* buffer, float* out,
                   int64_t begin, int64_t end) {
-  int64_t width = entry.columns.source;
+  const int32_t* cells = entry.columns.cell;
+  int64_t width = entry.columns.source, first = cells[begin], past = min_of<int64_t>(cells[end - 1] + 2, width);
   float* row = buffer + row_buffer(width) / 2;
-  int64_t offset = image * entry.image_stride + query * entry.query_stride + y * entry.row_stride;
-  const float* logits = floats(entry.type, entry.logits + offset * size_of(entry.type), width, buffer);
-  for (int64_t i = 0; i < width; ++i) row[i] = logits[i] * kLog2e;
-  for (int64_t i = width; i < padded(width) + 16; ++i) row[i] = 0;
+  int64_t offset = image * entry.image_stride + query * entry.query_stride + y * entry.row_stride + first;
+  const float* logits = floats(entry.type, entry.logits + offset * size_of(entry.type), past - first, buffer);
+  for (int64_t i = first; i < past; ++i) row[i] = logits[i - first] * kLog2e;
+  for (int64_t i = past; i < min_of<int64_t>(past + kWidth, padded(width) + 16); ++i) row[i] = 0;
   for (int64_t i = begin; i < end; i += kWidth) {
-    IVec cell = load_ints(entry.columns.cell + i);
+    IVec cell = load_ints(cells + i);
     Vec weight = load(entry.columns.weight + i), left, right;
-    int32_t base = entry.columns.cell[i];
-    if (entry.columns.cell[i + kWidth - 1] - base < kWidth) {
+    int32_t base = cells[i];
+    if (cells[i + kWidth - 1] - base < kWidth) {
       left = permute(load(row + base), cell - base);
       right = permute(load(row + base + 1), cell - base);
     } else {
@@ -691,17 +692,30 @@ void runs_of_labels(const Tile& tile, float* values, Runs& runs) {
   }
 }
 
-// One tile a mask, `stride` apart.
-void runs_of_masks(const Tile& tile, int64_t stride, int64_t count, Runs& runs) {
+// Whether a mask may have pixels in rows top...bottom of columns left...right.
+bool may_occur(const MaskMatching& args, int64_t image, int64_t mask, int64_t top, int64_t bottom, int64_t left,
+               int64_t right) {
+  if (!args.occurs) return true;
+  const MaskTargets& targets = args.targets;
+  int64_t pieces = (targets.width + kMaskPiece - 1) / kMaskPiece;
+  const char* row = args.occurs + ((image * targets.count + mask) * targets.height + top) * pieces;
+  for (; top < bottom; ++top, row += pieces)
+    for (int64_t i = left / kMaskPiece; i * kMaskPiece < right; ++i)
+      if (row[i]) return true;
+  return false;
+}
+
+// One tile for each of `count` masks, `stride` apart.
+void runs_of_masks(const Tile& tile, int64_t stride, const int32_t* masks, int64_t count, Runs& runs) {
   runs.clear();
   for (int64_t k = 0; k < tile.columns(); ++k) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       bool whole = true;
-      for (int64_t mask = 0; mask < count; ++mask) {
-        const int32_t* t = tile.at(k, r) + mask * stride;
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t* t = tile.at(k, r) + i * stride;
         if (all(equal(load_ints(t), IVec{}))) continue;
         bool ones = all(equal(load_ints(t), IVec{} + 0x3f800000));
-        runs.add(static_cast<int32_t>(mask), ones ? nullptr : reinterpret_cast<const float*>(t));
+        runs.add(masks[i], ones ? nullptr : reinterpret_cast<const float*>(t));
         whole &= ones;
       }
       runs.close(k, r, whole);
@@ -766,7 +780,7 @@ void mask_matching(const MaskMatching& args, int64_t image, int64_t begin, int64
   float* buffer = arena.take<float>(columns);
   float* grid_buffer = arena.take<float>(row_buffer(entry.columns.source));
   float* values = arena.take<float>(pixels * depth);  // of masks, or of labels' mixed vectors
-  int32_t* codes = arena.take<int32_t>(pixels);
+  int32_t *codes = arena.take<int32_t>(pixels), *present = arena.take<int32_t>(count);
   __builtin_memset(products, 0, 3 * queries * count * sizeof(double));
   __builtin_memset(totals, 0, 3 * queries * sizeof(double));
   for (int64_t i = 0; i < count; ++i) runs.slot_of[i] = -1;
@@ -778,11 +792,14 @@ void mask_matching(const MaskMatching& args, int64_t image, int64_t begin, int64
       fill_labels(tile, targets, image, top, left, reinterpret_cast<int32_t*>(buffer));
       runs_of_labels(tile, values, runs);
     } else {
+      int64_t found = 0;
       for (int64_t mask = 0; mask < count; ++mask) {
-        Tile one{tile.data + mask * pixels, rows, tile.width};
+        if (!may_occur(args, image, mask, top, top + rows, left, left + tile.width)) continue;
+        Tile one{tile.data + found * pixels, rows, tile.width};
         fill_mask(one, targets, image, mask, top, left, buffer);
+        present[found++] = static_cast<int32_t>(mask);
       }
-      runs_of_masks(tile, pixels, count, runs);
+      runs_of_masks(tile, pixels, present, found, runs);
     }
     for (int64_t i = 0; i < queries; ++i) {
       GridRows grid{upper, lower, y, y + 1 == entry.rows.source};

@@ -65,6 +65,13 @@ def _read(masks: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
 
 
+def _in_rows(points: Tensor, size: Sequence[int]) -> Tensor:
+    """Points (1, P, 2) in the order of the pixels of ``size``: what is read next lies beside what was."""
+    height, width = size
+    order = ((points[0, :, 1] * height).floor() * width + points[0, :, 0] * width).argsort()
+    return points[:, order]
+
+
 def _parts(pairs: int, each: int, device: torch.device) -> Iterator[slice]:
     """Pairs of ``each`` bytes, as many at a time as the budget holds."""
     step = max(1, _BUDGETS.get(device.type, _BUDGET) // each)
@@ -115,8 +122,25 @@ def _neighbours(points: Tensor, size: int, cells: int) -> Iterator[tuple[Tensor,
         yield cell.clamp_(0, cells - 1).long(), weight * inside
 
 
+def _read_every(targets: Tensor, points: Tensor) -> Tensor:
+    """(M, P) of targets (M, H, W) at points (1, P, 2): what lies beside each other is read together."""
+    height, width = targets.shape[1:]
+    columns = list(_neighbours(points[0, :, 0], width, width))
+    pairs = [
+        (row * width + column, row_weight * weight)
+        for row, row_weight in _neighbours(points[0, :, 1], height, height)
+        for column, weight in columns
+    ]
+    index = torch.stack([place for place, _ in pairs], 1).view(1, -1)
+    values = targets.flatten(1).gather(1, index.expand(len(targets), -1)).unflatten(1, (-1, 4))
+    result = points.new_zeros(values.shape[:2])
+    for value, (_, weight) in zip(values.unbind(2), pairs, strict=True):
+        result.addcmul_(value.to(points.dtype), weight)
+    return result
+
+
 def _read_targets(targets: Tensor, chosen: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:
-    """Targets ``chosen`` (k,) of (M, H, W) at points (k or 1, P, 2) of ``size``, that they are padded to."""
+    """Targets ``chosen`` (k,) of (M, H, W) at points (k, P, 2) of ``size``, that they are padded to."""
     height, width = targets.shape[1:]
     flat, first = targets.reshape(-1), chosen[:, None] * (height * width)
     result = points.new_zeros(len(chosen), points.shape[1])
@@ -379,9 +403,9 @@ def mask_matching_cost_at_points(
             if points is None
             else points[i : i + 1]
         )
-        x = _read(masks[None].to(dtype), own)[0]  # (Q, P)
-        every = torch.arange(len(target), device=target.device)
-        t = _read_targets(target, every, own.to(dtype), target.shape[1:])
+        own = _in_rows(own, target.shape[1:])
+        x = _read(masks[:, None].to(dtype), own.expand(len(masks), -1, -1))[:, 0]  # (Q, P)
+        t = _read_every(target, own.to(dtype))
         outside, p = F.softplus(x, threshold=80.0), x.sigmoid()  # e⁸⁰ is a float32, e⁻⁸⁰ no float64 beside 80
         bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]
         dice = 1 - (2 * p @ t.mT + 1) / (p.sum(1)[:, None] + t.sum(1) + 1)

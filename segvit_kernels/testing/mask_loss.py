@@ -17,8 +17,8 @@ LOSSES = ("focal", "bce", "dice")
 class MaskLossCase:
     """Sizes and options of one call of ``mask_loss``.
 
-    ``targets`` is "labels", "bool" or "soft" (masks), or a constant label that every pixel has. With
-    ``matched`` the queries have random targets, some of them none.
+    ``targets`` is "labels", "bool", "soft" or "segments" (masks; the last are bool and share no pixel), or a
+    constant label that every pixel has. With ``matched`` the queries have random targets, some of them none.
     """
 
     name: str
@@ -46,6 +46,13 @@ class MaskLossCase:
             rough = torch.randn(self.batch, count, 3, 3, generator=generator)
             masks = (2 * torch.nn.functional.interpolate(rough, self.size, mode="bilinear")).clamp(0, 1)
             inputs["targets"] = (masks > 0.5 if self.targets == "bool" else masks.to(dtype)).to(device)
+        elif self.targets == "segments":
+            # Each pixel is of the nearest of random places: masks that share no pixel, as those of a picture.
+            places = torch.rand(self.batch, count, 2, generator=generator)
+            rows, columns = (((torch.arange(n) + 0.5) / n)[:, None] for n in self.size)
+            down, across = (rows - places[:, None, :, 0]) ** 2, (columns - places[:, None, :, 1]) ** 2
+            nearest = torch.stack([(row[:, None] + across).argmin(2) for row in down.unbind(1)], 1)
+            inputs["targets"] = (nearest[:, None] == torch.arange(count)[:, None, None]).to(device)
         else:
             # Large regions, so that many classes are absent; 255 where nothing is labelled.
             cells = torch.randint(-1, count, (self.batch, 1, 3, 4), generator=generator)

@@ -31,6 +31,7 @@ SHAPES = (
     MaskLossCase("mask2former", 1, 100, ((160, 160),), (640, 640), "bool", 20),
     MaskLossCase("mask2former 1024", 1, 100, ((256, 256),), (1024, 1024), "bool", 50),
     MaskLossCase("ade_vit_l", 1, 150, ((40, 40),), (640, 640)),
+    MaskLossCase("panoptic 1024", 1, 100, ((256, 256),), (1024, 1024), "segments", 50),
 )
 TINY = MaskLossCase("tiny", 1, 5, ((4, 4),), (24, 20), "bool", 3)
 # Elements (query × pixel) of one map that a check holds.
@@ -172,6 +173,6 @@ def judge(check: Check, drawn: dict[str, Any], results: dict[str, Tensor]) -> li
 OPERATOR = Operator.of(
     globals(),
     name="mask_matching",
-    cpu_shapes=(("ade_vit_l", 1), ("mask2former 1024", 1)),
+    cpu_shapes=(("ade_vit_l", 1), ("panoptic 1024", 1), ("mask2former 1024", 1)),
     modes=("forward",),
 )
