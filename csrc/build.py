@@ -234,9 +234,9 @@ def _plan(
             "--threads=2",
             *["-lineinfo"] * args.debug,
         ]
-        flags += [
-            f for f in ["--compress-mode=size"] if _knows([nvcc], [f], "cu")
-        ]  # a fifth; CUDA 12.8 and later
+        # A fifth of the size for a seventh of the time; CUDA 12.8 and later.
+        small = ["--compress-mode=size"] if ";" in args.archs else []
+        flags += [f for f in small if _knows([nvcc], [f], "cu")]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012", TORCH_VERSION, "-DUSE_CUDA"]
         flags += first
         flags += [*include, *_gencode(args.archs)]

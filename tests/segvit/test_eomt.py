@@ -271,8 +271,8 @@ def test_training_converges_and_exports(tmp_path, capsys):
 
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    assert main(["export", str(run), str(tmp_path / "any.onnx")]) == 0
-    session = runtime.InferenceSession(str(tmp_path / "any.onnx"), providers=["CPUExecutionProvider"])
+    assert main(["export", str(run), str(tmp_path / "fixed.onnx"), "--size", "37", "50"]) == 0
+    session = runtime.InferenceSession(str(tmp_path / "fixed.onnx"), providers=["CPUExecutionProvider"])
     images = pictures((37, 50), 1)
     (labels,) = session.run(None, {"pictures": images.numpy()})
     assert_same_up_to_ties(torch.from_numpy(labels), model, images)
