@@ -14,6 +14,7 @@
 // mask_matching_sums: one task is a block of queries. Targets of a piece of the image are cut into runs: rows
 // of a register of columns with the same targets throughout. Maps are summed over a run and added to the
 // run's targets; only registers that a target's border crosses are weighed. There is no product with zeros.
+// Masks in bytes are looked through once for where they have pixels.
 #include "mask_loss.h"
 
 #include "../operators.h"

@@ -135,10 +135,7 @@ LEFT_OUT = {
         "check_cases": FULL_SIZE,
         "pair_losses": "masks are timed at full size",
     },
-    "bench/subjects/operators/mask_matching.py": {
-        "check_cases": FULL_SIZE,
-        "_masks": "labels are timed at full size",
-    },
+    "bench/subjects/operators/mask_matching.py": {"check_cases": FULL_SIZE},
     "bench/subjects/operators/query_attention.py": {"check_cases": FULL_SIZE},
     "bench/subjects/operators/semantic_argmax.py": {
         "check_cases": FULL_SIZE,
