@@ -12,6 +12,7 @@ import os
 import sys
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
+import triton.language as tl
 from triton.runtime import interpreter as theirs
 import interpreter
 import segvit_kernels
@@ -26,12 +27,21 @@ def found(dtype):
     labels = semantic_argmax(logits, torch.rand(1, 5, 6), (17, 9), backend="triton")
     return [t.detach() for t in (out, masks, q.grad, k.grad, v.grad, labels)]
 
+def made(shape):
+    of = tl.block_type(tl.float16, shape) if shape else tl.float16
+    tensor = tl.tensor(None, of)
+    size = [tensor.numel.value, *(length.value for length in tensor.shape), *(of.shape if shape else ())]
+    return size, of.numel if shape else 1, str(tensor.dtype), str(tensor.type)
+
+shapes = ([], [8], [4, 8], [4, 8])
+tensors = [made(shape) for shape in shapes]
 plain = theirs._patch_lang
 before = [found(dtype) for dtype in (torch.float32, torch.float16)]
 interpreter.quicken()
 quick = theirs._patch_lang
 interpreter.quicken()
 after = [found(dtype) for dtype in (torch.float32, torch.float16)]
+assert tensors == [made(shape) for shape in shapes]
 equal = [torch.equal(a, b) for x, y in zip(before, after) for a, b in zip(x, y)]
 print(json.dumps({"equal": equal, "quickened": plain is not quick is theirs._patch_lang}))
 """
