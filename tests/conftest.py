@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import functools
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -52,9 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
     given = os.environ.get("TRITON_INTERPRET")
     if interpreted(given, torch.cuda.is_available(), config.option.markexpr):
         os.environ["TRITON_INTERPRET"] = "1"
-        import interpreter
+        if importlib.util.find_spec("triton"):
+            import interpreter
 
-        interpreter.quicken()
+            interpreter.quicken()
         # The operators' definition, whether the native library is built or not; tests name other backends.
         os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")
 

@@ -6,6 +6,7 @@ makes type, shape and size of every tensor anew. Here the first is done once a l
 
 import dataclasses
 import functools
+import math
 import types
 from typing import Any
 
@@ -65,10 +66,7 @@ def _by_element(plain: Any) -> Any:
 @functools.cache
 def _shape(sizes: tuple[int, ...]) -> tuple[Any, Any]:
     """Size and shape as a tensor holds them."""
-    size = 1
-    for length in sizes:
-        size *= length
-    return tl.constexpr(size), tl.tuple([tl.constexpr(length) for length in sizes])
+    return tl.constexpr(math.prod(sizes)), tl.tuple([tl.constexpr(length) for length in sizes])
 
 
 def _init_tensor(self: Any, handle: Any, type: Any) -> None:

@@ -60,8 +60,8 @@ def _computed(dtype: torch.dtype) -> torch.dtype:
 
 
 def _read(masks: Tensor, points: Tensor) -> Tensor:
-    """(n, C, P) of (n, C, h, w) at points (n, P, 2) of each image."""
-    grid = 2.0 * points[:, :, None].to(masks.dtype) - 1.0
+    """(n, C, P) of (n, C, h, w) at points (n, P, 2) of each image, or (1, P, 2) of all."""
+    grid = (2.0 * points[:, :, None].to(masks.dtype) - 1.0).expand(len(masks), -1, -1, -1)
     return F.grid_sample(masks, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
 
 
@@ -122,19 +122,22 @@ def _neighbours(points: Tensor, size: int, cells: int) -> Iterator[tuple[Tensor,
         yield cell.clamp_(0, cells - 1).long(), weight * inside
 
 
+def _corners(points: Tensor, size: Sequence[int], cells: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of points (k, P, 2) the four cells around each, by index into a map of ``cells``, and their weights."""
+    columns = list(_neighbours(points[..., 0], size[1], cells[1]))
+    for row, row_weight in _neighbours(points[..., 1], size[0], cells[0]):
+        for column, weight in columns:
+            yield row * cells[1] + column, row_weight * weight
+
+
 def _read_every(targets: Tensor, points: Tensor) -> Tensor:
     """(M, P) of targets (M, H, W) at points (1, P, 2): what lies beside each other is read together."""
-    height, width = targets.shape[1:]
-    columns = list(_neighbours(points[0, :, 0], width, width))
-    pairs = [
-        (row * width + column, row_weight * weight)
-        for row, row_weight in _neighbours(points[0, :, 1], height, height)
-        for column, weight in columns
-    ]
-    index = torch.stack([place for place, _ in pairs], 1).view(1, -1)
+    size = targets.shape[1:]
+    places, weights = zip(*_corners(points, size, size), strict=True)
+    index = torch.stack(places, 2).flatten(1)
     values = targets.flatten(1).gather(1, index.expand(len(targets), -1)).unflatten(1, (-1, 4))
     result = points.new_zeros(values.shape[:2])
-    for value, (_, weight) in zip(values.unbind(2), pairs, strict=True):
+    for value, weight in zip(values.unbind(2), weights, strict=True):
         result.addcmul_(value.to(points.dtype), weight)
     return result
 
@@ -144,12 +147,10 @@ def _read_targets(targets: Tensor, chosen: Tensor, points: Tensor, size: Sequenc
     height, width = targets.shape[1:]
     flat, first = targets.reshape(-1), chosen[:, None] * (height * width)
     result = points.new_zeros(len(chosen), points.shape[1])
-    columns = list(_neighbours(points[..., 0], size[1], width))
-    for row, row_weight in _neighbours(points[..., 1], size[0], height):
-        for column, weight in columns:
-            index = (row * width + column) + first
-            values = flat.index_select(0, index.view(-1)).view(index.shape).to(points.dtype)
-            result.addcmul_(values, row_weight * weight)
+    for place, weight in _corners(points, size, (height, width)):
+        index = place + first
+        values = flat.index_select(0, index.view(-1)).view(index.shape).to(points.dtype)
+        result.addcmul_(values, weight)
     return result
 
 
@@ -404,7 +405,7 @@ def mask_matching_cost_at_points(
             else points[i : i + 1]
         )
         own = _in_rows(own, target.shape[1:])
-        x = _read(masks[:, None].to(dtype), own.expand(len(masks), -1, -1))[:, 0]  # (Q, P)
+        x = _read(masks[:, None].to(dtype), own)[:, 0]  # (Q, P)
         t = _read_every(target, own.to(dtype))
         outside, p = F.softplus(x, threshold=80.0), x.sigmoid()  # e⁸⁰ is a float32, e⁻⁸⁰ no float64 beside 80
         bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]
