@@ -16,6 +16,7 @@ COMMANDS = {
     "backbones": "backbones of the presets against timm: features, parameters, multiply-accumulates",
     "bulk": "many small pictures: `segvit predict` against a plain loop, its parts, shards",
     "decoders": "decoders of this package by backbone and patch size, picture to label map",
+    "learning": "what models learn of a data set in the same minutes, and what they cost",
     "static": "what compiled kernels need, without running them",
     "simulate": "the time of the Triton kernels on an H100 and H200, predicted from machine code",
     "host": "what calls cost before a GPU runs: launches on a stub of its driver",

@@ -118,6 +118,17 @@ def front(result: dict) -> dict[str, Any] | None:
     return {"panels": panels} if panels else None
 
 
+def learned(result: dict) -> dict[str, Any] | None:
+    """By model: pictures a second, and mIoU in per cent: mean, least, greatest."""
+    points = {}
+    for row in result["rows"]:
+        found = [100 * score["windows"] for score in row["scores"]]
+        mean = sum(found) / len(found)
+        values = (1 / row["cost"]["median_s"], mean, min(found), max(found))
+        points[row["name"]] = {"decoder": row["cost"]["decoder"], "at": [round(v, 2) for v in values]}
+    return {"points": points} if points else None
+
+
 def _short(mode: str) -> str:
     return {"forward_backward": "fwd + bwd"}.get(mode, mode)
 
@@ -203,6 +214,19 @@ def _front(figure: Any, data: dict) -> None:
     _legend(figure, shown, bars=False, colours=DECODERS)
 
 
+def _learned(figure: Any, data: dict) -> None:
+    """mIoU over pictures a second, a point with its spread for each model."""
+    axes = figure.subplots()
+    for name, point in data["points"].items():
+        speed, mean, least, greatest = point["at"]
+        bars = [[mean - least], [greatest - mean]]
+        axes.errorbar(speed, mean, bars, color=DECODERS[point["decoder"]], marker="o", markersize=4)
+        axes.annotate(f"  {name}", (speed, mean), fontsize=7, color=TEXT)
+    axes.margins(x=0.15)
+    axes.set_xlabel("pictures of 512 × 512 a second")
+    axes.set_ylabel("mIoU, %")
+
+
 def _legend(figure: Any, kinds: list[str], bars: bool, colours: dict[str, str] = COLOURS) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -257,6 +281,13 @@ _FIGURES = {
         front,
         (8.0, 3.8),
         _front,
+    ),
+    "learned": _Figure(
+        "mIoU after the same minutes of training over pictures a second",
+        "learning",
+        learned,
+        (8.0, 4.2),
+        _learned,
     ),
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Row:
     patch: int
     side: int = SIDE
     classes: int = CLASSES
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """With random weights on the default device, the same at every call, in evaluation mode."""
@@ -41,7 +42,7 @@ class Row:
 
         torch.manual_seed(0)
         side = -(-self.side // self.patch) * self.patch
-        fields = {"patch_size": self.patch, "decoder": self.decoder, "image_size": side}
+        fields = {"patch_size": self.patch, "decoder": self.decoder, "image_size": side, **self.fields}
         model = SegViT(SegViTConfig.preset(self.preset, self.classes, **fields)).requires_grad_(False)
         model.anneal(1.0)
         return model.eval()
@@ -88,21 +89,8 @@ def run(
     rows: list[dict] = []
     for preset in ("vit_tiny",) if smoke else presets:
         for patch in patches:
-            some = [Row(preset, decoder, patch, **shape) for decoder in DECODERS]
-            samplers = {row.decoder: functools.partial(_sample, row.call(dtype)) for row in some}
-            for sampler in samplers.values():
-                sampler()
-            times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
-            samplers.clear()
-            for row in some:
-                macs, parameters = row.counts()
-                extra = peaks.isolated(
-                    "bench.suites.decoders", "measure_memory", dataclasses.asdict(row), dtype
-                )
-                found = {"macs": macs, "parameters": parameters, "extra_bytes": extra, "dtype": dtype}
-                rows.append({**dataclasses.asdict(row), **found, **timing.summary(times[row.decoder])})
-                shown = f"{1e3 * rows[-1]['median_s']:.1f} ms, {macs / 1e9:.1f} GMACs"
-                progress(f"{preset}/{patch} {row.decoder}: {shown}")
+            some = {decoder: Row(preset, decoder, patch, **shape) for decoder in DECODERS}
+            rows += cost(some, dtype, rounds, progress)
     described = {**environment.describe(torch.device("cpu")), "threads": threads}
     return {
         "schema": 1,
@@ -111,6 +99,24 @@ def run(
         "environment": described,
         "rows": rows,
     }
+
+
+def cost(rows: Mapping[str, Row], dtype: str, rounds: int, progress: Callable[[str], None]) -> list[dict]:
+    """Time, in turns, operations, parameters and memory of models by any name, as plain data."""
+    samplers = {name: functools.partial(_sample, row.call(dtype)) for name, row in rows.items()}
+    for sampler in samplers.values():
+        sampler()
+    times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
+    samplers.clear()
+    found = []
+    for name, row in rows.items():
+        macs, parameters = row.counts()
+        extra = peaks.isolated("bench.suites.decoders", "measure_memory", dataclasses.asdict(row), dtype)
+        values = {"macs": macs, "parameters": parameters, "extra_bytes": extra, "dtype": dtype}
+        found.append({**dataclasses.asdict(row), **values, **timing.summary(times[name])})
+        shown = f"{1e3 * found[-1]['median_s']:.1f} ms, {macs / 1e9:.1f} GMACs"
+        progress(f"{row.preset}/{row.patch} {name}: {shown}")
+    return found
 
 
 def _sample(call: Callable[[], Any]) -> float:

@@ -1,0 +1,189 @@
+"""``python -m bench learning``: what models learn of a data set in the same minutes, and what they cost.
+
+Each gets as many steps of one recipe as the given minutes hold at its own speed: seconds of a step are
+measured first, model after model, with nothing else running. The trainings may then share the machine with
+other work, since steps alone count. Trained and evaluated by ``segvit train`` and ``segvit evaluate``, with
+windows of the recipe's crop. Costs are those of ``bench decoders``, at its size with the data's classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from bench.measure import environment, results
+from bench.suites import decoders
+
+TIMED, UNTIMED = 12, 4  # steps whose seconds count, and those before them
+
+# Of a Shrunk model: how examples/camvid trains it.
+_SHRUNK = ("--shrunk", "--similarity-gain", "6", "--decoder-lr-scale", "25", "--model.decoder_dropout", "0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A model: its decoder and patch size, what else its configuration has, options of its training."""
+
+    decoder: str
+    patch: int
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: tuple[str, ...] = ()
+
+    def options(self) -> list[str]:
+        """Options of `segvit train`."""
+        fields = {"patch_size": self.patch, "decoder": self.decoder, **self.fields}
+        fields.pop("shrunk", None)
+        named = [(f"--model.{key}", json.dumps(value)) for key, value in fields.items()]
+        return [*(part for pair in named for part in pair), *self.train]
+
+
+ENTRIES = {
+    "linear, patch 14": Entry("linear", 14),
+    "atm, patch 14": Entry("atm", 14),
+    "atm, patch 16": Entry("atm", 16),
+    "atm, patch 28": Entry("atm", 28),
+    "segvitv2, patch 14": Entry("segvitv2", 14),
+    "eomt, patch 14": Entry("eomt", 14),
+    "atm, shrunk at 6": Entry("atm", 14, {"shrunk": True, "shrink_at": 6}, _SHRUNK),
+    "atm, shrunk at 8": Entry("atm", 14, {"shrunk": True, "shrink_at": 8}, _SHRUNK),
+    "atm, shrunk at 6, edges": Entry(
+        "atm", 14, {"shrunk": True, "shrink_at": 6, "shrink_edges": 0.25}, _SHRUNK
+    ),
+}
+
+
+class Task(NamedTuple):
+    """What all of them are trained on, and where runs are kept."""
+
+    data: Path
+    weights: Path
+    config: Path
+    runs: Path
+    threads: int = 2
+
+    def segvit(self, *arguments: str) -> None:
+        """A command of `segvit` in a process of its own.
+
+        Raises:
+            RuntimeError: it failed; with what it said.
+        """
+        variables = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        command = [sys.executable, "-m", "segvit", *arguments, "--no-progress"]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=environment.ROOT)
+        if done.returncode:
+            raise RuntimeError(f"segvit {' '.join(arguments)}: {done.stderr.strip()}")
+
+    def train(self, entry: Entry, steps: int, seed: int, out: Path, log_every: int) -> None:
+        """Anew, to the end of its schedule."""
+        given = ["--config", str(self.config), "--data", str(self.data), "--out", str(out)]
+        given += ["--backbone-weights", str(self.weights), "--max-steps", str(steps), "--seed", str(seed)]
+        given += ["--evaluate-every", "0", "--log-every", str(log_every)]
+        self.segvit("train", *given, *entry.options())
+
+
+def _column(run: Path, name: str) -> list[tuple[float, float]]:
+    """Of the lines of a run's log that have a value: seconds since the start, and the value."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [(float(row["seconds"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+
+
+def seconds_of_a_step(task: Task, entry: Entry, out: Path) -> float:
+    """With the reading of pictures and the optimizer's part; the median of some."""
+    task.train(entry, UNTIMED + TIMED, 0, out, 1)
+    times = [seconds for seconds, _ in _column(out, "loss")][UNTIMED - 1 :]
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+
+
+def _kept(path: Path, make: Callable[[], dict]) -> dict:
+    """What a file holds from an earlier call, or what is made and put there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results.dump(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path, window: int) -> dict:
+    """mIoU of a training: by windows, and as it says itself, of whole pictures at once."""
+    run, found = folder / "run", folder / "windows.json"
+    task.train(entry, steps, seed, run, 10)
+    given = ["--checkpoint", str(run), "--data", str(task.data), "--json", str(found)]
+    task.segvit("evaluate", *given, "--window", str(window))
+    windows = json.loads(found.read_text(encoding="utf-8"))["miou"]
+    return {"windows": windows, "whole": _column(run, "miou")[-1][1]}
+
+
+def seconds(
+    task: Task, models: Iterable[str] = ENTRIES, progress: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Of a step of each model. What `task.runs` holds of an earlier call is taken from there."""
+    found = {}
+    for name in models:
+        folder = task.runs / results.stem(name)
+        found[name] = _kept(
+            folder / "step.json",
+            lambda name=name, folder=folder: {"s": seconds_of_a_step(task, ENTRIES[name], folder / "timed")},
+        )["s"]
+        progress(f"{name}: {found[name]:.2f} s a step")
+    return found
+
+
+def run(
+    task: Task,
+    *,
+    models: Iterable[str] = ENTRIES,
+    seeds: Sequence[int] = (0, 1, 2),
+    minutes: float = 5.0,
+    rounds: int = 9,
+    progress: Callable[[str], None] = print,
+) -> dict:
+    """One row a model, as plain data. What `task.runs` holds of an earlier call is taken from there."""
+    recipe = yaml.safe_load(task.config.read_text(encoding="utf-8"))
+    described = _kept(
+        task.runs / "environment.json",
+        lambda: {**environment.describe(torch.device("cpu")), "threads": task.threads},
+    )
+    crop = recipe["image_size"]
+    step = seconds(task, models, progress)
+    scores: dict[str, list[dict]] = {name: [] for name in step}
+    for seed in seeds:
+        for name in step:
+            steps = max(1, round(60 * minutes / step[name]))
+            folder = task.runs / results.stem(name) / f"{steps}-steps-seed-{seed}"
+            scored = _kept(
+                folder / "score.json",
+                functools.partial(_score, task, ENTRIES[name], steps, seed, folder, crop),
+            )
+            scores[name].append({"seed": seed, "steps": steps, **scored})
+            progress(f"{name}, seed {seed}, {steps} steps: mIoU {100 * scored['windows']:.1f}")
+    torch.set_num_threads(task.threads)
+    classes = len(recipe["model"]["palette"])
+    rows = {
+        name: decoders.Row(recipe["preset"], entry.decoder, entry.patch, classes=classes, fields=entry.fields)
+        for name, entry in ENTRIES.items()
+        if name in step
+    }
+    costs = dict(zip(rows, decoders.cost(rows, "float32", rounds, progress), strict=True))
+    return {
+        "schema": 1,
+        "kind": "learning",
+        "measurement": True,
+        "environment": described,
+        "data": task.data.name,
+        "minutes": minutes,
+        "rows": [
+            {"name": name, "step_s": step[name], "scores": scores[name], "cost": costs[name]} for name in step
+        ],
+    }

@@ -1,0 +1,93 @@
+"""`bench learning`: as many steps as the minutes hold, runs that are kept, a table and a figure."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from bench import report
+from bench.commands import OptionError, learning as command
+from bench.report import figures
+from bench.suites import decoders, learning
+from segvit import cli
+
+STEP = {"linear": 1.5, "atm": 2.0}
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """Trainings that write the files of one and take no time; what `segvit` was asked for."""
+    asked = []
+
+    def segvit(task, *arguments):
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        asked.append((arguments[0], options))
+        if arguments[0] == "evaluate":
+            seed = int(options["--checkpoint"].split("seed-")[1].split("/")[0])
+            learning.Path(options["--json"]).write_text(json.dumps({"miou": 0.5 + seed / 100}))
+            return
+        out, step = learning.Path(options["--out"]), STEP[options["--model.decoder"].strip('"')]
+        out.mkdir(parents=True)
+        with (out / "metrics.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["step", "loss", "miou", "seconds"])
+            for i in range(int(options["--max-steps"])):
+                table.writerow([i + 1, 1.0, "", 10 * (i >= learning.UNTIMED - 1) + step * i])
+            table.writerow([i + 1, "", 0.4, 1e3])
+
+    config = tmp_path / "train.yaml"
+    config.write_text("preset: vit_tiny\nimage_size: 64\nmodel: {palette: [[0, 0, 0], [9, 9, 9]]}\n")
+    monkeypatch.setattr(learning.Task, "segvit", segvit)
+    monkeypatch.setattr(decoders.peaks, "isolated", lambda *arguments: 1_500_000)
+    return learning.Task(tmp_path / "data", tmp_path / "weights", config, tmp_path / "runs", 1), asked
+
+
+def test_models_get_the_same_minutes(task):
+    task, asked = task
+    threads = torch.get_num_threads()
+    names = ("linear, patch 14", "atm, patch 28")
+    try:
+        result = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=lambda line: None)
+        trained = [options["--max-steps"] for what, options in asked if what == "train"]
+        timed = str(learning.UNTIMED + learning.TIMED)
+        assert trained == [timed, timed, "40", "30", "40", "30"], "60 seconds in steps of 1.5 and 2"
+        assert all(o["--window"] == "64" for what, o in asked if what == "evaluate")
+        asked.clear()
+        again = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=lambda line: None)
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == [] and [r["scores"] for r in again["rows"]] == [r["scores"] for r in result["rows"]]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {name: row["step_s"] for name, row in rows.items()} == dict(zip(names, (1.5, 2.0), strict=True))
+    assert rows[names[1]]["scores"][1] == {"seed": 1, "steps": 30, "windows": 0.51, "whole": 0.4}
+    assert rows[names[1]]["cost"]["patch"] == 28 and rows[names[1]]["cost"]["macs"] > 0
+    table = report.tables(result)["models"]
+    assert "| atm, patch 28 | 50.5 (50.0 to 51.0) | 40.0 (40.0 to 40.0) | 30 | 2.00 s |" in table
+    data = figures.learned(result)
+    assert data["points"][names[0]]["at"][1:] == [50.5, 50.0, 51.0]
+    pytest.importorskip("matplotlib")
+    assert "patch 28" in figures.svg({"figure": "learned", "data": data, "machine": "here"})
+
+
+@pytest.mark.parametrize("name", learning.ENTRIES)
+def test_options_are_those_of_the_command(name, tmp_path, capsys):
+    entry = learning.ENTRIES[name]
+    config = command._options.ROOT / "examples" / "camvid" / "train.yaml"
+    given = ["--config", str(config), "--data", "synthetic", "--out", str(tmp_path), *entry.options()]
+    assert cli.main(["train", *given, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert f"patch_size: {entry.patch}" in printed and f"decoder: {entry.decoder}" in printed
+    assert ("shrunk: true" in printed) == entry.fields.get("shrunk", False)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = ["--data", str(tmp_path / "no"), "--backbone-weights", str(tmp_path)]
+    with pytest.raises(OptionError, match="--data .*no: does not exist"):
+        command.run(parser.parse_args(given))
+    with pytest.raises(OptionError, match="--minutes -1"):
+        command.run(parser.parse_args(["--data", str(tmp_path), *given[2:], "--minutes", "-1"]))
