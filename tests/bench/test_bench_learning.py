@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import report
-from bench.commands import OptionError, learning as command
+from bench.commands import OptionError
+from bench.commands import learning as command
 from bench.report import figures
 from bench.suites import decoders, learning
 from segvit import cli
@@ -45,16 +46,16 @@ def task(tmp_path, monkeypatch):
 
 def test_models_get_the_same_minutes(task):
     task, asked = task
-    threads = torch.get_num_threads()
+    threads, printed = torch.get_num_threads(), []
     names = ("linear, patch 14", "atm, patch 28")
     try:
-        result = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=lambda line: None)
+        result = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
         trained = [options["--max-steps"] for what, options in asked if what == "train"]
         timed = str(learning.UNTIMED + learning.TIMED)
         assert trained == [timed, timed, "40", "30", "40", "30"], "60 seconds in steps of 1.5 and 2"
         assert all(o["--window"] == "64" for what, o in asked if what == "evaluate")
         asked.clear()
-        again = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=lambda line: None)
+        again = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
     finally:
         torch.set_num_threads(threads)
     assert asked == [] and [r["scores"] for r in again["rows"]] == [r["scores"] for r in result["rows"]]
@@ -87,7 +88,7 @@ def test_what_is_not_there_is_named(tmp_path):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = ["--data", str(tmp_path / "no"), "--backbone-weights", str(tmp_path)]
-    with pytest.raises(OptionError, match="--data .*no: does not exist"):
+    with pytest.raises(OptionError, match=r"--data .*no: does not exist"):
         command.run(parser.parse_args(given))
     with pytest.raises(OptionError, match="--minutes -1"):
         command.run(parser.parse_args(["--data", str(tmp_path), *given[2:], "--minutes", "-1"]))
