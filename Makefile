@@ -13,7 +13,7 @@ BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*
 # Every process of the tests would compile PyTorch's modules anew, at several times their import.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
+.PHONY: demo kernels test ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # LOCKED=1: nothing but the files of .ci/requirements.txt, by hash; for the platform and Python that it names.
 # torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
@@ -30,7 +30,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 demo: $(VENV)/.installed  ## train a small model on synthetic images and write an HTML report
 	$(BIN)/segvit demo
 
-native: $(VENV)/.torch  ## C++ kernels for the CPU, and CUDA C++ kernels where nvcc is; needs a C++ compiler
+# While torch is being installed, which has the right of way.
+kernels:  ## the sources of the native library that compile without torch
+	nice $(PYTHON) csrc/build.py --kernels
+
+native: kernels $(VENV)/.torch  ## C++ kernels for the CPU, and CUDA C++ kernels where nvcc is; needs a C++ compiler
 	$(BIN)/python csrc/build.py
 
 emulator: $(VENV)/.torch  ## the CUDA C++ kernels built to run on the CPU, for tests
@@ -55,11 +59,12 @@ sanitize: $(VENV)/.installed  ## the CPU kernels' tests under AddressSanitizer a
 	SEGVIT_KERNELS_LIBRARY=build/sanitized/libsegvit_native.so \
 	$(BIN)/python -m pytest -q -p no:cacheprovider -k "cpu or fuzz" tests/kernels/test_fuzz.py $(BATTERIES) tests/csrc/test_native.py
 
+# Types beside the tests: mypy has one process, which would leave a processor without work.
 test: $(VENV)/.installed  ## lint and test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS); tests=$$?; \
+	wait $$types && exit $$tests
 
 kill-test: $(VENV)/.installed  ## training and bulk prediction, killed at random moments and at every operation on files, go on bitwise
 	$(BIN)/python tests/segvit/kill.py --kills 200 --points 1 --nodes 4

@@ -198,7 +198,8 @@ def _plan(
     library = HERE / "library.cpp"
     if args.emulate:
         flags = [*cxx, *include, "-Wno-unknown-pragmas", "-DSEGVIT_EMULATE", "-x", "c++"]
-        sources = [library, HERE / "cpu" / "isa.cpp", *sources_in("cuda", "*.cu")]
+        sources = [library, HERE / "cpu" / "isa.cpp"]
+        sources += sources_in("cuda", "*.cu") + sources_in("cuda", "*.cpp")
         return [
             (source, f"emulated_{source.stem}.o", [*flags, *stamp * (source == library), "-c", str(source)])
             for source in sources
@@ -242,6 +243,8 @@ def _plan(
         flags += [*include, *_gencode(args.archs)]
         for source in sources_in("cuda", "*.cu"):
             plan.append((source, f"cuda_{source.stem}.o", [*flags, "-c", str(source)]))
+        for source in sources_in("cuda", "*.cpp"):
+            plan.append((source, f"host_{source.stem}.o", [*cxx, *include, "-c", str(source)]))
     return plan
 
 
@@ -249,13 +252,24 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
     """Compile what has changed; the object files by name, those whose name starts with ``prefix``.
 
     Raises:
-        RuntimeError: a compiler fails or is missing.
+        RuntimeError: a compiler fails, is missing or too old, or this is not Linux.
     """
-    import torch
+    if platform.system() != "Linux":
+        raise RuntimeError(
+            "the native library is for Linux; elsewhere its operators run on the eager backend"
+        )
+    torch_folder, version = Path("torch"), ""
+    if not args.kernels:
+        import torch
+
+        torch_folder, version = Path(torch.__file__).parent, torch.__version__
+    of_torch = str(torch_folder / "include")
 
     nvcc = _nvcc(args)
     compilers = _identity(_cxx(args)), nvcc and _run([nvcc, "--version"])
-    plan = [item for item in _plan(args, Path(torch.__file__).parent, nvcc) if item[1].startswith(prefix)]
+    plan = [item for item in _plan(args, torch_folder, nvcc) if item[1].startswith(prefix)]
+    if args.kernels:
+        plan = [item for item in plan if of_torch not in item[2]]
     headers = b"".join(p.read_bytes() for p in sorted(HERE.rglob("*.h")) + sorted(HERE.rglob("*.cuh")))
     folder = ROOT / "build" / "native"
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +277,8 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
     def compile_one(item: tuple[Path, str, list[str]]) -> Path:
         source, name, command = item
         said = [word.replace(str(HERE), "csrc") for word in command]  # the same in any checkout
-        content = headers + source.read_bytes() + repr((said, compilers, torch.__version__)).encode()
+        key = said, compilers, version if of_torch in command else ""
+        content = headers + source.read_bytes() + repr(key).encode()
         target = folder / f"{hashlib.sha256(content).hexdigest()[:16]}_{name}"
         if not target.exists():
             temporary = target.with_suffix(".part")
@@ -281,23 +296,17 @@ def build(args: argparse.Namespace) -> Path:
     Raises:
         RuntimeError: a compiler fails, is missing or too old, or this is not Linux.
     """
-    if platform.system() != "Linux":
-        raise RuntimeError(
-            "the native library is for Linux; elsewhere its operators run on the eager backend"
-        )
-    import torch
-
-    torch_folder = Path(torch.__file__).parent
     nvcc = _nvcc(args)
     if args.archs == "native":
         args.archs = _own_arch()
     compiled = objects(args)
+    import torch
 
     library = Path(args.out) / library_name(args.emulate)
     library.parent.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}.part")
     with tempfile.TemporaryDirectory() as scratch:
-        command, last, folder = _linker(args, nvcc), [], torch_folder / "lib"
+        command, last, folder = _linker(args, nvcc), [], Path(torch.__file__).parent / "lib"
         if args.machine != platform.machine():
             folder = _stand_ins(args, list(compiled.values()), Path(scratch))
         command += ["-shared", "-o", str(temporary), *map(str, compiled.values()), f"-L{folder}"]
@@ -387,6 +396,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sanitize", default="", help="e.g. address,undefined; implies --debug")
     parser.add_argument("--debug", action="store_true", help="with line numbers")
     parser.add_argument(
+        "--kernels", action="store_true", help="nothing but the sources that compile without torch"
+    )
+    parser.add_argument(
         "--glibc",
         default=os.environ.get("SEGVIT_KERNELS_GLIBC", ""),
         help="for machines with this glibc ('2.28') or a later one; needs ziglang (default: this machine's)",
@@ -408,7 +420,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     try:
-        print(build(parse()))
+        args = parse()
+        print(f"{len(objects(args))} objects" if args.kernels else build(args))
     except RuntimeError as error:
         print(f"csrc/build.py: error: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ import sanitizer
 
 import build
 
-SOURCES = [path.stem for path in sorted((build.HERE / "cuda").glob("*.cu"))]
+SOURCES = [p.stem for p in sorted((build.HERE / "cuda").iterdir()) if p.suffix in (".cu", ".cpp")]
 TESTS = [f"tests/kernels/test_{stem}.py" for stem in SOURCES if stem in build.OPERATORS]
 # A row of tests/kernels/backends.py.
 CASES = "cuda-gpu and (test_case or test_halves or test_shapes)"

@@ -10,7 +10,7 @@ backend      where it lives                                          takes
 ``eager``    ``segvit_kernels/ops/<stem>.py``, plain PyTorch         any device, float64 included
 ``triton``   ``segvit_kernels/triton/<stem>.py``                     CUDA and ROCm tensors; CPU tensors
                                                                      under Triton's interpreter
-``cuda``     ``csrc/cuda/<stem>.cu``, in the native library          CUDA tensors
+``cuda``     ``csrc/cuda/<stem>.*``, in the native library          CUDA tensors
 ``cpu``      ``csrc/cpu/<stem>.cpp``, in the native library          CPU tensors
 ============ ======================================================= ==============================
 

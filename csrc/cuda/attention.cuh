@@ -8,7 +8,7 @@
 // D is the head dim of the tile, 32, 64 or 128, zeros from the tensor's own on.
 #pragma once
 
-#include "../operators.h"
+#include "attention.h"
 #include "philox.cuh"
 
 namespace segvit::cuda {
@@ -38,17 +38,6 @@ struct AttentionGradients {
   char *query, *key, *value;  // results, contiguous
   float* query_parts;         // (batch, queries, heads, dim) where the batch shares its queries, else null
 };
-
-// Output, masks and log-sum-exp; in attention_fwd.cu.
-std::tuple<Tensor, Tensor, Tensor> attention_fwd(Tensor query, Tensor key, Tensor value,
-                                                 Optional previous_masks, Optional seed, double scale,
-                                                 double dropout_p, bool need_masks, Optional padding);
-
-// Gradients of query, key and value; in attention_bwd.cu.
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Optional grad_output, Optional grad_masks, Tensor query,
-                                                 Tensor key, Tensor value, Tensor output, Tensor lse,
-                                                 Optional seed, double scale, double dropout_p,
-                                                 Optional padding);
 
 inline Rows rows_of(const Optional& tensor) {
   if (!tensor) return {nullptr, 0, 0, 0, false};

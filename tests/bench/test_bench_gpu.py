@@ -26,7 +26,7 @@ from bench.suites._gpu_tasks import sanitizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
-KILLS = int(os.environ.get("SEGVIT_KILLS", "2"))
+KILLS = int(os.environ.get("SEGVIT_KILLS", "1"))
 needs_stub = pytest.mark.skipif(
     not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="Linux without a GPU"
 )

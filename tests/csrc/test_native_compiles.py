@@ -13,7 +13,6 @@ ARCHS = [arch for arch in BUILT if re.match(r"[89]\d|1\d\d", arch)]
 """Those that have tensor cores for both half precisions."""
 
 KERNELS = {
-    "atm": set(),
     "attention_bwd": {
         "attention_bwd_delta_kernel",
         "attention_bwd_key_value_kernel",
@@ -34,7 +33,6 @@ KERNELS = {
         "mask_sum_kernel",
     },
     "panoptic_argmax": {"panoptic_argmax_cells_kernel", "panoptic_argmax_kernel"},
-    "query_attention": set(),
     "semantic_argmax": {
         "semantic_argmax_fma_kernel",
         "semantic_argmax_mma_kernel",

@@ -31,8 +31,10 @@ def run(path, images):
 
 @pytest.fixture(scope="module")
 def model():
-    """With an embedding of positions, which is resized, and rotary ones, whose angles a file makes itself."""
-    return tiny_model(class_names=tuple("abcdef"), setup={"rotary": RotaryConfig(), "register_tokens": 2})
+    """With an embedding of positions, which is resized, and rotary ones, whose angles a file makes itself.
+    One stage of one layer; several of both are in the files of `test_views_in_the_runtimes`."""
+    setup = {"rotary": RotaryConfig(), "register_tokens": 2}
+    return tiny_model(class_names=tuple("abcdef"), setup=setup, taps=(2,), decoder_depth=1)
 
 
 @pytest.fixture(scope="module")

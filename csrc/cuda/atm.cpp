@@ -1,6 +1,6 @@
 // Attention-to-mask; what is computed stands in segvit_kernels/ops/atm.py, how in attention_fwd.cu and
 // attention_bwd.cu.
-#include "attention.cuh"
+#include "attention.h"
 
 namespace segvit::cuda {
 

@@ -1,6 +1,6 @@
 // Query attention; what is computed stands in segvit_kernels/ops/query_attention.py, how in attention_fwd.cu
 // and attention_bwd.cu.
-#include "attention.cuh"
+#include "attention.h"
 
 namespace segvit::cuda {
 
