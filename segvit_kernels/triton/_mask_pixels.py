@@ -32,14 +32,20 @@ def _log1p(e, root):
 
 
 @triton.jit
-def _logistic(x):
-    """σ(x), σ(−x) and log(1 + exp(−|x|))."""
+def _logistic_of_size(x):
+    """σ(|x|), σ(−|x|) and log(1 + exp(−|x|))."""
     e = tl.exp2(tl.abs(x) * -1.4426950408889634)
     root = tl.rsqrt(1.0 + e)  # squared, it is a reciprocal without the range checks of a division
     larger = root * root
-    smaller = e * larger
+    return larger, e * larger, _log1p(e, root)
+
+
+@triton.jit
+def _logistic(x):
+    """σ(x), σ(−x) and log(1 + exp(−|x|))."""
+    larger, smaller, log = _logistic_of_size(x)
     positive = x > 0
-    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), _log1p(e, root)
+    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), log
 
 
 @triton.jit

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+from segvit_kernels.triton._launch import next_power_of_2
+
+
+def footprint(tile: int, reach: float) -> int:
+    """How many cells, as a power of two, ``tile`` pixels at ``reach`` cells a pixel can touch."""
+    return next_power_of_2(math.floor((tile - 1) * reach) + 3)
 
 
 @triton.jit
@@ -33,3 +42,9 @@ def between(rows, x0, x1, share, stride, valid, LARGEST: tl.constexpr):
     left = finite(tl.load(rows + (x0 * stride)[None, :], mask=valid, other=0.0).to(tl.float32), LARGEST)
     right = finite(tl.load(rows + (x1 * stride)[None, :], mask=valid, other=0.0).to(tl.float32), LARGEST)
     return left + share[None, :] * (right - left)
+
+
+@triton.jit
+def hats(cell, position):
+    """The share of each cell in each position of an axis; none further than a cell away."""
+    return tl.maximum(0.0, 1.0 - tl.abs(position - cell.to(tl.float32)))

@@ -1,6 +1,7 @@
 """Launch parameters of the Triton kernels of mask_loss, in the interpreter."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -112,14 +113,28 @@ def test_repeatable():
     same(check(call, launchers()), check(call, launchers()))
 
 
-@pytest.mark.parametrize("targets, split", [
-    (torch.uint8, False), (torch.uint8, True), (torch.int64, True), (torch.bool, True),
-    (torch.float32, False), (torch.float32, True), (torch.float16, True),
+@pytest.mark.parametrize("grid, size, dtype", [
+    ((5, 7), (31, 37), torch.float32),  # shares of any kind, tiles with pixels outside
+    ((4, 6), (16, 24), torch.float16),  # every tile alike, shares that float16 holds
+    ((4, 6), (64, 96), torch.bfloat16),  # tiles in half a cell
+    ((4, 6), (12, 18), torch.float32),
+    ((9, 40), (7, 40), torch.float32),  # fewer pixels than cells
 ], ids=str)  # fmt: skip
-def test_matching(targets, split, poisoned):
+@pytest.mark.parametrize("cells", [64, 0], ids=["product", "gathered"])
+def test_matching_of_any_grid(grid, size, dtype, cells, poisoned):
+    call = Call.draw(2, 20, [grid], size, torch.uint8, 5, dtype=dtype)
+    check_matching(call, launchers(block_q=16, block_m=16, cells=cells))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [torch.int64, torch.bool, torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    ids=str,
+)
+def test_matching(targets, poisoned):
     dtype = torch.float16 if targets == torch.int64 else torch.float32
     call = Call.draw(1, 20, [(5, 7)], (31, 37), targets, 5, dtype=dtype)
-    check_matching(call, launchers(split=split, block_q=16, block_m=16, block=32))
+    check_matching(call, launchers(block_q=16, block_m=16))
 
 
 @pytest.mark.parametrize("queries, count, grid, size, options", [
@@ -128,11 +143,21 @@ def test_matching(targets, split, poisoned):
     (2, 300, (1, 1), (5, 5), {}),
     (3, 4, (40, 30), (7, 40), {"programs": 7}),
     (3, 4, (1, 1), (1, 1), {}),
-    (5, 4, (3, 3), (50, 40), {"programs": 1}),
+    (5, 4, (3, 3), (50, 40), {"programs": 1, "tile_y": 4, "tile_x": 16}),
 ])  # fmt: skip
 def test_matching_sizes(queries, count, grid, size, options, poisoned):
     call = Call.draw(2, queries, [grid], size, torch.int16, count)
-    check_matching(call, launchers(**{"block_q": 16, "block": 32, **options}))
+    check_matching(call, launchers(**{"block_q": 16, **options}))
+
+
+def test_matching_of_what_float16_does_not_hold(poisoned):
+    """No finite cost may hide it."""
+    for value, dtype in ((1e5, torch.float32), (math.inf, torch.float16), (math.nan, torch.bfloat16)):
+        logits = torch.ones(1, 2, 4, 4, dtype=dtype)
+        logits[0, 1, 2, 1] = value
+        targets = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+        cost = mask_matching_cost(logits, targets, backend="triton")
+        assert cost.bce[0, 0].isfinite().all() and not cost.bce[0, 1].isfinite().any()
 
 
 def test_matching_cost(poisoned):
@@ -173,8 +198,8 @@ def test_configurations_are_pure(arch):
     for name in ("mask_loss_fwd", "mask_loss_bwd", "mask_loss_matching"):
         config = kernels._config(name, arch)
         assert config == kernels._config(name, arch)
-        config["block"] = None
-        assert kernels._config(name, arch)["block"] is not None
+        config["num_warps"] = None
+        assert kernels._config(name, arch)["num_warps"] is not None
 
 
 @pytest.mark.parametrize("height, h, rows", [
