@@ -322,6 +322,14 @@ def _arithmetic(i: Instruction) -> Callable[[State], dict[str, Value]] | None:
         return simple(2, extend)
     if name == "PRMT" and _NUMBER.match(ops[2]):
         return simple(3, lambda a, sel, b: _permute(a, sel, b))
+    if name == "VOTEU" and mods in (".ANY", ".ALL") and len(ops) == 2:
+        voters, over = predicate(ops[1]), np.any if mods == ".ANY" else np.all
+
+        def vote(s: State) -> dict[str, Value]:
+            p = voters(s)
+            return {dest: over(p, axis=1, keepdims=True) if isinstance(p, np.ndarray) else p}
+
+        return vote
     if name == "P2R":
         return lambda s: {dest: None}
     if name in ("I2FP", "I2F"):

@@ -128,7 +128,7 @@ SPACES: dict[str, tuple[Space, ...]] = {
             ("mask_binarize", "pixels"),
             "mask2former",
             "forward",
-            {"tile_y": (4, 8, 16), "tile_x": (64, 128), "programs": (4, 8, 16), "num_warps": (2, 4, 8)},
+            {"block": (64, 128, 256), "programs": (4, 8, 16), "num_warps": (1, 2, 4)},
         ),
     ),
     "panoptic_argmax": (
@@ -136,7 +136,7 @@ SPACES: dict[str, tuple[Space, ...]] = {
             ("panoptic_argmax",),
             "mask2former",
             "forward",
-            {"tile_x": (8, 16, 32), "block_q": (8, 16, 32), "num_warps": (2, 4, 8), "num_stages": (1, 2)},
+            {"tile_y": (4, 8, 16), "tile_x": (32, 64, 128), "block_q": (8, 16, 32), "num_warps": (1, 2)},
         ),
     ),
     "subsample_norm": (

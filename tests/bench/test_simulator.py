@@ -183,6 +183,16 @@ def test_what_instructions_do(text, before, expected):
     assert state.get("R2" if "WIDE" in text else "R0") == expected
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("ANY", True), ("ALL", False)])
+def test_warps_vote(mode, expected):
+    (i,) = instructions(_sass(f"VOTEU.{mode} UP0, P0"))
+    for votes, found in ((np.array([[True, False]]), expected), (False, False), (None, None)):
+        state = execute._start(np.array([0]), b"", execute.Memory(), {"P0": votes})
+        execute.step(i)(state)
+        result = state.get("UP0")
+        assert (result if found is None else bool(np.all(result))) is found
+
+
 def test_a_carry_goes_into_the_upper_half():
     low, high = instructions(_sass("IADD3 R2, P0, R4, -R6, RZ", "IADD3.X R3, R5, ~R7, RZ, P0, !PT"))
     a, b = 5 << 32 | 1, 2 << 32 | 3

@@ -26,12 +26,8 @@ FEW = (
     BY_NAME["one_of_everything"],
     BY_NAME["no mask"],
 )
-# By layout; few and large tiles keep the interpreter quick.
-LARGE = (
-    {"tile_y": 64, "tile_x": 64, "rows": 64},
-    {"tile_y": 64, "tile_x": 4, "rows": 64},
-    {"tile_y": 2, "tile_x": 64, "rows": 2},
-)
+# Few and large programs keep the interpreter quick.
+LARGE = {"block": 64, "rows": 128}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +39,7 @@ def few_tiles(request, monkeypatch):
 
         config = kernels._config
         monkeypatch.setattr(
-            kernels, "_config", lambda shape, layout, arch: {**config(shape, layout, arch), **LARGE[layout]}
+            kernels, "_config", lambda shape, layout, arch: {**config(shape, layout, arch), **LARGE}
         )
 
 

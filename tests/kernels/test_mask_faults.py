@@ -64,11 +64,10 @@ def steep(x):
 
 
 @triton.jit
-def box_corners(index, low, step, cells):
-    place = (index.to(tl.float32) - low) * step
-    place = tl.minimum(tl.maximum(place, 0.0), cells - 1.0)
-    lower = place.to(tl.int32)
-    return lower, tl.minimum(lower + 1, cells - 1), place - lower.to(tl.float32)
+def box_corners(i, low, step, cells):
+    place = (tl.cast(i, tl.float32) - low) * step
+    before = tl.minimum(tl.maximum(place.to(tl.int32), 0), cells - 1)
+    return before, tl.minimum(tl.maximum(place - before.to(tl.float32), 0.0), 1.0)
 
 
 @triton.jit
@@ -79,17 +78,36 @@ def box_ignored(boxes_ptr, low, cells):
 
 
 @triton.jit
-def threshold_ignored(logits_ptr, rows, columns, threshold):
-    return tl.load(logits_ptr + (rows[:, None] + columns[None, :])).to(tl.float32) - threshold - 0.5
+def threshold_ignored(ptrs, threshold):
+    return threshold + 0.5 - tl.load(ptrs).to(tl.float32)
+
+
+@triton.jit
+def place_corners(i, step):
+    return tl.cast(i, tl.float32) * step
+
+
+@triton.jit
+def row_early(place):
+    """The cell before the one before a place."""
+    return (place + 1.0).to(tl.int32) - 2
+
+
+@triton.jit
+def columns_nearest(x, step, width):
+    column = tl.minimum(((x + 0.5) * step).to(tl.int32), width - 2)
+    return column, 1.0, 0.0
 
 
 IN_TRITON = [
-    ("mask_binarize", "_places", box_corners),
+    ("mask_binarize", "_between", box_corners),
     ("mask_binarize", "_box", box_ignored),
-    ("mask_binarize", "_cells", threshold_ignored),
-    *((name, "place_of", fault) for name in ("panoptic_argmax", "mask_iou")
-      for fault in (cell_corners, nearest, last_cell_missing)),
+    ("mask_binarize", "_cell", threshold_ignored),
+    ("panoptic_argmax", "_place", place_corners),
+    ("panoptic_argmax", "_before", row_early),
+    ("panoptic_argmax", "_columns", columns_nearest),
     ("panoptic_argmax", "sigmoid", steep),
+    *(("mask_iou", "place_of", fault) for fault in (cell_corners, nearest, last_cell_missing)),
     ("mask_iou", "sigmoid", steep),
 ]  # fmt: skip
 
@@ -104,7 +122,7 @@ def few_programs(monkeypatch):
         monkeypatch.setattr(
             kernels,
             "_config",
-            lambda shape, layout, arch: {**config(shape, layout, arch), **binarize.LARGE[layout]},
+            lambda shape, layout, arch: {**config(shape, layout, arch), **binarize.LARGE},
         )
 
 
