@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from bench import report
 from bench.commands import OptionError
 from bench.measure import environment, results
+from segvit_kernels import _native
 
 ROOT = environment.ROOT
 RESULTS = ROOT / "bench" / "results"
@@ -66,14 +68,19 @@ def add_budget(parser: argparse.ArgumentParser, default: float) -> None:
 
 
 def device_of(options: argparse.Namespace) -> str:
-    """``cpu`` or ``cuda``: what is asked for, or what the machine has.
+    """``cpu`` or ``cuda``: what is asked for, or what the machine has. A line on
+    stderr where a CPU has no kernels.
 
     Raises:
         OptionError: a GPU is asked for, and there is none.
     """
     if options.device == "cuda" and not torch.cuda.is_available() and not getattr(options, "smoke", False):
         raise OptionError("--device cuda: PyTorch finds no GPU; expected a CUDA or ROCm device (or --smoke)")
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _native.why_not("cpu", torch.device("cpu"), None) if found == "cpu" else None
+    if reason is not None:
+        print(f"python -m bench: ours runs on the eager backend: {reason}", file=sys.stderr)
+    return found
 
 
 def check_out(path: Path | None, smoke: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from bench import report
 from bench.__main__ import main
+from bench.commands import _options
 from bench.subjects import counts, models, operators
 from bench.subjects.published import MODELS, TINY
 from bench.suites import _gpu_tasks, cpu, everything, flops, scaling, static
@@ -165,6 +167,17 @@ def test_smoke_is_never_written_under_results(capsys):
     assert main(["kernels", "--smoke", "--out", str(ROOT / "bench/results/x.json")]) == 2
     assert main(["scaling", "--smoke", "--out", str(ROOT / "bench/results/x.json")]) == 2
     assert "not a measurement" in capsys.readouterr().err
+
+
+def test_a_library_that_is_not_used_is_said(monkeypatch, capsys):
+    """An edited source makes the built one stale: ours would be the eager backend in silence."""
+    options = argparse.Namespace(device="cpu")
+    monkeypatch.setattr(_options._native, "why_not", lambda *arguments: "built from other sources")
+    assert _options.device_of(options) == "cpu"
+    said = capsys.readouterr().err
+    assert said == "python -m bench: ours runs on the eager backend: built from other sources\n"
+    monkeypatch.setattr(_options._native, "why_not", lambda *arguments: None)
+    assert _options.device_of(options) == "cpu" and capsys.readouterr().err == ""
 
 
 def test_bad_options_are_one_line(tmp_path, capsys):
