@@ -117,8 +117,14 @@ SPACES: dict[str, tuple[Space, ...]] = {
     ),
     "mask_iou": (
         Space(
-            ("mask_iou",),
+            ("mask_iou_bits",),
             "instances",
+            "forward",
+            {"block": (64, 128), "words": (16, 32), "programs": (1, 2, 4), "num_warps": (4, 8)},
+        ),
+        Space(
+            ("mask_iou",),
+            "instances soft",
             "forward",
             {"block": (16, 32, 64), "pixels": (16, 32, 64), "programs": (4, 8), "num_warps": (4, 8)},
         ),

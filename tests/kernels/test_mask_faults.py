@@ -26,9 +26,10 @@ CHECKS = {
     "panoptic_argmax": lambda backend: panoptic.check(
         PanopticCase("small", 1, 5, (5, 4), (13, 18)), torch.float32, BY_ID[backend]
     ),
-    "mask_iou": lambda backend: iou.check(
-        IoUCase("small", 1, (3, 2), ((4, 5), (5, 3)), (9, 13)), torch.float32, BY_ID[backend], True
-    ),
+    "mask_iou": lambda backend: [
+        iou.check(IoUCase("small", 1, (3, 2), ((4, 5), (5, 3)), (9, 13)), torch.float32, BY_ID[backend], soft)
+        for soft in (True, False)
+    ],
 }
 
 
@@ -99,6 +100,11 @@ def columns_nearest(x, step, width):
     return column, 1.0, 0.0
 
 
+@triton.jit
+def next_bit(words):
+    return (((words >> 1) & 1) * 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
+
+
 IN_TRITON = [
     ("mask_binarize", "_between", box_corners),
     ("mask_binarize", "_box", box_ignored),
@@ -109,6 +115,7 @@ IN_TRITON = [
     ("panoptic_argmax", "sigmoid", steep),
     *(("mask_iou", "place_of", fault) for fault in (cell_corners, nearest, last_cell_missing)),
     ("mask_iou", "sigmoid", steep),
+    ("mask_iou", "_ones", next_bit),
 ]  # fmt: skip
 
 

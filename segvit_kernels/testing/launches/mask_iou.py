@@ -6,6 +6,7 @@ from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import mask_iou
 
 KERNELS = {
+    "_mask_iou_bits_kernel": Demand(32, tensor=1, stack=8),
     "_mask_iou_kernel": Demand(32, tensor=1, stack=8),
     "_mask_iou_sum_kernel": Demand(10, tensor=0),
 }
@@ -32,11 +33,11 @@ def wgmma(row):
 
 
 def launches(case, arch):
-    """All launches of one call."""
+    """The launches of one call after those that make bits, which are of mask_binarize."""
     (batch, counts, grids, size), dtypes, soft = case
     with torch.device("meta"):
         a, b = (
             torch.empty(batch, n, *grid, dtype=getattr(torch, dtype))
             for n, grid, dtype in zip(counts, grids, dtypes, strict=True)
         )
-    return mask_iou._launches(a, b, *size, soft, 0.0, mask_iou._config(arch))[1]
+    return mask_iou._launches(a, b, *size, soft, 0.0, mask_iou._config(arch))[1][-2:]
