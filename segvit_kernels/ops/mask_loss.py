@@ -377,7 +377,8 @@ def mask_matching_cost(
         backend: one of ``segvit_kernels.BACKENDS``; chosen by device unless given.
 
     Returns:
-        ``focal``, ``bce`` and ``dice``, each (B, Q, M) float32 (float64 for float64 logits).
+        ``focal``, ``bce`` and ``dice``, each (B, Q, M) float32 (float64 for float64 logits). On
+            Triton they are finite for logits within ±65504 only.
 
     Raises:
         TypeError: a dtype is not supported.
