@@ -32,20 +32,27 @@ def _log1p(e, root):
 
 
 @triton.jit
-def _logistic_of_size(x):
-    """σ(|x|), σ(−|x|) and log(1 + exp(−|x|))."""
+def _shares(x):
+    """σ(|x|), σ(−|x|), exp(−|x|) and (1 + exp(−|x|))^(-1/2)."""
     e = tl.exp2(tl.abs(x) * -1.4426950408889634)
     root = tl.rsqrt(1.0 + e)  # squared, it is a reciprocal without the range checks of a division
     larger = root * root
-    return larger, e * larger, _log1p(e, root)
+    return larger, e * larger, e, root
+
+
+@triton.jit
+def _logistic_of_size(x):
+    """σ(|x|), σ(−|x|) and log(1 + exp(−|x|))."""
+    larger, smaller, e, root = _shares(x)
+    return larger, smaller, _log1p(e, root)
 
 
 @triton.jit
 def _logistic(x):
     """σ(x), σ(−x) and log(1 + exp(−|x|))."""
-    larger, smaller, log = _logistic_of_size(x)
+    larger, smaller, e, root = _shares(x)
     positive = x > 0
-    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), log
+    return tl.where(positive, larger, smaller), tl.where(positive, smaller, larger), _log1p(e, root)
 
 
 @triton.jit
