@@ -74,6 +74,16 @@ def _values(
 
 
 @triton.jit
+def _place(N, M, parts, BLOCK: tl.constexpr):
+    """Of a program its blocks of the masks of either side, its part and its image."""
+    blocks_n, blocks_m = tl.cdiv(N, BLOCK), tl.cdiv(M, BLOCK)
+    i = tl.program_id(0)
+    block_m, i = i % blocks_m, i // blocks_m
+    block_n, i = i % blocks_n, i // blocks_n
+    return block_n, block_m, i % parts, (i // parts).to(tl.int64)
+
+
+@triton.jit
 def _mask_iou_kernel(
     a_ptr, b_ptr, parts_ptr,
     stride_ab, stride_an, stride_ah, stride_aw, stride_bb, stride_bn, stride_bh, stride_bw,
@@ -83,11 +93,7 @@ def _mask_iou_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of a part of the pixels for a block of pairs."""
-    blocks_n, blocks_m = tl.cdiv(N, BLOCK), tl.cdiv(M, BLOCK)
-    i = tl.program_id(0)
-    block_m, i = i % blocks_m, i // blocks_m
-    block_n, i = i % blocks_n, i // blocks_n
-    own, image = i % parts, (i // parts).to(tl.int64)
+    block_n, block_m, own, image = _place(N, M, parts, BLOCK)
     n, m = block_n * BLOCK + tl.arange(0, BLOCK), block_m * BLOCK + tl.arange(0, BLOCK)
     a_ptr += image * stride_ab
     b_ptr += image * stride_bb
@@ -127,11 +133,7 @@ def _mask_iou_bits_kernel(
     BLOCK: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Pixels that a block of pairs has in common in a part of the words; a, b (B, masks, words)."""
-    blocks_n, blocks_m = tl.cdiv(N, BLOCK), tl.cdiv(M, BLOCK)
-    i = tl.program_id(0)
-    block_m, i = i % blocks_m, i // blocks_m
-    block_n, i = i % blocks_n, i // blocks_n
-    own, image = i % parts, (i // parts).to(tl.int64)
+    block_n, block_m, own, image = _place(N, M, parts, BLOCK)
     n, m = block_n * BLOCK + tl.arange(0, BLOCK), block_m * BLOCK + tl.arange(0, BLOCK)
     rows_a = a_ptr + ((image * N + n) * words)[:, None]
     rows_b = b_ptr + ((image * M + m) * words)[:, None]
