@@ -141,3 +141,35 @@ def test_bytes_of_a_register_that_nothing_wrote(selector, expected):
     else:
         ptx.run_ptx(text, "bytes", (1, 1, 1), 32, [out])
         assert out.item() == expected
+
+
+def test_comparisons_in_bfloat16_of_what_is_not_a_number():
+    """The unordered ones hold of it, as LLVM asks of `score < 0.0` turned round; the others do not."""
+    ordered = {"eq": 0b010, "lt": 0b001, "le": 0b011, "gt": 0b100, "ge": 0b110}  # of -1, 1 and 2 with 1
+    for how, expected in ordered.items():
+        for suffix, of_nan in (("", 0), *([("u", 0b1000)] if how != "eq" else [])):
+            lines = [
+                f"mov.b16 %rs2, {x};\nsetp.{how}{suffix}.bf16 %p1, %rs2, %rs1;\n"
+                f"selp.b32 %r2, {1 << bit}, 0, %p1;\nor.b32 %r1, %r1, %r2;"
+                for bit, x in enumerate(("0xBF80", "0x3F80", "0x4000", "0x7FC0"))
+            ]
+            text = f"""
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry compare(.param .u64 out) {{
+    .reg .pred %p<2>;
+    .reg .b16 %rs<3>;
+    .reg .b32 %r<3>;
+    .reg .b64 %rd<2>;
+    mov.b32 %r1, 0;
+    mov.b16 %rs1, 0x3F80;
+    {chr(10).join(lines)}
+    ld.param.u64 %rd1, [out];
+    st.global.b32 [%rd1], %r1;
+    ret;
+}}
+"""
+            out = torch.zeros(1, dtype=torch.int32)
+            ptx.run_ptx(text, "compare", (1, 1, 1), 32, [out])
+            assert out.item() == expected | of_nan, how + suffix

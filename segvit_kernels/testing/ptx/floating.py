@@ -326,6 +326,8 @@ def _setp_half(emit: Emitter, i: Instruction) -> None:
     how, kind = i.modifiers[0], i.modifiers[-1]
     names = {"eq": "equal", "neu": "not_equal", "lt": "less", "le": "less_equal"}
     names |= {"gt": "greater", "ge": "greater_equal"}
+    # True of what is not a number, too.
+    names |= {"ltu": "~greater_equal", "leu": "~greater", "gtu": "~less_equal", "geu": "~less"}
     if kind != "bf16" or len([m for m in i.modifiers if m != "ftz"]) != 2:
         raise unknown(i)
     a, b = (f"from_bf16({emit.use(o, 'u2')})" for o in i.operands[1:3])
