@@ -8,8 +8,7 @@ Of the class scores s_c of :mod:`segvit_kernels.ops.semantic_argmax`, views incl
 No score tensor of full size exists: k classes and k probabilities a pixel, in place of all. Scores are sums
 of products of probabilities; negative ones (activation "none") are ranked all the same, but their shares are
 no probabilities. Where a score is not a number every class is some class, in [0, classes), and one may come
-twice. Triton's kernel ranks scores that come of masks in half precision in steps of 2⁻¹⁵ of themselves, 2⁻¹⁴
-above 256 classes: nearer ones count as equal.
+twice.
 
 Kernels: Triton, for at most :data:`MOST` classes a pixel, which it keeps in registers, and the CPU library.
 CUDA C++ has none: where Triton cannot run, calls that name no backend take this one.

@@ -2,15 +2,8 @@
 
 The launches of :mod:`segvit_kernels.triton.semantic_argmax`, without the test of the head, since shares want
 all of every sum. When the scores of a tile are in registers, K rounds take the best class that comes after
-the one before it: nothing is written over, and ties come in the order of classes.
-
-What is computed in half precision makes integers of its scores first, in the order of the numbers, with the
-class in the low bits: of 160 classes 8, so that scores are compared and shared in steps of 2⁻¹⁵, where
-float16 has 2⁻¹¹. No two are equal, and the next one is the largest difference to the last without a sign: a
-subtraction and half a maximum a score and round. Float32 scores are compared as they are, score before class.
-
-Where classes do not fit at once, those of every turn are sorted into what the turns before found, K·K
-exchanges a pixel, and compared as they are.
+the one before it: nothing is written over, and ties come in the order of classes. Where classes do not fit
+at once, those of every turn are sorted into what the turns before found, K·K exchanges a pixel.
 
 Bytes: K classes and K float32 shares a pixel are written in place of one label. Units of σ and of the
 probabilities cancel in a share.
@@ -26,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from segvit_kernels.triton import semantic_argmax
-from segvit_kernels.triton._launch import Launch, cdiv, next_power_of_2
+from segvit_kernels.triton._launch import Launch, cdiv
 from segvit_kernels.triton._plan import planned
 from segvit_kernels.triton.semantic_argmax import _add_blocks, _add_views, _some_class, _tile, _zeros
 
@@ -50,48 +43,6 @@ def _next(acc, classes, before, its):
 
 
 @triton.jit
-def _in_order(bits):
-    """Bits of floats as integers in the order of the numbers, and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _keys(acc, classes, LOW: tl.constexpr, FULL: tl.constexpr):
-    """Scores as integers whose bits below ``LOW``, a power of two, are the class from the last to the first.
-
-    No two are equal, and those of padding, of which the first ``FULL`` classes have none, are the least.
-    """
-    keys = ()
-    first = 0
-    for i in tl.static_range(len(acc)):
-        c = first + tl.arange(0, acc[i].shape[1])
-        low = LOW - 1 - c
-        if first + acc[i].shape[1] > FULL:
-            low = tl.where(c < classes, low, low | -2147483648)
-        keys += ((_in_order(acc[i].to(tl.int32, bitcast=True)) & -LOW) | low[None, :],)
-        first += acc[i].shape[1]
-    return keys
-
-
-@triton.jit
-def _next_key(keys, before):
-    """Of every pixel the largest key, or the largest below ``before``."""
-    most = None
-    for i in tl.static_range(len(keys)):
-        key = keys[i]
-        if before is not None:
-            # Without a sign, what is below lies above what is not.
-            key = (key - before[:, None]).to(tl.uint32, bitcast=True)
-        # To 16 classes in every thread's own, whatever the number of parts.
-        key = tl.max(tl.reshape(key, [key.shape[0], key.shape[1] // 16, 16]), 1)
-        most = key if most is None else tl.maximum(most, key)
-    most = tl.max(most, 1)
-    if before is not None:
-        most = most.to(tl.int32, bitcast=True) + before
-    return most
-
-
-@triton.jit
 def _sorted_in(values, labels, value, label):
     """A score and its class put among K in order, behind equal scores; the last falls out."""
     new_values = ()
@@ -106,20 +57,10 @@ def _sorted_in(values, labels, value, label):
 
 
 @triton.jit
-def _set(items, j: tl.constexpr, item):
-    """The items with ``item`` in place ``j``."""
-    new = ()
-    for i in tl.static_range(len(items)):
-        new += (item if i == j else items[i],)
-    return new
-
-
-@triton.jit
 def _semantic_topk_kernel(
     cells_ptr, probs_ptr, info_ptr, units_ptr, starts_ptr, layout_ptr, affine_ptr, classes_ptr, shares_ptr,
     H, W, step_y, offset_y, step_x, offset_x, C, sigma_scale, probs_scale,
-    K: tl.constexpr, PLACES: tl.constexpr, LOW: tl.constexpr, FULL: tl.constexpr,
-    PADDED_Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    K: tl.constexpr, PADDED_Q: tl.constexpr, BLOCK_Q: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     TURNS: tl.constexpr, SPLIT: tl.constexpr, SIGMOID: tl.constexpr,
@@ -136,10 +77,7 @@ def _semantic_topk_kernel(
     values = ()
     labels = ()
     for _ in tl.static_range(K):
-        if LOW > 0:
-            values += (tl.zeros([PIXELS], tl.int32),)
-        else:
-            values += (tl.full([PIXELS], float("-inf"), tl.float32),)
+        values += (tl.full([PIXELS], float("-inf"), tl.float32),)
         labels += (tl.zeros([PIXELS], tl.int32),)
     for turn in range(TURNS):
         column = turn * (N0 + N1 + N2)
@@ -159,37 +97,17 @@ def _semantic_topk_kernel(
             )  # fmt: skip
         for i in tl.static_range(len(acc)):
             total += tl.sum(acc[i], 1)  # of classes that are padding it is 0
-        key = None
         value = tl.full([PIXELS], float("inf"), tl.float32)
         label = tl.full([PIXELS], -1, tl.int32)
-        if LOW > 0:
-            acc = _keys(acc, C - column, LOW, FULL)
-        for j in tl.static_range(K):
-            if LOW > 0:
-                key = _next_key(acc, key)
-                value, label = key & -LOW, LOW - 1 - (key & (LOW - 1))
-            else:
-                value, label = _next(acc, C - column, value, label)
-            if TURNS > 1:
-                values, labels = _sorted_in(values, labels, value, label + column)
-            else:
-                values = _set(values, j, value)
-                labels = _set(labels, j, label)
+        for _ in tl.static_range(K):
+            value, label = _next(acc, C - column, value, label)
+            values, labels = _sorted_in(values, labels, value, label + column)
     some = total > 0.0
     total = tl.where(some, total, 1.0)
-    # All places at once, for one exchange between threads.
-    place = tl.arange(0, PLACES)[None, :]
-    value, label = values[0][:, None], labels[0][:, None]
-    for j in tl.static_range(1, K):
-        value = tl.where(place < j, value, values[j][:, None])
-        label = tl.where(place < j, label, labels[j][:, None])
-    if LOW > 0:
-        value = _in_order(value).to(tl.float32, bitcast=True)
-    share = tl.where(some[:, None], value / total[:, None], 1.0 / C)
-    offsets = (b.to(tl.int64) * K + place) * H * W + (y * W + x)[:, None]
-    label = _some_class(label, C).to(classes_ptr.dtype.element_ty)
-    tl.store(classes_ptr + offsets, label, mask=place < K)
-    tl.store(shares_ptr + offsets, share, mask=place < K)
+    for j in tl.static_range(K):
+        offsets = (b.to(tl.int64) * K + j) * H * W + y * W + x
+        tl.store(classes_ptr + offsets, _some_class(labels[j], C).to(classes_ptr.dtype.element_ty))
+        tl.store(shares_ptr + offsets, tl.where(some, values[j] / total, 1.0 / C))
 
 
 def _launches(
@@ -217,10 +135,9 @@ def _launches(
         mask_logits, views, height, width, sigmoid, config
     )
     arguments |= written | {"classes_ptr": classes, "shares_ptr": shares, "C": number}
-    constants |= {"K": k, "PLACES": next_power_of_2(k)}
-    keys = mask_logits[0].dtype != torch.float32 and config["turns"] == 1
-    constants["LOW"] = next_power_of_2(sum(config["parts"])) if keys else 0
-    constants["FULL"] = number // 16 * 16
+    constants["K"] = k
+    # The cap is for as many programs as the argmax has; what is sorted takes more registers.
+    options.pop("maxnreg", None)
     tiles = cdiv(height, config["tile_y"]) * cdiv(width, config["tile_x"])
     launches.append(Launch(_semantic_topk_kernel, batch * tiles, arguments, constants, options))
     return (classes, shares), launches

@@ -90,19 +90,6 @@ def test_ties_go_to_lower_classes(backend, poisoned):
     torch.testing.assert_close(shares.cpu(), exact, rtol=1e-6, atol=0)
 
 
-@each_dtype("triton", dtypes=(torch.float16, torch.bfloat16))
-def test_negative_scores_and_ties_in_half_precision(backend, dtype, poisoned):
-    """Below and above zero, with classes that are padding; steps of 2⁻¹⁵ move no share by more."""
-    probs = torch.full((1, 2, 150), -0.25)
-    probs[..., [3, 149]], probs[..., 140], probs[..., 7] = -0.125, 0.5, 64.0
-    masks = torch.ones(1, 2, 2, 2, dtype=dtype)
-    inputs = {"mask_logits": masks, "class_probs": probs.to(dtype), "size": (3, 4)}
-    classes, shares = run(inputs, backend, 6, activation="none")
-    assert (classes == torch.tensor([7, 140, 3, 149, 0, 1]).view(1, 6, 1, 1)).all()
-    exact = torch.tensor([64.0, 0.5, -0.125, -0.125, -0.25, -0.25]) / (64.5 - 0.25 - 0.25 * 146)
-    torch.testing.assert_close(shares, exact.view(1, 6, 1, 1).expand_as(shares), rtol=2**-15, atol=0)
-
-
 @each_backend("eager", "cpu", "triton")
 def test_no_evidence_is_shared_by_all(backend, poisoned):
     probs, masks = torch.zeros(1, 3, 5), normal(backend, 1, 3, 2, 2)
