@@ -16,7 +16,7 @@ from segvit_kernels.triton._mask_targets import _TILE, _tiles
 
 _ENTRIES = 4  # of the list of logits, in one launch
 _GROUPS = 16  # the smallest height of a matrix product
-_MAX_ROWS = 16  # of a group, in the forward and the matching
+_MAX_ROWS = 16  # of a group, in the forward
 
 
 @triton.jit

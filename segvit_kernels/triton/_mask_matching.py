@@ -26,7 +26,7 @@ from segvit_kernels.triton._launch import Launch, cdiv
 from segvit_kernels.triton._mask_entries import _check_sizes, _options
 from segvit_kernels.triton._mask_pixels import _high, _logistic_of_size, _power, _wide
 from segvit_kernels.triton._mask_targets import _addressable, _sum_launch, _target_launches
-from segvit_kernels.triton._resize import footprint, hats, place_of
+from segvit_kernels.triton._resize import footprint, hats, place_of, shares_in_float16
 
 _P_SCALE = tl.constexpr(32768.0)  # of σ in float16, whose small values would lose their digits
 
@@ -249,8 +249,7 @@ def _matching_launches(
         "TILE_X": tile_x,
         "CELLS_Y": cells[0],
         "CELLS_X": cells[1],
-        # Weights of odd multiples of 1/(2·16) are exact in float16, and their products are.
-        "EXACT": all(out % n == 0 and out // n in (1, 2, 4, 8, 16) for out, n in ((height, h), (width, w))),
+        "EXACT": shares_in_float16((height, width), (h, w)),
         "EVEN": height % tile_y == 0 and width % tile_x == 0,
         "STEADY": cells[0] > 0 and tile_y * h % height == 0 and tile_x * w % width == 0,
     }

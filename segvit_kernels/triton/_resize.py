@@ -15,6 +15,11 @@ def footprint(tile: int, reach: float) -> int:
     return next_power_of_2(math.floor((tile - 1) * reach) + 3)
 
 
+def shares_in_float16(pixels: tuple[int, int], cells: tuple[int, int]) -> bool:
+    """Whether float16 holds the shares of cells in pixels: odd multiples of 1/(2·16), and their products."""
+    return all(out % n == 0 and out // n in (1, 2, 4, 8, 16) for out, n in zip(pixels, cells, strict=True))
+
+
 @triton.jit
 def place_of(i, step, cells):
     """The cell before place i, the one after it and its share, as ``F.interpolate`` finds them in float32."""

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from segvit_kernels.triton._launch import Launch, addressable, cdiv, next_power_of_2, pinned, target
 from segvit_kernels.triton._plan import planned
+from segvit_kernels.triton._resize import footprint, shares_in_float16
 
 _SIGMA_SCALE = 1024.0  # of half-precision σ
 _PROBS_SCALE = 2.0**14  # of half-precision class probabilities up to 1
@@ -53,11 +54,6 @@ def _parts(classes: int, limit: int) -> tuple[tuple[int, ...], int]:
     while sixteens.bit_count() > 3:
         sixteens += sixteens & -sixteens
     return tuple(16 << bit for bit in reversed(range(16)) if sixteens >> bit & 1), turns
-
-
-def _footprint(tile: int, reach: float) -> int:
-    """How many cells, as a power of two, ``tile`` pixels at ``reach`` cells a pixel can touch."""
-    return next_power_of_2(math.floor((tile - 1) * reach) + 3)
 
 
 def _config(
@@ -83,7 +79,7 @@ def _config(
     config["programs"] *= config["multiprocessors"]
     _, _, _, queries, classes = shape
     parts, turns = _parts(classes, config.pop("classes"))
-    cells = [_footprint(config[f"tile_{axis}"], r) for axis, r in zip("yx", reach, strict=True)]
+    cells = [footprint(config[f"tile_{axis}"], r) for axis, r in zip("yx", reach, strict=True)]
     if math.prod(cells) > config.pop("cells"):
         cells = [0, 0]
     elif math.prod(cells) < 16:  # the least inner length of a product
@@ -800,10 +796,7 @@ def main_launch(
     block_q, parts = config["block_q"], config["parts"]
     h, w = mask_logits[0].shape[2:]
     step_y, step_x = h / height, w / width
-    # Weights of odd multiples of 1/(2·16) are exact in float16, and their products are.
-    exact = not views and all(
-        out % n == 0 and out // n in (1, 2, 4, 8, 16) for out, n in ((height, h), (width, w))
-    )
+    exact = not views and shares_in_float16((height, width), (h, w))
     starts, layout, affine = views or (None, None, None)
     arguments = {
         "starts_ptr": starts,

@@ -35,7 +35,7 @@ def few_tiles(request, monkeypatch):
 
 def tiled(kernels, tiles, reach, most):
     """Launch parameters of Triton: tiles, and their footprint, a product of at most so many cells or none."""
-    cells = [kernels._footprint(tiles[f"tile_{a}"], r) for a, r in zip("yx", reach, strict=True)]
+    cells = [kernels.footprint(tiles[f"tile_{a}"], r) for a, r in zip("yx", reach, strict=True)]
     fits = 16 <= math.prod(cells) <= most
     return {**tiles, "cells_y": cells[0] * fits, "cells_x": cells[1] * fits}
 

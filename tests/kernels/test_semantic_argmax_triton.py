@@ -332,7 +332,7 @@ def test_accumulators():
 def test_footprints_hold_every_cell_a_tile_touches():
     for tile in (8, 16, 32):
         for reach in (0.01, 1 / 16, 0.124, 0.25, 0.3, 1.0, 2.7):
-            cells = kernels._footprint(tile, reach)
+            cells = kernels.footprint(tile, reach)
             for offset in torch.linspace(0, 1, 101, dtype=torch.float64).tolist():
                 assert math.floor(offset + (tile - 1) * reach) + 2 <= cells
 
