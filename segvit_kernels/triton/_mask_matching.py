@@ -110,7 +110,7 @@ def _mask_matching_kernel(
 ):  # fmt: skip
     """products (splits, 3, B, Q, M) and totals (splits, 3, B, Q): sums over a run of tiles.
 
-    SINGLE says that float16 does not hold the targets, EVEN that tiles have no pixel outside, STEADY that
+    SINGLE says that float16 does not hold the targets, EVEN that no pixel of a tile is outside, STEADY that
     all of them lie alike among the cells.
     """
     q_blocks, m_blocks = tl.cdiv(Q, BLOCK_Q), tl.maximum(tl.cdiv(M, BLOCK_M), 1)
@@ -145,7 +145,8 @@ def _mask_matching_kernel(
         else:
             inside = (y < H) & (x < W)
             logits = tl.where(inside[None, :], logits, -1e4)  # adds nothing to the totals
-            t = tl.load(ptrs, mask=inside[:, None], other=0)
+            there = inside[:, None] if LABELS else inside[:, None] & (m < M)
+            t = tl.load(ptrs, mask=there, other=0)
         if LABELS:
             t = _wide(t) == m
             if not EVEN:
@@ -250,7 +251,8 @@ def _matching_launches(
         "CELLS_Y": cells[0],
         "CELLS_X": cells[1],
         "EXACT": shares_in_float16((height, width), (h, w)),
-        "EVEN": height % tile_y == 0 and width % tile_x == 0,
+        # Where there is no target there is nothing to read either.
+        "EVEN": height % tile_y == 0 and width % tile_x == 0 and num_classes > 0,
         "STEADY": cells[0] > 0 and tile_y * h % height == 0 and tile_x * w % width == 0,
     }
     launches.append(Launch(_mask_matching_kernel, blocks * splits, arguments, constants, _options(config)))
