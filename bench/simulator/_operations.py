@@ -10,10 +10,12 @@ import numpy as np
 from bench.simulator._state import (
     _M,
     _NUMBER,
+    Bits,
     State,
     Value,
     _and,
     _bits,
+    _bits_source,
     _float_source,
     _is_predicate,
     _next,
@@ -233,12 +235,14 @@ def _arithmetic(i: Instruction) -> Callable[[State], dict[str, Value]] | None:
         if _is_predicate(rest[0]):
             out.append(rest.pop(0))
         target, table = rest[0], int(rest[4], 16)
-        reads = [_source(o) for o in rest[1:4]]
+        reads = [_bits_source(o) for o in rest[1:4]]
 
         def logic(s: State) -> dict[str, Value]:
-            a, b, c = (read(s) for read in reads)
-            value = _lop3(a, b, c, table)
-            return {target: value} | {p: None if value is None else _truth(value != 0) for p in out}
+            value = _lop3([read(s) for read in reads], table).settled()
+            bits = Bits.of(value)
+            one = bits.value & bits.known != 0
+            found = _truth(one) if np.all(one | (bits.known == _M)) else None
+            return {target: value} | dict.fromkeys(out, found)
 
         return logic
     if plain == "PLOP3":
@@ -394,17 +398,14 @@ def _n(value: Value) -> Value:
     return None if value is None else 0
 
 
-def _lop3(a: Value, b: Value, c: Value, table: int) -> Value:
-    used = [bool((table >> n ^ table) & m) for n, m in ((4, 0x0F), (2, 0x33), (1, 0x55))]
-    given = [x if u else 0 for x, u in zip((a, b, c), used, strict=True)]
-    if any(x is None for x in given):
-        return None
-    a, b, c = given
-    total: Value = 0
+def _lop3(operands: Sequence[Bits], table: int) -> Bits:
+    can: list[Value] = [0, 0]  # what bits may be 0, and may be 1
     for k in range(8):
-        if table >> k & 1:
-            total = total | (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
-    return total & _M
+        term: Value = _M
+        for bits, bit in zip(operands, (4, 2, 1), strict=True):
+            term = term & ((bits.value if k & bit else ~bits.value) | ~bits.known)
+        can[table >> k & 1] |= term
+    return Bits(can[1] & _M, (can[0] ^ can[1]) & _M)
 
 
 def _plop3(values: Sequence[Value], table: int) -> Value:

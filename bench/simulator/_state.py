@@ -1,6 +1,7 @@
 """What is known of some rows in front of an instruction, and how its operands are read from that.
 
 A value is ``None`` (unknown), a Python int (alike everywhere) or an array, rows by lanes, of 32-bit patterns.
+Of a register that compilers keep predicates in, some bits may be known and others not: :class:`Bits`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,27 @@ _REGISTER = re.compile(r"^([-~!|]*)(U?R(?:\d+|Z)|U?P(?:\d+|T))\b")
 _CONSTANT = re.compile(r"^([-~|]*)c\[0x0\]\[(?:(U?R\w+)\+?)?(0x[0-9a-f]+)?\]")
 _NUMBER = re.compile(r"^-?0x[0-9a-f]+$")
 _ADDRESS = re.compile(r"\[([^\[\]]*)\]$")
+
+
+class Bits(NamedTuple):
+    """A pattern of which the bits in ``known`` are."""
+
+    value: Value
+    known: Value
+
+    @classmethod
+    def of(cls, value: Value) -> Bits:
+        return value if isinstance(value, Bits) else cls(0, 0) if value is None else cls(value, _M)
+
+    def settled(self) -> Value:
+        """As a plain value, if all bits or none are known."""
+        return self.value if np.all(self.known == _M) else self if np.any(self.known) else None
+
+
+def _either(a: Value, b: Value) -> Value:
+    """What two values have in common."""
+    a, b = Bits.of(a), Bits.of(b)
+    return Bits(a.value, a.known & b.known & ~(a.value ^ b.value) & _M).settled()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +84,26 @@ class State:
             return 0
         if name.endswith("T"):
             return True
-        return self.values.get(name)
+        found = self.values.get(name)
+        return None if isinstance(found, Bits) else found
 
     def put(self, name: str, value: Value, guard: Value) -> None:
         if name[-1] in "ZT" or guard is False:
             return
         if guard is not True:
             old = self.values.get(name)
-            value = None if old is None or value is None or guard is None else _where(guard, value, old)
+            if name.lstrip("U")[0] == "R" and (guard is None or isinstance(old, Bits)):
+                value = _either(old, value)
+            else:
+                value = None if old is None or value is None or guard is None else _where(guard, value, old)
         self.values[name] = value
 
     def part(self, mask: np.ndarray) -> State:
         """The rows where ``mask`` is true."""
 
         def cut(value: Value) -> Value:
+            if isinstance(value, Bits):
+                return Bits(cut(value.value), cut(value.known))
             return value[mask] if isinstance(value, np.ndarray) and len(value) == len(mask) else value
 
         values = {name: cut(v) for name, v in self.values.items()}
@@ -183,6 +211,18 @@ def _source(operand: str, wide: bool = False) -> Callable[[State], Value]:
     if "~" in signs:
         return lambda s: None if (x := read(s)) is None else ~x if wide else ~x & _M
     return read
+
+
+def _bits_source(operand: str) -> Callable[[State], Bits]:
+    """What reads an operand as far as its bits are known."""
+    read, match = _source(operand), _REGISTER.match(operand)
+    plain = match and not match[1] and "." not in operand.removesuffix(".reuse")
+
+    def bits(s: State) -> Bits:
+        found = s.values.get(match[2]) if plain else None
+        return found if isinstance(found, Bits) else Bits.of(read(s))
+
+    return bits
 
 
 def _float_source(operand: str) -> Callable[[State], Any]:

@@ -30,6 +30,36 @@ def contents(
     return found
 
 
+def share_met(launch: dict[str, Any], words: np.ndarray, labels: Sequence[Sequence[int]]) -> float | None:
+    """Of the tiles that a launch of the mask loss looks at, the share in which their class may occur.
+
+    Args:
+        launch: the launch.
+        words: (images, down, across), bit c % 32 set where a tile of 64 × 64 labels may have class c.
+        labels: that occur in every image.
+
+    Returns:
+        The share, or ``None`` for launches that ask nothing of the kind.
+    """
+    numbers, constants = launch["numbers"], launch["constants"]
+    if not {"tiles_ptr", "pairs_ptr"} <= launch["tensors"].keys() or "GROUPS" not in constants:
+        return None
+    if "rows0" in numbers:
+        height, width = constants["GROUPS"] * numbers["rows0"], constants["SPAN"] * constants["BLOCK"]
+    else:
+        height, width = (constants["GROUPS"] - 1) * numbers["H"] // numbers["h0"], constants["BLOCK"]
+    met = []
+    for y in range(0, numbers["H"], height):
+        for x in range(0, numbers["W"], width):
+            below, beyond = min(y + height, numbers["H"]) - 1, min(x + width, numbers["W"]) - 1
+            seen = words[:, y // 64 : below // 64 + 1, x // 64 : beyond // 64 + 1]
+            seen = np.bitwise_or.reduce(seen.reshape(len(words), -1), axis=1)
+            met += [
+                seen[b] >> c % 32 & 1 for b, there in enumerate(labels) for c in there if c < numbers["M"]
+            ]
+    return float(np.mean(met))
+
+
 def _pairs(labels: Sequence[Sequence[int]], queries: int, targets: int) -> np.ndarray:
     """The number of active pairs of image and class, and these."""
     active = [

@@ -119,6 +119,19 @@ def _are_labels(targets: Any) -> bool:
     return isinstance(targets, torch.Tensor) and targets.ndim == 3 and not targets.is_floating_point()
 
 
+def _words(labels: torch.Tensor, most: int = 6) -> Any:
+    """(images, down, across): of every tile of 64 × 64 labels a bit c % 32 for each class c, all bits where
+    it has more than ``most``; 255 is none."""
+    import numpy as np
+
+    found = np.zeros((len(labels), -(-labels.shape[1] // 64), -(-labels.shape[2] // 64)), dtype=np.uint32)
+    for b, y, x in np.ndindex(*found.shape):
+        there = labels[b, 64 * y : 64 * y + 64, 64 * x : 64 * x + 64].unique()
+        there = there[(there >= 0) & (there < 255)].tolist()
+        found[b, y, x] = sum({1 << c % 32 for c in there}) if len(there) <= most else 2**32 - 1
+    return found
+
+
 def _module(name: str, before: str) -> Any:
     """A module of the checkout; older ones have it at ``before``."""
     return importlib.import_module(before if importlib.util.find_spec(before) else name)
@@ -154,8 +167,15 @@ def capture(job: dict[str, Any]) -> dict[str, list[dict]]:
             torch.autograd.grad(results, operators.differentiable(leaves), gradients)
     described = [describe(launch, job["arch"]) for launch in found]
     labels = leaves.get("targets")
-    there = [image.unique().tolist() for image in labels] if _are_labels(labels) else None
-    return {"forward": described[:count], "backward": described[count:], "labels": there}
+    there = words = None
+    if _are_labels(labels):
+        there, words = [image.unique().tolist() for image in labels], _words(labels)
+    return {
+        "forward": described[:count],
+        "backward": described[count:],
+        "labels": there,
+        "words": words,
+    }
 
 
 def main(stub: str, jobs: str, folder: str) -> None:

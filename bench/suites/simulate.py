@@ -25,6 +25,7 @@ from bench.measure import environment
 from bench.measure.results import write
 from bench.simulator import calibration
 from bench.simulator import launch as simulated
+from bench.simulator.assume import share_met
 from bench.simulator.machine import H200, MACHINES
 from bench.subjects import operators
 from bench.suites import _capture
@@ -48,9 +49,10 @@ OPERATORS = (
     "mask_iou",
     "subsample_norm",
 )
-# What branches on data do: work is done (False), or skipped wherever it may be (True); the truth is between.
+# What branches on data do: work is done (False), or skipped wherever it may be (True); the truth is between,
+# and where the labels of the benchmark tell how often (None), so much of the way from the one to the other.
 DATA = {
-    "mask_loss": {"every tile meets its class": False, "no tile does": True},
+    "mask_loss": {"every tile meets its class": False, "no tile does": True, "labels as drawn": None},
     "semantic_argmax": {"test not tried": False, "decided early": True},
 }
 
@@ -131,6 +133,21 @@ def predict(described: dict[str, Any], labels: Any = None, decided: bool = False
     return found
 
 
+def _drawn(described: dict[str, Any], captured: dict[str, Any]) -> dict[str, dict]:
+    """The prediction for the labels of the benchmark: between that of all work done and that of none."""
+    work, none = (predict(described, captured["labels"], skipped) for skipped in (False, True))
+    share = share_met(described, captured["words"], captured["labels"])
+    if share is None or "reason" in work or "reason" in none:
+        return work
+
+    def between(more: Any, less: Any) -> Any:
+        if isinstance(more, dict):
+            return {key: between(more[key], less[key]) for key in more}
+        return share * more + (1 - share) * less if isinstance(more, float) else more
+
+    return between(work, none)
+
+
 def floor(operator: str, case: Any, direction: str, machine: Any, dtype: str = DTYPE) -> float | None:
     """The time that no implementation undercuts on a machine (:func:`bench.subjects.operators.floor`)."""
     op = operators.by_name()[operator]
@@ -157,7 +174,10 @@ def rows(j: dict[str, Any], captured: dict[str, Any], variant: str) -> list[dict
             continue
         for data, decided in DATA.get(j["operator"], {"": False}).items():
             row = base | {"direction": direction, "data": data, "status": "ok"}
-            launches = [predict(d, captured["labels"], decided) for d in captured[direction]]
+            launches = [
+                _drawn(d, captured) if decided is None else predict(d, captured["labels"], decided)
+                for d in captured[direction]
+            ]
             if wrong := [p["reason"] for p in launches if "reason" in p]:
                 found.append(row | {"status": "failed", "reason": wrong[0]})
                 continue

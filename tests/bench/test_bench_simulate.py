@@ -15,7 +15,7 @@ from test_simulator import _sass
 from bench import __main__ as command
 from bench import report
 from bench.measure import environment
-from bench.simulator import calibration
+from bench.simulator import assume, calibration
 from bench.suites import _capture, simulate, tune
 
 ROOT = environment.ROOT
@@ -85,6 +85,31 @@ def test_the_argmax_has_a_row_for_each_kind_of_data(captured):
     result = simulate.run(names=["semantic_argmax"], batches=[1], calibrate=False, progress=lambda line: None)
     assert [row["data"] for row in result["rows"]] == ["test not tried", "decided early"]
     assert {row["direction"] for row in result["rows"]} == {"forward"}
+
+
+def test_the_mask_loss_is_predicted_for_labels_as_they_are_drawn(monkeypatch):
+    labels = torch.full((2, 128, 192), 255)
+    labels[0, :64], labels[1, 100, 130] = 3, 35
+    labels[1, :32, :32] = torch.arange(32 * 32).reshape(32, 32) % 7  # more than are counted one by one
+    words = _capture._words(labels)
+    assert words.tolist() == [[[8, 8, 8], [0, 0, 0]], [[2**32 - 1, 0, 0], [0, 0, 8]]]
+    launch = {"tensors": {"tiles_ptr": {}, "pairs_ptr": {}}}
+    launch |= {"numbers": {"rows0": 8, "H": 128, "W": 192, "M": 150}}
+    launch |= {"constants": {"GROUPS": 8, "BLOCK": 64, "SPAN": 1}}
+    # Class 3 of both images in 3 and 2 tiles of 6 (35 has the bit of 3), 35 of the second in 2.
+    assert assume.share_met(launch, words, [[3], [3, 35]]) == pytest.approx((3 + 2 + 2) / 18)
+    launch["numbers"]["rows0"] = 16
+    assert assume.share_met(launch, words, [[3], [3, 35]]) == pytest.approx((3 + 2 + 2) / 9)
+    assert assume.share_met({**launch, "tensors": {}}, words, [[3]]) is None
+
+    def predicted(described, labels, skipped):
+        return {"H200": {"seconds": 1.0 if skipped else 3.0, "ways": 4, "busy": {"MUFU": 0.5}}}
+
+    monkeypatch.setattr(simulate, "predict", predicted)
+    found = simulate._drawn(launch, {"labels": [[3], [3, 35]], "words": words})
+    assert found == {"H200": {"seconds": pytest.approx(1 + 2 * 7 / 9), "ways": 4, "busy": {"MUFU": 0.5}}}
+    everything = simulate._drawn({**launch, "tensors": {}}, {"labels": [], "words": words})
+    assert everything["H200"]["seconds"] == 3.0
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,29 @@ def test_what_instructions_do(text, before, expected):
     assert state.get("R2" if "WIDE" in text else "R0") == expected
 
 
+@pytest.mark.parametrize("before", [0x2000, np.array([[0x2000, 0x2008]])])
+def test_bits_are_known_beside_others_that_are_not(before):
+    """Predicates that a compiler packs into a register: one that was read from memory leaves the others."""
+    code = instructions(
+        _sass(
+            "@P0 LOP3.LUT R0, R0, 0x8, RZ, 0xfc, !PT",  # of an unknown predicate
+            "LOP3.LUT P1, RZ, R0.reuse, 0x2000, RZ, 0xc0, !PT",
+            "LOP3.LUT P2, RZ, R0, 0x4000, RZ, 0xc0, !PT",
+            "LOP3.LUT P3, RZ, R0, 0x8, RZ, 0xc0, !PT",
+            "LOP3.LUT P4, R1, R0, 0x2008, RZ, 0xc0, !PT",
+            "IADD3 R2, R0, 0x1, RZ",
+            "LOP3.LUT R0, R0, 0xfffffff7, RZ, 0xc0, !PT",
+        )
+    )
+    state = execute._start(np.array([0]), b"", execute.Memory(), {"R0": before, "P0": None})
+    for i in code:
+        execute.step(i)(state)
+    assert np.all(state.get("P1")) and not np.any(state.get("P2")) and np.all(state.get("P4"))
+    assert state.get("P2") is not None
+    assert [state.get(name) for name in ("R1", "R2", "P3")] == [None, None, None]
+    assert np.all(state.get("R0") == 0x2000)
+
+
 @pytest.mark.parametrize(("mode", "expected"), [("ANY", True), ("ALL", False)])
 def test_warps_vote(mode, expected):
     (i,) = instructions(_sass(f"VOTEU.{mode} UP0, P0"))
