@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bench import report
 from bench.commands import OptionError, _options
 from bench.suites import learning
 
@@ -32,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=_options.positive, default=9, help="samples of a model's time (default %(default)s)"
     )
     parser.add_argument("--only-steps", action="store_true", help="time the steps, and stop")
+    parser.add_argument(
+        "--resume", type=Path, help="a result, of any machine: its seconds of a step and its scores are kept"
+    )
+    parser.add_argument("--no-train", action="store_true", help="the result of what is there by now")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,10 +50,20 @@ def run(options: argparse.Namespace) -> int:
     paths = (options.data, options.backbone_weights, options.config, options.runs)
     task = learning.Task(*(path.resolve() for path in paths), threads=options.threads)
     models = options.models or learning.ENTRIES
+    if options.resume:
+        try:
+            learning.restore(task, report.load(options.resume))
+        except (report.ReportError, OSError, ValueError, KeyError) as error:
+            raise OptionError(f"--resume {options.resume}: {error}") from error
     if options.only_steps:
         learning.seconds(task, models)
         return 0
     result = learning.run(
-        task, models=models, seeds=options.seeds, minutes=options.minutes, rounds=options.rounds
+        task,
+        models=models,
+        seeds=options.seeds,
+        minutes=options.minutes,
+        rounds=options.rounds,
+        train=not options.no_train,
     )
     return _options.finish(result, options, _options.default_out("learning", "cpu"), options.models)

@@ -2,8 +2,9 @@
 
 Each gets as many steps of one recipe as the given minutes hold at its own speed: seconds of a step are
 measured first, model after model, with nothing else running. The trainings may then share the machine with
-other work, since steps alone count. Trained and evaluated by ``segvit train`` and ``segvit evaluate``, with
-windows of the recipe's crop. Costs are those of ``bench decoders``, at its size with the data's classes.
+other work, or be another machine's, since steps alone count (:func:`restore`). Trained and evaluated by
+``segvit train`` and ``segvit evaluate``, with windows of the recipe's crop. Costs are those of
+``bench decoders``, at its size with the data's classes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,7 @@ import yaml
 from bench.measure import environment, results
 from bench.suites import decoders
 
-TIMED, UNTIMED = 12, 4  # steps whose seconds count, and those before them
+TIMED, UNTIMED = 9, 3  # steps whose seconds count, and those before them
 
 # Of a Shrunk model: how examples/camvid trains it.
 _SHRUNK = ("--shrunk", "--similarity-gain", "6", "--decoder-lr-scale", "25", "--model.decoder_dropout", "0")
@@ -118,6 +120,7 @@ def _kept(path: Path, make: Callable[[], dict]) -> dict:
 def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path, window: int) -> dict:
     """mIoU of a training: by windows, and as it says itself, of whole pictures at once."""
     run, found = folder / "run", folder / "windows.json"
+    shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
     task.train(entry, steps, seed, run, 10)
     given = ["--checkpoint", str(run), "--data", str(task.data), "--json", str(found)]
     task.segvit("evaluate", *given, "--window", str(window))
@@ -140,6 +143,28 @@ def seconds(
     return found
 
 
+def _scored(task: Task, name: str, steps: int, seed: int) -> Path:
+    return task.runs / results.stem(name) / f"{steps}-steps-seed-{seed}" / "score.json"
+
+
+def restore(task: Task, result: dict) -> None:
+    """Puts what a result of :func:`run` holds where the next call looks for it.
+
+    Raises:
+        ValueError: the result is of another data set.
+    """
+    if result["data"] != task.data.name:
+        raise ValueError(f"a result of the data set {result['data']!r}; expected {task.data.name!r}")
+    _kept(task.runs / "environment.json", lambda: result["environment"])
+    for row in result["rows"]:
+        folder = task.runs / results.stem(row["name"])
+        _kept(folder / "step.json", lambda row=row: {"s": row["step_s"]})
+        _kept(folder / "cost.json", lambda row=row: row["cost"])
+        for score in row["scores"]:
+            found = {key: score[key] for key in ("windows", "whole")}
+            _kept(_scored(task, row["name"], score["steps"], score["seed"]), lambda found=found: found)
+
+
 def run(
     task: Task,
     *,
@@ -147,27 +172,32 @@ def run(
     seeds: Sequence[int] = (0, 1, 2),
     minutes: float = 5.0,
     rounds: int = 9,
+    train: bool = True,
     progress: Callable[[str], None] = print,
 ) -> dict:
-    """One row a model, as plain data. What `task.runs` holds of an earlier call is taken from there."""
+    """One row a model, as plain data. What `task.runs` holds of an earlier call is taken from there; without
+    ``train`` there is nothing else, and models and seeds of which it holds nothing are left out."""
     recipe = yaml.safe_load(task.config.read_text(encoding="utf-8"))
     described = _kept(
         task.runs / "environment.json",
         lambda: {**environment.describe(torch.device("cpu")), "threads": task.threads},
     )
     crop = recipe["image_size"]
+    if not train:
+        models = [name for name in models if (task.runs / results.stem(name) / "step.json").is_file()]
     step = seconds(task, models, progress)
     scores: dict[str, list[dict]] = {name: [] for name in step}
     for seed in seeds:
         for name in step:
             steps = max(1, round(60 * minutes / step[name]))
-            folder = task.runs / results.stem(name) / f"{steps}-steps-seed-{seed}"
-            scored = _kept(
-                folder / "score.json",
-                functools.partial(_score, task, ENTRIES[name], steps, seed, folder, crop),
-            )
+            path = _scored(task, name, steps, seed)
+            if not train and not path.is_file():
+                continue
+            made = functools.partial(_score, task, ENTRIES[name], steps, seed, path.parent, crop)
+            scored = _kept(path, made)
             scores[name].append({"seed": seed, "steps": steps, **scored})
             progress(f"{name}, seed {seed}, {steps} steps: mIoU {100 * scored['windows']:.1f}")
+    step = {name: value for name, value in step.items() if scores[name]}
     torch.set_num_threads(task.threads)
     classes = len(recipe["model"]["palette"])
     rows = {
@@ -175,7 +205,10 @@ def run(
         for name, entry in ENTRIES.items()
         if name in step
     }
-    costs = dict(zip(rows, decoders.cost(rows, "float32", rounds, progress), strict=True))
+    kept = {name: task.runs / results.stem(name) / "cost.json" for name in rows}
+    new = {name: row for name, row in rows.items() if not kept[name].is_file()}
+    measured = dict(zip(new, decoders.cost(new, "float32", rounds, progress), strict=True)) if new else {}
+    costs = {name: _kept(kept[name], functools.partial(measured.get, name)) for name in rows}
     return {
         "schema": 1,
         "kind": "learning",

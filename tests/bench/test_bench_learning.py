@@ -56,9 +56,20 @@ def test_models_get_the_same_minutes(task):
         assert all(o["--window"] == "64" for what, o in asked if what == "evaluate")
         asked.clear()
         again = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
+        # On another machine nothing is timed anew, and only what is missing is trained.
+        elsewhere = task._replace(runs=task.runs / "elsewhere")
+        learning.restore(elsewhere, result)
+        more = {"models": (*names, "eomt, patch 14"), "seeds": (0, 1, 2), "minutes": 1, "rounds": 1}
+        kept = learning.run(elsewhere, **more, train=False, progress=printed.append)
+        assert asked == [] and kept["rows"] == result["rows"] == again["rows"]
+        kept = learning.run(elsewhere, **{**more, "models": names}, progress=printed.append)
+        assert [o["--max-steps"] for what, o in asked if what == "train"] == ["40", "30"]
+        assert [len(row["scores"]) for row in kept["rows"]] == [3, 3]
+        assert [row["cost"] for row in kept["rows"]] == [row["cost"] for row in result["rows"]]
     finally:
         torch.set_num_threads(threads)
-    assert asked == [] and [r["scores"] for r in again["rows"]] == [r["scores"] for r in result["rows"]]
+    with pytest.raises(ValueError, match="a result of the data set 'data'; expected 'others'"):
+        learning.restore(elsewhere._replace(data=task.data.with_name("others")), result)
     rows = {row["name"]: row for row in result["rows"]}
     assert {name: row["step_s"] for name, row in rows.items()} == dict(zip(names, (1.5, 2.0), strict=True))
     assert rows[names[1]]["scores"][1] == {"seed": 1, "steps": 30, "windows": 0.51, "whole": 0.4}
@@ -90,5 +101,8 @@ def test_what_is_not_there_is_named(tmp_path):
     given = ["--data", str(tmp_path / "no"), "--backbone-weights", str(tmp_path)]
     with pytest.raises(OptionError, match=r"--data .*no: does not exist"):
         command.run(parser.parse_args(given))
+    with pytest.raises(OptionError, match=r"--resume .*no\.json: "):
+        here = ["--data", str(tmp_path), *given[2:]]
+        command.run(parser.parse_args([*here, "--resume", str(tmp_path / "no.json")]))
     with pytest.raises(OptionError, match="--minutes -1"):
         command.run(parser.parse_args(["--data", str(tmp_path), *given[2:], "--minutes", "-1"]))
