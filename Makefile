@@ -16,15 +16,16 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo kernels test ptx fuzz fuzz-parsers matrix gate gate-3.6 kill-test native emulator tiles sanitize wheels hub lint docs bench report tune gpu precompile clean
 
 # LOCKED=1: nothing but the files of .ci/requirements.txt, by hash; for the platform and Python that it names.
-# torch first: all that the native library needs. Bytecode is left to the first import of what is imported.
+# torch first: all that the native library needs, with what packs this one. Bytecode is left to the first import
+# of what is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(if $(LOCKED),,-c constraints.txt)
 $(VENV)/.torch: constraints.txt $(if $(LOCKED),.ci/requirements.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(LOCKED),--require-hashes --no-deps -r .ci/requirements.txt,torch numpy)
+	$(PIP) $(if $(LOCKED),--require-hashes --no-deps -r .ci/requirements.txt,torch numpy 'setuptools>=77')
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	$(PIP) $(if $(LOCKED),--no-deps --no-build-isolation) -e '.[dev]'
+	$(PIP) --no-build-isolation $(if $(LOCKED),--no-deps) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed  ## train a small model on synthetic images and write an HTML report
@@ -70,8 +71,8 @@ kill-test: $(VENV)/.installed  ## training and bulk prediction, killed at random
 	$(BIN)/python tests/segvit/kill.py --kills 200 --points 1 --nodes 4
 	$(BIN)/python tests/segvit/kill_predict.py --kills 100
 
-# All launches that are pinned for all architectures; SEGVIT_GATE=quick: one of each kernel. GATE: options for
-# pytest, such as '-k sm_90'.
+# All launches that are pinned for all architectures; SEGVIT_GATE=quick: one of each kernel, on sm_90 and in turn
+# on one of the others. GATE: options for pytest, such as '-k sm_90'.
 GATE_TEST := -m pytest -q -n 2 --dist worksteal $(GATE) tests/kernels/test_triton_compiles.py
 gate gate-3.6: export SEGVIT_GATE ?= all
 

@@ -218,7 +218,24 @@ def in_turn(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for item in items if id(item) not in left_out]
 
 
+# Files with tests of half a minute and more. Of two workers each has half of them first.
+LONG = (
+    ("test_ptx.py", "test_kill.py", "test_native.py", "test_wheel.py"),
+    ("test_triton_compiles.py", "test_bench_gpu.py", "test_export_aot.py", "test_hub.py"),
+)
+
+
+def long_ones_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """So that no worker is left with one of them when the others are through."""
+    first, second = ([item for item in items if item.path.name in names] for names in LONG)
+    others = [item for item in items if item.path.name not in LONG[0] + LONG[1]]
+    middle = max(0, len(items) // 2 - len(first))
+    return [*first, *others[:middle], *second, *others[middle:]]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = long_ones_first(items)
     if "SEGVIT_PTX" in os.environ:
         if os.environ.get("SEGVIT_PTX_DTYPES") == "turns":
             items[:] = in_turn(items)

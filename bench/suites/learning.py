@@ -76,24 +76,30 @@ class Task(NamedTuple):
     runs: Path
     threads: int = 2
 
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """A command of `segvit` in a process of its own."""
+        variables = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        command = [sys.executable, "-m", "segvit", *arguments, "--no-progress"]
+        said = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=variables, cwd=environment.ROOT, **said)
+
     def segvit(self, *arguments: str) -> None:
-        """A command of `segvit` in a process of its own.
+        """A command to its end.
 
         Raises:
             RuntimeError: it failed; with what it said.
         """
-        variables = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        command = [sys.executable, "-m", "segvit", *arguments, "--no-progress"]
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=environment.ROOT)
-        if done.returncode:
-            raise RuntimeError(f"segvit {' '.join(arguments)}: {done.stderr.strip()}")
+        process = self.start(*arguments)
+        _, said = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"segvit {' '.join(arguments)}: {said.strip()}")
 
-    def train(self, entry: Entry, steps: int, seed: int, out: Path, log_every: int) -> None:
-        """Anew, to the end of its schedule."""
+    def training(self, entry: Entry, steps: int, seed: int, out: Path, log_every: int) -> list[str]:
+        """The command that trains anew, to the end of its schedule."""
         given = ["--config", str(self.config), "--data", str(self.data), "--out", str(out)]
         given += ["--backbone-weights", str(self.weights), "--max-steps", str(steps), "--seed", str(seed)]
         given += ["--evaluate-every", "0", "--log-every", str(log_every)]
-        self.segvit("train", *given, *entry.options())
+        return ["train", *given, *entry.options()]
 
 
 def _column(run: Path, name: str) -> list[tuple[float, float]]:
@@ -103,8 +109,23 @@ def _column(run: Path, name: str) -> list[tuple[float, float]]:
 
 
 def seconds_of_a_step(task: Task, entry: Entry, out: Path) -> float:
-    """With the reading of pictures and the optimizer's part; the median of some."""
-    task.train(entry, UNTIMED + TIMED, 0, out, 1)
+    """With the reading of pictures and the optimizer's part; the median of some.
+
+    Raises:
+        RuntimeError: the training ended before; with what it said.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    process = task.start(*task.training(entry, 10_000, 0, out, 1))
+    try:
+        while not (out / "metrics.csv").is_file() or len(_column(out, "loss")) < UNTIMED + TIMED:
+            try:
+                _, said = process.communicate(timeout=1)
+            except subprocess.TimeoutExpired:
+                continue
+            raise RuntimeError(f"training ended before its steps were timed: {said.strip()}")
+    finally:
+        process.kill()
+        process.communicate()
     times = [seconds for seconds, _ in _column(out, "loss")][UNTIMED - 1 :]
     return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
@@ -121,7 +142,7 @@ def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path, window
     """mIoU of a training: by windows, and as it says itself, of whole pictures at once."""
     run, found = folder / "run", folder / "windows.json"
     shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
-    task.train(entry, steps, seed, run, 10)
+    task.segvit(*task.training(entry, steps, seed, run, 10))
     given = ["--checkpoint", str(run), "--data", str(task.data), "--json", str(found)]
     task.segvit("evaluate", *given, "--window", str(window))
     windows = json.loads(found.read_text(encoding="utf-8"))["miou"]

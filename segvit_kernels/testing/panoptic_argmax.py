@@ -64,7 +64,7 @@ CASES = (
     PanopticCase("one_of_everything", 1, 1, (1, 1), (1, 1)),
     PanopticCase("one_query", 2, 1, (5, 3), (19, 33), threshold=0.25),
     PanopticCase("one_cell", 1, 20, (1, 1), (40, 37), activation="sigmoid_first"),
-    PanopticCase("odd", 2, 21, (7, 5), (50, 37), threshold=0.7, weighted=True),
+    PanopticCase("odd", 2, 21, (7, 5), (19, 37), threshold=0.7, weighted=True),
     PanopticCase("as_it_is", 1, 18, (13, 70), (13, 70)),
     PanopticCase("smaller", 1, 17, (40, 90), (13, 67), activation="sigmoid_first", weighted=True),
     PanopticCase("maskformer", 2, 19, (9, 11), (11, 140), activation="sigmoid_first", weighted=True),

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,13 +35,19 @@ def task(tmp_path, monkeypatch):
         with (out / "metrics.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["step", "loss", "miou", "seconds"])
-            for i in range(int(options["--max-steps"])):
+            for i in range(min(int(options["--max-steps"]), learning.UNTIMED + learning.TIMED)):
                 table.writerow([i + 1, 1.0, "", 10 * (i >= learning.UNTIMED - 1) + step * i])
             table.writerow([i + 1, "", 0.4, 1e3])
+
+    def start(task, *arguments):
+        """What goes on until it is killed."""
+        segvit(task, *arguments)
+        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 
     config = tmp_path / "train.yaml"
     config.write_text("preset: vit_tiny\nimage_size: 64\nmodel: {palette: [[0, 0, 0], [9, 9, 9]]}\n")
     monkeypatch.setattr(learning.Task, "segvit", segvit)
+    monkeypatch.setattr(learning.Task, "start", start)
     monkeypatch.setattr(decoders.peaks, "isolated", lambda *arguments: 1_500_000)
     return learning.Task(tmp_path / "data", tmp_path / "weights", config, tmp_path / "runs", 1), asked
 
@@ -51,8 +59,7 @@ def test_models_get_the_same_minutes(task):
     try:
         result = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
         trained = [options["--max-steps"] for what, options in asked if what == "train"]
-        timed = str(learning.UNTIMED + learning.TIMED)
-        assert trained == [timed, timed, "40", "30", "40", "30"], "60 seconds in steps of 1.5 and 2"
+        assert trained == ["10000"] * 2 + ["40", "30"] * 2, "60 seconds in steps of 1.5 and 2"
         assert all(o["--window"] == "64" for what, o in asked if what == "evaluate")
         asked.clear()
         again = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
@@ -80,6 +87,12 @@ def test_models_get_the_same_minutes(task):
     assert data["points"][names[0]]["at"][1:] == [50.5, 50.0, 51.0]
     pytest.importorskip("matplotlib")
     assert "patch 28" in figures.svg({"figure": "learned", "data": data, "machine": "here"})
+
+
+def test_a_training_that_ends_while_it_is_timed_says_why(tmp_path):
+    missing = learning.Task(*[tmp_path / "no"] * 3, tmp_path / "runs", 1)
+    with pytest.raises(RuntimeError, match=r"ended before its steps were timed: .*no"):
+        learning.seconds_of_a_step(missing, learning.ENTRIES["atm, patch 14"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", learning.ENTRIES)

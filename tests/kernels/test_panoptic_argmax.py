@@ -53,8 +53,11 @@ def check(case, dtype, backend, planted=False, seed=0):
 @each_dtype(dtypes=(torch.float64, torch.float32))
 @named()
 def test_case(case, backend, dtype, poisoned):
-    check(case, dtype, backend)
-    check(case, dtype, backend, planted=True)
+    """With planted values and without; in the interpreter one of them, in turn."""
+    turn = None if backend.id != "triton" or PTX else CASES.index(case) % 2
+    for planted in (False, True):
+        if turn in (None, planted):
+            check(case, dtype, backend, planted=planted)
 
 
 @each_dtype(dtypes=HALVES)
@@ -240,7 +243,7 @@ def test_other_devices_never_look_at_values():
 def test_flops():
     with FlopCounterMode(display=False) as counter:
         panoptic_argmax(**BY_NAME["odd"].inputs(torch.float32))
-    assert counter.get_total_flops() == 2 * 2 * 21 * 50 * 37
+    assert counter.get_total_flops() == 2 * 2 * 21 * 19 * 37
 
 
 def test_compile_fullgraph_and_second_size():
@@ -406,7 +409,7 @@ class TestAssertPanoptic:
         _, products = panoptic_argmax_reference(**inputs)
         changed = getattr(found, field).clone()
         if field == "queries":
-            changed[1, 49, 36] = products[1, :, 49, 36].argmin()
+            changed[1, 18, 36] = products[1, :, 18, 36].argmin()
         elif field == "inside":
             far = (products[0].amax(0) - inputs["threshold"]).abs().argmax()
             changed[0].view(-1)[far] ^= True

@@ -46,7 +46,8 @@ TARGETS = {
 ALIKE = ("sm_120", "gfx90a")
 """Compiled with the parameters of sm_89 and gfx942: the gate takes one launch of each kernel, and only with
 ``SEGVIT_GATE=all``. With that it takes every launch elsewhere; else on sm_90 those that show every flag and
-every width of numbers of every kernel, and one of each kernel on the others (``quick``: on sm_90 too)."""
+every width of numbers of every kernel, and one of each kernel on the others (``quick``: on
+sm_90 too, and each operator on one of the others)."""
 
 SHARED_MEMORY = {
     "sm_80": 163,
