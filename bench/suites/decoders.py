@@ -3,12 +3,15 @@
 From a picture of 512 x 512 bytes to its label map, by the engine on a CPU, all decoders of a backbone and
 patch size in turns; memory in a process for each. Weights are random, but EoMT's masks are off, as after a
 whole training. Pictures are padded to multiples of the patch. The multiply-accumulates are of the whole call.
+
+Then EoMT beside transformers' own, of the same weights (:mod:`bench.subjects.eomt`), where that is installed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.measure import environment, peaks, timing
 from bench.subjects.counts import count_torch
+from bench.subjects.eomt import OURS, PATCH, THEIRS, Pair
 
 DECODERS = ("linear", "atm", "segvitv2", "eomt")
 PRESETS = ("vit_small", "vit_base")
@@ -73,6 +77,37 @@ def measure_memory(row: dict[str, Any], dtype: str) -> int | None:
         return peaks.resident_peak(call)
 
 
+def measure_pair(preset: str, side: int, classes: int, whose: str) -> int | None:
+    """Peak of a call beyond the models of :class:`bench.subjects.eomt.Pair`; runs in a process of its own."""
+    call = Pair.build(preset, side, classes).call(whose)
+    with torch.inference_mode():
+        return peaks.resident_peak(call)
+
+
+def beside_transformers(
+    preset: str, side: int, classes: int, rounds: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """EoMT of transformers and of this package, same weights: agreement, and time and memory of a picture."""
+    pair = Pair.build(preset, side, classes)
+    row: dict[str, Any] = {"preset": preset, "patch": PATCH, "side": side, **pair.agreement()}
+    samplers = {whose: functools.partial(_sample, pair.call(whose)) for whose in (THEIRS, OURS)}
+    for sampler in samplers.values():
+        sampler()
+    times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
+    row["peers"] = {
+        whose: {
+            **timing.summary(found),
+            "extra_bytes": peaks.isolated(
+                "bench.suites.decoders", "measure_pair", preset, side, classes, whose
+            ),
+        }
+        for whose, found in times.items()
+    }
+    ours, theirs = (row["peers"][whose]["median_s"] for whose in (OURS, THEIRS))
+    progress(f"EoMT, {preset}/{PATCH}: {1e3 * ours:.1f} ms, transformers {1e3 * theirs:.1f} ms")
+    return row
+
+
 def run(
     *,
     presets: Sequence[str] = PRESETS,
@@ -87,17 +122,23 @@ def run(
     torch.set_num_threads(threads)
     shape = {"side": 64, "classes": 5} if smoke else {}
     rows: list[dict] = []
-    for preset in ("vit_tiny",) if smoke else presets:
+    presets = ("vit_tiny",) if smoke else presets
+    for preset in presets:
         for patch in patches:
             some = {decoder: Row(preset, decoder, patch, **shape) for decoder in DECODERS}
             rows += cost(some, dtype, rounds, progress)
+    beside: list[dict] = []
+    if importlib.util.find_spec("transformers"):
+        size = (shape["side"], shape["classes"]) if smoke else (SIDE, CLASSES)
+        beside = [beside_transformers(preset, *size, rounds, progress) for preset in presets]
     described = {**environment.describe(torch.device("cpu")), "threads": threads}
     return {
         "schema": 1,
         "kind": "decoders",
         "measurement": not smoke,
-        "environment": described,
+        "environment": described | {"transformers": environment.version("transformers")},
         "rows": rows,
+        "beside": beside,
     }
 
 

@@ -17,7 +17,9 @@ def test_every_decoder_has_a_row(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     rows = {row["decoder"]: row for row in result["rows"]}
-    assert list(rows) == list(decoders.DECODERS) and len(lines) == len(asked) == 4
+    assert list(rows) == list(decoders.DECODERS)
+    beside = result["beside"]
+    assert len(lines) == 4 + len(beside) and len(asked) == 4 + 2 * len(beside)
     assert result["measurement"] is False and all(row["median_s"] > 0 for row in rows.values())
     macs = {name: row["macs"] for name, row in rows.items()}
     assert macs["linear"] < min(macs["atm"], macs["segvitv2"], macs["eomt"])
@@ -27,6 +29,12 @@ def test_every_decoder_has_a_row(monkeypatch):
     assert decoders.Row(**row).decoder == "linear"
     table = report.tables(result)["front"]
     assert "| `vit_tiny`, patch 16 | `eomt` |" in table and "| 2 MB |" in table
+    pytest.importorskip("transformers")
+    (row,) = beside
+    assert row["logits_error"] < 1e-5 and row["labels_equal"] > 0.999 and row["classes"] > 1
+    assert asked[-1][:2] == ("bench.suites.decoders", "measure_pair")
+    assert "| `vit_tiny`, patch 16 |" in report.tables(result)["beside"]
+    assert report.tables({**result, "beside": []})["beside"] == "Without transformers."
     data = figures.front(result)
     assert set(data["panels"]["vit_tiny"]) == set(rows)
     pytest.importorskip("matplotlib")

@@ -6,7 +6,7 @@ from bench.measure.text import markdown
 
 
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``front``, one line a backbone, patch size and decoder."""
+    """Markdown: ``front``, a line for each backbone, patch and decoder; ``beside``, EoMT and transformers."""
     lines = []
     for row in result["rows"]:
         extra = row["extra_bytes"]
@@ -22,4 +22,24 @@ def tables(result: dict) -> dict[str, str]:
             ]
         )
     header = ["backbone", "decoder", "time", "images/s", "GMACs", "parameters", "memory beyond the model"]
-    return {"front": markdown(header, lines)}
+    return {"front": markdown(header, lines), "beside": _beside(result)}
+
+
+def _beside(result: dict) -> str:
+    rows = result.get("beside", ())
+    if not rows:
+        return "Without transformers."
+    lines = []
+    for row in rows:
+        theirs, ours = (row["peers"][whose] for whose in ("transformers", "this package"))
+        cells = [f"`{row['preset']}`, patch {row['patch']}"]
+        for found in (theirs, ours):
+            extra = found["extra_bytes"]
+            cells.append(f"{1e3 * found['median_s']:.0f} ms")
+            cells.append("" if extra is None else f"{extra / 1e6:.0f} MB")
+        cells.append(f"{theirs['median_s'] / ours['median_s']:.2f}x")
+        cells += [f"{row['logits_error']:.0e}", f"{100 * row['labels_equal']:.3f} %"]
+        lines.append(cells)
+    version = result["environment"].get("transformers")
+    header = ["EoMT", f"transformers {version}", "memory", "this package", "memory", "faster"]
+    return markdown([*header, "error of logits", "labels equal"], lines)
