@@ -38,7 +38,10 @@ def _beside(result: dict) -> str:
             cells.append(f"{1e3 * found['median_s']:.0f} ms")
             cells.append("" if extra is None else f"{extra / 1e6:.0f} MB")
         cells.append(f"{theirs['median_s'] / ours['median_s']:.2f}x")
-        cells += [f"{row['logits_error']:.0e}", f"{100 * row['labels_equal']:.3f} %"]
+        cells += [
+            f"{row['logits_error']:.0e}" if row["logits_error"] else "0",
+            f"{100 * row['labels_equal']:.3f} %",
+        ]
         lines.append(cells)
     version = result["environment"].get("transformers")
     header = ["EoMT", f"transformers {version}", "memory", "this package", "memory", "faster"]
