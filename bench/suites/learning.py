@@ -103,9 +103,10 @@ class Task(NamedTuple):
 
 
 def _column(run: Path, name: str) -> list[tuple[float, float]]:
-    """Of the lines of a run's log that have a value: seconds since the start, and the value."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [(float(row["seconds"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    """Of the whole lines of a run's log that have a value: seconds since the start, and the value."""
+    text = (run / "metrics.csv").read_text(encoding="utf-8")
+    lines = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [(float(row["seconds"]), float(row[name])) for row in lines if row.get(name)]
 
 
 def seconds_of_a_step(task: Task, entry: Entry, out: Path) -> float:

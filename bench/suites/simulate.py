@@ -137,8 +137,9 @@ def _drawn(described: dict[str, Any], captured: dict[str, Any]) -> dict[str, dic
     """The prediction for the labels of the benchmark: between that of all work done and that of none."""
     work, none = (predict(described, captured["labels"], skipped) for skipped in (False, True))
     share = share_met(described, captured["words"], captured["labels"])
-    if share is None or "reason" in work or "reason" in none:
-        return work
+    for found in (work, none):
+        if share is None or "reason" in found:
+            return found
 
     def between(more: Any, less: Any) -> Any:
         if isinstance(more, dict):
