@@ -57,7 +57,11 @@ def _parts(classes: int, limit: int) -> tuple[tuple[int, ...], int]:
 
 
 def _config(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, arch: str, reach: tuple[float, float]
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    arch: str,
+    reach: tuple[float, float],
+    most: int | None = None,
 ) -> dict[str, Any]:
     """Launch parameters.
 
@@ -66,6 +70,7 @@ def _config(
         dtype: of the masks.
         arch: what :func:`segvit_kernels.triton._launch.target` says of a device.
         reach: the largest |step| from pixel to pixel, in cells, of rows and columns.
+        most: classes at once, where a kernel has registers for fewer than the pinned number.
 
     Returns:
         ``tile_y``, ``tile_x``; ``cells_y``, ``cells_x`` of the footprint, 0 where every pixel loads its own
@@ -78,7 +83,8 @@ def _config(
     config["multiprocessors"] = pinned(arch)["multiprocessors"]
     config["programs"] *= config["multiprocessors"]
     _, _, _, queries, classes = shape
-    parts, turns = _parts(classes, config.pop("classes"))
+    limit = config.pop("classes")
+    parts, turns = _parts(classes, limit if most is None else min(limit, most))
     cells = [footprint(config[f"tile_{axis}"], r) for axis, r in zip("yx", reach, strict=True)]
     if math.prod(cells) > config.pop("cells"):
         cells = [0, 0]
@@ -882,12 +888,13 @@ def found_config(
     width: int,
     reach: list[float],
     arch: str | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """:func:`_config` of one call, for ``arch`` or the device of the masks."""
     if not views:
         reach = [masks.shape[2] / height, masks.shape[3] / width]
     shape = (batch, height, width, *class_probs.shape[1:])
-    return _config(shape, masks.dtype, arch or target(masks.device), tuple(reach))
+    return _config(shape, masks.dtype, arch or target(masks.device), tuple(reach), most)
 
 
 @planned

@@ -23,6 +23,8 @@ from segvit_kernels.triton._launch import Launch, cdiv
 from segvit_kernels.triton._plan import planned
 from segvit_kernels.triton.semantic_argmax import _add_blocks, _add_views, _some_class, _tile, _zeros
 
+_MOST_AT_ONCE = 192  # classes; 304 would leave a round 80 of 255 registers, and spill
+
 
 @triton.jit
 def _next(acc, classes, before, its):
@@ -110,6 +112,22 @@ def _semantic_topk_kernel(
         tl.store(shares_ptr + offsets, tl.where(some, values[j] / total, 1.0 / C))
 
 
+def found_config(
+    masks: Tensor,
+    class_probs: Tensor,
+    views: list[Tensor],
+    batch: int,
+    height: int,
+    width: int,
+    reach: list[float],
+    arch: str | None = None,
+) -> dict[str, Any]:
+    """The argmax's configuration of one call, with classes in turns where sorting would have them spill."""
+    return semantic_argmax.found_config(
+        masks, class_probs, views, batch, height, width, reach, arch, _MOST_AT_ONCE
+    )
+
+
 def _launches(
     mask_logits: list[Tensor],
     class_probs: Tensor,
@@ -159,6 +177,6 @@ def semantic_topk(
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Launcher of ``segvit::semantic_topk``; ``config`` replaces entries of the argmax's configuration."""
-    found = semantic_argmax.found_config(mask_logits[0], class_probs, views, batch, height, width, reach)
+    found = found_config(mask_logits[0], class_probs, views, batch, height, width, reach)
     arguments = (mask_logits, class_probs, views, batch, height, width, sigmoid, k, prune)
     return _launches(*arguments, {**found, **(config or {})})

@@ -27,8 +27,8 @@ def few_tiles(request, monkeypatch):
 
         config = kernels._config
 
-        def few(shape, dtype, arch, reach):
-            return {**config(shape, dtype, arch, reach), **tiled(kernels, TILES, reach, 512)}
+        def few(shape, dtype, arch, reach, most=None):
+            return {**config(shape, dtype, arch, reach, most), **tiled(kernels, TILES, reach, 512)}
 
         monkeypatch.setattr(kernels, "_config", few)
 

@@ -240,3 +240,13 @@ def test_windows_share_the_probability_of_their_mean():
     )
     assert classes.flatten().tolist() == [0, 1]
     torch.testing.assert_close(shares.flatten(), torch.tensor([1.0, 0.5]) / 1.5)
+
+
+@pytest.mark.parametrize("classes", [150, 192, 300, 847])
+def test_triton_sorts_no_more_classes_at_once_than_registers_hold(classes):
+    kernels = pytest.importorskip("segvit_kernels.triton.semantic_topk")
+    masks = torch.empty(4, 300, 40, 40, dtype=torch.bfloat16, device="meta")
+    probs = torch.empty(4, 300, classes, dtype=torch.bfloat16, device="meta")
+    config = kernels.found_config(masks, probs, [], 4, 640, 640, [], "sm_90")
+    assert sum(config["parts"]) <= 192 and sum(config["parts"]) * config["turns"] >= classes
+    assert (config["turns"] == 1) == (classes <= 192)

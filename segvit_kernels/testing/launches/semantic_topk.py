@@ -4,7 +4,7 @@ import torch
 
 from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import semantic_topk
-from segvit_kernels.triton.semantic_argmax import found_config
+from segvit_kernels.triton.semantic_topk import found_config
 
 KERNELS = {"_semantic_topk_kernel": Demand(32, tensor=2, serialised=("views",))}
 
