@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -193,14 +194,18 @@ def _curves(figure: Any, data: dict) -> None:
 
 def _front(figure: Any, data: dict) -> None:
     """One panel a backbone: time over multiply-accumulates, a line a decoder, a point a patch size."""
+    drawn = (line for lines in data["panels"].values() for line in lines.values())
+    sizes = sorted({point[2] for line in drawn for point in line})
+    shapes = dict(zip(sizes, itertools.cycle(("o●", "s■", "^▲", "D◆")), strict=False))
+    key = ", ".join(f"{size} {shape[1]}" for size, shape in shapes.items())
     for axes, (preset, lines) in zip(
         figure.subplots(1, len(data["panels"]), squeeze=False)[0], data["panels"].items(), strict=True
     ):
         for decoder in (name for name in DECODERS if name in lines):
             times, macs, patches = zip(*sorted(lines[decoder], key=lambda point: point[2]), strict=True)
-            axes.plot(macs, times, color=DECODERS[decoder], marker="o", markersize=3, linewidth=1.2)
-            for place in zip(patches, macs, times, strict=True):
-                axes.annotate(f" {place[0]}", place[1:], fontsize=7, color=TEXT)
+            axes.plot(macs, times, color=DECODERS[decoder], linewidth=1.0)
+            for size, *place in zip(patches, macs, times, strict=True):
+                axes.plot(*place, color=DECODERS[decoder], marker=shapes[size][0], markersize=4)
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -208,7 +213,7 @@ def _front(figure: Any, data: dict) -> None:
             axis.set_minor_formatter(lambda value, _: f"{value:g}")
         axes.tick_params(which="both", labelsize=7)
         axes.set_title(preset, fontsize=8)
-        axes.set_xlabel("GMACs; beside a point its patch size", fontsize=8)
+        axes.set_xlabel(f"GMACs; patch {key}", fontsize=8)
         axes.set_ylabel("ms", fontsize=8)
     shown = [name for name in DECODERS if any(name in lines for lines in data["panels"].values())]
     _legend(figure, shown, bars=False, colours=DECODERS)
