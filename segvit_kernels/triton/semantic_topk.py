@@ -11,6 +11,7 @@ probabilities cancel in a share.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from segvit_kernels.triton._launch import Launch, cdiv
 from segvit_kernels.triton._plan import planned
 from segvit_kernels.triton.semantic_argmax import _add_blocks, _add_views, _some_class, _tile, _zeros
 
-_MOST_AT_ONCE = 192  # classes; 304 would leave a round 80 of 255 registers, and spill
+# The argmax's configuration of one call, with fewer classes at once: beside 304 scores a round spills.
+found_config = functools.partial(semantic_argmax.found_config, most=192)
 
 
 @triton.jit
@@ -110,22 +112,6 @@ def _semantic_topk_kernel(
         offsets = (b.to(tl.int64) * K + j) * H * W + y * W + x
         tl.store(classes_ptr + offsets, _some_class(labels[j], C).to(classes_ptr.dtype.element_ty))
         tl.store(shares_ptr + offsets, tl.where(some, values[j] / total, 1.0 / C))
-
-
-def found_config(
-    masks: Tensor,
-    class_probs: Tensor,
-    views: list[Tensor],
-    batch: int,
-    height: int,
-    width: int,
-    reach: list[float],
-    arch: str | None = None,
-) -> dict[str, Any]:
-    """The argmax's configuration of one call, with classes in turns where sorting would have them spill."""
-    return semantic_argmax.found_config(
-        masks, class_probs, views, batch, height, width, reach, arch, _MOST_AT_ONCE
-    )
 
 
 def _launches(
