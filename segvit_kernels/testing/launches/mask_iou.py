@@ -6,7 +6,7 @@ from segvit_kernels.testing.launches import Demand
 from segvit_kernels.triton import mask_iou
 
 KERNELS = {
-    "_mask_iou_bits_kernel": Demand(32, tensor=1, stack=8),
+    "_mask_iou_bits_kernel": Demand(24, tensor=1, stack=8),
     "_mask_iou_kernel": Demand(32, tensor=1, stack=8),
     "_mask_iou_sum_kernel": Demand(10, tensor=0),
 }
