@@ -233,9 +233,17 @@ def long_ones_first(items: list[pytest.Item]) -> list[pytest.Item]:
     return [*first, *others[:middle], *second, *others[middle:]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """The order last, of what is left to run: a half of that is where the second worker begins."""
+    _choose(items)
+    yield
     if "PYTEST_XDIST_WORKER" in os.environ:
         items[:] = long_ones_first(items)
+
+
+def _choose(items: list[pytest.Item]) -> None:
+    """Leaves out what another dtype shows, and skips what needs a GPU."""
     if "SEGVIT_PTX" in os.environ:
         if os.environ.get("SEGVIT_PTX_DTYPES") == "turns":
             items[:] = in_turn(items)

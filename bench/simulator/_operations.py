@@ -238,11 +238,10 @@ def _arithmetic(i: Instruction) -> Callable[[State], dict[str, Value]] | None:
         reads = [_bits_source(o) for o in rest[1:4]]
 
         def logic(s: State) -> dict[str, Value]:
-            value = _lop3([read(s) for read in reads], table).settled()
-            bits = Bits.of(value)
+            bits = _lop3([read(s) for read in reads], table)
             one = bits.value & bits.known != 0
             found = _truth(one) if np.all(one | (bits.known == _M)) else None
-            return {target: value} | dict.fromkeys(out, found)
+            return {target: bits.settled()} | dict.fromkeys(out, found)
 
         return logic
     if plain == "PLOP3":

@@ -90,10 +90,7 @@ def beside_transformers(
     """EoMT of transformers and of this package, same weights: agreement, and time and memory of a picture."""
     pair = Pair.build(preset, side, classes)
     row: dict[str, Any] = {"preset": preset, "patch": PATCH, "side": side, **pair.agreement()}
-    samplers = {whose: functools.partial(_sample, pair.call(whose)) for whose in (THEIRS, OURS)}
-    for sampler in samplers.values():
-        sampler()
-    times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
+    times = _in_turns({whose: pair.call(whose) for whose in (THEIRS, OURS)}, rounds)
     row["peers"] = {
         whose: {
             **timing.summary(found),
@@ -144,11 +141,7 @@ def run(
 
 def cost(rows: Mapping[str, Row], dtype: str, rounds: int, progress: Callable[[str], None]) -> list[dict]:
     """Time, in turns, operations, parameters and memory of models by any name, as plain data."""
-    samplers = {name: functools.partial(_sample, row.call(dtype)) for name, row in rows.items()}
-    for sampler in samplers.values():
-        sampler()
-    times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
-    samplers.clear()
+    times = _in_turns({name: row.call(dtype) for name, row in rows.items()}, rounds)
     found = []
     for name, row in rows.items():
         macs, parameters = row.counts()
@@ -158,6 +151,14 @@ def cost(rows: Mapping[str, Row], dtype: str, rounds: int, progress: Callable[[s
         shown = f"{1e3 * found[-1]['median_s']:.1f} ms, {macs / 1e9:.1f} GMACs"
         progress(f"{row.preset}/{row.patch} {name}: {shown}")
     return found
+
+
+def _in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, after one that is not counted."""
+    samplers = {name: functools.partial(_sample, call) for name, call in calls.items()}
+    for sampler in samplers.values():
+        sampler()
+    return timing.interleave(samplers, rounds=rounds, seconds_per_peer=60.0)
 
 
 def _sample(call: Callable[[], Any]) -> float:

@@ -132,7 +132,7 @@ def machine(arch: str, edit: Callable[[str, str], str] | None = None) -> Iterato
 def check_atm(dtype: torch.dtype) -> None:
     from test_atm import SMALL, check
 
-    for dim in (32, 128):
+    for dim in (32, 64, 128):
         check(dataclasses.replace(SMALL, heads=1, broadcast=True, head_dim=dim), dtype, BY_ID["cuda"])
 
 
@@ -145,7 +145,8 @@ def check_query_attention(dtype: torch.dtype) -> None:
 def check_key_padding(dtype: torch.dtype) -> None:
     from test_key_padding import CASES, check
 
-    check(dataclasses.replace(CASES[0], heads=1, head_dim=64), "atm", dtype, "cuda")
+    for dim in (32, 64, 128):
+        check(dataclasses.replace(CASES[0], heads=1, head_dim=dim), "atm", dtype, "cuda")
 
 
 def check_mask_binarize(dtype: torch.dtype) -> None:

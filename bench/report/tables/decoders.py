@@ -9,7 +9,6 @@ def tables(result: dict) -> dict[str, str]:
     """Markdown: ``front``, a line for each backbone, patch and decoder; ``beside``, EoMT and transformers."""
     lines = []
     for row in result["rows"]:
-        extra = row["extra_bytes"]
         lines.append(
             [
                 f"`{row['preset']}`, patch {row['patch']}",
@@ -18,11 +17,16 @@ def tables(result: dict) -> dict[str, str]:
                 f"{1 / row['median_s']:.1f}",
                 f"{row['macs'] / 1e9:.1f}",
                 f"{row['parameters'] / 1e6:.1f} M",
-                "" if extra is None else f"{extra / 1e6:.0f} MB",
+                _memory(row),
             ]
         )
     header = ["backbone", "decoder", "time", "images/s", "GMACs", "parameters", "memory beyond the model"]
     return {"front": markdown(header, lines), "beside": _beside(result)}
+
+
+def _memory(found: dict) -> str:
+    extra = found["extra_bytes"]
+    return "" if extra is None else f"{extra / 1e6:.0f} MB"
 
 
 def _beside(result: dict) -> str:
@@ -34,9 +38,7 @@ def _beside(result: dict) -> str:
         theirs, ours = (row["peers"][whose] for whose in ("transformers", "this package"))
         cells = [f"`{row['preset']}`, patch {row['patch']}"]
         for found in (theirs, ours):
-            extra = found["extra_bytes"]
-            cells.append(f"{1e3 * found['median_s']:.0f} ms")
-            cells.append("" if extra is None else f"{extra / 1e6:.0f} MB")
+            cells += [f"{1e3 * found['median_s']:.0f} ms", _memory(found)]
         cells.append(f"{theirs['median_s'] / ours['median_s']:.2f}x")
         cells += [
             f"{row['logits_error']:.0e}" if row["logits_error"] else "0",
