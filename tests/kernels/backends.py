@@ -64,6 +64,11 @@ BACKENDS = (
 BY_ID = {backend.id: backend for backend in BACKENDS}
 
 
+def interpreted(backend: Any) -> bool:
+    """Whether a test's ``backend`` is Triton in its interpreter, which is slow; ``None``: it has none."""
+    return getattr(backend, "id", None) == "triton" and not PTX
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant(Backend):
     """A row that one operator adds: a backend of which it has two implementations.

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from backends import HALVES, PTX, assert_same, assert_threads_change_nothing, each_backend, each_dtype
+from backends import (
+    HALVES,
+    PTX,
+    assert_same,
+    assert_threads_change_nothing,
+    each_backend,
+    each_dtype,
+    interpreted,
+)
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +42,7 @@ LARGE = {"block": 64, "rows": 128}
 def few_tiles(request, monkeypatch):
     """Of Triton's interpreter, for calls that give no configuration."""
     backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if getattr(backend, "id", None) == "triton" and not PTX:
+    if interpreted(backend):
         from segvit_kernels.triton import mask_binarize as kernels
 
         config = kernels._config

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from backends import HALVES, PTX, each_backend, each_dtype
+from backends import HALVES, each_backend, each_dtype, interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels.ops import mask_iou as module
@@ -21,8 +21,8 @@ SOFT = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
     """Of Triton's interpreter, to which a mask is a program: blocks of 16, of a quarter of the masks."""
-    given = dict(getattr(getattr(request.node, "callspec", None), "params", {}))
-    if getattr(given.get("backend"), "id", None) == "triton" and not PTX:
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    if interpreted(backend):
         from segvit_kernels.triton import mask_iou as kernels
 
         config = kernels._config
@@ -32,9 +32,8 @@ def small_blocks(request, monkeypatch):
 
 def fewer(case, backend):
     """Of a case as many masks as blocks of 16 are a quarter of others."""
-    if backend.id != "triton" or PTX:
-        return case
-    return dataclasses.replace(case, masks=tuple(-(-count // 4) for count in case.masks))
+    masks = tuple(-(-count // 4) for count in case.masks)
+    return dataclasses.replace(case, masks=masks) if interpreted(backend) else case
 
 
 def on(backend):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import BY_ID, HALVES, PTX, each_backend, each_dtype
+from backends import BY_ID, HALVES, each_backend, each_dtype, interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_loss_calls import Call, check, check_matching, same
@@ -77,7 +77,7 @@ def smaller(case):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_case(case, backend, dtype, poisoned):
     """Losses and gradients through the public function."""
-    inputs = (smaller(case) if backend.id == "triton" and not PTX else case).inputs(dtype, backend.device)
+    inputs = (smaller(case) if interpreted(backend) else case).inputs(dtype, backend.device)
     given = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in given]
     assert_close_to_reference(inputs, *with_gradients(mask_loss, inputs, backend=backend.name))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import BY_ID, HALVES, PTX, each_backend, each_dtype
+from backends import BY_ID, HALVES, each_backend, each_dtype, interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels.ops import panoptic_argmax as module
@@ -25,7 +25,7 @@ SMALL = PanopticCase("small", 2, 18, (4, 5), (9, 21), (6, 5), activation="sigmoi
 def wide_tiles(request, monkeypatch):
     """Of Triton's interpreter, for calls that give no configuration."""
     backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if getattr(backend, "id", None) == "triton" and not PTX:
+    if interpreted(backend):
         from segvit_kernels.triton import panoptic_argmax as kernels
 
         config = kernels._config
@@ -54,7 +54,7 @@ def check(case, dtype, backend, planted=False, seed=0):
 @named()
 def test_case(case, backend, dtype, poisoned):
     """With planted values and without; in the interpreter one of them, in turn."""
-    turn = None if backend.id != "triton" or PTX else CASES.index(case) % 2
+    turn = CASES.index(case) % 2 if interpreted(backend) else None
     for planted in (False, True):
         if turn in (None, planted):
             check(case, dtype, backend, planted=planted)

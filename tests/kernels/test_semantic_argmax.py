@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from backends import HALVES, PTX, assert_same, assert_threads_change_nothing, each_backend, each_dtype
+from backends import (
+    HALVES,
+    assert_same,
+    assert_threads_change_nothing,
+    each_backend,
+    each_dtype,
+    interpreted,
+)
 
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 from segvit_kernels.testing import assert_within_budget
@@ -22,7 +29,7 @@ TILES = {"tile_y": 32, "tile_x": 64, "block_q": 32}
 def few_tiles(request, monkeypatch):
     """Of Triton's interpreter, for calls that give no configuration."""
     backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if getattr(backend, "id", None) == "triton" and not PTX:
+    if interpreted(backend):
         from segvit_kernels.triton import semantic_argmax as kernels
 
         config = kernels._config
