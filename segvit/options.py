@@ -337,6 +337,12 @@ class TrainConfig(DataOptions, ModelOptions, OptimizerOptions, AugmentationOptio
     )
     resume: bool = option(False, "continue the run in the folder exactly where its last checkpoint was")
     evaluate_every: int = option(1000, "steps between evaluations; 0 evaluates at the end only", at_least=0)
+    evaluate_window: int | None = option(
+        None,
+        "side of the square sliding window of these evaluations, as `segvit evaluate --window`; whole images "
+        "when not given",
+        at_least=1,
+    )
     checkpoint_every: int | None = option(
         None, "steps between checkpoints; as evaluate_every when not given", at_least=1
     )

@@ -39,7 +39,7 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("pictures", "pictures", "system"),
         Floor("inference", "inference", "ground system data pictures"),
         Floor("model", "model", "ground system data inference"),
-        Floor("training", "training", "ground system data model"),
+        Floor("training", "training", "ground system data inference model"),
         Floor("speed", "speed", "ground system inference model"),
         Floor("demo", "demo", "ground system data pictures inference model"),
         Floor("exporting", "exporting", "ground system data inference model"),

@@ -123,7 +123,7 @@ def learned(result: dict) -> dict[str, Any] | None:
     """By model: pictures a second, and mIoU in per cent: mean, least, greatest."""
     points = {}
     for row in result["rows"]:
-        found = [100 * score["windows"] for score in row["scores"]]
+        found = [100 * score["miou"] for score in row["scores"]]
         mean = sum(found) / len(found)
         values = (1 / row["cost"]["median_s"], mean, min(found), max(found))
         points[row["name"]] = {"decoder": row["cost"]["decoder"], "at": [round(v, 2) for v in values]}

@@ -3,7 +3,7 @@
 Each gets as many steps of one recipe as the given minutes hold at its own speed: seconds of a step are
 measured first, model after model, with nothing else running. The trainings may then share the machine with
 other work, or be another machine's, since steps alone count (:func:`restore`). Trained and evaluated by
-``segvit train`` and ``segvit evaluate``, with windows of the recipe's crop. Costs are those of
+``segvit train``, with windows of the recipe's crop. Costs are those of
 ``bench decoders``, at its size with the data's classes.
 """
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -67,7 +67,8 @@ ENTRIES = {
 }
 
 
-class Task(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Task:
     """What all of them are trained on, and where runs are kept."""
 
     data: Path
@@ -94,11 +95,18 @@ class Task(NamedTuple):
         if process.returncode:
             raise RuntimeError(f"segvit {' '.join(arguments)}: {said.strip()}")
 
+    @functools.cached_property
+    def recipe(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
     def training(self, entry: Entry, steps: int, seed: int, out: Path, log_every: int) -> list[str]:
-        """The command that trains anew, to the end of its schedule."""
+        """The command that trains anew, to the end of its schedule, and evaluates there. The rate rises over
+        at most an eighth of the steps, however few those are."""
         given = ["--config", str(self.config), "--data", str(self.data), "--out", str(out)]
         given += ["--backbone-weights", str(self.weights), "--max-steps", str(steps), "--seed", str(seed)]
-        given += ["--evaluate-every", "0", "--log-every", str(log_every)]
+        given += ["--evaluate-every", "0", "--evaluate-window", str(self.recipe["image_size"])]
+        given += ["--warmup-steps", str(min(self.recipe.get("warmup_steps", 1500), steps // 8))]
+        given += ["--log-every", str(log_every)]
         return ["train", *given, *entry.options()]
 
 
@@ -139,15 +147,12 @@ def _kept(path: Path, make: Callable[[], dict]) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path, window: int) -> dict:
-    """mIoU of a training: by windows, and as it says itself, of whole pictures at once."""
-    run, found = folder / "run", folder / "windows.json"
+def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path) -> dict:
+    """mIoU of a training."""
+    run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
     task.segvit(*task.training(entry, steps, seed, run, 10))
-    given = ["--checkpoint", str(run), "--data", str(task.data), "--json", str(found)]
-    task.segvit("evaluate", *given, "--window", str(window))
-    windows = json.loads(found.read_text(encoding="utf-8"))["miou"]
-    return {"windows": windows, "whole": _column(run, "miou")[-1][1]}
+    return {"miou": _column(run, "miou")[-1][1]}
 
 
 def seconds(
@@ -183,8 +188,8 @@ def restore(task: Task, result: dict) -> None:
         _kept(folder / "step.json", lambda row=row: {"s": row["step_s"]})
         _kept(folder / "cost.json", lambda row=row: row["cost"])
         for score in row["scores"]:
-            found = {key: score[key] for key in ("windows", "whole")}
-            _kept(_scored(task, row["name"], score["steps"], score["seed"]), lambda found=found: found)
+            kept = {"miou": score["miou"]}
+            _kept(_scored(task, row["name"], score["steps"], score["seed"]), lambda kept=kept: kept)
 
 
 def run(
@@ -199,12 +204,10 @@ def run(
 ) -> dict:
     """One row a model, as plain data. What `task.runs` holds of an earlier call is taken from there; without
     ``train`` there is nothing else, and models and seeds of which it holds nothing are left out."""
-    recipe = yaml.safe_load(task.config.read_text(encoding="utf-8"))
     described = _kept(
         task.runs / "environment.json",
         lambda: {**environment.describe(torch.device("cpu")), "threads": task.threads},
     )
-    crop = recipe["image_size"]
     if not train:
         models = [name for name in models if (task.runs / results.stem(name) / "step.json").is_file()]
     step = seconds(task, models, progress)
@@ -215,15 +218,15 @@ def run(
             path = _scored(task, name, steps, seed)
             if not train and not path.is_file():
                 continue
-            made = functools.partial(_score, task, ENTRIES[name], steps, seed, path.parent, crop)
+            made = functools.partial(_score, task, ENTRIES[name], steps, seed, path.parent)
             scored = _kept(path, made)
             scores[name].append({"seed": seed, "steps": steps, **scored})
-            progress(f"{name}, seed {seed}, {steps} steps: mIoU {100 * scored['windows']:.1f}")
+            progress(f"{name}, seed {seed}, {steps} steps: mIoU {100 * scored['miou']:.1f}")
     step = {name: value for name, value in step.items() if scores[name]}
     torch.set_num_threads(task.threads)
-    classes = len(recipe["model"]["palette"])
+    preset, classes = task.recipe["preset"], len(task.recipe["model"]["palette"])
     rows = {
-        name: decoders.Row(recipe["preset"], entry.decoder, entry.patch, classes=classes, fields=entry.fields)
+        name: decoders.Row(preset, entry.decoder, entry.patch, classes=classes, fields=entry.fields)
         for name, entry in ENTRIES.items()
         if name in step
     }

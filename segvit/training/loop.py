@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segvit.inference.passes import check_options
 from segvit.model.heads import make_loss
-from segvit.options import TrainConfig
+from segvit.options import InferenceOptions, TrainConfig
 from segvit.training.accumulate import backward
 from segvit.training.build import build_model, locate_queries, make_augmentation
 from segvit.training.evaluation import evaluate
@@ -49,6 +50,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         tell = say if fabric.is_global_zero else lambda text: None
         self.model = build_model(config, training, tell).to(fabric.device).train()
+        self.views = InferenceOptions(window=config.evaluate_window)
+        try:
+            check_options(self.views, self.model.config.backbone.patch_size)
+        except ValueError as error:
+            raise ValueError(f"evaluate_{error}") from None
         augment = make_augmentation(config, training, self.model)
         locate_queries(config, self.model, training, augment)
         self.loss = make_loss(self.model.config, training.ignore_index, weights).to(fabric.device)
@@ -210,6 +216,7 @@ class Trainer:
             fabric=self.fabric,
             batch_size=config.batch_size,
             workers=config.workers,
+            options=self.views,
             on_images=lambda count: self._evaluated(task, count),
         )
         self.bar.remove_task(task)

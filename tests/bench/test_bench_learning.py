@@ -1,7 +1,7 @@
 """`bench learning`: as many steps as the minutes hold, runs that are kept, a table and a figure."""
 
 import csv
-import json
+import dataclasses
 import subprocess
 import sys
 
@@ -26,10 +26,6 @@ def task(tmp_path, monkeypatch):
     def segvit(task, *arguments):
         options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
         asked.append((arguments[0], options))
-        if arguments[0] == "evaluate":
-            seed = int(options["--checkpoint"].split("seed-")[1].split("/")[0])
-            learning.Path(options["--json"]).write_text(json.dumps({"miou": 0.5 + seed / 100}))
-            return
         out, step = learning.Path(options["--out"]), STEP[options["--model.decoder"].strip('"')]
         out.mkdir(parents=True)
         with (out / "metrics.csv").open("w", newline="") as file:
@@ -37,7 +33,7 @@ def task(tmp_path, monkeypatch):
             table.writerow(["step", "loss", "miou", "seconds"])
             for i in range(min(int(options["--max-steps"]), learning.UNTIMED + learning.TIMED)):
                 table.writerow([i + 1, 1.0, "", 10 * (i >= learning.UNTIMED - 1) + step * i])
-            table.writerow([i + 1, "", 0.4, 1e3])
+            table.writerow([i + 1, "", 0.5 + int(options["--seed"]) / 100, 1e3])
 
     def start(task, *arguments):
         """What goes on until it is killed."""
@@ -45,7 +41,9 @@ def task(tmp_path, monkeypatch):
         return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 
     config = tmp_path / "train.yaml"
-    config.write_text("preset: vit_tiny\nimage_size: 64\nmodel: {palette: [[0, 0, 0], [9, 9, 9]]}\n")
+    config.write_text(
+        "preset: vit_tiny\nimage_size: 64\nwarmup_steps: 4\nmodel: {palette: [[0, 0, 0], [9, 9, 9]]}\n"
+    )
     monkeypatch.setattr(learning.Task, "segvit", segvit)
     monkeypatch.setattr(learning.Task, "start", start)
     monkeypatch.setattr(decoders.peaks, "isolated", lambda *arguments: 1_500_000)
@@ -60,11 +58,13 @@ def test_models_get_the_same_minutes(task):
         result = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
         trained = [options["--max-steps"] for what, options in asked if what == "train"]
         assert trained == ["10000"] * 2 + ["40", "30"] * 2, "60 seconds in steps of 1.5 and 2"
-        assert all(o["--window"] == "64" for what, o in asked if what == "evaluate")
+        assert all(options["--evaluate-window"] == "64" for _, options in asked)
+        rises = [options["--warmup-steps"] for _, options in asked]
+        assert rises == ["4"] * 2 + ["4", "3"] * 2, "the recipe's four, but never over an eighth"
         asked.clear()
         again = learning.run(task, models=names, seeds=(0, 1), minutes=1, rounds=1, progress=printed.append)
         # On another machine nothing is timed anew, and only what is missing is trained.
-        elsewhere = task._replace(runs=task.runs / "elsewhere")
+        elsewhere = dataclasses.replace(task, runs=task.runs / "elsewhere")
         learning.restore(elsewhere, result)
         more = {"models": (*names, "eomt, patch 14"), "seeds": (0, 1, 2), "minutes": 1, "rounds": 1}
         kept = learning.run(elsewhere, **more, train=False, progress=printed.append)
@@ -76,21 +76,22 @@ def test_models_get_the_same_minutes(task):
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(ValueError, match="a result of the data set 'data'; expected 'others'"):
-        learning.restore(elsewhere._replace(data=task.data.with_name("others")), result)
+        learning.restore(dataclasses.replace(elsewhere, data=task.data.with_name("others")), result)
     rows = {row["name"]: row for row in result["rows"]}
     assert {name: row["step_s"] for name, row in rows.items()} == dict(zip(names, (1.5, 2.0), strict=True))
-    assert rows[names[1]]["scores"][1] == {"seed": 1, "steps": 30, "windows": 0.51, "whole": 0.4}
+    assert rows[names[1]]["scores"][1] == {"seed": 1, "steps": 30, "miou": 0.51}
     assert rows[names[1]]["cost"]["patch"] == 28 and rows[names[1]]["cost"]["macs"] > 0
     table = report.tables(result)["models"]
-    assert "| atm, patch 28 | 50.5 (50.0 to 51.0) | 40.0 (40.0 to 40.0) | 30 | 2.00 s |" in table
+    assert "| atm, patch 28 | 50.5 (50.0 to 51.0) | 30 | 2.00 s |" in table
     data = figures.learned(result)
     assert data["points"][names[0]]["at"][1:] == [50.5, 50.0, 51.0]
     pytest.importorskip("matplotlib")
     assert "patch 28" in figures.svg({"figure": "learned", "data": data, "machine": "here"})
 
 
-def test_a_training_that_ends_while_it_is_timed_says_why(tmp_path):
-    missing = learning.Task(*[tmp_path / "no"] * 3, tmp_path / "runs", 1)
+def test_a_training_that_ends_while_it_is_timed_says_why(task, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    missing = dataclasses.replace(task[0], data=tmp_path / "no")
     with pytest.raises(RuntimeError, match=r"ended before its steps were timed: .*no"):
         learning.seconds_of_a_step(missing, learning.ENTRIES["atm, patch 14"], tmp_path / "out")
 

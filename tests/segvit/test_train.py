@@ -20,7 +20,7 @@ from segvit.config import SegViTConfig
 from segvit.data.synthetic import SyntheticShapes
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
-from segvit.options import EvaluateConfig, TrainConfig
+from segvit.options import EvaluateConfig, InferenceOptions, TrainConfig
 from segvit.system.interrupts import Interrupted
 from segvit.training.class_weights import inverse_sqrt_weights
 from segvit.training.evaluation import evaluate
@@ -141,6 +141,25 @@ def test_a_run_and_its_folder(tmp_path):
     )
     raw = torch.load(checkpoints / "last" / "trainer.pt", weights_only=True)["model"]
     assert not torch.equal(raw["decoder.class_tokens"], weights(tmp_path / "run")["decoder.class_tokens"])
+
+
+def test_evaluations_by_windows(tmp_path, monkeypatch):
+    """As `segvit evaluate --window` sees pictures; of such as are larger than a window."""
+    validation = SyntheticShapes("validation", 3, 64)
+    seen, predict = [], SegViT.predict
+
+    def noted(self, images, options=None, **others):
+        seen.append(options.window)
+        return predict(self, images, options, **others)
+
+    monkeypatch.setattr(SegViT, "predict", noted)
+    result = train(tiny(tmp_path / "run", evaluate_window=32), validation=validation)
+    assert seen and set(seen) == {32}
+    options = InferenceOptions(window=32)
+    assert evaluate(load_model(tmp_path / "run"), validation, options=options)["iou"] == result["iou"]
+    expected = "evaluate_window: got 20, expected a multiple of the patch size 8"
+    with pytest.raises(ValueError, match=expected):
+        train(tiny(tmp_path / "other", evaluate_window=20), validation=validation)
 
 
 def test_betas_reach_the_optimizer(tmp_path):

@@ -21,8 +21,7 @@ def tables(result: dict) -> dict[str, str]:
         lines.append(
             [
                 row["name"],
-                _spread([score["windows"] for score in scores]),
-                _spread([score["whole"] for score in scores]),
+                _spread([score["miou"] for score in scores]),
                 f"{scores[0]['steps']}",
                 f"{row['step_s']:.2f} s",
                 f"{1 / cost['median_s']:.2f}",
@@ -30,5 +29,5 @@ def tables(result: dict) -> dict[str, str]:
                 "–" if cost["extra_bytes"] is None else size(cost["extra_bytes"]),
             ]
         )
-    header = ["model", "mIoU", "of whole pictures", "steps", "a step", "pictures/s", "GMACs", "memory"]
+    header = ["model", "mIoU", "steps", "a step", "pictures/s", "GMACs", "memory"]
     return {"models": markdown(header, lines)}
