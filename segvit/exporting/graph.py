@@ -8,7 +8,8 @@ they are the turns of one scan.
 
 Windows, scales and flips share the output as in `segvit.inference.passes`. Their edges cut it into cells in
 which the same views see every pixel: there the mean over views is one product, of the weighted class
-probabilities of all of them with all their masks.
+probabilities of all of them with all their masks. Views whose masks have one grid stand behind each other, so
+that a block is a handful of nodes however many see it: what exporters do takes the square of their number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -180,8 +181,8 @@ class LabelGraph(nn.Module):
         """Labels int32 (B, rows, columns), and scores where they are asked for, else labels once more.
 
         Args:
-            mixing: of each view (B, N, Q) or (B, N), times its share of the mean.
-            masks: (B, Q, rows, columns).
+            mixing: (B, N, V·Q) or (B, V·N) of V views with masks of one grid, times their shares of the mean.
+            masks: theirs (B, V·Q, rows, columns).
         """
         if self.activation == "sigmoid":
             masks = [mask.sigmoid() for mask in masks]
@@ -191,8 +192,10 @@ class LabelGraph(nn.Module):
             )
             scores = (together @ stacked.flatten(2)).unflatten(2, masks[0].shape[2:])
         else:
-            factors = [m[:, :, None, None] for m in mixing]
-            scores = functools.reduce(torch.add, [m * f for m, f in zip(masks, factors, strict=True)])
+            weighted = [m * f[:, :, None, None] for m, f in zip(masks, mixing, strict=True)]
+            if any(m.shape[1] > self.classes for m in weighted):  # of several views
+                weighted = [m.unflatten(1, (-1, self.classes)).sum(1) for m in weighted]
+            scores = functools.reduce(torch.add, weighted)
         labels = scores.argmax(1).int()
         return labels, scores.amax(1) if self.plan.outputs == "scores" else labels
 
@@ -226,51 +229,77 @@ class LabelGraph(nn.Module):
         for height, width in {run.resized for run in self.runs}:
             self.register_buffer(f"rows_{height}", _resizing(size[0], height).t().contiguous())
             self.register_buffer(f"columns_{width}", _resizing(size[1], width))
-        views = list_views(1, size, self.runs, [self.network.mask_grid(run.crop) for run in self.runs])
-        grids = [self.network.mask_grid(run.crop) for run in self.runs]
-        self.cells = cells_of(views, size)
+        self.grids = [self.network.mask_grid(run.crop) for run in self.runs]
+        of_pass = list_views(1, size, self.runs, self.grids)
+        self.cells = cells_of(of_pass, size)
         depth = max(self.classes, 1) * (self.plan.batch or 1)
         work = sum(cell.area * len(cell.shares) * depth for row in self.cells for cell in row)
         budget = max(_BUDGET, work // _BLOCKS)
-        self.constants = nn.ParameterDict()
-        for cell in itertools.chain(*self.cells):
+        for number, cell in enumerate(itertools.chain(*self.cells)):
             top, left, bottom, right = cell.rectangle
             count = -(-cell.area * len(cell.shares) * depth // budget)
             step = -(-(bottom - top) // count)
             cell.blocks += [(y, min(y + step, bottom)) for y in range(top, bottom, step)]
-            for index in cell.shares:
-                (h, w), (ay, by, ax, bx) = grids[index], views[index].affine
+            for grid in dict.fromkeys(self.grids[index] for index in cell.shares):
+                alike = [index for index, other in enumerate(self.grids) if other == grid]
+                seen = [index for index in alike if index in cell.shares]
+                views = "_".join(map(str, seen))
+                group = Group(grid, views, f"shares_{number}_{views}")
+                cell.groups.append(group)
+                affine = [of_pass[index].affine for index in seen]
                 for y0, y1 in cell.blocks:
-                    self._constant(f"down_{index}_{y0}_{y1}", y0, y1, ay, by, h)
-                self._constant(f"across_{index}_{left}_{right}", left, right, ax, bx, w)
+                    down = _interpolation(y0, y1, [(ay, by) for ay, by, _, _ in affine], grid[0])
+                    self._constant(f"down_{views}_{y0}_{y1}", down)
+                across = _interpolation(left, right, [(ax, bx) for _, _, ax, bx in affine], grid[1])
+                self._constant(f"across_{views}_{left}_{right}", across.transpose(-1, -2))
+                shares = torch.tensor([cell.shares[index] for index in seen])
+                self._constant(group.shares, shares[:, None, None] if self.mixed else shares[:, None])
+                self._constant(f"places_{views}", torch.tensor([alike.index(index) for index in seen]))
 
-    def _constant(self, name: str, start: int, stop: int, step: float, offset: float, cells: int) -> None:
-        places = torch.arange(start, stop, dtype=torch.float64) * step + offset
-        hats = _hats(places, cells)
-        self.register_buffer(name, (hats if name.startswith("down") else hats.t()).contiguous())
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.contiguous())
 
     def _blocks(self, masks: list[Tensor], mixing: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Labels and scores of pictures of the plan's size, cell by cell and block by block."""
-        if len(self.runs) > 1:  # passes · B of them, the passes in order
-            masks, mixing = (
-                [part for chunk in chunks for part in chunk.split(self.plan.batch)]
-                for chunks in (masks, mixing)
-            )
-        mixing = [self._by_class(m) for m in mixing]
-        strips: list[tuple[Tensor, Tensor]] = []
-        for row in self.cells:
-            cells = [self._cell(cell, masks, mixing) for cell in row]
-            strips.append(_joined(cells, 2))
+        stacks = self._stacked(masks, [self._by_class(m) for m in mixing])
+        strips = [_joined([self._cell(cell, stacks) for cell in row], 2) for row in self.cells]
         return _joined(strips, 1)
 
-    def _cell(self, cell: Cell, masks: list[Tensor], mixing: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _stacked(
+        self, masks: list[Tensor], mixing: list[Tensor]
+    ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """Of each grid the masks (B, V, Q, h, w) and the mixing of all views that have it, in their order; of
+        a single pass as they are."""
+        if len(self.runs) == 1:
+            return {self.grids[0]: (masks[0], mixing[0])}
+        found: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        first = 0
+        for pair in zip(masks, mixing, strict=True):  # passes · B of them, the passes in order
+            stacked, mixed = (t.unflatten(0, (-1, cast(int, self.plan.batch))).transpose(0, 1) for t in pair)
+            found.setdefault(self.grids[first], []).append((stacked, mixed))
+            first += stacked.shape[1]
+        return {grid: _joined(pairs, 1) for grid, pairs in found.items()}
+
+    def _cell(
+        self, cell: Cell, stacks: dict[tuple[int, int], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         _, left, _, right = cell.rectangle
-        across = {i: getattr(self, f"across_{i}_{left}_{right}") for i in cell.shares}
-        shared = [mixing[i] if share == 1 else mixing[i] * share for i, share in cell.shares.items()]
+        seen, shared = [], []
+        for grid, views, shares in cell.groups:
+            masks, mixing = stacks[grid]
+            if len(self.runs) > 1:
+                places = getattr(self, f"places_{views}")
+                if len(places) < masks.shape[1]:
+                    masks, mixing = masks.index_select(1, places), mixing.index_select(1, places)
+                mixing = mixing * getattr(self, shares)
+                mixing = mixing.transpose(1, 2).flatten(2) if self.mixed else mixing.flatten(1)
+            seen.append((masks, getattr(self, f"across_{views}_{left}_{right}")))
+            shared.append(mixing)
         found = []
         for y0, y1 in cell.blocks:
-            seen = [getattr(self, f"down_{i}_{y0}_{y1}") @ masks[i] @ across[i] for i in cell.shares]
-            found.append(self._mix(shared, seen))
+            downs = [getattr(self, f"down_{group.views}_{y0}_{y1}") for group in cell.groups]
+            parts = [down @ masks @ across for down, (masks, across) in zip(downs, seen, strict=True)]
+            found.append(self._mix(shared, [m.flatten(1, 2) if m.dim() == 5 else m for m in parts]))
         return _joined(found, 1)
 
 
@@ -286,10 +315,26 @@ def _joined(pairs: list[tuple[Tensor, Tensor]], dim: int) -> tuple[Tensor, Tenso
     return labels, scores
 
 
+def _interpolation(start: int, stop: int, affine: list[tuple[float, float]], cells: int) -> Tensor:
+    """The matrix (n, cells) that interpolates at pixels from `start` to `stop`, or of several views (V, 1, n,
+    cells). A view has its pixel x at `step · x + offset`."""
+    pixels = torch.arange(start, stop, dtype=torch.float64)
+    found = [_hats(pixels * step + offset, cells) for step, offset in affine]
+    return found[0] if len(found) == 1 else torch.stack(found)[:, None]
+
+
 def _hats(places: Tensor, cells: int) -> Tensor:
     """The matrix (n, cells) whose product with cells is their linear interpolation at n places."""
     places = places.clamp(0, cells - 1)
     return (1 - (places[:, None] - torch.arange(cells)).abs()).clamp(min=0).float()
+
+
+class Group(NamedTuple):
+    """Views of a cell whose masks have one grid, and how their constants and their shares are called."""
+
+    grid: tuple[int, int]
+    views: str
+    shares: str
 
 
 @dataclasses.dataclass
@@ -299,11 +344,13 @@ class Cell:
     Attributes:
         shares: of each of these views, by index, in the mean.
         blocks: rows that are decided together, from and to.
+        groups: the same views by the grid of their masks.
     """
 
     rectangle: tuple[int, int, int, int]
     shares: dict[int, float]
     blocks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    groups: list[Group] = dataclasses.field(default_factory=list)
 
     @property
     def area(self) -> int:

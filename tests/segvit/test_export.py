@@ -168,15 +168,18 @@ numpy.save("openvino.npy", compiled(pictures)[0])
 
 
 def test_no_block_is_large(monkeypatch):
-    """Blocks of rows, of cells: with a small budget they are many, and the labels the same."""
+    """Blocks of rows, of cells: with a small budget they are many, and the labels the same. Of a block there
+    is one product, however many views see it: their masks have one grid."""
     options = InferenceOptions(window=32, stride=24)
     plan, images = Plan(SIZE, 1, options=options), pictures(SIZE, batch=1)
     (whole,) = LabelGraph(tiny_model(), plan).eval()(images)
     monkeypatch.setattr("segvit.exporting.graph._BUDGET", 300)
-    graph = LabelGraph(tiny_model(), plan).eval()
+    graph, mixed, mix = LabelGraph(tiny_model(), plan).eval(), [], LabelGraph._mix
     cells = [cell for row in graph.cells for cell in row]
-    assert len(cells) == 9 and sum(len(cell.blocks) for cell in cells) > 30
-    assert (graph(images)[0] == whole).all()
+    blocks = sum(len(cell.blocks) for cell in cells)
+    assert len(cells) == 9 and blocks > 30 and max(len(cell.shares) for cell in cells) == 4
+    monkeypatch.setattr(LabelGraph, "_mix", lambda *given: mixed.append(len(given[2])) or mix(*given))
+    assert (graph(images)[0] == whole).all() and mixed == [1] * blocks
 
 
 def test_cells_are_the_views_of_semantic_argmax():
