@@ -226,7 +226,7 @@ def _learned(figure: Any, data: dict) -> None:
         speed, mean, least, greatest = point["at"]
         bars = [[mean - least], [greatest - mean]]
         axes.errorbar(speed, mean, bars, color=DECODERS[point["decoder"]], marker="o", markersize=4)
-        axes.annotate(f"  {name}", (speed, mean), fontsize=7, color=TEXT)
+        axes.annotate(name, (speed, mean), xytext=(5, 3), textcoords="offset points", fontsize=7, color=TEXT)
     axes.margins(x=0.15)
     axes.set_xlabel("pictures of 512 × 512 a second")
     axes.set_ylabel("mIoU, %")
