@@ -35,6 +35,8 @@ TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
 SHARDS_FOLDER = "shards"
 
+# What is written before the first step.
+_FIRST = {"config.yaml", "data.json"}
 # What may change when a run is resumed: options that do not touch the result,
 _FREE = {
     "resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every",
@@ -68,22 +70,30 @@ def _name_of(image: Path, root: Path | None) -> str:
 
 @contextmanager
 def claimed(folder: str | Path) -> Iterator[None]:
-    """A run's folder, made if need be, for this process alone as long as the context is open.
+    """A run's folder, made if need be, for this process alone as long as the context is open. One that was
+    made here goes again where options or data cannot be used, so that nothing was trained.
 
     Raises:
         ValueError: another training runs in it.
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / ".lock"))
-        except BlockingIOError:
-            raise ValueError(f"out: another training runs in {folder}; choose another folder") from None
-        except OSError as error:
-            raise _cannot_write(folder, error) from None
-        yield
+    own = not folder.is_dir()
+    try:
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / ".lock"))
+            except BlockingIOError:
+                own = False
+                raise ValueError(f"out: another training runs in {folder}; choose another folder") from None
+            except OSError as error:
+                raise _cannot_write(folder, error) from None
+            yield
+    except (ValueError, TypeError, OSError):
+        if own and all(path.is_dir() or path.name in _FIRST for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _cannot_write(folder: Path, error: OSError) -> OSError:

@@ -160,6 +160,7 @@ def test_evaluations_by_windows(tmp_path, monkeypatch):
     expected = "evaluate_window: got 20, expected a multiple of the patch size 8"
     with pytest.raises(ValueError, match=expected):
         train(tiny(tmp_path / "other", evaluate_window=20), validation=validation)
+    assert not (tmp_path / "other").exists(), "nothing was trained"
 
 
 def test_betas_reach_the_optimizer(tmp_path):
