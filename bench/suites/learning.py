@@ -3,8 +3,8 @@
 Each gets as many steps of one recipe as the given minutes hold at its own speed: seconds of a step are
 measured first, model after model, with nothing else running. The trainings may then share the machine with
 other work, or be another machine's, since steps alone count (:func:`restore`). Trained and evaluated by
-``segvit train``, with windows of the recipe's crop. Costs are those of
-``bench decoders``, at its size with the data's classes.
+``segvit train``, with windows of the recipe's crop. Costs are those of ``bench decoders``, at its size with
+the data's classes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import yaml
 
 from bench.measure import environment, results
 from bench.suites import decoders
+from segvit.options import TrainConfig
 
 TIMED, UNTIMED = 15, 3  # steps whose seconds count, and those before them
 BATCH = 2  # small, so that few minutes hold some hundred steps
@@ -106,7 +107,8 @@ class Task:
         given = ["--config", str(self.config), "--data", str(self.data), "--out", str(out)]
         given += ["--backbone-weights", str(self.weights), "--max-steps", str(steps), "--seed", str(seed)]
         given += ["--evaluate-every", "0", "--evaluate-window", str(self.recipe["image_size"])]
-        given += ["--warmup-steps", str(min(self.recipe.get("warmup_steps", 1500), steps // 8))]
+        rise = min(self.recipe.get("warmup_steps", TrainConfig.warmup_steps), steps // 8)
+        given += ["--warmup-steps", str(rise)]
         given += ["--batch-size", str(BATCH), "--log-every", str(log_every)]
         return ["train", *given, *entry.options()]
 

@@ -252,9 +252,10 @@ class LabelGraph(nn.Module):
                     self._constant(f"down_{views}_{y0}_{y1}", down)
                 across = _interpolation(left, right, [(ax, bx) for _, _, ax, bx in affine], grid[1])
                 self._constant(f"across_{views}_{left}_{right}", across.transpose(-1, -2))
-                shares = torch.tensor([cell.shares[index] for index in seen])
-                self._constant(group.shares, shares[:, None, None] if self.mixed else shares[:, None])
-                self._constant(f"places_{views}", torch.tensor([alike.index(index) for index in seen]))
+                if len(self.runs) > 1:
+                    shares = torch.tensor([cell.shares[index] for index in seen])
+                    self._constant(group.shares, shares[:, None, None] if self.mixed else shares[:, None])
+                    self._constant(f"places_{views}", torch.tensor([alike.index(index) for index in seen]))
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.contiguous())

@@ -64,6 +64,13 @@ BACKENDS = (
 BY_ID = {backend.id: backend for backend in BACKENDS}
 
 
+def backend_of(item: Any) -> Any:
+    """The ``backend`` that a test is for, of its parameters; ``None``: it has none. Without the conftest of
+    pytest, since scripts of the PTX machine import the batteries."""
+    call = getattr(item, "callspec", None)
+    return call.params.get("backend") if call else None
+
+
 def interpreted(backend: Any) -> bool:
     """Whether a test's ``backend`` is Triton in its interpreter, which is slow; ``None``: it has none."""
     return getattr(backend, "id", None) == "triton" and not PTX

@@ -11,6 +11,7 @@ from backends import (
     PTX,
     assert_same,
     assert_threads_change_nothing,
+    backend_of,
     each_backend,
     each_dtype,
     interpreted,
@@ -41,8 +42,7 @@ LARGE = {"block": 64, "rows": 128}
 @pytest.fixture(autouse=True)
 def few_tiles(request, monkeypatch):
     """Of Triton's interpreter, for calls that give no configuration."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if interpreted(backend):
+    if interpreted(backend_of(request.node)):
         from segvit_kernels.triton import mask_binarize as kernels
 
         config = kernels._config

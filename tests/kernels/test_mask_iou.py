@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from backends import HALVES, each_backend, each_dtype, interpreted
+from backends import HALVES, backend_of, each_backend, each_dtype, interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels.ops import mask_iou as module
@@ -21,8 +21,7 @@ SOFT = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
     """Of Triton's interpreter, to which a mask is a program: blocks of 16, of a quarter of the masks."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if interpreted(backend):
+    if interpreted(backend_of(request.node)):
         from segvit_kernels.triton import mask_iou as kernels
 
         config = kernels._config

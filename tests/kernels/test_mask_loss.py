@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import BY_ID, HALVES, each_backend, each_dtype, interpreted
+from backends import BY_ID, HALVES, backend_of, each_backend, each_dtype, interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_loss_calls import Call, check, check_matching, same
@@ -42,8 +42,7 @@ FEW = {"multiprocessors": 1, "programs": 3}  # idle programs cost the interprete
 @pytest.fixture(autouse=True)
 def few_programs(request, monkeypatch):
     """Of Triton on a CPU, for calls that give no configuration."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if getattr(backend, "id", None) == "triton":
+    if getattr(backend_of(request.node), "id", None) == "triton":
         from segvit_kernels.triton import mask_loss as kernels
 
         config = kernels._config

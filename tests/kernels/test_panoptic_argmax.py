@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import BY_ID, HALVES, each_backend, each_dtype, interpreted
+from backends import BY_ID, HALVES, backend_of, each_backend, each_dtype, interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit_kernels.ops import panoptic_argmax as module
@@ -24,8 +24,7 @@ SMALL = PanopticCase("small", 2, 18, (4, 5), (9, 21), (6, 5), activation="sigmoi
 @pytest.fixture(autouse=True)
 def wide_tiles(request, monkeypatch):
     """Of Triton's interpreter, for calls that give no configuration."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if interpreted(backend):
+    if interpreted(backend_of(request.node)):
         from segvit_kernels.triton import panoptic_argmax as kernels
 
         config = kernels._config

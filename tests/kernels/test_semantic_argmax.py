@@ -8,6 +8,7 @@ from backends import (
     HALVES,
     assert_same,
     assert_threads_change_nothing,
+    backend_of,
     each_backend,
     each_dtype,
     interpreted,
@@ -28,8 +29,7 @@ TILES = {"tile_y": 32, "tile_x": 64, "block_q": 32}
 @pytest.fixture(autouse=True)
 def few_tiles(request, monkeypatch):
     """Of Triton's interpreter, for calls that give no configuration."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    if interpreted(backend):
+    if interpreted(backend_of(request.node)):
         from segvit_kernels.triton import semantic_argmax as kernels
 
         config = kernels._config
