@@ -40,8 +40,9 @@ X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
-# For these sources alone, where the compiler knows them (GCC 12, Clang 14).
-FP16 = [*X86["avx512"], "-mavx512bf16", "-mavx512fp16"]
+# For these sources alone, where the compiler knows them (GCC 10 and 12, Clang 14).
+BF16 = [*X86["avx512"], "-mavx512bf16"]
+FP16 = [*BF16, "-mavx512fp16"]
 AMX = [*FP16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 SPECIAL = {
     "linear_kernels": ("avx512_fp16", FP16),
@@ -50,6 +51,7 @@ SPECIAL = {
     "linear_amx_kernels": ("amx", AMX),
     "linear_vnni_kernels": ("avx512", X86["avx512"]),
     "attention_amx_kernels": ("amx", AMX),
+    "attention_bf16_kernels": ("avx512_bf16", BF16),
     "attention_fp16_kernels": ("avx512_fp16", FP16),
 }
 # The oldest torch whose stable ABI the binary asks for: 2.11.
@@ -187,7 +189,7 @@ def _plan(
         return [
             p
             for p in found
-            if re.sub("(_amx|_float|_fp16|_int16|_vnni)?_kernels$", "", p.stem) not in left_out
+            if re.sub("(_amx|_bf16|_float|_fp16|_int16|_vnni)?_kernels$", "", p.stem) not in left_out
         ]
 
     stamp = [f'-DSEGVIT_SCHEMAS="{schemas_hash()}"', f'-DSEGVIT_SOURCES="{sources_hash()}"']

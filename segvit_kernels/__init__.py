@@ -10,6 +10,7 @@ from segvit_kernels._library import (
     operator_names,
     record_backends,
     requested_backend,
+    runs_isa,
     why_not,
 )
 from segvit_kernels._lowering import load_native_copy, lower_to_native, native_library
@@ -132,6 +133,7 @@ __all__ = [
     "record_backends",
     "requested_backend",
     "resize_positions",
+    "runs_isa",
     "same_grid",
     "semantic_argmax",
     "semantic_argmax_reference",

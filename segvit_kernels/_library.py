@@ -143,7 +143,11 @@ def why_not(name: str, device: torch.device | str) -> str | None:
 
 
 def runs_isa(isa: str) -> bool:
-    """Whether the native CPU kernels in use are those of an instruction set or of a greater one."""
+    """Whether the native CPU kernels in use are those of an instruction set or of a greater one.
+
+    Args:
+        isa: "portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16" or "amx".
+    """
     return _native.runs_isa(isa)
 
 

@@ -173,8 +173,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.nn.Modul
 
 
 @pytest.fixture
-def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without AMX, as far as torch says: whether this one has it must not choose an engine's dtype."""
+def float32_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU whose bfloat16 products are no faster: what this one has must not choose an engine's dtype."""
+    monkeypatch.setattr("segvit.inference.engine.runs_isa", lambda isa: False)
     capabilities = {**torch.cpu.get_capabilities(), "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
 

@@ -12,9 +12,6 @@
 
 namespace segvit::SEGVIT_ISA {
 
-constexpr int64_t kTileRows = 16, kTileBytes = 1024;
-constexpr int64_t kTileDepth = 32;  // bfloat16 numbers of a row
-
 // All eight registers as whole tiles, for as long as it lives.
 class Tiles {
  public:

@@ -60,11 +60,14 @@ struct HalfKernel {
 
 HalfKernel half_kernel([[maybe_unused]] int64_t dim) {
 #if defined(SEGVIT_AMX)
-  if (isa() >= Isa::amx) return {&amx::attention, amx_scratch_bytes, kAmxQueries};
+  if (isa() >= Isa::amx) return {&amx::attention, bf16_scratch_bytes, kBf16Queries};
 #endif
 #if defined(SEGVIT_AVX512_FP16)
   if (isa() >= Isa::avx512_fp16 && dim <= kFp16MostDim)
     return {&avx512_fp16::attention, fp16_scratch_bytes, kTileQueries};
+#endif
+#if defined(SEGVIT_AVX512_BF16)
+  if (isa() >= Isa::avx512_bf16) return {&avx512_bf16::attention, bf16_scratch_bytes, kBf16Queries};
 #endif
   return {};
 }

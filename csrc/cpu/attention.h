@@ -81,11 +81,11 @@ constexpr int64_t bwd_scratch_size(int64_t heads, int64_t queries, int64_t dim) 
          kTileKeys * (columns + 2 * padded_dim(dim) + 2 * row + 3 * kTileQueries);
 }
 
-// With AMX: queries that go together, keys of a tile of scores, and the bytes of a task's scratch.
-constexpr int64_t kAmxQueries = 32, kAmxKeys = 256;
-constexpr int64_t amx_scratch_bytes(int64_t keys, int64_t dim) {
+// Of attention_bf16.h: queries that go together, keys of a tile of scores, and the bytes of a task's scratch.
+constexpr int64_t kBf16Queries = 32, kBf16Keys = 256;
+constexpr int64_t bf16_scratch_bytes(int64_t keys, int64_t dim) {
   int64_t row = round_up_to(dim, 32);
-  return (2 * round_up_to(keys, 32) + kAmxQueries) * row * 2 + (kAmxKeys + row + 3) * kAmxQueries * 4;
+  return (2 * round_up_to(keys, 32) + kBf16Queries) * row * 2 + (kBf16Keys + row + 3) * kBf16Queries * 4;
 }
 
 // The same with AVX512-FP16, for heads of up to so many channels.
@@ -98,15 +98,20 @@ constexpr int64_t fp16_scratch_bytes(int64_t keys, int64_t dim) {
 
 }  // namespace segvit
 
+#if defined(SEGVIT_AVX512_BF16)
+namespace segvit::avx512_bf16 {
+// Attention of some queries of one head over all keys, in bfloat16, without masks and dropout.
+void attention(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t query_end, char* scratch);
+}  // namespace segvit::avx512_bf16
+#endif
 #if defined(SEGVIT_AVX512_FP16)
 namespace segvit::avx512_fp16 {
-// As the next one, of up to kFp16MostDim channels.
+// The same, of up to kFp16MostDim channels.
 void attention(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t query_end, char* scratch);
 }  // namespace segvit::avx512_fp16
 #endif
 #if defined(SEGVIT_AMX)
 namespace segvit::amx {
-// Attention of some queries of one head over all keys, in bfloat16, without masks and dropout.
 void attention(const AttentionFwd& args, int64_t batch, int64_t head, int64_t query, int64_t query_end, char* scratch);
 }  // namespace segvit::amx
 #endif

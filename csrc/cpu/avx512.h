@@ -5,6 +5,10 @@
 
 namespace segvit::SEGVIT_ISA {
 
+// Of a tile of AMX, in the layout of which AVX512-BF16 takes its operands too.
+constexpr int64_t kTileRows = 16, kTileBytes = 1024;
+constexpr int64_t kTileDepth = 32;  // bfloat16 numbers of a row
+
 struct Pair {
   Vec first, second;
 };

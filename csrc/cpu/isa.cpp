@@ -54,9 +54,11 @@ Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
     best = Isa::avx512;
+#ifdef SEGVIT_AVX512_BF16
+  if (best == Isa::avx512 && supports(Feature::avx512_bf16)) best = Isa::avx512_bf16;
+#endif
 #ifdef SEGVIT_AVX512_FP16
-  if (best == Isa::avx512 && supports(Feature::avx512_bf16) && supports(Feature::avx512_fp16))
-    best = Isa::avx512_fp16;
+  if (best == Isa::avx512_bf16 && supports(Feature::avx512_fp16)) best = Isa::avx512_fp16;
 #endif
 #ifdef SEGVIT_AMX
   if (best == Isa::avx512_fp16 && tiles()) best = Isa::amx;
@@ -65,7 +67,8 @@ Isa detect() {
   return best;
 }
 
-constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_fp16, Isa::amx};
+constexpr Isa kIsas[] = {Isa::portable,    Isa::avx2,        Isa::avx512,
+                         Isa::avx512_bf16, Isa::avx512_fp16, Isa::amx};
 
 }  // namespace
 
@@ -94,6 +97,7 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512_fp16: return "avx512_fp16";
     case Isa::amx: return "amx";
     default: return "portable";

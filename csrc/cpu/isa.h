@@ -12,7 +12,7 @@ namespace segvit {
 // Element types of tensors; the kernels compute in float32.
 enum class Type : int32_t { f32, f16, bf16 };
 
-enum class Isa : int32_t { portable, avx2, avx512, avx512_fp16, amx };
+enum class Isa : int32_t { portable, avx2, avx512, avx512_bf16, avx512_fp16, amx };
 
 // The best one that this machine runs, or the lesser one that SEGVIT_KERNELS_ISA names.
 Isa isa();
@@ -29,7 +29,7 @@ const char* isa_names();
   namespace segvit::portable { void name(__VA_ARGS__); }            \
   namespace segvit::avx2 { void name(__VA_ARGS__); }                \
   namespace segvit::avx512 { void name(__VA_ARGS__); }
-// The kernel of that name for this machine. AVX512-FP16 and AMX are for the sources that build.py names alone,
+// The kernel of that name for this machine. AVX512-BF16, AVX512-FP16 and AMX are for the sources that build.py names alone,
 // which declare their kernels themselves.
 #define SEGVIT_PICK(name)                                           \
   (::segvit::isa() >= ::segvit::Isa::avx512 ? &::segvit::avx512::name \

@@ -27,8 +27,8 @@ from segvit.options import InferenceOptions
 from segvit_kernels import (
     freeze,
     pack_linears,
-    pack_weight,
     requested_backend,
+    runs_isa,
     unpack_linears,
     why_not_packed,
 )
@@ -279,8 +279,8 @@ def _dtype(model: Foldable, asked: torch.dtype | None) -> torch.dtype:
 def prefers_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are the faster ones of a device.
 
-    On CPUs with AMX, or where `segvit_kernels.linear` has packed weights for AVX512-FP16 (native library).
-    AVX-512 BF16 alone multiplies no faster than float32, measured on whole models.
+    On CPUs with AMX, and with the native library where `segvit_kernels.linear` has packed weights for
+    AVX512-FP16, or where there is AVX512-BF16 and nothing above (Zen 4 and later, at twice float32's rate).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -288,9 +288,7 @@ def prefers_bfloat16(device: torch.device) -> bool:
         return False
     if torch.cpu.get_capabilities().get("amx_bf16", False):
         return True
-    weight = torch.zeros(1, 1, dtype=torch.bfloat16)
-    packed = why_not_packed(weight) is None and pack_weight(weight).isa != "avx2"
-    return packed and requested_backend() in (None, "cpu")
+    return runs_isa("avx512_bf16") and requested_backend() in (None, "cpu")
 
 
 def _method(asked: str, device: torch.device, fp8: bool) -> str:

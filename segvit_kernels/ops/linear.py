@@ -26,9 +26,10 @@ rounding of a bfloat16 result and four times that of a float16 result. A number 
 panels of 48 outputs, float16. The depth goes by pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5,
 …, which transposing X in registers gives. LayerNorm, LayerScale and residual are PyTorch's there.
 
-**AVX2**, where the best set is this one: half-precision numbers are for storage, and PyTorch multiplies them
-at a tenth of float32's rate. Both become float32 on the way, and all is computed in float32: the result alone
-is rounded. W lies in panels of 32 outputs, two times 16 of them after the other, in W's own dtype.
+**AVX2**, of float16 where there is no AVX512-FP16, of bfloat16 where there is no AVX512-BF16 either: numbers
+are for storage there, and PyTorch multiplies them at a fifth of float32's rate (bfloat16 with AVX-512 at two
+fifths). They become float32 on the way, and all is computed in float32: the result alone is rounded. W lies
+in panels of 32 outputs, two times 16 of them after the other, in W's own dtype.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
 
     Args:
         weight: (N, K), float16 or bfloat16; with ``int8`` float32 too.
-        isa: of the kernel, ``"amx"`` (bfloat16 alone), ``"avx512_fp16"`` or ``"avx2"``; by default the one
-            that :func:`linear` gains most by here. int8 has one order for all.
+        isa: of the kernel, ``"amx"`` (bfloat16 alone), ``"avx512_fp16"`` or ``"avx2"``; by default the
+            fastest that runs here. int8 has one order for all.
         int8: round to 8 bits; a depth of 65536 at most.
 
     Raises:
@@ -105,7 +106,8 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
         )
     if isa is None:
-        isa = "avx2" if int8 else _best(weight.dtype) or "avx512_fp16"
+        here = "avx2" if int8 else next(filter(_library.runs_isa, _sets(weight.dtype)), None)
+        isa = here or "avx512_fp16"
     known = ("amx", "avx512", "avx2") if int8 else _sets(weight.dtype)
     if isa not in known:
         expected = ", ".join(map(repr, known[:-1]))
@@ -143,9 +145,12 @@ def _sets(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _best(dtype: torch.dtype) -> str | None:
-    """The set whose kernel is faster here than PyTorch's own product: AVX2's where that is the best set."""
-    slow = not _library.runs_isa("avx512")
-    return next((isa for isa in _sets(dtype) if _library.runs_isa(isa) and (isa != "avx2" or slow)), None)
+    """The set whose kernel is faster here than PyTorch's own product: not AVX2's where dot products are of
+    this dtype."""
+    dots = dtype == torch.bfloat16 and _library.runs_isa("avx512_bf16")
+    return next(
+        (isa for isa in _sets(dtype) if _library.runs_isa(isa) and not (dots and isa == "avx2")), None
+    )
 
 
 def _tiles(weight: Tensor, factors: Tensor | None, part: int) -> PackedWeight:
@@ -264,8 +269,10 @@ def why_not_packed(weight: Tensor, *, int8: bool = False) -> str | None:
     if int8 and weight.ndim == 2 and weight.shape[1] > _MOST_INT8:
         return f"int8 weights have at most {_MOST_INT8} inputs, not {weight.shape[1]}"
     reason = _library.why_not_operator("linear", "cpu", weight.device)
-    if reason is None and not (_library.runs_isa("avx2") if int8 else _best(weight.dtype)):
-        reason = f"linear needs {'avx2' if int8 else 'avx512_fp16'} for weights packed so"
+    if reason is None and not _library.runs_isa("avx2"):
+        reason = "linear needs avx2 for packed weights"
+    elif reason is None and not int8 and _best(weight.dtype) is None:
+        return f"PyTorch's own product of {weight.dtype} is the faster one here"
     if reason and int8:
         return f"int8 weights need a CPU with AVX2 and the native library ({reason})"
     return reason

@@ -155,7 +155,7 @@ def test_double_precision_runs_on_eager_unless_asked_for():
 
 @built
 @pytest.mark.skipif(not ON_X86, reason="one instruction set only, this is no x86 processor")
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_other_instruction_sets(isa):
     """The batteries' first cases, and near ties, on code for lesser processors than this one."""
     if isa not in RUNS:

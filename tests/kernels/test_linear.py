@@ -52,8 +52,9 @@ def unpacked(packed, shape):
 
 @pytest.fixture
 def packs(monkeypatch):
-    """As on a machine whose processor gains from packed weights."""
+    """As on a machine whose processor gains from packed weights of both dtypes."""
     monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: None)
+    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa == "avx2")
 
 
 # Packing
@@ -261,21 +262,37 @@ def test_why_not_packed(packs, monkeypatch):
     assert why_not_packed(torch.ones(0, 2).half()) == "the weight is empty"
     assert "float16 or bfloat16, not torch.float64" in why_not_packed(torch.ones(2, 2).double(), int8=True)
     assert "at most 65536 inputs, not 65537" in why_not_packed(torch.ones(1, 65537), int8=True)
-    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa in ("avx2", "avx512"))
-    assert why_not_packed(torch.ones(2, 2), int8=True) is None
-    # Whether PyTorch's own product is slower there has not been measured.
-    assert why_not_packed(torch.ones(2, 2).half()) == "linear needs avx512_fp16 for weights packed so"
-    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa == "avx2")
-    assert why_not_packed(torch.ones(2, 2).half()) is None
-    assert pack_weight(torch.ones(2, 2).half()).isa == "avx2"
     monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: False)
     assert "need a CPU with AVX2" in why_not_packed(torch.ones(2, 2), int8=True)
+    assert why_not_packed(torch.ones(2, 2).half()) == "linear needs avx2 for packed weights"
     monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: True)
     assert "not meta" in why_not_packed(torch.ones(2, 2, device="meta").half())
     monkeypatch.setattr("segvit_kernels._library.Operator.why_not", lambda *_: "no such processor")
     assert why_not_packed(torch.ones(2, 2).half()) == "no such processor"
     model = torch.nn.Sequential(torch.nn.Linear(2, 2)).half()
     assert pack_linears(model) == 0 and type(model[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    "best, of_float16, of_bfloat16",
+    [
+        ("avx2", "avx2", "avx2"),
+        ("avx512", "avx2", "avx2"),
+        ("avx512_bf16", "avx2", None),  # PyTorch has products of its own
+        ("avx512_fp16", "avx512_fp16", "avx512_fp16"),
+        ("amx", "avx512_fp16", "amx"),
+    ],
+)
+def test_whose_kernel_is_the_fastest(best, of_float16, of_bfloat16, packs, monkeypatch):
+    every = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx"]
+    runs = every[: every.index(best) + 1]
+    monkeypatch.setattr("segvit_kernels._library.runs_isa", lambda isa: isa in runs)
+    assert why_not_packed(torch.ones(2, 2), int8=True) is None
+    for dtype, isa in ((torch.float16, of_float16), (torch.bfloat16, of_bfloat16)):
+        weight = torch.ones(2, 2, dtype=dtype)
+        slower = f"PyTorch's own product of {dtype} is the faster one here"
+        assert why_not_packed(weight) == (None if isa else slower)
+        assert isa is None or pack_weight(weight).isa == isa
 
 
 def test_compile_and_export():

@@ -21,7 +21,7 @@ from segvit.model.linear_head import LinearSegmenter
 from segvit.options import BenchConfig
 from segvit.speed import measure, report
 
-pytestmark = pytest.mark.usefixtures("without_amx")
+pytestmark = pytest.mark.usefixtures("float32_engines")
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

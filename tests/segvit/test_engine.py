@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from segvit import BackboneConfig, InferenceOptions, SegViT, SegViTConfig
 from segvit.config import DECODERS
 from segvit.inference import engine as engine_module
+from segvit_kernels import backend
 
-pytestmark = pytest.mark.usefixtures("without_amx")
+pytestmark = pytest.mark.usefixtures("float32_engines")
 
 SIZES = ((32, 32), (37, 50), (64, 40))
 KINDS = ("plain", "shrunk", "linear")
@@ -157,9 +158,17 @@ def test_precision(monkeypatch):
     half = model.compile_for_inference((37, 50), 2, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.function.parameters()} == {torch.bfloat16}
     assert (half(images) == model.predict(images)).float().mean() > 0.9
-    for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
+    monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
+    for amx, dots, expected in (
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        monkeypatch.setattr(engine_module, "runs_isa", lambda isa, dots=dots: dots and isa == "avx512_bf16")
         assert model.compile_for_inference(32).dtype == expected
+        with backend("eager"):
+            assert model.compile_for_inference(32).dtype == (torch.bfloat16 if amx else torch.float32)
     assert tiny_model().double().compile_for_inference(32).dtype == torch.float64
 
 

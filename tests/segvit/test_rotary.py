@@ -241,7 +241,7 @@ WHOLE = [("centred", False), ("index", True), ("learned", True)]
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "shrunk"), WHOLE)
-def test_engine(kind, shrunk, without_amx):
+def test_engine(kind, shrunk, float32_engines):
     """Its labels, float32 and half, and what stays of a copy; a grid that is not the stored one."""
     model = segmenter(kind, shrunk, absolute_positions=kind == "index", mlp_norm=kind == "index")
     images = pictures((40, 29), 2)
