@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench.commands import _options
+from bench.subjects.published import MODELS, QUICK
 from bench.suites import model
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _options.check_out(options.out, options.smoke)
-    _options.check_models(options.models)
+    _options.check_names("--models", options.models, [model.name for model in (*MODELS, QUICK)], "model")
     result = model.run(
         names=options.models,
         batches=options.batch,

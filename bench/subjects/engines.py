@@ -216,7 +216,8 @@ def _openvino(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
     library = importlib.import_module("openvino")
     core = library.Core()
     # What int8 leaves runs in bfloat16 where the processor has products of it.
-    wide = "bf16" if dtype == "int8" and torch.cpu.get_capabilities().get("amx_bf16") else "f32"
+    known = torch.cpu.get_capabilities()
+    wide = "bf16" if known.get("amx_bf16") or known.get("avx512_bf16") else "f32"
     options = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "int8": wide}[dtype],
         "PERFORMANCE_HINT": "LATENCY",

@@ -42,6 +42,7 @@ def rows(
     rounds: int,
     deadline: float,
     graphs: Path | None = None,
+    compiled: bool = True,
     busy: bool = False,
 ) -> Iterator[dict]:
     """A row for each engine and precision: checked, timed in turn, then its memory.
@@ -59,6 +60,8 @@ def rows(
             row |= {"way": engine.name, "what": engine.what}
             found.append(row)
             reason = engine.missing()
+            if not compiled and engine.name.startswith("torch.compile"):
+                reason = "minutes to compile: not without --compile"
             if reason or time.time() > deadline:
                 row |= {"status": "skipped", "reason": reason or "time budget"}
                 continue

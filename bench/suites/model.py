@@ -230,7 +230,7 @@ def run(
     deadline = begun + budget_s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
-    wanted = [model for model in MODELS if not names or model.name in names]
+    wanted = [model for model in (*MODELS, QUICK) if model.name in names] if names else MODELS
     specs = (TINY,) if smoke else (QUICK,) if quick else wanted
     rows: list[dict] = []
 
@@ -261,7 +261,8 @@ def run(
         found = (TINY,) if smoke else [m for m in (*MODELS, QUICK) if m.name in (names or usual)]
         for spec in found if table in sections and device.type == "cpu" else ():
             limits = {"threads": threads, "rounds": rounds, "deadline": deadline, "graphs": graphs}
-            for row in engines.rows(spec, table=table, dtypes=(*dtypes, "int8"), busy=busy, **limits):
+            limits |= {"compiled": compiled, "busy": busy}
+            for row in engines.rows(spec, table=table, dtypes=(*dtypes, "int8"), **limits):
                 rows.append(row)
                 progress(_shown(row))
     described = {**environment.describe(device), "threads": threads}
