@@ -44,15 +44,16 @@ X86 = {
 BF16 = [*X86["avx512"], "-mavx512bf16"]
 FP16 = [*BF16, "-mavx512fp16"]
 AMX = [*FP16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AVX2, AVX512 = ({name: X86[name]} for name in ("avx2", "avx512"))
 SPECIAL = {
-    "linear_kernels": ("avx512_fp16", FP16),
-    "linear_float_kernels": ("avx2", X86["avx2"]),
-    "linear_int16_kernels": ("avx2", X86["avx2"]),
-    "linear_amx_kernels": ("amx", AMX),
-    "linear_vnni_kernels": ("avx512", X86["avx512"]),
-    "attention_amx_kernels": ("amx", AMX),
-    "attention_bf16_kernels": ("avx512_bf16", BF16),
-    "attention_fp16_kernels": ("avx512_fp16", FP16),
+    "linear_kernels": {"avx512_fp16": FP16},
+    "linear_float_kernels": AVX2 | AVX512,
+    "linear_int16_kernels": AVX2,
+    "linear_amx_kernels": {"amx": AMX},
+    "linear_vnni_kernels": AVX512,
+    "attention_amx_kernels": {"amx": AMX},
+    "attention_bf16_kernels": {"avx512_bf16": BF16},
+    "attention_fp16_kernels": {"avx512_fp16": FP16},
 }
 # The oldest torch whose stable ABI the binary asks for: 2.11.
 TORCH_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -208,7 +209,8 @@ def _plan(
         ]
     define = [f'-DSEGVIT_CUDA_ARCHS="{args.archs}"'] if nvcc else []
     x86 = args.machine.lower() in ("x86_64", "amd64")
-    known = {isa for isa, flags in SPECIAL.values() if x86 and _knows(compiler, flags)}
+    special = {isa: flags for sets in SPECIAL.values() for isa, flags in sets.items()}
+    known = {isa for isa, flags in special.items() if x86 and _knows(compiler, flags)}
     cxx += [f"-DSEGVIT_{isa.upper()}" for isa in sorted(known)]
     tiles = ["-DSEGVIT_EMULATE_TILES"] * args.emulate_tiles
     plan = [(library, "library.o", [*cxx, *include, *define, *stamp, "-c", str(library)])]
@@ -217,10 +219,10 @@ def _plan(
         plan.append((older, "older.o", [*cxx, "-c", str(older)]))
     for source in sources_in("cpu", "*.cpp"):
         if source.stem.endswith("_kernels"):
-            every = list(X86.items()) if x86 else [("portable", [])]
+            every = X86 if x86 else {"portable": []}
             if source.stem in SPECIAL:
-                every = [SPECIAL[source.stem]] if SPECIAL[source.stem][0] in known else []
-            for isa, flags in every:
+                every = {isa: flags for isa, flags in SPECIAL[source.stem].items() if isa in known}
+            for isa, flags in every.items():
                 command = [*cxx, *tiles * (isa == "amx")]
                 command += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *flags]
                 name = f"{source.stem}_{isa}.o"

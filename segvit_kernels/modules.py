@@ -785,7 +785,7 @@ class PackedLinear(nn.Linear):
     another device or dtype) it computes what the layer computed.
 
     Args:
-        module: the layer, float16 or bfloat16, with ``int8`` float32 too. Its parameters are shared.
+        module: the layer, float32, float16 or bfloat16. Its parameters are shared.
         int8: pack to 8 bits: see :func:`segvit_kernels.pack_weight`.
 
     Raises:
@@ -834,14 +834,14 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module, *, int8: bool = False) -> int:
     """Replace every ``nn.Linear`` inside a model by a :class:`PackedLinear` where that gains anything.
 
-    That is where weights are float16 or bfloat16, on a CPU with AVX512-FP16 or AMX, and the native library is
-    built (:func:`segvit_kernels.why_not_packed`), and a layer has no hooks. Where weights have changed since,
+    That is on a CPU where the native library's kernel is faster than PyTorch's product of the weights' dtype
+    (:func:`segvit_kernels.why_not_packed`), and where a layer has no hooks. Where weights have changed since,
     the layer computes what ``nn.Linear`` does, but for writes through ``.data`` and in compiled code, which
     are not noticed.
 
     Args:
         model: modules inside it are replaced in place.
-        int8: pack to 8 bits, float32 weights too, where the CPU has AVX2.
+        int8: pack to 8 bits, where the CPU has AVX2.
 
     Returns:
         How many were replaced.

@@ -34,4 +34,25 @@ SEGVIT_INLINE Vec gelu(Vec x) {
   return vmax(splat(0), x) - z * t * p * e;
 }
 
+// The same for float32 results: t = 1 / (1 + 7/20 z), and a relative error of the tail of 4e-7 + 3e-8 z².
+SEGVIT_INLINE Vec gelu_float(Vec x) {
+  Vec z = vmin(splat(20), vabs(x)), d = z * 0.35f + 1.0f;
+#if defined(__AVX512F__)
+  Vec t = (Vec)_mm512_rcp14_ps((__m512)d);
+  t *= 2.0f - d * t;
+#else
+  Vec t = 1.0f / d;
+#endif
+  Vec p = splat(-0.029145928f);
+  p = p * t + 0.14397168f;
+  p = p * t - 0.25571424f;
+  p = p * t + 0.15917413f;
+  p = p * t - 0.023109814f;
+  p = p * t + 0.10550799f;
+  p = p * t + 0.11983287f;
+  p = p * t + 0.13986187f;
+  p = p * t + 0.13962141f;
+  return vmax(splat(0), x) - z * t * p * vexp(z * z * -0.5f);
+}
+
 }  // namespace segvit::SEGVIT_ISA

@@ -43,7 +43,10 @@ Kernel kernel_for(const Tensor& packed, Type type) {
 #endif
   if (isa() >= Isa::avx2 && panels == ScalarType::Char)
     return {&avx2::linear_int8, linear_int16_scratch_bytes, kFloatRows, 22 * kFloatRows, kTilePanel, 1, 64, 2, 2, true};
-  if (isa() >= Isa::avx2 && packed.dim() == 3 && type != Type::f32 && type_of(packed) == type)
+  if (isa() >= Isa::avx512 && packed.dim() == 3 && type_of(packed) == type)
+    return {&avx512::linear_float, linear_float_scratch_bytes, kFloatRows512, 11 * kFloatRows512, kTilePanel, 1, 1, 4, 2,
+            true};
+  if (isa() >= Isa::avx2 && packed.dim() == 3 && type_of(packed) == type)
     return {&avx2::linear_float, linear_float_scratch_bytes, kFloatRows, 22 * kFloatRows, kTilePanel, 1, 1, 4, 2, true};
 #endif
   return {};

@@ -44,12 +44,12 @@ inline int64_t linear_vnni_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded + kVnniRows * kTilePanel * 4 + padded * 4 + rows * 4;
 }
 
-// With AVX2: products of float32 or int16 numbers.
-constexpr int64_t kFloatRows = 6;
+// With AVX2 and, of float32 alone, AVX-512: products of float32 or int16 numbers.
+constexpr int64_t kFloatRows = 6, kFloatRows512 = 12;
 
 inline int64_t linear_float_scratch_bytes(int64_t rows, int64_t depth) {
   int64_t padded = (depth + 31) / 32 * 32;
-  return rows * padded * 4 + kFloatRows * kTilePanel * 4;
+  return rows * padded * 4 + kFloatRows512 * kTilePanel * 4;
 }
 
 inline int64_t linear_int16_scratch_bytes(int64_t rows, int64_t depth) {
@@ -71,6 +71,7 @@ void linear_float(const Linear& args, int64_t row, int64_t row_end, int64_t pane
 void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::avx2
 namespace segvit::avx512 {
+void linear_float(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::avx512
 #endif

@@ -115,7 +115,8 @@ SEGVIT_INLINE void finish(const Linear& args, const float* sums, int64_t row, fl
     Block bias = block(args.bias);
     for_parts([&](int i) { x.part[i] += bias.part[i]; });
   }
-  if (args.gelu) for_parts([&](int i) { x.part[i] = gelu(x.part[i]); });
+  constexpr bool kFloat = sizeof(T) == 4 && !kInt8;
+  if (args.gelu) for_parts([&](int i) { x.part[i] = kFloat ? gelu_float(x.part[i]) : gelu(x.part[i]); });
   if (args.scale) {
     Block scale = block(args.scale);
     for_parts([&](int i) { x.part[i] *= scale.part[i]; });

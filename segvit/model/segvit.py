@@ -385,8 +385,8 @@ class SegViT(nn.Module):
 
         Folded: the first layer's self-attention and query, the k and v projections of a stage, stacked into
         one, and the position embedding of the last image size. On a CPU with the native library attention
-        runs on `segvit_kernels.query_attention`, and half-precision models on packed weights where the
-        processor has AVX512-FP16 (`segvit_kernels.pack_linears`); these take as much memory as the weights.
+        runs on `segvit_kernels.query_attention`, and linear layers on packed weights where that is faster
+        (`segvit_kernels.pack_linears`); these take as much memory as the weights.
         Layers that are wrapped (LoRA), parametrized, quantised or hooked are not folded but called. `train()`
         and loading weights undo it, conversions (`to`, `half`) make the constants anew. Constants whose
         weights or layers have changed are not used, which costs the speed only: call it again. Not noticed

@@ -1,4 +1,4 @@
-"""A linear layer with packed weights: models in half precision, or with 8-bit weights, on x86 CPUs.
+"""A linear layer with packed weights, of 8 bits where that is asked for, on x86 CPUs.
 
     Z = R + γ · GELU(X Wᵀ + b)      X = LN(X₀)      GELU(x) = x Φ(x)
 
@@ -26,10 +26,11 @@ rounding of a bfloat16 result and four times that of a float16 result. A number 
 panels of 48 outputs, float16. The depth goes by pairs of numbers; of 16 pairs the order is 0, 4, 8, 12, 1, 5,
 …, which transposing X in registers gives. LayerNorm, LayerScale and residual are PyTorch's there.
 
-**AVX2**, of float16 where there is no AVX512-FP16, of bfloat16 where there is no AVX512-BF16 either: numbers
-are for storage there, and PyTorch multiplies them at a fifth of float32's rate (bfloat16 with AVX-512 at two
-fifths). They become float32 on the way, and all is computed in float32: the result alone is rounded. W lies
-in panels of 32 outputs, two times 16 of them after the other, in W's own dtype.
+**AVX2**, or AVX-512 with the same panels: float32 where this is faster than PyTorch's own product, float16
+where there is no AVX512-FP16, bfloat16 where there is no AVX512-BF16 either. To such processors numbers of
+half precision are for storage, and PyTorch multiplies them at a fifth of float32's rate (bfloat16 with
+AVX-512 at two fifths). They become float32 on the way, and all is computed in float32: the result alone is
+rounded. W lies in panels of 32 outputs, two times 16 of them after the other, in W's own dtype.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). int8: (⌈N/32⌉, ⌈K/64⌉, 2, 16, 64). AVX512-FP16:
-            float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2). AVX2: float16 or bfloat16, (2·⌈N/32⌉, K, 16).
+            float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2). AVX2: in W's dtype, (2·⌈N/32⌉, K, 16).
         factors: float32, of every output, padded as in ``panels``. int8: the scale of its weights.
             AVX512-FP16: e, where weights are 2^(e - 3) times those in ``panels``. Otherwise ``None``.
     """
@@ -88,7 +89,7 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
     """A weight in a kernel's order, for the argument ``packed`` of :func:`linear`.
 
     Args:
-        weight: (N, K), float16 or bfloat16; with ``int8`` float32 too.
+        weight: (N, K), float32, float16 or bfloat16.
         isa: of the kernel, ``"amx"`` (bfloat16 alone), ``"avx512_fp16"`` or ``"avx2"``; by default the
             fastest that runs here. int8 has one order for all.
         int8: round to 8 bits; a depth of 65536 at most.
@@ -97,21 +98,19 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
         TypeError: another dtype.
         ValueError: another shape or instruction set.
     """
-    kinds = _FLOATS if int8 else _HALVES
-    if not isinstance(weight, Tensor) or weight.dtype not in kinds:
+    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS:
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {found}; expected {_names(kinds)}")
+        raise TypeError(f"weight is {found}; expected {_names(_FLOATS)}")
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (outputs, inputs), at least one of both"
         )
-    if isa is None:
-        here = "avx2" if int8 else next(filter(_library.runs_isa, _sets(weight.dtype)), None)
-        isa = here or "avx512_fp16"
     known = ("amx", "avx512", "avx2") if int8 else _sets(weight.dtype)
+    if isa is None:
+        isa = "avx2" if int8 else next(filter(_library.runs_isa, known), known[-1])
     if isa not in known:
-        expected = ", ".join(map(repr, known[:-1]))
-        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected} or {known[-1]!r}")
+        expected = " or ".join(", ".join(map(repr, part)) for part in (known[:-1], known[-1:]) if part)
+        raise ValueError(f"isa is {isa!r}, weight {weight.dtype}; expected {expected}")
     if int8 and weight.shape[1] > _MOST_INT8:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected at most {_MOST_INT8} inputs in int8"
@@ -140,17 +139,23 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
 
 
 def _sets(dtype: torch.dtype) -> tuple[str, ...]:
-    """Whose kernels there are for numbers of half precision, the fastest first."""
+    """Whose kernels there are for numbers of a dtype, the fastest first."""
+    if dtype == torch.float32:
+        return ("avx2",)
     return ("avx512_fp16", "avx2") if dtype == torch.float16 else ("amx", "avx512_fp16", "avx2")
 
 
 def _best(dtype: torch.dtype) -> str | None:
-    """The set whose kernel is faster here than PyTorch's own product: not AVX2's where dot products are of
-    this dtype."""
-    dots = dtype == torch.bfloat16 and _library.runs_isa("avx512_bf16")
-    return next(
-        (isa for isa in _sets(dtype) if _library.runs_isa(isa) and not (dots and isa == "avx2")), None
-    )
+    """The set whose kernel is faster here than PyTorch's own product."""
+    found = next(filter(_library.runs_isa, _sets(dtype)), None)
+    # AMD's, Zen 4 and later. There PyTorch has bfloat16's dot products; of float32 it has AVX2's alone, where
+    # Intel's processors with AVX-512 have a product that the kernel has not been measured against.
+    amd = _library.runs_isa("avx512_bf16") and not _library.runs_isa("avx512_fp16")
+    if found == "avx2" and dtype == torch.bfloat16 and amd:
+        return None
+    if dtype == torch.float32 and _library.runs_isa("avx512") and not amd:
+        return None
+    return found
 
 
 def _tiles(weight: Tensor, factors: Tensor | None, part: int) -> PackedWeight:
@@ -259,9 +264,8 @@ _linear = _library.define(
 def why_not_packed(weight: Tensor, *, int8: bool = False) -> str | None:
     """Why packing a weight (to 8 bits) would gain nothing here: PyTorch's own layer would run; ``None`` if it
     gains."""
-    kinds = _FLOATS if int8 else _HALVES
-    if weight.dtype not in kinds:
-        return f"{'int8' if int8 else 'packed'} weights are for {_names(kinds)}, not {weight.dtype}"
+    if weight.dtype not in _FLOATS:
+        return f"{'int8' if int8 else 'packed'} weights are for {_names(_FLOATS)}, not {weight.dtype}"
     if weight.device.type != "cpu":
         return f"packed weights are for the CPU, not {weight.device.type}"
     if weight.numel() == 0:
@@ -292,9 +296,9 @@ def linear(
 ) -> Tensor:
     """``F.linear`` with what stands around it in a transformer, in one pass where there are packed weights.
 
-    Packed weights are used on x86 CPUs with AVX2, AVX512-VNNI or AMX (int8), and AVX2 (as the best set),
-    AVX512-FP16 or AMX (half precision), without autograd and without autocast; in all other cases, and on the
-    backend ``eager``, this is PyTorch's own layer. How it is computed, and how exactly, stands at the top of
+    Packed weights are used on x86 CPUs with AVX2, in half precision with AVX512-FP16 or AMX and in int8 with
+    AVX512-VNNI or AMX too, without autograd and without autocast; in all other cases, and on the backend
+    ``eager``, this is PyTorch's own layer. How it is computed, and how exactly, stands at the top of
     this module.
 
     Args:
@@ -322,7 +326,9 @@ def linear(
     autocast = autocast_dtype(input.device) is not None
     if packed is not None:
         _check_packed(packed)
-    plain = packed is None or input.dtype not in (_FLOATS if packed.int8 else _HALVES)
+    plain = packed is None or (
+        input.dtype not in packed.dtypes and torch.float32 in (input.dtype, packed.panels.dtype)
+    )
     if backend is None and (plain or autograd or autocast):
         return linear_reference(input, weight, bias, gelu=gelu, **around)
     _validate(input, weight, bias, packed, **around)
@@ -343,7 +349,7 @@ def linear(
 def _check_packed(packed: PackedWeight) -> None:
     """Raise TypeError for what `pack_weight` does not give."""
     panels, factors = packed if isinstance(packed, PackedWeight) else (None, None)
-    ranks = {torch.float16: (3, 4), torch.bfloat16: (3, 5), torch.int8: (5,)}
+    ranks = {torch.float32: (3,), torch.float16: (3, 4), torch.bfloat16: (3, 5), torch.int8: (5,)}
     if not isinstance(panels, Tensor) or panels.dtype not in ranks:
         found = panels.dtype if isinstance(panels, Tensor) else type(packed).__name__
         raise TypeError(f"packed is {found}; expected what pack_weight gives")

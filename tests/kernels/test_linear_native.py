@@ -14,17 +14,22 @@ from segvit_kernels import PackedLinear, PackedWeight, _native, linear, pack_wei
 from segvit_kernels.ops.linear import linear_reference
 from segvit_kernels.testing.linear import CASES, SHAPES, LinearCase, oracle
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+FLOATS = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 
 
 @pytest.fixture(params=["avx2", "avx512_fp16", "amx"], ids=lambda isa: f"cpu_{isa}")
 def isa(request):
-    """The instruction set of a kernel that runs here; float16 has none on AMX."""
+    """The instruction set of a kernel that runs here; float16 has none on AMX, float32 AVX2's alone."""
     if not _native.runs_isa(request.param):
         pytest.skip(f"backend cpu: no kernels for {request.param} here")
     arguments = getattr(request.node, "callspec", None)
     if request.param == "amx" and arguments and arguments.params.get("dtype") == torch.float16:
         pytest.skip("AMX has no products of float16")
+    if request.param != "avx2" and arguments and arguments.params.get("dtype") == torch.float32:
+        pytest.skip("products of half precision")
     return request.param
 
 
@@ -49,13 +54,13 @@ def check(kernel, case, dtype):
     return found
 
 
-@DTYPES
+@FLOATS
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_case(case, dtype, kernel, poisoned):
     check(kernel, case, dtype)
 
 
-@DTYPES
+@FLOATS
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 15, 16, 31, 32, 33, 47, 48, 49, 63, 95, 97, 127, 129, 255, 513])
 def test_sizes(size, dtype, kernel, poisoned):
     """Each of the three, on both sides of every tile, chain and part."""
@@ -118,7 +123,7 @@ def test_largest_and_smallest_of_a_row(isa, kernel):
     assert torch.equal(found, x.where(x > smallest, 0))
 
 
-@DTYPES
+@FLOATS
 def test_results_beyond_the_range(dtype, kernel):
     largest = torch.finfo(dtype).max
     x = torch.tensor([[largest, largest], [-largest, -largest], [largest, -largest]]).to(dtype)
@@ -126,7 +131,7 @@ def test_results_beyond_the_range(dtype, kernel):
     assert found.flatten().tolist() == [torch.inf, -torch.inf, 0.0]
 
 
-@DTYPES
+@FLOATS
 def test_what_is_not_finite_stays_in_its_row(dtype, kernel):
     x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -146,7 +151,7 @@ def test_what_is_not_finite_stays_in_its_row(dtype, kernel):
     assert torch.equal(found[:, :7], expected[:, :7]) and torch.equal(found[:, 8:], expected[:, 8:])
 
 
-@DTYPES
+@HALVES
 def test_gelu_of_every_number(dtype, isa, kernel):
     """Relative to the result, far into the tail, where 1 + erf would have nothing left."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -163,6 +168,19 @@ def test_gelu_of_every_number(dtype, isa, kernel):
     assert found[0] == torch.inf and found[1].isnan()
 
 
+def test_gelu_in_float32(kernel, isa):
+    if isa != "avx2":
+        pytest.skip("products of half precision")
+    x = torch.linspace(-13, 13, 40001)[:, None]
+    found = kernel(x, torch.ones(1, 1), gelu=True).double()
+    truth = x.double() * 0.5 * torch.special.erfc(-x.double() * 0.5**0.5)
+    tail = x.double().clamp(max=0).square()
+    assert ((found - truth).abs() <= (6e-7 + 6e-8 * tail) * truth.abs() + 1e-37).all()
+    special = torch.tensor([[torch.inf], [torch.nan], [-torch.inf], [-40.0]])
+    found = kernel(special, torch.ones(1, 1), gelu=True).flatten()
+    assert found[0] == torch.inf and found[1].isnan() and found[2:].abs().max() == 0
+
+
 def _around(case, inputs, dtype=torch.bfloat16):
     """LayerNorm, LayerScale and residual for a case, of the width of its tokens."""
     draw = torch.Generator().manual_seed(1)
@@ -173,12 +191,13 @@ def _around(case, inputs, dtype=torch.bfloat16):
     return {"norm": (*norm, 1e-5), "scale": scale, "residual": residual}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("part", ["norm", "norm without bias", "scale", "residual", "all"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_what_stands_around_a_layer(case, part, kernel, poisoned):
+def test_what_stands_around_a_layer(case, part, dtype, kernel, poisoned):
     """LayerNorm before it; scale and residual behind it. Far from zero the deviations count."""
-    inputs = case.inputs(torch.bfloat16)
-    around = _around(case, inputs)
+    inputs = case.inputs(dtype)
+    around = _around(case, inputs, dtype)
     if part == "norm without bias":
         part, around = "norm", {"norm": (around["norm"][0], None, 1e-5)}
     around = around if part == "all" else {part: around[part]}
@@ -195,12 +214,7 @@ def test_what_stands_around_a_layer(case, part, kernel, poisoned):
         given = {name: cast(value) for name, value in {**inputs, **around}.items()}
         return linear_reference(**given, gelu=case.gelu)
 
-    testing.assert_within_budget(part, found, reference(torch.float64), reference(torch.bfloat16))
-
-
-FLOATS = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
-)
+    testing.assert_within_budget(part, found, reference(torch.float64), reference(dtype))
 
 
 @pytest.fixture
@@ -327,7 +341,7 @@ def test_int8_of_what_is_not_finite(int8):
         assert found[0, others].isfinite().all() and (found[3, others] == 0).all()
 
 
-@DTYPES
+@FLOATS
 def test_layouts(dtype, kernel, poisoned):
     x = torch.randn(4, 6, 5, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight, bias = torch.randn(50, 40).to(dtype), torch.randn(50).to(dtype)
@@ -351,7 +365,7 @@ def test_layouts(dtype, kernel, poisoned):
     assert torch.equal(kernel(x, strided, bias), expected)
 
 
-@DTYPES
+@FLOATS
 def test_empty(dtype, kernel):
     weight = torch.ones(3, 5, dtype=dtype)
     assert kernel(torch.ones(0, 4, 5, dtype=dtype), weight).shape == (0, 4, 3)
@@ -420,7 +434,7 @@ def test_without_a_choice_it_runs(isa, kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("shrunk", [False, True])
-@DTYPES
+@FLOATS
 def test_segvit(dtype, shrunk, kernel):
     """A fused model is as near to float64 as an unfused one, and the same when compiled."""
     torch.manual_seed(0)
