@@ -271,7 +271,7 @@ class QueryDownsample(nn.Module):
         modules = [getattr(self.attn, name) for name in self._projections]
         if len(modules) == 3:
             return modules[0](kept), modules[1](every), modules[2](every)
-        if not is_plain(modules[0]):
+        if not is_plain(modules[0]) or isinstance(modules[0], PackedLinear):
             query, key, value = modules[0](every).chunk(3, dim=-1)
             return subsample_tokens(query, **place), key, value
         weight, bias = modules[0].weight, modules[0].bias

@@ -93,7 +93,7 @@ class Program(nn.Module):
             if isinstance(module, PackedLinear):
                 self.packed.add(module.packed.value.isa)
                 # The packed weights are read, the others have a shape alone.
-                weight = module.weight.new_zeros(()).expand_as(module.weight)
+                weight = module.weight.new_full((), torch.nan).expand_as(module.weight)
                 module.weight = nn.Parameter(weight, requires_grad=False)
         if self.function.views is None:  # an empty list of tensors reaches the library as no list
             runs = self.function.runs

@@ -19,7 +19,7 @@ from segvit import InferenceOptions
 from segvit.cli import main
 from segvit.exporting import aot, export, open_model
 from segvit.exporting.graph import Plan
-from segvit_kernels import _library, _native, lower_to_native
+from segvit_kernels import _library, _native, lower_to_native, why_not_packed
 
 SIZE = (40, 50)  # no multiple of the patch size
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp" / "segment.cpp"
@@ -97,7 +97,8 @@ def test_the_operators_are_the_library_s(program):
     with zipfile.ZipFile(program) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("wrapper.json"))
         text = archive.read(name).decode()
-    names = ("atm_fwd", "query_attention_fwd", "semantic_argmax")
+    names = ["atm_fwd", "query_attention_fwd", "semantic_argmax"]
+    names += ["linear"] if why_not_packed(torch.ones(1, 1)) is None else []
     assert set(re.findall(r"\bsegvit\w*::\w+", text)) == {f"segvit_native::{name}" for name in names}
 
 
@@ -242,6 +243,20 @@ def test_windows_scales_and_flips(kind, patch, token, options):
     assert (scores.amax(1) - chosen).max() < 1e-5 * scores.abs().max() and len(expected.unique()) > 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "shrunk", "linear", "segvitv2"])
+def test_weights_that_are_packed_are_not_read(kind, dtype, monkeypatch):
+    """A program has no others."""
+    if not _native.runs_isa("avx2"):
+        pytest.skip("no packed weights here")
+    monkeypatch.setattr("segvit_kernels.ops.linear._best", lambda dtype: "avx2")
+    model, given = tiny_model(kind, 8, True), pictures(SIZE)
+    plan = Plan(SIZE, 2, dtype=dtype)
+    engine = model.compile_for_inference(SIZE, 2, dtype=dtype, method="eager")
+    assert aot.build(model, plan).packed
+    assert (lowered(model, plan, given).module()(given) == engine(given)).float().mean() > 0.99
+
+
 @compiled
 @pytest.mark.parametrize(
     "options, said",
@@ -262,12 +277,14 @@ def test_what_a_program_cannot_do(model, tmp_path, monkeypatch, options, said):
 @pytest.mark.parametrize("int8, expected", [(True, "avx2"), (False, "avx512_fp16")])
 def test_packed_weights_ask_for_their_processor(monkeypatch, int8, expected):
     """Without the instructions the operator would fail at the first picture."""
-    monkeypatch.setattr(_library, "runs_isa", lambda isa: isa == expected)
+    monkeypatch.setattr(_library, "runs_isa", lambda isa: isa in ("avx2", expected))
     monkeypatch.setattr(_library, "why_not_operator", lambda *_: None)
     dtype = torch.float32 if int8 else torch.float16
     needs = aot._needs(aot.build(tiny_model(), Plan((32, 32), 1, dtype=dtype, int8=int8)))
     assert needs["packed"] == expected
-    assert "packed" not in aot._needs(aot.build(tiny_model(), Plan((32, 32), 1)))
+    assert "packed" not in aot._needs(
+        aot.build(tiny_model().double(), Plan((32, 32), 1, dtype=torch.float64))
+    )
     for has, said in ((True, None), (False, f"packed for {aot._PACKED[expected][1]}")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {aot._PACKED[expected][0]: has})
         reason = aot._why_not_here(needs)
