@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -26,6 +27,8 @@ _MODULE = "bench.subjects.engines"
 # Labels that may differ: a share in float32, in bfloat16 that and twice what the published formula differs
 # there. Random weights have near-ties, which int8 decides otherwise: there a share tells a broken graph only.
 LABELS_BOUND, INT8_LEAST = 1e-3, 0.5
+# Before each call: the threads of whoever went before wait for more work, some of them spinning.
+PAUSE_S = 0.1
 
 
 def least(dtype: str, own: float) -> float:
@@ -81,17 +84,24 @@ def rows(
                 row |= {"status": "invalid", "reason": f"{reason}, expected at least {100 * share:.2f} %"}
                 continue
             running[len(found) - 1] = worker
-        for index, samples in timing.interleave(running, rounds=rounds, seconds_per_peer=60.0).items():
+        calls = {index: functools.partial(_rested, worker) for index, worker in running.items()}
+        for index, samples in timing.interleave(calls, rounds=rounds, seconds_per_peer=60.0).items():
             found[index] |= {"status": "ok", **timing.summary(samples), "p99_s": _percentile(samples, 99)}
             found[index]["held_bytes"] = running[index].held()
         with _busy_cores() if busy else contextlib.nullcontext():
-            beside = timing.interleave(running if busy else {}, rounds=rounds, seconds_per_peer=60.0)
+            beside = timing.interleave(calls if busy else {}, rounds=rounds, seconds_per_peer=60.0)
         for index, samples in beside.items():
             found[index] |= {
                 "busy_median_s": _percentile(samples, 50),
                 "busy_p99_s": _percentile(samples, 99),
             }
     yield from found
+
+
+def _rested(worker: workers.Worker) -> float:
+    """A call of a worker once the machine is quiet."""
+    time.sleep(PAUSE_S)
+    return worker()
 
 
 def _percentile(samples: Sequence[float], percent: int) -> float:
