@@ -50,6 +50,7 @@ SPECIAL = {
     "linear_float_kernels": AVX2 | AVX512,
     "linear_int16_kernels": AVX2,
     "linear_amx_kernels": {"amx": AMX},
+    "linear_bf16_kernels": {"avx512_bf16": BF16},
     "linear_vnni_kernels": AVX512,
     "attention_amx_kernels": {"amx": AMX},
     "attention_bf16_kernels": {"avx512_bf16": BF16},

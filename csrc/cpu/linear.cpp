@@ -36,7 +36,12 @@ Kernel kernel_for(const Tensor& packed, Type type) {
     return {&amx::linear_int8, linear_amx_scratch_bytes, kTileGroup, 256, kTilePanel, 2, 64, 1, 2, true};
 #endif
   if (isa() >= Isa::avx512 && panels == ScalarType::Char)
-    return {&avx512::linear_int8, linear_vnni_scratch_bytes, kVnniRows, 22 * kVnniRows, kTilePanel, 1, 64, 1, 2, true};
+    return {&avx512::linear_int8, linear_dots_scratch_bytes, kDotRows, 22 * kDotRows, kTilePanel, 1, 64, 1, 2, true};
+#if defined(SEGVIT_AVX512_BF16)
+  if (isa() >= Isa::avx512_bf16 && panels == ScalarType::BFloat16 && packed.dim() == 5 && type == Type::bf16)
+    return {&avx512_bf16::linear, linear_dots_scratch_bytes, kDotRows, 22 * kDotRows, kTilePanel, 1, kPackedDepth, 2, 2,
+            true};
+#endif
 #if defined(SEGVIT_AVX512_FP16)
   if (isa() >= Isa::avx512_fp16 && panels == ScalarType::Half && packed.dim() == 4 && type != Type::f32)
     return {&avx512_fp16::linear, linear_scratch_bytes, kPackedRows, 128, kPanelColumns, 4, kPackedDepth, 2, 4, false};

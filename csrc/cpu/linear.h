@@ -30,8 +30,8 @@ inline int64_t linear_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded * 2 + (rows + 15) / 16 * 64 + kPackedRows * kPanelColumns * 2 * 4;
 }
 
-// With AMX: columns of a panel, and of the two that go together; the granule of rows. Panels of int8 are VNNI's too.
-constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32, kVnniRows = 12;
+// With AMX: columns of a panel, and of the two that go together; the granule of rows. The panels are those of dot products too.
+constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32, kDotRows = 12;
 
 // Of a row of int8 numbers, half as many: its numbers in float32 and all rows' scales.
 inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
@@ -39,9 +39,10 @@ inline int64_t linear_amx_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded * 2 + 2 * rows * kTileWide * 4 + padded * 4 + rows * 4;
 }
 
-inline int64_t linear_vnni_scratch_bytes(int64_t rows, int64_t depth) {
+// Of bfloat16 and, of half as many bytes, int8 numbers.
+inline int64_t linear_dots_scratch_bytes(int64_t rows, int64_t depth) {
   int64_t padded = (depth + 63) / 64 * 64;
-  return rows * padded + kVnniRows * kTilePanel * 4 + padded * 4 + rows * 4;
+  return rows * padded * 2 + kDotRows * kTilePanel * 4 + padded * 4 + rows * 4;
 }
 
 // With AVX2 and, of float32 alone, AVX-512: products of float32 or int16 numbers.
@@ -74,6 +75,11 @@ namespace segvit::avx512 {
 void linear_float(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 void linear_int8(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
 }  // namespace segvit::avx512
+#endif
+#if defined(SEGVIT_AVX512_BF16)
+namespace segvit::avx512_bf16 {
+void linear(const Linear& args, int64_t row, int64_t row_end, int64_t panel, int64_t panel_end, char* scratch);
+}  // namespace segvit::avx512_bf16
 #endif
 #if defined(SEGVIT_AMX)
 namespace segvit::amx {

@@ -25,19 +25,6 @@ constexpr int64_t kPart = 16;              // steps whose weights stay in the fi
 
 // ---- the input ----
 
-// A row of tiles: 32 numbers each, kStep bytes apart.
-SEGVIT_INLINE void pack_row(const Linear& args, const bf16* row, char* to) {
-  if (!args.norm_weight) {
-    for (int64_t k = 0; k < args.depth; k += kTileDepth, to += kStep)
-      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first_of_32(args.depth - k), row + k));
-    return;
-  }
-  for_row(args, row, [&](int64_t k, Block x, Inside inside) {
-    __m512i bits = rounded(Pair{x.part[0], x.part[1]}, bf16{});
-    _mm512_store_si512(to + k / kTileDepth * kStep, _mm512_maskz_mov_epi16(inside, bits));
-  });
-}
-
 // Rows to (group of 32, step, row, 64 bytes).
 template <class T, bool kInt8>
 void pack(const Linear& args, int64_t row, int64_t row_end, int64_t steps, char* packed, float* values, float* scales) {
@@ -48,7 +35,7 @@ void pack(const Linear& args, int64_t row, int64_t row_end, int64_t steps, char*
     else if constexpr (kInt8)
       scales[i] = pack_row_int8(args, row_of<T>(args, row + i), values, to, kStep, 0);
     else
-      pack_row(args, row_of<T>(args, row + i), to);
+      pack_row_bf16(args, row_of<T>(args, row + i), to, kStep);
   }
 }
 

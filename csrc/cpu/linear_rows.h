@@ -82,6 +82,19 @@ SEGVIT_INLINE float scale_of_row(const Linear& args, const T* row, float* values
 SEGVIT_INLINE Vec factor_of(float scale) { return splat(scale > 1e-37f ? 1 / scale : 0); }
 
 #if defined(__AVX512F__)
+// A row in bfloat16, 32 numbers each `step` bytes.
+SEGVIT_INLINE void pack_row_bf16(const Linear& args, const bf16* row, char* to, int64_t step) {
+  if (!args.norm_weight) {
+    for (int64_t k = 0; k < args.depth; k += 32, to += step)
+      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(first_of_32(args.depth - k), row + k));
+    return;
+  }
+  for_row(args, row, [&](int64_t k, Block x, Inside inside) {
+    __m512i bits = rounded(Pair{x.part[0], x.part[1]}, bf16{});
+    _mm512_store_si512(to + k / 32 * step, _mm512_maskz_mov_epi16(inside, bits));
+  });
+}
+
 // A row in int8, 64 numbers each `step` bytes, rounded; the signs' bits flipped by `flip`. `values` is memory for the
 // row in float32. Returns the scale.
 template <class T>

@@ -49,8 +49,9 @@ _NEEDS = "segvit/needs.json"
 _INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")  # each has those before it
 # Of packed weights: what the processor has to have, as PyTorch calls it and as people do.
 _PACKED = {
-    "amx": ("amx_bf16", "AMX"),
+    "amx": ("amx_bf16", "AMX"),  # of files that older versions wrote
     "avx2": ("avx2", "AVX2"),
+    "avx512_bf16": ("avx512_bf16", "AVX512-BF16"),
     "avx512_fp16": ("avx512_fp16", "AVX512-FP16"),
 }
 

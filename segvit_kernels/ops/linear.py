@@ -6,10 +6,10 @@ LayerNorm before it, and GELU, LayerScale γ and residual R behind it, each wher
 (..., features). Nothing is kept for a backward: where a gradient is asked for, and under autocast, the layer
 is PyTorch's own. W is packed once, in the order of the kernel that this processor has (:func:`pack_weight`).
 
-**AMX**, bfloat16: products of bfloat16 numbers added in float32, and all that follows in float32; the result
-and a normalised X are rounded once. Numbers below the normal range count as zero. W lies in panels of 32
-outputs, a part of 32 of the depth after the other, in two tiles of 16 outputs: row i of a tile holds elements
-2i and 2i + 1 of the depth of every output.
+**AMX** and **AVX512-BF16**, bfloat16: products of bfloat16 numbers added in float32, and all that follows in
+float32; the result and a normalised X are rounded once. Numbers below the normal range are zero. W lies in
+panels of 32 outputs, a part of 32 of the depth after the other, in two tiles of 16 outputs: row i of a tile
+holds elements 2i and 2i + 1 of the depth of every output.
 
 **int8**, where it is asked for, on AMX, AVX512-VNNI or AVX2: the weights of every output and the numbers of
 every row of X are divided by a 127th of their largest magnitude and rounded, X as the calls come and after
@@ -46,7 +46,7 @@ from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transfo
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALVES)
-_KERNELS = {"amx": "AMX", "avx2": "AVX2", "avx512_fp16": "AVX512-FP16"}
+_KERNELS = {"avx2": "AVX2", "avx512_bf16": "AVX512-BF16", "avx512_fp16": "AVX512-FP16"}
 _MOST_INT8 = 2**16  # of the depth: sums fit in 32 bits
 _DEPTH = 32
 _TOP = 3  # scaled numbers lie below 2^4
@@ -60,8 +60,8 @@ class PackedWeight(NamedTuple):
     """A weight (N, K) for one of the kernels.
 
     Attributes:
-        panels: AMX: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). int8: (⌈N/32⌉, ⌈K/64⌉, 2, 16, 64). AVX512-FP16:
-            float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2). AVX2: in W's dtype, (2·⌈N/32⌉, K, 16).
+        panels: AMX, AVX512-BF16: bfloat16, (⌈N/32⌉, ⌈K/32⌉, 2, 16, 32). int8: (⌈N/32⌉, ⌈K/64⌉, 2, 16, 64).
+            AVX512-FP16: float16, (⌈N/48⌉, ⌈K/32⌉·16, 48, 2). AVX2: in W's dtype, (2·⌈N/32⌉, K, 16).
         factors: float32, of every output, padded as in ``panels``. int8: the scale of its weights.
             AVX512-FP16: e, where weights are 2^(e - 3) times those in ``panels``. Otherwise ``None``.
     """
@@ -72,7 +72,7 @@ class PackedWeight(NamedTuple):
     @property
     def isa(self) -> str:
         """The instruction set of its kernel, the least one."""
-        return {3: "avx2", 4: "avx512_fp16", 5: "avx2" if self.int8 else "amx"}[self.panels.ndim]
+        return {3: "avx2", 4: "avx512_fp16", 5: "avx2" if self.int8 else "avx512_bf16"}[self.panels.ndim]
 
     @property
     def int8(self) -> bool:
@@ -90,8 +90,8 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
 
     Args:
         weight: (N, K), float32, float16 or bfloat16.
-        isa: of the kernel, ``"amx"`` (bfloat16 alone), ``"avx512_fp16"`` or ``"avx2"``; by default the
-            fastest that runs here. int8 has one order for all.
+        isa: of the kernel, ``"amx"`` or ``"avx512_bf16"`` (bfloat16 alone, one order), ``"avx512_fp16"`` or
+            ``"avx2"``; by default the fastest that runs here. int8 has one order for all.
         int8: round to 8 bits; a depth of 65536 at most.
 
     Raises:
@@ -117,7 +117,7 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
         )
     if int8:
         return _tiles(*_rounded(weight), 64)
-    if isa == "amx":
+    if isa in ("amx", "avx512_bf16"):
         return _tiles(weight, None, 32)
     if isa == "avx2":
         halves = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32)).unflatten(0, (-1, 16))
@@ -142,20 +142,19 @@ def _sets(dtype: torch.dtype) -> tuple[str, ...]:
     """Whose kernels there are for numbers of a dtype, the fastest first."""
     if dtype == torch.float32:
         return ("avx2",)
-    return ("avx512_fp16", "avx2") if dtype == torch.float16 else ("amx", "avx512_fp16", "avx2")
+    return (
+        ("avx512_fp16", "avx2") if dtype == torch.float16 else ("amx", "avx512_fp16", "avx512_bf16", "avx2")
+    )
 
 
 def _best(dtype: torch.dtype) -> str | None:
     """The set whose kernel is faster here than PyTorch's own product."""
-    found = next(filter(_library.runs_isa, _sets(dtype)), None)
-    # AMD's, Zen 4 and later. There PyTorch has bfloat16's dot products; of float32 it has AVX2's alone, where
-    # Intel's processors with AVX-512 have a product that the kernel has not been measured against.
+    # Of float32 PyTorch has AVX2's alone on AMD's (Zen 4 and later); on Intel's with AVX-512 it has a product
+    # that the kernel has not been measured against.
     amd = _library.runs_isa("avx512_bf16") and not _library.runs_isa("avx512_fp16")
-    if found == "avx2" and dtype == torch.bfloat16 and amd:
-        return None
     if dtype == torch.float32 and _library.runs_isa("avx512") and not amd:
         return None
-    return found
+    return next(filter(_library.runs_isa, _sets(dtype)), None)
 
 
 def _tiles(weight: Tensor, factors: Tensor | None, part: int) -> PackedWeight:
