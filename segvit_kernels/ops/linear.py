@@ -120,7 +120,8 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
     if isa in ("amx", "avx512_bf16"):
         return _tiles(weight, None, 32)
     if isa == "avx2":
-        halves = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32)).unflatten(0, (-1, 16))
+        rest = -weight.shape[0] % 32
+        halves = (F.pad(weight, (0, 0, 0, rest)) if rest else weight).unflatten(0, (-1, 16))
         return PackedWeight(halves.transpose(1, 2).contiguous(), None)
     panel, (outputs, depth) = 48, weight.shape
     panels, groups = -(-outputs // panel), -(-depth // _DEPTH)
