@@ -189,6 +189,7 @@ _LATER: dict[str, Any] = {
     "queries": 100,
     "query_blocks": None,
     "upscale_blocks": None,
+    "upsample_depth": None,
     "absolute_positions": True,
     "position_resize": "bicubic",
     "rotary": None,
@@ -211,7 +212,7 @@ class SegViTConfig:
             linear layer and EoMT have the last alone.
         decoder_dim: width of the decoder; None: half the backbone's.
         decoder_heads: attention heads of the decoder; None: one for every 32 channels.
-        decoder_depth: layers in a stage, and for each tap in the up-sampling.
+        decoder_depth: layers in a stage.
         decoder_dropout: dropout on attention weights, after each sub-layer and inside the feed-forward part.
         upsample: query-based up-sampling (paper, section 3.3): learned queries, one for each patch, attend to
             the taps in turn, shallow to deep, and a single ATM stage looks at the result. Needs a backbone
@@ -220,6 +221,7 @@ class SegViTConfig:
             and the masks keep the grid of `image_size` whatever the image's, as in published models.
         key_positions: add to each key of the up-sampling the query of its own place, see
             `segvit_kernels.QueryUpsample`. Published models do not, and take longer to train.
+        upsample_depth: layers for each tap in the up-sampling; None: `decoder_depth`, as in published models.
         queries: EoMT's number of queries.
         query_blocks: blocks that they run through, the last ones; None: 3 of up to 12, 4 of up to 24, else 5.
         upscale_blocks: how often EoMT's features get twice the rows and columns; None: to a quarter of the
@@ -252,6 +254,7 @@ class SegViTConfig:
     queries: int = 100
     query_blocks: int | None = None
     upscale_blocks: int | None = None
+    upsample_depth: int | None = None
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -283,6 +286,8 @@ class SegViTConfig:
             dim % heads == 0,
             f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}",
         )
+        if self.upsample_depth is not None:
+            _check_sizes(self, "upsample_depth")
         dropout = self.decoder_dropout
         _check(0 <= dropout < 1, f"decoder_dropout must be in [0, 1), got {dropout}")
         taps, last = self.taps, self.backbone.depth - 1
@@ -497,7 +502,14 @@ def _check(condition: bool, message: str) -> None:
 
 
 _LARGEST = 1 << 16  # of whatever is counted; blocks and heads have their own
-_MOST = {"depth": 1000, "decoder_depth": 1000, "heads": 4096, "decoder_heads": 4096, "patch_size": 1024}
+_MOST = {
+    "depth": 1000,
+    "decoder_depth": 1000,
+    "upsample_depth": 1000,
+    "heads": 4096,
+    "decoder_heads": 4096,
+    "patch_size": 1024,
+}
 _MOST |= {"queries": 1 << 14, "query_blocks": 1000, "upscale_blocks": 6}
 _MOST["num_classes"] = 1 << 15  # of `segvit_kernels.semantic_argmax`
 

@@ -21,7 +21,8 @@ class ShrunkDecoder(ATMDecoder):
     Every layer of the ATM stage is an output with masks of its own, which are not accumulated.
 
     Args:
-        config: as for `ATMDecoder`, and `resize_queries`, `key_positions` and `image_size`.
+        config: as for `ATMDecoder`, and `resize_queries`, `key_positions`, `upsample_depth` and
+            `image_size`.
     """
 
     def __init__(self, config: SegViTConfig) -> None:
@@ -33,7 +34,7 @@ class ShrunkDecoder(ATMDecoder):
             heads,
             grid=(config.image_size[0] // patch, config.image_size[1] // patch),
             level_dims=[config.backbone.width] * len(config.taps),
-            depth=config.decoder_depth,
+            depth=config.upsample_depth or config.decoder_depth,
             dropout=config.decoder_dropout,
             resize=config.resize_queries,
             key_positions=config.key_positions,

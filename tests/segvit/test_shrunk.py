@@ -75,6 +75,14 @@ def test_presets(name, options, shrink_at, taps, upsample):
     assert plain == SegViTConfig.preset(name, 150) and plain.backbone.shrink_at is None and not plain.upsample
 
 
+def test_layers_of_the_upsampling():
+    for depth, expected in ((None, 3), (1, 1), (2, 2)):
+        model = SegViT(SegViTConfig.preset("vit_tiny", 3, shrunk=True, image_size=64, upsample_depth=depth))
+        assert [len(stage.layers) for stage in model.decoder.upsample.stages] == [expected, expected]
+        assert len(model.decoder.stages[0].layers) == 3
+        assert ("upsample_depth" in model.config.to_dict()) == (depth is not None)
+
+
 def test_config_files_of_plain_models_still_load():
     values = SegViTConfig.preset("vit_base", 3).to_dict()
     del values["backbone"]["shrink_at"]
@@ -92,6 +100,7 @@ def test_config_files_of_plain_models_still_load():
         (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, taps=(5, 12)), "last block, 11; got"),
         (lambda: SegViTConfig.preset("vit_base", 3, upsample=True), "shrink_at is None"),
         (lambda: tiny_config(taps=(0, 2), upsample=True), "shrink_at is None"),
+        (lambda: SegViTConfig.preset("vit_base", 3, upsample_depth=0), "upsample_depth must be .* got 0"),
     ],
 )
 def test_config_mistakes(make, message):
