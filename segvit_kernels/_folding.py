@@ -99,7 +99,7 @@ def freeze(model: nn.Module) -> None:
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Folded):
-                value.frozen = True
+                value.frozen, value._states = True, None  # the states keep tensors alive
 
 
 def _states(parts: Sequence[nn.Module | Tensor]) -> list[tuple] | None:

@@ -18,7 +18,7 @@ from segvit_kernels._rotary import apply_rotary
 from segvit_kernels.ops._autograd import full_precision
 from segvit_kernels.ops.atm import ATMOutput, WeightedATMOutput, fused_atm
 from segvit_kernels.ops.attention_weights import attention_weights
-from segvit_kernels.ops.linear import linear, pack_weight, why_not_packed
+from segvit_kernels.ops.linear import linear, pack_weight, whole_weight, why_not_packed
 from segvit_kernels.ops.query_attention import query_attention
 from segvit_kernels.ops.subsample_norm import check_tokens, subsample_layer_norm, subsample_tokens
 
@@ -821,11 +821,20 @@ class PackedLinear(nn.Linear):
             residual=residual,
         )
 
+    def release(self) -> None:
+        """Keep of the weight its shape alone, where the packed one has it as it was; for a layer that stays.
+        What computes without the packed weight unpacks it in each call."""
+        if self.packed.value.exact:
+            weight = self.weight.new_full((), torch.nan).expand_as(self.weight)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
     def unpack(self) -> nn.Linear:
         """The plain layer, with the same parameters."""
         with torch.device("meta"):
             module = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        module.weight, module.bias = self.weight, self.bias
+        weight = whole_weight(self.weight, self.packed.value)
+        module.weight = self.weight if weight is self.weight else nn.Parameter(weight, requires_grad=False)
+        module.bias = self.bias
         for name in HOOKS:
             setattr(module, name, getattr(self, name))
         return module.train(self.training)

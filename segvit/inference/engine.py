@@ -25,6 +25,7 @@ from segvit.inference.passes import crops_of, passes, views_of
 from segvit.inference.protocol import Foldable
 from segvit.options import InferenceOptions
 from segvit_kernels import (
+    PackedLinear,
     freeze,
     pack_linears,
     requested_backend,
@@ -159,6 +160,9 @@ class _LabelMaps(nn.Module):
         if int8:
             _pack_int8(self.network)
         freeze(cast(nn.Module, self.network))
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.release()
         # Every stage classifies its tokens: here the last stage's alone, after the network.
         self.class_head = self.network.take_class_head()
         grids = tuple(model.mask_grid(run.crop) for run in self.runs)

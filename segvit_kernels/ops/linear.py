@@ -35,6 +35,7 @@ rounded. W lies in panels of 32 outputs, two times 16 of them after the other, i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,21 @@ class PackedWeight(NamedTuple):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of the numbers that its kernel is for."""
         return _FLOATS if self.int8 else _HALVES if self.isa == "avx512_fp16" else (self.panels.dtype,)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the weight is in it as it was."""
+        return not self.int8 and self.isa != "avx512_fp16"
+
+    def unpacked(self, shape: Sequence[int]) -> Tensor:
+        """The weight (N, K) of an exact order."""
+        panels, (outputs, depth) = self.panels, shape
+        if panels.ndim == 3:
+            return panels.transpose(1, 2).flatten(0, 1)[:outputs]
+        tiles = panels.unflatten(-1, (16, 2)).permute(
+            0, 2, 4, 1, 3, 5
+        )  # panel, half, output; part, row, element
+        return tiles.flatten(3).flatten(0, 2)[:outputs, :depth]
 
 
 @torch.no_grad()
@@ -219,6 +235,7 @@ def _eager(
     residual: Tensor | None = None,
 ) -> Tensor:
     norm = None if norm_weight is None else (norm_weight, norm_bias, norm_eps)
+    weight = whole_weight(weight, None if panels is None else PackedWeight(panels, factors))
     return linear_reference(input, weight, bias, gelu=gelu, norm=norm, scale=scale, residual=residual)
 
 
@@ -330,10 +347,10 @@ def linear(
         input.dtype not in packed.dtypes and torch.float32 in (input.dtype, packed.panels.dtype)
     )
     if backend is None and (plain or autograd or autocast):
-        return linear_reference(input, weight, bias, gelu=gelu, **around)
+        return linear_reference(input, whole_weight(weight, packed), bias, gelu=gelu, **around)
     _validate(input, weight, bias, packed, **around)
     if autograd and backend == "eager":
-        return linear_reference(input, weight, bias, gelu=gelu, **around)
+        return linear_reference(input, whole_weight(weight, packed), bias, gelu=gelu, **around)
     if autograd and backend in _library.BACKENDS:
         raise _library.BackendUnavailableError(
             f"segvit::linear: backend {backend!r} has no derivative: use eager, or torch.no_grad()"
@@ -344,6 +361,12 @@ def linear(
         output = _linear(input, weight, bias, *packing, gelu, *nothing, None, None, backend)
         return _finished(output, scale, residual)
     return _linear(input, weight, bias, *packing, gelu, *(norm or nothing), scale, residual, backend)
+
+
+def whole_weight(weight: Tensor, packed: PackedWeight | None) -> Tensor:
+    """A weight; of one that is a shape alone (:meth:`segvit_kernels.PackedLinear.release`) what is packed."""
+    alone = packed is not None and packed.exact and weight.stride() == (0, 0)
+    return packed.unpacked(weight.shape) if packed is not None and alone else weight
 
 
 def _check_packed(packed: PackedWeight) -> None:

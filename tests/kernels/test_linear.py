@@ -13,6 +13,8 @@ from segvit import SegViT, SegViTConfig
 from segvit_kernels import (
     Folded,
     PackedLinear,
+    backend,
+    freeze,
     fvcore_handles,
     linear,
     pack_linears,
@@ -371,3 +373,26 @@ def test_fused_on_eager_is_unfused(shrunk, packs):
     fused.backbone.patch_embed.packed = Folded([projection], packed)
     for found, truth in zip(fused(images)[:2], expected[:2], strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16", "avx512_fp16"])
+def test_a_released_layer_computes_what_it_did(dtype, isa, packs):
+    """Its weight is a shape alone: where the packed one is of no use it is unpacked."""
+    if (isa == "avx512_bf16" and dtype != torch.bfloat16) or (
+        isa == "avx512_fp16" and dtype == torch.float32
+    ):
+        pytest.skip("no such order of this dtype")
+    plain = torch.nn.Linear(70, 50).to(dtype).requires_grad_(False)
+    x = torch.randn(3, 70).to(dtype)
+    layer = PackedLinear(plain)
+    layer.packed.value = pack_weight(plain.weight, isa)
+    freeze(layer)
+    layer.release()
+    assert layer.packed.value.exact == (isa != "avx512_fp16") == (layer.weight.stride() == (0, 0))
+    with backend("eager"):
+        assert torch.equal(layer(x), plain(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer(x.requires_grad_()), plain(x))
+    assert torch.equal(layer.unpack().weight, plain.weight)
