@@ -30,7 +30,7 @@ inline int64_t linear_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded * 2 + (rows + 15) / 16 * 64 + kPackedRows * kPanelColumns * 2 * 4;
 }
 
-// With AMX: columns of a panel, and of the two that go together; the granule of rows. The panels are those of dot products too.
+// With AMX: columns of a panel, and of the two that go together; the granule of rows. Dot products have these panels too.
 constexpr int64_t kTilePanel = 32, kTileWide = 2 * kTilePanel, kTileGroup = 32, kDotRows = 12;
 
 // Of a row of int8 numbers, half as many: its numbers in float32 and all rows' scales.
@@ -45,7 +45,7 @@ inline int64_t linear_dots_scratch_bytes(int64_t rows, int64_t depth) {
   return rows * padded * 2 + kDotRows * kTilePanel * 4 + padded * 4 + rows * 4;
 }
 
-// With AVX2 and, of float32 alone, AVX-512: products of float32 or int16 numbers.
+// Products of float32 numbers, with AVX2 and AVX-512, or int16 ones, with AVX2.
 constexpr int64_t kFloatRows = 6, kFloatRows512 = 12;
 
 inline int64_t linear_float_scratch_bytes(int64_t rows, int64_t depth) {

@@ -94,10 +94,8 @@ class PackedWeight(NamedTuple):
         panels, (outputs, depth) = self.panels, shape
         if panels.ndim == 3:
             return panels.transpose(1, 2).flatten(0, 1)[:outputs]
-        tiles = panels.unflatten(-1, (16, 2)).permute(
-            0, 2, 4, 1, 3, 5
-        )  # panel, half, output; part, row, element
-        return tiles.flatten(3).flatten(0, 2)[:outputs, :depth]
+        tiles = panels.unflatten(-1, (16, 2))  # panel, part, half, row, output, element
+        return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)[:outputs, :depth]
 
 
 @torch.no_grad()
@@ -157,11 +155,9 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
 
 def _sets(dtype: torch.dtype) -> tuple[str, ...]:
     """Whose kernels there are for numbers of a dtype, the fastest first."""
-    if dtype == torch.float32:
-        return ("avx2",)
-    return (
-        ("avx512_fp16", "avx2") if dtype == torch.float16 else ("amx", "avx512_fp16", "avx512_bf16", "avx2")
-    )
+    if dtype == torch.bfloat16:
+        return ("amx", "avx512_fp16", "avx512_bf16", "avx2")
+    return ("avx512_fp16", "avx2") if dtype == torch.float16 else ("avx2",)
 
 
 def _best(dtype: torch.dtype) -> str | None:
