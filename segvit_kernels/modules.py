@@ -800,6 +800,7 @@ class PackedLinear(nn.Linear):
         self.weight, self.bias = module.weight, module.bias
         self.training = module.training
         self.packed = Folded([module.weight], pack_weight(module.weight, int8=int8))
+        self.released = False
 
     def forward(
         self,
@@ -824,9 +825,15 @@ class PackedLinear(nn.Linear):
     def release(self) -> None:
         """Keep of the weight its shape alone, where the packed one has it as it was; for a layer that stays.
         What computes without the packed weight unpacks it in each call."""
-        if self.packed.value.exact:
+        self.released = self.packed.value.exact
+        if self.released:
             weight = self.weight.new_full((), torch.nan).expand_as(self.weight)
             self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.released:  # a copy of the weight has its numbers one by one
+            self.release()
 
     def unpack(self) -> nn.Linear:
         """The plain layer, with the same parameters."""

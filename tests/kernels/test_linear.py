@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -396,3 +397,6 @@ def test_a_released_layer_computes_what_it_did(dtype, isa, packs):
         assert torch.equal(layer(x), plain(x))
     assert torch.equal(layer(x.requires_grad_()), plain(x))
     assert torch.equal(layer.unpack().weight, plain.weight)
+    with backend("eager"), torch.no_grad():
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(copied(x), plain(x))
