@@ -190,6 +190,7 @@ _LATER: dict[str, Any] = {
     "query_blocks": None,
     "upscale_blocks": None,
     "upsample_depth": None,
+    "query_features": False,
     "absolute_positions": True,
     "position_resize": "bicubic",
     "rotary": None,
@@ -222,6 +223,8 @@ class SegViTConfig:
         key_positions: add to each key of the up-sampling the query of its own place, see
             `segvit_kernels.QueryUpsample`. Published models do not, and take longer to train.
         upsample_depth: layers for each tap in the up-sampling; None: `decoder_depth`, as in published models.
+        query_features: each query of the up-sampling starts with the features of its own place, of the first
+            tap, which must come before the block that shrinks; see `segvit_kernels.QueryUpsample`.
         queries: EoMT's number of queries.
         query_blocks: blocks that they run through, the last ones; None: 3 of up to 12, 4 of up to 24, else 5.
         upscale_blocks: how often EoMT's features get twice the rows and columns; None: to a quarter of the
@@ -255,6 +258,7 @@ class SegViTConfig:
     query_blocks: int | None = None
     upscale_blocks: int | None = None
     upsample_depth: int | None = None
+    query_features: bool = False
 
     def __post_init__(self) -> None:
         def fill(name: str, value: Any) -> None:
@@ -302,6 +306,11 @@ class SegViTConfig:
         _check(
             self.upsample or not self.backbone.shrink_edges,
             "shrink_edges needs upsample: its tokens are on no grid, and only queries take them to one",
+        )
+        full = self.upsample and self.resize_queries and self.taps[0] < (self.backbone.shrink_at or 0)
+        _check(
+            full or not self.query_features,
+            "query_features needs upsample, resize_queries and a first tap before the block that shrinks",
         )
         patch, size = self.backbone.patch_size, self.image_size
         _check(

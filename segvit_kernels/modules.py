@@ -503,13 +503,17 @@ class _UpsampleStage(nn.Module):
         features: Tensor,
         first: tuple[Tensor, Tensor] | None = None,
         position_keys: Tensor | None = None,
+        added: bool = False,
     ) -> Tensor:
         """Tokens (B, N, C) from tokens (B or 1, N, C) and features (B, Nk, level_dim).
 
         `first` is what `attend_tokens` of the first layer gives, if that is known; `position_keys`, of the
-        method of this name, for all images or for each, are added to the keys.
+        method of this name, for all images or for each, are added to the keys. Where features are `added`,
+        each token starts with those of its own place.
         """
         features = self.input_norm(self.input_proj(features))
+        if added:
+            tokens = tokens + features
         stacked = self.folded_rows.get(self.attentions()) if self.folded_rows else None
         if stacked is not None:
             projected: Sequence[Tensor] = F.linear(features, *stacked).chunk(len(self.layers), dim=-1)
@@ -550,6 +554,9 @@ class QueryUpsample(nn.Module):
         key_positions: also add to each key the query of its own place, so that queries know from the start
             where features are, as position embeddings do in DETR (Carion et al., ECCV 2020, section 3.2).
             Not in the paper: its queries have to find that out from the features.
+        query_features: each query starts with the features of its own place: those of the first level,
+            projected, which then must have the output's grid. Not in the paper: what a query learns of its
+            place there is what attention brings it.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``embed_dim``, or there is no level or no layer.
@@ -565,6 +572,7 @@ class QueryUpsample(nn.Module):
         dropout: float = 0.0,
         resize: bool = True,
         key_positions: bool = False,
+        query_features: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
@@ -575,6 +583,7 @@ class QueryUpsample(nn.Module):
         self.dropout = dropout
         self.resize = resize
         self.key_positions = key_positions
+        self.query_features = query_features
         self.queries = nn.Parameter(torch.empty(grid[0] * grid[1], embed_dim))
         stages = nn.ModuleList(
             _UpsampleStage(level_dim, embed_dim, num_heads, depth, dropout) for level_dim in level_dims
@@ -702,9 +711,10 @@ class QueryUpsample(nn.Module):
             tokens = tokens.expand(levels[0].shape[0], -1, -1)
         elif self.folded_first is not None and same_grid(grid, self.grid):
             first = self.folded_first.get(self._first_parts())
+        added = self.query_features
         for stage, features, own in zip(self.stages, levels, places or [None] * len(levels), strict=True):
             position_keys = self._position_keys(stage, features.shape[1], positions, own)
-            tokens, first = stage(tokens, features, first, position_keys), None
+            tokens, first, added = stage(tokens, features, first, position_keys, added), None, False
         return tokens
 
     def _position_keys(
@@ -742,9 +752,10 @@ class QueryUpsample(nn.Module):
         """
         self.unfuse()
         first = self.stages[0].layers[0]
-        self.folded_first = Folded.make(
-            self._first_parts(), lambda: first.attend_tokens(self._queries(self.grid))
-        )
+        if not self.query_features:
+            self.folded_first = Folded.make(
+                self._first_parts(), lambda: first.attend_tokens(self._queries(self.grid))
+            )
         for stage in self.stages:
             parts = stage.attentions()
             stage.folded_rows = Folded.make(parts, stage.stacked_rows)
@@ -755,7 +766,7 @@ class QueryUpsample(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryUpsample:
         """Conversions (``to``, ``half``, ``cuda``) make the constants anew."""
-        folded = self.folded_first is not None
+        folded = any(stage.folded_rows is not None for stage in self.stages)
         self.unfuse()
         super()._apply(fn, recurse)
         if folded:
@@ -774,7 +785,8 @@ class QueryUpsample(nn.Module):
             stage.folded_rows = stage.folded_keys = None
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}, resize={self.resize}, key_positions={self.key_positions}"
+        added = ", query_features=True" if self.query_features else ""
+        return f"grid={self.grid}, resize={self.resize}, key_positions={self.key_positions}{added}"
 
 
 class PackedLinear(nn.Linear):

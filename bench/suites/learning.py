@@ -63,11 +63,11 @@ ENTRIES = {
     "eomt, patch 14": Entry("eomt", 14),
     "atm, shrunk at 6": Entry("atm", 14, {"shrunk": True, "shrink_at": 6}, _SHRUNK),
     "atm, shrunk at 8": Entry("atm", 14, {"shrunk": True, "shrink_at": 8}, _SHRUNK),
-    "atm, shrunk at 6, light": Entry(
-        "atm", 14, {"shrunk": True, "shrink_at": 6, "upsample_depth": 1}, _SHRUNK
-    ),
     "atm, shrunk at 8, light": Entry(
-        "atm", 14, {"shrunk": True, "shrink_at": 8, "upsample_depth": 1}, _SHRUNK
+        "atm",
+        14,
+        {"shrunk": True, "shrink_at": 8, "upsample_depth": 1, "query_features": True},
+        _SHRUNK,
     ),
     "atm, shrunk at 6, edges": Entry(
         "atm", 14, {"shrunk": True, "shrink_at": 6, "shrink_edges": 0.25}, _SHRUNK

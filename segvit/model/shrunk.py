@@ -21,8 +21,8 @@ class ShrunkDecoder(ATMDecoder):
     Every layer of the ATM stage is an output with masks of its own, which are not accumulated.
 
     Args:
-        config: as for `ATMDecoder`, and `resize_queries`, `key_positions`, `upsample_depth` and
-            `image_size`.
+        config: as for `ATMDecoder`, and `resize_queries`, `key_positions`, `query_features`,
+            `upsample_depth` and `image_size`.
     """
 
     def __init__(self, config: SegViTConfig) -> None:
@@ -38,6 +38,7 @@ class ShrunkDecoder(ATMDecoder):
             dropout=config.decoder_dropout,
             resize=config.resize_queries,
             key_positions=config.key_positions,
+            query_features=config.query_features,
         )
 
         width = config.backbone.width

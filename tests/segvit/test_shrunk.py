@@ -19,6 +19,13 @@ VARIANTS = {
     "shrunk": {"shrink_at": 1, "taps": (0, 2), "upsample": True},
     "published": {"shrink_at": 1, "taps": (0, 2), "upsample": True, "resize_queries": False},
     "positions": {"shrink_at": 1, "taps": (0, 2), "upsample": True, "key_positions": True},
+    "features": {
+        "shrink_at": 1,
+        "taps": (0, 2),
+        "upsample": True,
+        "upsample_depth": 1,
+        "query_features": True,
+    },
     "naive": {"shrink_at": 1, "taps": (2,)},
     "mixed": {"shrink_at": 1, "taps": (0, 1, 2)},
     "single": {"taps": (2,)},
@@ -100,6 +107,9 @@ def test_config_files_of_plain_models_still_load():
         (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, taps=(5, 12)), "last block, 11; got"),
         (lambda: SegViTConfig.preset("vit_base", 3, upsample=True), "shrink_at is None"),
         (lambda: tiny_config(taps=(0, 2), upsample=True), "shrink_at is None"),
+        (lambda: tiny_config(**{**VARIANTS["features"], "taps": (1, 2)}), "a first tap before the block"),
+        (lambda: tiny_config(**VARIANTS["published"], query_features=True), "query_features needs upsample"),
+        (lambda: SegViTConfig.preset("vit_base", 3, query_features=True), "query_features needs upsample"),
         (lambda: SegViTConfig.preset("vit_base", 3, upsample_depth=0), "upsample_depth must be .* got 0"),
     ],
 )
@@ -192,6 +202,8 @@ def reference_upsample(upsample, levels, grid=(3, 5)):
     tokens = image.flatten(2).transpose(1, 2).expand(len(levels[0]), -1, -1)
     for stride, stage, features in zip((1, 2), upsample.stages, levels, strict=True):
         features = keys = stage.input_norm(stage.input_proj(features))
+        if upsample.query_features and stage is upsample.stages[0]:
+            tokens = tokens + features
         if upsample.key_positions:
             keys = features + image[:, :, ::stride, ::stride].flatten(2).transpose(1, 2)
         for layer in stage.layers:
@@ -209,11 +221,11 @@ def levels_of(grid, batch):
 
 
 @pytest.mark.parametrize("grid", [None, (3, 5), (4, 4), (7, 2)])
-@pytest.mark.parametrize("key_positions", [False, True])
+@pytest.mark.parametrize("options", [{}, {"key_positions": True}, {"query_features": True}], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_upsample_values_and_gradients(grid, key_positions, training):
+def test_upsample_values_and_gradients(grid, options, training):
     """The batch shares the first steps, which must show in no value and in no gradient."""
-    upsample = make_upsample(key_positions=key_positions).train(training)
+    upsample = make_upsample(**options).train(training)
     levels = levels_of(grid or (3, 5), 3)
     output = upsample(levels, grid)
     expected = reference_upsample(upsample, levels, grid or (3, 5))
@@ -323,23 +335,25 @@ def test_upsample_grids():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("key_positions", [False, True])
-def test_upsample_fuse(key_positions, called):
-    upsample = make_upsample(dropout=0.1, key_positions=key_positions).eval()
+@pytest.mark.parametrize("options", [{}, {"key_positions": True}, {"query_features": True}], ids=str)
+def test_upsample_fuse(options, called):
+    upsample = make_upsample(dropout=0.1, **options).eval()
     levels = {grid: levels_of(grid or (3, 5), 2) for grid in (None, (4, 4))}
     expected = {grid: upsample(levels[grid], grid) for grid in levels}
     upsample.fuse()
     for grid, output in expected.items():
         calls = called(upsample.stages[0].layers[0].self_attn)
         torch.testing.assert_close(upsample(levels[grid], grid), output, atol=1e-5, rtol=1e-5)
-        assert len(calls) == (grid is not None), "folded at the training grid only"
+        folded = grid is None and not upsample.query_features
+        assert len(calls) == (not folded), "folded at the training grid only"
     keys = set(make_upsample().state_dict())
     assert set(upsample.state_dict()) == keys
-    other = make_upsample(1, key_positions=key_positions).eval()
+    other = make_upsample(1, **options).eval()
     upsample.load_state_dict(other.state_dict())
     torch.testing.assert_close(upsample(levels[None]), other(levels[None]))
     upsample.fuse()
-    assert upsample.train().folded_first is None
+    assert upsample.double().stages[0].folded_rows is not None
+    assert upsample.train().folded_first is None and upsample.stages[0].folded_rows is None
 
 
 # Whole models
@@ -358,7 +372,7 @@ def test_training_step(variant):
         assert output.mask_logits.shape == (2, 5, 3, 4)
     else:
         assert output.mask_logits.shape == (2, 5, 5, 7)
-    outputs = {"shrunk": 2, "published": 2, "positions": 2, "mixed": 3}.get(variant, 1)
+    outputs = {"shrunk": 2, "published": 2, "positions": 2, "features": 2, "mixed": 3}.get(variant, 1)
     assert len(output.auxiliary) == outputs - 1
     assert tuple(output.mask_logits.shape[-2:]) == model.mask_grid((40, 56))
     criterion = SegViTLoss(5)
@@ -426,8 +440,10 @@ def test_fuse(variant):
             assert_equal_outputs(model(images), output)
     assert set(model.state_dict()) == keys
     if model.config.upsample:
-        assert model.decoder.upsample.folded_first is not None
-        assert copy.deepcopy(model).train().decoder.upsample.folded_first is None
+        stages = model.decoder.upsample.stages
+        assert (model.decoder.upsample.folded_first is None) == model.config.query_features
+        assert all(stage.folded_rows is not None for stage in stages)
+        assert copy.deepcopy(model).train().decoder.upsample.stages[0].folded_rows is None
     other = tiny_model(1, **VARIANTS[variant])
     model.load_state_dict(other.state_dict())
     assert_equal_outputs(model(pictures[0]), other(pictures[0]))
