@@ -834,10 +834,11 @@ class PackedLinear(nn.Linear):
             residual=residual,
         )
 
-    def release(self) -> None:
+    def release(self, *, inexact: bool = False) -> None:
         """Keep of the weight its shape alone, where the packed one has it as it was; for a layer that stays.
-        What computes without the packed weight unpacks it in each call."""
-        self.released = self.packed.value.exact
+        What computes without the packed weight unpacks it, or gets NaN of one that is ``inexact``.
+        """
+        self.released = inexact or self.packed.value.exact
         if self.released:
             weight = self.weight.new_full((), torch.nan).expand_as(self.weight)
             self.weight = nn.Parameter(weight, requires_grad=False)
@@ -845,7 +846,7 @@ class PackedLinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.released:  # a copy of the weight has its numbers one by one
-            self.release()
+            self.release(inexact=True)
 
     def unpack(self) -> nn.Linear:
         """The plain layer, with the same parameters."""

@@ -96,9 +96,9 @@ def instruction_set() -> str:
         flags = next(line.split(":", 1)[1].split() for line in lines if line.startswith("flags"))
     except (OSError, StopIteration):
         return platform.machine()
-    known = ("avx512_fp16", "avx512_bf16", "avx512_vnni", "avx2")
-    found = next((flag for flag in known if flag in flags), platform.machine())
-    return "amx" if "amx_bf16" in flags else {"avx512_vnni": "avx512"}.get(found, found.replace("_", ""))
+    known = {"amx_bf16": "amx", "avx512_fp16": "avx512fp16", "avx512_bf16": "avx512bf16"}
+    known |= {"avx512_vnni": "avx512", "avx2": "avx2"}
+    return next((name for flag, name in known.items() if flag in flags), platform.machine())
 
 
 def cache_bytes(device: torch.device) -> int:

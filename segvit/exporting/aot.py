@@ -93,9 +93,7 @@ class Program(nn.Module):
         for module in self.function.modules():
             if isinstance(module, PackedLinear):
                 self.packed.add(module.packed.value.isa)
-                # The packed weights are read, the others have a shape alone, int8's too.
-                weight = module.weight.new_full((), torch.nan).expand_as(module.weight)
-                module.weight = nn.Parameter(weight, requires_grad=False)
+                module.release(inexact=True)  # nothing but the packed weights is read
         if self.function.views is None:  # an empty list of tensors reaches the library as no list
             runs = self.function.runs
             views = list_views(plan.batch, plan.size, runs, [model.mask_grid(run.crop) for run in runs])

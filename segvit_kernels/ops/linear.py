@@ -361,8 +361,9 @@ def linear(
 
 def whole_weight(weight: Tensor, packed: PackedWeight | None) -> Tensor:
     """A weight; of one that is a shape alone (:meth:`segvit_kernels.PackedLinear.release`) what is packed."""
-    alone = packed is not None and packed.exact and weight.stride() == (0, 0)
-    return packed.unpacked(weight.shape) if packed is not None and alone else weight
+    if packed is not None and packed.exact and weight.stride() == (0, 0):
+        return packed.unpacked(weight.shape)
+    return weight
 
 
 def _check_packed(packed: PackedWeight) -> None:
