@@ -8,6 +8,7 @@ COMMANDS = {
     "kernels": "the operators against their peers: correctness, time, memory",
     "gpu": "all that one GPU can show, within a budget, into one folder",
     "precompile": "compile for sm_90, without a GPU, all kernels of 'gpu'",
+    "instructions": "the operators by instruction set and number of threads of a CPU",
     "scaling": "time of the operators as classes, tokens, batch, images, views grow",
     "model": "whole models and decoders, image to label map, against their peers",
     "memory": "peak memory of inference and of a training step",

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=_options.positive, default=9, help="samples of a peer on a CPU (%(default)s)"
     )
+    parser.add_argument(
+        "--main", action="store_true", help="CPU: times of each operator's main shape, and nothing else"
+    )
     parser.add_argument("--in-process", action="store_true", help="GPU: no child processes (for debugging)")
 
 
@@ -31,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     _options.check_operators(options.operators)
     device = _options.device_of(options)
     result = (_on_gpu if device == "cuda" else _on_cpu)(options)
-    partial = options.peers or options.operators
+    partial = options.peers or options.operators or options.main
     return _options.finish(result, options, _options.default_out("", device), partial)
 
 
@@ -39,8 +42,9 @@ def _on_gpu(options: argparse.Namespace) -> dict:
     from bench.subjects import operators
     from bench.suites import _gpu_tasks, gpu
 
-    if options.operators:
-        raise OptionError("--operators: for a run on a CPU only")
+    for option in ("operators", "main"):
+        if getattr(options, option):
+            raise OptionError(f"--{option}: for a run on a CPU only")
     operators.check_peers("triton", options.peers)
     plan = _gpu_tasks.Plan(options.smoke, _gpu_tasks.checked_dtypes(), options.peers)
     with tempfile.TemporaryDirectory() as folder:
@@ -61,4 +65,5 @@ def _on_cpu(options: argparse.Namespace) -> dict:
         smoke=options.smoke,
         names=options.peers,
         only=options.operators,
+        main=options.main,
     )

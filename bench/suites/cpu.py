@@ -177,12 +177,14 @@ def run(
     smoke: bool = False,
     names: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
+    main: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict:
     """The result of a whole run, as plain data (schema: docs/benchmarking.md).
 
     In order of importance: every operator at its main shape, the memory of ours and the plain formula, other
-    shapes, memory of other peers. What does not fit into ``budget_s`` is recorded as skipped.
+    shapes, memory of other peers. What does not fit into ``budget_s`` is recorded as skipped. With ``main``
+    the first of these is all.
     """
     begun = time.time()
     operators.check_peers(backend(), names)
@@ -228,12 +230,13 @@ def run(
     shapes = {op.name: [(op.tiny.name, op.tiny.batch)] if smoke else list(op.cpu_shapes) for op in found}
     for op in found:
         time_all(op, *shapes[op.name][0])
-    for op in found:
+    rest = [] if main else found
+    for op in rest:
         hold_all(op, *shapes[op.name][0], True)
-    for op in found:
+    for op in rest:
         for shape in shapes[op.name][1:]:
             time_all(op, *shape)
-    for op in found:
+    for op in rest:
         hold_all(op, *shapes[op.name][0], False)
     result = {"schema": 1, "kind": "cpu", "measurement": not smoke, "budget_s": budget_s}
     result |= {"elapsed_s": round(time.time() - begun, 1), "sections": sections}

@@ -2,7 +2,8 @@
 
 Each gets as many steps of one recipe as the given minutes hold at its own speed: seconds of a step are
 measured first, model after model, with nothing else running. The trainings may then share the machine with
-other work, or be another machine's, since steps alone count (:func:`restore`). Trained and evaluated by
+other work, or be those of another machine, since steps alone count (:func:`restore`): a model timed there has
+the seconds of the first machine, by those of a model timed on both. Trained and evaluated by
 ``segvit train``, with windows of the recipe's crop. Costs are those of ``bench decoders``, at its size with
 the data's classes.
 """
@@ -164,6 +165,23 @@ def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path) -> dic
     return {"miou": _column(run, "miou")[-1][1]}
 
 
+_REFERENCE = "atm, patch 14"
+
+
+def _pace(task: Task) -> float:
+    """Seconds of a step where a restored result was measured, over those here; 1 where none was restored."""
+    path = task.runs / "reference.json"
+    if not path.is_file():
+        return 1.0
+    there = json.loads(path.read_text(encoding="utf-8"))["s"]
+    folder = task.runs / results.stem(_REFERENCE)
+    here = _kept(
+        folder / "step-here.json",
+        lambda: {"s": seconds_of_a_step(task, ENTRIES[_REFERENCE], folder / "timed")},
+    )
+    return there / here["s"]
+
+
 def seconds(
     task: Task, models: Iterable[str] = ENTRIES, progress: Callable[[str], None] = print
 ) -> dict[str, float]:
@@ -173,7 +191,9 @@ def seconds(
         folder = task.runs / results.stem(name)
         found[name] = _kept(
             folder / "step.json",
-            lambda name=name, folder=folder: {"s": seconds_of_a_step(task, ENTRIES[name], folder / "timed")},
+            lambda name=name, folder=folder: {
+                "s": _pace(task) * seconds_of_a_step(task, ENTRIES[name], folder / "timed")
+            },
         )["s"]
         progress(f"{name}: {found[name]:.2f} s a step")
     return found
@@ -195,6 +215,8 @@ def restore(task: Task, result: dict) -> None:
     for row in result["rows"]:
         folder = task.runs / results.stem(row["name"])
         _kept(folder / "step.json", lambda row=row: {"s": row["step_s"]})
+        if row["name"] == _REFERENCE:
+            _kept(task.runs / "reference.json", lambda row=row: {"s": row["step_s"]})
         _kept(folder / "cost.json", lambda row=row: row["cost"])
         for score in row["scores"]:
             kept = {"miou": score["miou"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from bench.__main__ import main
 from bench.commands import _options
 from bench.subjects import counts, models, operators
 from bench.subjects.published import MODELS, TINY
-from bench.suites import _gpu_tasks, cpu, everything, flops, scaling, static
+from bench.suites import _gpu_tasks, cpu, everything, flops, instructions, scaling, static
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = [(name, mode) for name, op in operators.by_name().items() for mode in op.modes]
@@ -92,6 +93,39 @@ def test_scaling_runs_on_tiny_shapes(tmp_path):
     }
     assert all(r["status"] == "ok" and r["floor_s"] > 0 for r in result["rows"])
     assert "atm-classes" in report.tables(result)
+
+
+def test_instruction_sets_are_measured_apart(tmp_path, monkeypatch):
+    """Each in a process that keeps to it; here one that runs one operator."""
+    if not instructions.known():
+        pytest.skip("needs the native library")
+    started, run = [], instructions.subprocess.run
+
+    def one(command: list[str], env: dict | None = None, **options: object) -> object:
+        if "kernels" not in command:
+            return run(command, env=env, **options)
+        started.append({key: env.get(key) for key in ("SEGVIT_KERNELS_ISA", "OMP_NUM_THREADS", "MKL_CBWR")})
+        return run([*command, "--operators", "mask_iou"], env=env, **options)
+
+    monkeypatch.setattr(instructions.subprocess, "run", one)
+    path = tmp_path / "instructions.json"
+    given = ["--smoke", "--isas", "portable", "--threads", "1", "--rounds", "3", "--out", str(path)]
+    assert main(["instructions", *given]) == 0
+    (mask,) = started
+    assert mask["SEGVIT_KERNELS_ISA"] == "portable" and mask["OMP_NUM_THREADS"] == "1"
+    assert mask["MKL_CBWR"] == ("COMPATIBLE" if len(instructions.known()) > 1 else None)
+    result = report.load(path)
+    timed = [row for row in result["rows"] if row["status"] == "ok"]
+    assert [(row["operator"], row["isa"]) for row in timed] == [("mask_iou", "portable")]
+    assert set(timed[0]["peers_s"]) == {"plain", "eager"}
+    assert {(row["operator"], row["mode"]) for row in result["rows"]} == set(MODES)
+    assert "portable, 1 thread |" in report.tables(result)["operators"]
+
+
+def test_every_instruction_set_has_a_mask():
+    text = (ROOT / "csrc" / "cpu" / "isa.cpp").read_text()
+    names = set(re.findall(r'return "(\w+)";', text))
+    assert "amx" in names and names - {"amx"} == set(instructions.MASKS)
 
 
 def test_a_budget_that_is_used_up_skips_with_a_reason(monkeypatch):

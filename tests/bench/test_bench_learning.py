@@ -50,7 +50,7 @@ def task(tmp_path, monkeypatch):
     return learning.Task(tmp_path / "data", tmp_path / "weights", config, tmp_path / "runs", 1), asked
 
 
-def test_models_get_the_same_minutes(task):
+def test_models_get_the_same_minutes(task, monkeypatch):
     task, asked = task
     threads, printed = torch.get_num_threads(), []
     names = ("linear, patch 14", "atm, patch 28")
@@ -75,6 +75,13 @@ def test_models_get_the_same_minutes(task):
         assert [row["cost"] for row in kept["rows"]] == [row["cost"] for row in result["rows"]]
     finally:
         torch.set_num_threads(threads)
+    # A model timed there has the first machine's seconds, by one that was timed on both.
+    monkeypatch.setitem(STEP, "atm", 1.0)
+    monkeypatch.setitem(STEP, "segvitv2", 3.0)
+    slower = dataclasses.replace(task, runs=task.runs / "slower")
+    learning.restore(slower, {**result, "rows": [{**result["rows"][1], "name": "atm, patch 14"}]})
+    found = learning.seconds(slower, ("segvitv2, patch 14", "atm, patch 14"), printed.append)
+    assert found == {"segvitv2, patch 14": 6.0, "atm, patch 14": 2.0}
     with pytest.raises(ValueError, match="a result of the data set 'data'; expected 'others'"):
         learning.restore(dataclasses.replace(elsewhere, data=task.data.with_name("others")), result)
     rows = {row["name"]: row for row in result["rows"]}
