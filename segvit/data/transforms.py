@@ -22,7 +22,14 @@ from torchvision import tv_tensors  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 from torchvision.transforms.v2 import functional as F  # noqa: E402
 
-__all__ = ["Augment", "ClassBalancedCrop", "RandomIntensity", "RandomScale", "sample_seed"]
+__all__ = [
+    "Augment",
+    "ClassBalancedCrop",
+    "PhotometricDistortion",
+    "RandomIntensity",
+    "RandomScale",
+    "sample_seed",
+]
 
 
 def sample_seed(*numbers: int) -> int:
@@ -84,10 +91,21 @@ class ClassBalancedCrop(v2.Transform):
         return F.crop(inpt, **params)
 
 
+class PhotometricDistortion(v2.RandomPhotometricDistort):
+    """Brightness, contrast, saturation and hue of an RGB image, each half of the time.
+
+    Torchvision's own, which is SSD's, also exchanges channels: the sky becomes red, the grass blue. The
+    recipes of semantic segmentation do not.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
+
+
 class RandomIntensity(v2.Transform):
     """Brightness and contrast of an image of any channels, all alike, each half of the time.
 
-    The part of `v2.RandomPhotometricDistort` that is not about colour; contrast around each channel's mean.
+    The part of `PhotometricDistortion` that is not about colour; contrast around each channel's mean.
     """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -144,7 +162,7 @@ class Augment:
             steps.append(v2.RandomHorizontalFlip(0.5))
         if photometric:
             colour = len(self.fill) == 3
-            steps.append(v2.RandomPhotometricDistort() if colour else RandomIntensity())
+            steps.append(PhotometricDistortion() if colour else RandomIntensity())
         self.steps = v2.Compose(steps)
 
     def __call__(self, image: Tensor, label: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,18 @@ def test_augmentation(channels):
     assert 3 < changed <= 12
 
 
+def test_colours_stay_what_they_are():
+    """Torchvision's distortion also exchanges channels, in two pictures of five."""
+    sky = torch.tensor([60, 120, 230], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+    label = torch.zeros(32, 32, dtype=torch.int64)
+    changed = 0
+    for index in range(40):
+        image, _ = Augment(32, scale=(1.0, 1.0), class_share=1.0)(sky, label, 0, index)
+        assert image.float().mean((1, 2)).argsort().tolist() == [0, 1, 2]
+        changed += not torch.equal(image, sky)
+    assert changed > 20
+
+
 def test_intensity_leaves_channels_in_their_relation():
     torch.manual_seed(1)
     image = torch.randint(60, 120, (5, 8, 8), dtype=torch.uint8)
