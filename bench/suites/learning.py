@@ -158,11 +158,11 @@ def _kept(path: Path, make: Callable[[], dict]) -> dict:
 
 
 def _score(task: Task, entry: Entry, steps: int, seed: int, folder: Path) -> dict:
-    """mIoU of a training."""
+    """mIoU of a training, and the commit it ran at."""
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)  # of a call that was stopped
     task.segvit(*task.training(entry, steps, seed, run, 10))
-    return {"miou": _column(run, "miou")[-1][1]}
+    return {"miou": _column(run, "miou")[-1][1], "commit": environment.commit()["commit"]}
 
 
 _REFERENCE = "atm, patch 14"
@@ -219,7 +219,7 @@ def restore(task: Task, result: dict) -> None:
             _kept(task.runs / "reference.json", lambda row=row: {"s": row["step_s"]})
         _kept(folder / "cost.json", lambda row=row: row["cost"])
         for score in row["scores"]:
-            kept = {"miou": score["miou"]}
+            kept = {key: score[key] for key in ("miou", "commit") if key in score}
             _kept(_scored(task, row["name"], score["steps"], score["seed"]), lambda kept=kept: kept)
 
 

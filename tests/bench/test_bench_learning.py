@@ -86,10 +86,13 @@ def test_models_get_the_same_minutes(task, monkeypatch):
         learning.restore(dataclasses.replace(elsewhere, data=task.data.with_name("others")), result)
     rows = {row["name"]: row for row in result["rows"]}
     assert {name: row["step_s"] for name, row in rows.items()} == dict(zip(names, (1.5, 2.0), strict=True))
-    assert rows[names[1]]["scores"][1] == {"seed": 1, "steps": 30, "miou": 0.51}
+    commit = learning.environment.commit()["commit"]
+    assert rows[names[1]]["scores"][1] == {"seed": 1, "steps": 30, "miou": 0.51, "commit": commit}
     assert rows[names[1]]["cost"]["patch"] == 28 and rows[names[1]]["cost"]["macs"] > 0
     table = report.tables(result)["models"]
     assert "| atm, patch 28 | 50.5 (50.0 to 51.0) | 30 | 2.00 s |" in table
+    elsewhere = {**result, "environment": {**result["environment"], "commit": "0" * 40}}
+    assert ("Trained at commit" in report.tables(elsewhere)["models"]) == (commit is not None)
     data = figures.learned(result)
     assert data["points"][names[0]]["at"][1:] == [50.5, 50.0, 51.0]
     pytest.importorskip("matplotlib")

@@ -30,4 +30,9 @@ def tables(result: dict) -> dict[str, str]:
             ]
         )
     header = ["model", "mIoU", "steps", "a step", "pictures/s", "GMACs", "memory"]
-    return {"models": markdown(header, lines)}
+    trained = {
+        score["commit"][:12] for row in result["rows"] for score in row["scores"] if score.get("commit")
+    }
+    trained -= {str(result["environment"]["commit"])[:12]}
+    note = f"\n\nTrained at commit {', '.join(sorted(trained))}." if trained else ""
+    return {"models": markdown(header, lines) + note}
