@@ -6,11 +6,13 @@ other wrappers, parametrizations, hooks, quantised weights. So it asks :func:`is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout, nn.Identity)
 HOOKS = (
@@ -46,9 +48,9 @@ def is_plain(module: nn.Module) -> bool:
 class Folded:
     """What was made of layers and parameters once, for as long as they are what they were.
 
-    Told apart are other layers, other tensors, in-place changes and other memory; not writes through
-    ``.data``, which PyTorch does not count. Compiled code notices other layers and tensors only. Copies and
-    unpickled ones belong to the copied parameters.
+    Told apart are other layers, other tensors, in-place changes (an optimizer's too) and other memory; not
+    writes through ``.data``, which PyTorch does not count. Compiled code notices other layers and tensors
+    only. Copies and unpickled ones belong to the copied parameters.
 
     Args:
         parts: the layers and parameters.
@@ -70,7 +72,8 @@ class Folded:
         return None if value is None else cls(parts, value)
 
     def get(self, parts: Sequence[nn.Module | Tensor]) -> Any:
-        """The value, or ``None`` where the parts are not what they were."""
+        """The value, or ``None`` where the parts are not what they were, or a gradient of theirs is asked
+        for, which the value does not know; of parts whose changes nobody counts, with a warning."""
         if self.frozen:
             return self.value
         now, then = _states(parts), self._states
@@ -78,9 +81,18 @@ class Folded:
             return None
         if torch.compiler.is_exporting():  # parameters are stood in for
             return self.value
+        if torch.is_grad_enabled() and any(state[0].requires_grad for state in now):
+            return None
+        if not torch.compiler.is_compiling() and any(state[0].is_inference() for state in now):
+            warnings.warn(_UNCOUNTED, stacklevel=2)
+            return None
         if any(a[0] is not b[0] or a[1:] != b[1 : len(a)] for a, b in zip(now, then, strict=True)):
             return None
         return self.value
+
+    def freeze(self) -> None:
+        """Give the value from now on, whatever becomes of the parts."""
+        self.frozen, self._states = True, None  # the states keep tensors alive
 
     def __getstate__(self) -> dict[str, Any]:
         tensors = None
@@ -94,12 +106,30 @@ class Folded:
         self._states = None if tensors is None else [_state(t) for t in tensors]
 
 
+_UNCOUNTED = (
+    "weights were made in torch.inference_mode, where PyTorch does not count their changes: they are used as "
+    "they are, without what fuse() or pack_linears made of them; make the model outside of it"
+)
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """After a step: fused optimizers change parameters without counting."""
+    if not torch.compiler.is_compiling():
+        groups = optimizer.param_groups
+        torch.autograd.graph.increment_version(
+            [p for group in groups for p in group["params"] if p.grad is not None]
+        )
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 def freeze(model: nn.Module) -> None:
     """Promise that a model stays as it is: what was folded in it is not checked any more."""
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Folded):
-                value.frozen, value._states = True, None  # the states keep tensors alive
+                value.freeze()
 
 
 def _states(parts: Sequence[nn.Module | Tensor]) -> list[tuple] | None:

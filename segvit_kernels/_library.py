@@ -40,9 +40,9 @@ _PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # by type of device
 ENVIRONMENT_VARIABLE = "SEGVIT_KERNELS_BACKEND"
 _ENVIRONMENT_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
-_chosen: str | None = None
+_chosen: dict[object, str] = {}  # what each `with backend(...)` block asks for, the last to begin last
 _operators: dict[str, Operator] = {}
-_recorded: dict[str, set[str]] | None = None
+_records: list[dict[str, set[str]]] = []  # of each `with record_backends()` block
 
 
 class BackendUnavailableError(RuntimeError):
@@ -66,18 +66,18 @@ def backend(name: str) -> Iterator[None]:
 
     The choice is process wide, like ``torch.backends`` flags, so that the autograd thread sees it too.
     It outranks the environment variable ``SEGVIT_KERNELS_BACKEND`` and is outranked by the ``backend=``
-    argument of a function.
+    argument of a function. Of blocks of several threads the last to begin holds.
 
     Raises:
         ValueError: ``name`` is not a backend.
     """
-    global _chosen
     _checked(name, "backend")
-    previous, _chosen = _chosen, name
+    block = object()
+    _chosen[block] = name
     try:
         yield
     finally:
-        _chosen = previous
+        del _chosen[block]
 
 
 @contextlib.contextmanager
@@ -86,20 +86,20 @@ def record_backends() -> Iterator[dict[str, set[str]]]:
 
     Process wide, like :func:`backend`. Yields a dict that fills: operator name -> names of backends.
     """
-    global _recorded
-    previous, _recorded = _recorded, {}
+    record: dict[str, set[str]] = {}
+    _records.append(record)
     try:
-        yield _recorded
+        yield record
     finally:
-        _recorded = previous
+        del _records[next(i for i, one in enumerate(_records) if one is record)]
 
 
 def requested_backend(argument: str | None = None) -> str | None:
     """The backend asked for by argument, context manager or environment, in that order; ``None`` if none."""
     if argument is not None:
         return _checked(argument, "argument 'backend'")
-    if _chosen is not None:
-        return _chosen
+    if _chosen and (names := list(_chosen.values())):  # in one step, beside blocks of other threads
+        return names[-1]
     try:
         # What os.environ.get does, without encoding the name at every call: a microsecond.
         if _ENVIRONMENT_KEY not in os.environ._data:  # type: ignore[attr-defined]
@@ -234,8 +234,8 @@ class Operator:
     def __call__(self, args: Sequence[Any], argument: str | None) -> Any:
         device = _device(args)
         name = self.select(device, args, argument)
-        if _recorded is not None:
-            _recorded.setdefault(self.name, set()).add(name)
+        for record in _records:
+            record.setdefault(self.name, set()).add(name)
         if name != "eager":
             kernel = self.kernels.get(name) or self.kernel(name, device)
             if _type(device) != "cuda" or device.index == torch.cuda.current_device():

@@ -792,9 +792,10 @@ class QueryUpsample(nn.Module):
 class PackedLinear(nn.Linear):
     """An ``nn.Linear`` with packed weights beside its own: see :func:`segvit_kernels.linear`.
 
-    Parameters, and so the state dict, are those of the layer it is made from; what is packed is not in it and
-    must be made again when the weight has changed. Where packed weights are of no use (autograd, autocast,
-    another device or dtype) it computes what the layer computed.
+    Parameters, and so the state dict, are those of the layer it is made from; what is packed is not in it.
+    Conversions (``to``, ``half``) pack anew; where the weight has changed otherwise, that must be made again,
+    and meanwhile it computes what the layer computed. So it does where packed weights are of no use
+    (autograd, autocast, another device or dtype of the input).
 
     Args:
         module: the layer, float32, float16 or bfloat16. Its parameters are shared.
@@ -811,6 +812,7 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = module.in_features, module.out_features
         self.weight, self.bias = module.weight, module.bias
         self.training = module.training
+        self.int8 = int8
         self.packed = Folded([module.weight], pack_weight(module.weight, int8=int8))
         self.released = False
 
@@ -836,10 +838,12 @@ class PackedLinear(nn.Linear):
 
     def release(self, *, inexact: bool = False) -> None:
         """Keep of the weight its shape alone, where the packed one has it as it was; for a layer that stays.
-        What computes without the packed weight unpacks it, or gets NaN of one that is ``inexact``.
+        What computes without the packed weight unpacks it, which of one that is ``inexact`` raises.
         """
-        self.released = inexact or self.packed.value.exact
+        packed = self.packed.value
+        self.released = packed is not None and (inexact or packed.exact)
         if self.released:
+            self.packed.freeze()
             weight = self.weight.new_full((), torch.nan).expand_as(self.weight)
             self.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -847,6 +851,36 @@ class PackedLinear(nn.Linear):
         super().__setstate__(state)
         if self.released:  # a copy of the weight has its numbers one by one
             self.release(inexact=True)
+
+    def _take_back(self) -> None:
+        """Undo :meth:`release`."""
+        weight = whole_weight(self.weight, self.packed.value)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.packed, self.released = Folded([self.weight], self.packed.value), False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Conversions pack anew."""
+        before, after = self.weight.new_empty(0), fn(self.weight.new_empty(0))
+        same, released = (before.dtype, before.device) == (after.dtype, after.device), self.released
+        if released and not same:
+            self._take_back()
+        super()._apply(fn, recurse)
+        if not same:
+            gains = why_not_packed(self.weight, int8=self.int8) is None
+            self.packed = Folded([self.weight], pack_weight(self.weight, int8=self.int8) if gains else None)
+            if released:
+                self.release()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.released:
+            destination[prefix + "weight"] = whole_weight(self.weight, self.packed.value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.released:
+            self._take_back()
+        super()._load_from_state_dict(*args)
 
     def unpack(self) -> nn.Linear:
         """The plain layer, with the same parameters."""

@@ -27,11 +27,12 @@ constexpr int kRows = 4;
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kUnseen = -1e38f;  // the largest score of a query that has seen none
 
-// 2^v to one unit in the last place, and exactly 1 at 0; 0 or nearly so below -126.
+// 2^v to one unit in the last place, and exactly 1 at 0; 0 below -126, or (AVX-512) below -149.
 SEGVIT_INLINE Vec vexp2(Vec v) {
 #if defined(__AVX512F__)
   Vec r = (Vec)_mm512_reduce_ps((__m512)v, 9);  // v - floor(v)
 #else
+  IVec seen = (IVec)!(v < -126);  // NaN is
   v = vmin(splat(127), vmax(splat(-126), v));  // in this order NaN stays NaN
   Vec n = vround(v - 0.499f);
   Vec r = v - n;
@@ -46,7 +47,7 @@ SEGVIT_INLINE Vec vexp2(Vec v) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)v);
 #else
-  return (Vec)((IVec)p + (__builtin_convertvector(n, IVec) << 23));
+  return (Vec)(((IVec)p + (__builtin_convertvector(n, IVec) << 23)) & seen);
 #endif
 }
 

@@ -39,7 +39,7 @@ SEGVIT_INLINE Statistics statistics(const T* row, int64_t depth, float eps) {
     keep(x, inside);
     for_parts([&](int i) { squares.part[i] += x.part[i] * x.part[i]; });
   }
-  return {mean, splat(1 / __builtin_sqrtf(sum(sum_of_parts(squares)) / depth + eps))};
+  return {mean, splat(inverse_deviation(sum(sum_of_parts(squares)) / depth + eps))};
 }
 
 // f(first of the depth, 32 numbers, which of them there are) for a row, normalised if that is asked for.

@@ -224,6 +224,10 @@ SEGVIT_INLINE float sum(Vec v) {
   return total;
 #endif
 }
+// 1 / sqrt of a variance; of an infinite one NaN, as the numbers it is of would be.
+SEGVIT_INLINE float inverse_deviation(float variance) {
+  return variance == __builtin_inff() ? __builtin_nanf("") : 1 / __builtin_sqrtf(variance);
+}
 SEGVIT_INLINE float largest(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,10 @@ class InferenceEngine:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected {expected}")
         if images.device != self.device:
             raise ValueError(f"images: got device {images.device}, expected {self.device}")
+        kind = self.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # the dtype is the engine's own
+                return self._run(images)
         return self._run(images)
 
     def __repr__(self) -> str:
@@ -159,12 +163,12 @@ class _LabelMaps(nn.Module):
         self.network.fuse()
         if int8:
             _pack_int8(self.network)
-        freeze(cast(nn.Module, self.network))
+        # Every stage classifies its tokens: here the last stage's alone, after the network.
+        self.class_head = self.network.take_class_head()
+        freeze(self)
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module.release()
-        # Every stage classifies its tokens: here the last stage's alone, after the network.
-        self.class_head = self.network.take_class_head()
         grids = tuple(model.mask_grid(run.crop) for run in self.runs)
         self.views = views_of(batch, size, tuple(self.runs), grids, self.shift.device)
 

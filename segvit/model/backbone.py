@@ -312,6 +312,8 @@ class VisionTransformer(nn.Module):
         """What a function makes of `source` for a grid and dtype; after fuse() the last one made is kept."""
         if not self.keep_positions or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return make()  # of tensors that may stand for others
         made, kept = None, self._kept.get(name)
         if kept is not None and kept[0] == (grid, dtype):
             made = kept[1].get([source])

@@ -69,7 +69,7 @@ def match(
             pairwise = mask_matching_cost(own[None], targets[None])
             cost += matcher.cost_mask * getattr(pairwise, term)[0] + matcher.cost_dice * pairwise.dice[0]
         largest = torch.finfo(cost.dtype).max
-        costs.append(cost.nan_to_num(nan=largest, posinf=largest, neginf=largest))
+        costs.append(cost.nan_to_num(nan=largest, posinf=largest, neginf=-largest))
     solve = assignment()
     pairs = [solve(cost.cpu()) for cost in costs]
     return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, overload
@@ -81,6 +82,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return None  # in half the time
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """For products in the dtype of their factors, which autocast would round."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

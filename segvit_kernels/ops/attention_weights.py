@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels.ops._attention import validate
-from segvit_kernels.ops._autograd import autocast_dtype, first_derivative_only, transformed
+from segvit_kernels.ops._autograd import autocast_dtype, first_derivative_only, transformed, without_autocast
 from segvit_kernels.ops._checks import number
 
 _BUDGETS = {"cpu": 2**25}  # bytes of one head's weights that exist at a time
@@ -55,7 +55,8 @@ def _heads(
         for head in range(heads):
             q, k = query[images, :, head].to(dtype), key[images, :, head].to(dtype)
             k = k if hidden is None else k.masked_fill(hidden, 0)
-            scores = torch.bmm(q * scale, k.mT)
+            with without_autocast(q.device):
+                scores = torch.bmm(q * scale, k.mT)
             if hidden is not None:
                 scores.masked_fill_(hidden.mT, torch.finfo(dtype).min)
             weights = scores.softmax(-1)
@@ -88,8 +89,9 @@ class AttentionWeightsFunction(torch.autograd.Function):
             own = grad[images].to(weights.dtype)
             dot = (own * weights).sum(-1, keepdim=True)
             scores = weights.mul_(own - dot).mul_(ctx.scale / query.shape[2])
-            grad_query[images, :, head] = torch.bmm(scores, k)
-            grad_key[images, :, head] = torch.bmm(scores.mT, q)
+            with without_autocast(q.device):
+                grad_query[images, :, head] = torch.bmm(scores, k)
+                grad_key[images, :, head] = torch.bmm(scores.mT, q)
         return grad_query, grad_key, None, None
 
 

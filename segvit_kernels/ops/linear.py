@@ -52,7 +52,7 @@ _MOST_INT8 = 2**16  # of the depth: sums fit in 32 bits
 _DEPTH = 32
 _TOP = 3  # scaled numbers lie below 2^4
 
-Norm = tuple[Tensor, Tensor | None, float]
+Norm = tuple[Tensor | None, Tensor | None, float]
 """Weight, bias and epsilon of a LayerNorm."""
 
 
@@ -145,7 +145,7 @@ def pack_weight(weight: Tensor, isa: str | None = None, *, int8: bool = False) -
     exponents = torch.where(largest > 0, torch.frexp(largest).exponent - 1, 0)
     # In float64, which holds the power of two for the smallest numbers too.
     values = (values.double() * torch.exp2(_TOP - exponents.double())[:, None]).half()
-    values = F.pad(values, padding)
+    values = F.pad(values, padding).contiguous()
     pairs = values.view(torch.int32).view(panels, panel, groups, 4, 4).permute(0, 2, 4, 3, 1).contiguous()
     return PackedWeight(
         pairs.view(torch.float16).view(panels, groups * _DEPTH // 2, panel, 2),
@@ -232,7 +232,8 @@ def _eager(
 ) -> Tensor:
     norm = None if norm_weight is None else (norm_weight, norm_bias, norm_eps)
     weight = whole_weight(weight, None if panels is None else PackedWeight(panels, factors))
-    return linear_reference(input, weight, bias, gelu=gelu, norm=norm, scale=scale, residual=residual)
+    output = linear_reference(input, weight, bias, gelu=gelu, norm=norm, scale=scale, residual=residual)
+    return output.contiguous()  # a residual's layout would be that of the sum
 
 
 def _fake(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -320,7 +321,7 @@ def linear(
         bias: (N,), dtype of ``input``, or ``None``.
         packed: of :func:`pack_weight`, made from this very weight.
         gelu: apply the exact (erf) GELU.
-        norm: weight (K,), bias (K,) or ``None``, and epsilon of a LayerNorm of the input, which comes first.
+        norm: weight and bias, (K,) or ``None``, and epsilon of a LayerNorm of the input, which comes first.
         scale: (N,), what the result is multiplied by, after the GELU.
         residual: (..., N), what is added in the end.
         backend: ``"eager"`` or ``"cpu"``; chosen by device unless given.
@@ -351,6 +352,8 @@ def linear(
         raise _library.BackendUnavailableError(
             f"segvit::linear: backend {backend!r} has no derivative: use eager, or torch.no_grad()"
         )
+    if norm is not None and norm[0] is None:  # to the operator no weight is no norm
+        norm = (input.new_ones(input.shape[-1]), *norm[1:])
     nothing, packing = (None, None, 0.0), packed or (None, None)
     if packed is not None and packed.isa == "avx512_fp16":  # whose kernel knows nothing of what is around
         input = _normalised(input, norm)
@@ -360,10 +363,18 @@ def linear(
 
 
 def whole_weight(weight: Tensor, packed: PackedWeight | None) -> Tensor:
-    """A weight; of one that is a shape alone (:meth:`segvit_kernels.PackedLinear.release`) what is packed."""
-    if packed is not None and packed.exact and weight.stride() == (0, 0):
-        return packed.unpacked(weight.shape)
-    return weight
+    """A weight; of one that is a shape alone (:meth:`segvit_kernels.PackedLinear.release`) what is packed.
+
+    Raises:
+        RuntimeError: that is not exact.
+    """
+    if packed is None or weight.stride() != (0, 0) or weight.numel() == 1:
+        return weight
+    if not packed.exact:
+        raise RuntimeError(
+            "a weight was left out that its packed numbers do not give back; expected a call that reads these"
+        )
+    return packed.unpacked(weight.shape)
 
 
 def _check_packed(packed: PackedWeight) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import first_derivative_only, transformed
+from segvit_kernels.ops._autograd import first_derivative_only, transformed, without_autocast
 from segvit_kernels.ops._checks import number, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -408,7 +408,8 @@ def mask_matching_cost_at_points(
         x = _read(masks[:, None].to(dtype), own)[:, 0]  # (Q, P)
         t = _read_every(target, own.to(dtype))
         outside, p = F.softplus(x, threshold=80.0), x.sigmoid()  # e⁸⁰ is a float32, e⁻⁸⁰ no float64 beside 80
-        bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]
-        dice = 1 - (2 * p @ t.mT + 1) / (p.sum(1)[:, None] + t.sum(1) + 1)
+        with without_autocast(x.device):  # sums of thousands, which no float16 holds
+            bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]
+            dice = 1 - (2 * p @ t.mT + 1) / (p.sum(1)[:, None] + t.sum(1) + 1)
         costs.append(PointCost(bce, dice))
     return costs

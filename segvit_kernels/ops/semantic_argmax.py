@@ -48,6 +48,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import unit_stride
+from segvit_kernels.ops._autograd import without_autocast
 from segvit_kernels.ops._checks import flag, number, size_pair, tensors, whole
 from segvit_kernels.ops._class_scores import (
     Part,
@@ -127,7 +128,10 @@ def _mass(probs: Tensor) -> Tensor:
 
 def _mixed(probs: Tensor, masks: Tensor) -> Tensor:
     """Scores (C, H, W) of masks (Q, H, W), by probabilities (Q, C) or their diagonal (Q)."""
-    return torch.einsum("qc,qhw->chw", probs, masks) if probs.ndim == 2 else probs[:, None, None] * masks
+    if probs.ndim == 1:
+        return probs[:, None, None] * masks
+    with without_autocast(masks.device):
+        return torch.einsum("qc,qhw->chw", probs, masks)
 
 
 def _bilinear(mask: Tensor, affine: Sequence[float], size: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from attention import BAD_ARGUMENTS, tensors
 from imports import imports_of
 
 import segvit_kernels
-from segvit_kernels import BackendUnavailableError, backend, fused_atm
+from segvit_kernels import BackendUnavailableError, backend, fused_atm, record_backends
 from segvit_kernels._library import ENVIRONMENT_VARIABLE, operators, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,25 @@ def test_argument_outranks_context_outranks_environment(monkeypatch):
         fused_atm(**tensors())
     with pytest.raises(ValueError, match="backend is 'cutlass'"), backend("cutlass"):
         pass
+
+
+def test_blocks_of_two_threads_end_in_any_order(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    first, second = backend("eager"), backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert requested_backend() == "cpu"
+    second.__exit__(None, None, None)
+    assert requested_backend() == "triton"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "eager")
+    outer, inner = record_backends(), record_backends()
+    seen, own = outer.__enter__(), inner.__enter__()
+    outer.__exit__(None, None, None)
+    fused_atm(**tensors())
+    inner.__exit__(None, None, None)
+    fused_atm(**tensors())
+    assert seen == {} and own == {"atm_fwd": {"eager"}}
 
 
 def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):

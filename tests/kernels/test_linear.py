@@ -400,3 +400,54 @@ def test_a_released_layer_computes_what_it_did(dtype, isa, packs):
     with backend("eager"), torch.no_grad():
         for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert torch.equal(copied(x), plain(x))
+    loaded = torch.nn.Linear(70, 50).to(dtype)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded.weight, plain.weight)
+    double = copy.deepcopy(layer).double()
+    assert torch.equal(double(x.double()), copy.deepcopy(plain).double()(x.double()))
+    assert torch.equal(double.unpack().weight, plain.weight.double())
+    other = {name: 2 * value for name, value in plain.state_dict().items()}
+    layer.load_state_dict(other)
+    assert torch.equal(layer(x), F.linear(x, other["weight"], other["bias"]))
+
+
+@torch.no_grad()
+def test_release_and_conversion_alone(packs):
+    """Without a freeze before, and where the other dtype is packed too."""
+    plain, x = torch.nn.Linear(70, 50).requires_grad_(False), torch.randn(3, 70)
+    layer = PackedLinear(plain)
+    layer.release()
+    with backend("eager"):
+        assert torch.equal(layer(x), plain(x))
+        layer.half()
+        assert layer.released and layer.packed.value.panels.dtype == torch.float16
+        assert torch.equal(layer(x.half()), plain.half()(x.half()))
+
+
+@torch.no_grad()
+def test_what_is_left_out_for_good_says_so(packs):
+    plain = torch.nn.Linear(70, 50).requires_grad_(False)
+    layer = PackedLinear(plain, int8=True)
+    layer.release(inexact=True)
+    x = torch.zeros(1, 70, requires_grad=True)
+    for asked in (layer.state_dict, layer.double, layer.unpack, lambda: layer(x)):
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="a weight was left out"):
+            asked()
+
+
+def test_a_norm_without_weight_and_a_residual_of_another_layout():
+    case = [torch.randn(shape) for shape in ((3, 8), (5, 8), (5,), (5, 3))]
+    x, weight, bias, residual = case
+    truth = residual.T + F.linear(F.layer_norm(x, (8,)), weight, bias)
+    for asked in (None, "eager"):
+        around = {"norm": (None, None, 1e-5), "residual": residual.T, "backend": asked}
+        found = linear(x, weight, bias, packed=pack_weight(weight, "avx2"), **around)
+        torch.testing.assert_close(found, truth)
+        assert found.is_contiguous()
+
+
+def test_transposed_weights_pack():
+    weight = torch.randn(96, 64).half()
+    for isa in ("avx512_fp16", "avx2"):
+        straight, turned = pack_weight(weight, isa), pack_weight(weight.T.contiguous().T, isa)
+        assert torch.equal(straight.panels, turned.panels)

@@ -134,6 +134,20 @@ def test_costs(dtype):
         assert torch.equal(a.bce, b.bce)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_costs_under_autocast_are_those_without(dtype):
+    """Sums over thousands of points are no numbers of float16."""
+    masks = [(torch.arange(3)[:, None, None] == torch.arange(3).repeat_interleave(2)).expand(3, 6, 6)]
+    logits = (24 * masks[0].float() - 12)[None].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    points = torch.rand(1, 12544, 2)
+    (expected,) = mask_matching_cost_at_points(logits, masks, points)
+    with torch.autocast("cpu", dtype=dtype):
+        (found,) = mask_matching_cost_at_points(logits, masks, points)
+    assert found.bce.dtype == torch.float32 and torch.equal(found.bce, expected.bce)
+    assert torch.equal(found.dice, expected.dice)
+    assert found.bce.argmin(0).tolist() == [0, 1, 2]
+
+
 def test_gradcheck():
     logits, masks = draw()
     points = torch.rand(PAIRS, 9, 2, dtype=torch.float64)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 
 from segvit import SegViT, SegViTConfig
@@ -275,6 +276,65 @@ def test_constants_of_changed_weights_are_not_used(options):
     weights = {name: 1.2 * parameter for name, parameter in plain.named_parameters()}
     found = torch.func.functional_call(copy.deepcopy(plain).fuse(), weights, (images,))
     assert_close(found.mask_logits, torch.func.functional_call(plain, weights, (images,)).mask_logits)
+
+
+@MODELS
+@pytest.mark.parametrize("fused", [True, False], ids=["fused optimizer", "optimizer"])
+def test_constants_of_trained_weights_are_not_used(options, fused):
+    """Also where nobody calls train(): fused optimizers change parameters without counting."""
+    model, images = segvit(options).fuse(), torch.randn(1, 3, 64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    model(images).mask_logits.square().mean().backward()
+    optimizer.step()
+    truth = segvit(options)
+    truth.load_state_dict(copy.deepcopy(model).unfuse().state_dict())
+    with torch.no_grad():
+        assert_close(model(images).mask_logits, truth(images).mask_logits)
+
+
+@MODELS
+def test_fused_models_have_gradients(options):
+    """Constants are none where one is asked for."""
+    images, gradients = torch.randn(1, 3, 64, 64), []
+    for model in (segvit(options), segvit(options).fuse()):
+        outputs = model(images)
+        (outputs.mask_logits.square().mean() + outputs.class_logits.square().mean()).backward()
+        model.unfuse()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, fused = gradients
+    assert fused.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_weights_whose_changes_nobody_counts():
+    with torch.inference_mode():
+        model, images = segvit({}).fuse(), torch.randn(1, 3, 64, 64)
+        for parameter in model.decoder.parameters():
+            parameter.mul_(1.2)
+        with pytest.warns(UserWarning, match=r"made in torch\.inference_mode"):
+            found = model(images).mask_logits
+        assert_close(found, model.unfuse()(images).mask_logits)
+
+
+@torch.no_grad()
+def test_fake_tensors_leave_nothing_behind():
+    """As memory is estimated, and after it the model runs."""
+    model, images = segvit({}).fuse(), torch.randn(1, 3, 64, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(images))
+    assert type(model(images).mask_logits) is torch.Tensor
+
+
+@torch.no_grad()
+def test_norms_without_weights():
+    """Before packed layers: no weight is not no norm."""
+    plain = segvit({})
+    for block in plain.backbone.blocks:
+        for name in ("norm1", "norm2"):
+            setattr(block, name, nn.LayerNorm(block.norm1.normalized_shape, elementwise_affine=False))
+    images = torch.randn(1, 3, 64, 64)
+    assert_close(copy.deepcopy(plain).fuse()(images).mask_logits, plain(images).mask_logits)
 
 
 @torch.no_grad()

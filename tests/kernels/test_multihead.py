@@ -51,6 +51,19 @@ def test_weights_and_gradients(dtype, queries, padding, blocks):
         torch.testing.assert_close(own.double(), true, rtol=3 * tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("padding", [None, NONE_LEFT], ids=["none", "some"])
+def test_autocast_casts_the_inputs_alone(padding):
+    given = [t.requires_grad_() for t in tensors(torch.float32)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attention_weights(*given, key_padding_mask=padding)
+        gradients = torch.autograd.grad(found.float().square().sum(), given)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in given]
+    expected = attention_weights(*rounded, key_padding_mask=padding)
+    assert torch.equal(found, expected)
+    truth = torch.autograd.grad(expected.float().square().sum(), rounded)
+    assert all(torch.equal(own, true.float()) for own, true in zip(gradients, truth, strict=True))
+
+
 def test_gradcheck_and_transforms():
     query, key = (t[:1, :3, :2, :2].clone().requires_grad_() for t in tensors())
     assert torch.autograd.gradcheck(attention_weights, (query, key))

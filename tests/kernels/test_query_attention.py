@@ -192,6 +192,23 @@ def test_what_is_not_finite_in_bfloat16(name, value, backend, poisoned):
     assert torch.equal(found.isnan(), truth.isnan()) and torch.equal(found.isinf(), truth.isinf())
 
 
+@each_backend("cpu")
+@pytest.mark.parametrize("score", [-math.inf, -3e4])
+def test_what_weighs_nothing(score, backend):
+    """Adds nothing where it is finite, and a query that weighs nothing at all has no result."""
+    query, value = torch.rand(1, 3, 1, 8) + 0.1, torch.randn(1, 20, 1, 8)
+    key = torch.rand(1, 20, 1, 8) + 0.1
+    key[0, 3, 0, 0], value[0, 3] = score, 3e38
+    given = {"query": query, "key": key, "value": value}
+    found = query_attention(**given, backend=backend.name)
+    truth = query_attention_reference(**{n: t.double() for n, t in given.items()})
+    torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
+    query[0, 1, 0, 0] = score * math.inf
+    found = query_attention(query, query, query, backend=backend.name)
+    truth = query_attention_reference(*(query.double(),) * 3)
+    assert torch.equal(found.isnan(), truth.isnan()) and found[0, 1].isnan().all()
+
+
 @each_backend()
 def test_scale_zero_keeps_what_is_not_a_number(backend):
     check_zero_scale(query_attention, backend)

@@ -118,6 +118,9 @@ def test_autocast_changes_nothing():
     expected = semantic_argmax(**inputs, return_scores=True)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(semantic_argmax(**inputs, return_scores=True), expected, rtol=0, atol=0)
+    expected = semantic_argmax_reference(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, semantic_argmax_reference(**inputs), expected))
 
 
 MASKS, PROBS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 6)

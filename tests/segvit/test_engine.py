@@ -172,6 +172,22 @@ def test_precision(monkeypatch):
     assert tiny_model().double().compile_for_inference(32).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_autocast_around_a_call_changes_nothing(dtype):
+    engine, images = tiny_model().compile_for_inference((37, 50), 2, dtype=dtype), pictures((37, 50))
+    expected = engine(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(engine(images), expected)
+
+
+def test_a_converted_function_is_one_of_that_precision():
+    images = pictures((37, 50))
+    expected = tiny_model().compile_for_inference((37, 50), 2, dtype=torch.bfloat16).function(images)
+    function = tiny_model().compile_for_inference((37, 50), 2).function.to(torch.bfloat16)
+    assert len(expected.unique()) > 1 and (function(images) == expected).float().mean() > 0.95
+    assert not any(value.isnan().any() for value in function.state_dict().values())
+
+
 def test_half_precision_loses_nothing_to_folding():
     """The engine in bfloat16 is as close to float32 as the model in bfloat16 is."""
     model, images = tiny_model(), pictures((37, 50))
