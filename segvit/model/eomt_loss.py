@@ -29,7 +29,8 @@ class EoMTLoss(nn.Module):
     processes as in `segvit.model.losses.SegViTLoss`:
 
     - class: cross-entropy over N+1 logits of every query, its target its class, weighted w, or "no object",
-      weighted `no_object_weight`, divided by the sum of these weights;
+      weighted `no_object_weight`, divided by the sum of these weights (where an image has more classes than
+      queries, w is the mean of its classes there);
     - mask: for each pair w times the mean BCE over the image, summed over P / |P|;
     - dice: for each pair w (1 − (2 Σσt + 1) / (Σσ + Σt + 1)), summed over P / |P|.
 
@@ -76,8 +77,10 @@ class EoMTLoss(nn.Module):
         pairs = present.double()
         if self.class_weights is not None:
             pairs = pairs * self.class_weights.double()
-        free = (self.queries - present.sum(1)).clamp(min=0)
-        return over_processes(torch.stack([pairs.sum(), pairs.sum() + self.no_object_weight * free.sum()]))
+        counts = present.sum(1)
+        free = (self.queries - counts).clamp(min=0)
+        matched = pairs.sum(1) * (self.queries / counts.clamp(min=1)).clamp(max=1)
+        return over_processes(torch.stack([pairs.sum(), matched.sum() + self.no_object_weight * free.sum()]))
 
     def forward(
         self, output: SegViTOutput, labels: Tensor, normalisers: Tensor | None = None
@@ -140,7 +143,7 @@ class EoMTLoss(nn.Module):
         cost = weights["mask"] * costs.bce + weights["dice"] * costs.dice
         cost = cost - weights["class"] * full_precision(class_logits).softmax(-1)[..., :-1]
         largest = torch.finfo(cost.dtype).max
-        cost = cost.nan_to_num(nan=largest, posinf=largest, neginf=largest).cpu()
+        cost = cost.nan_to_num(nan=largest, posinf=largest, neginf=-largest).cpu()
         matched = torch.full(present.shape, -1, dtype=torch.int64)
         for image, own in enumerate(present.cpu()):
             classes = own.nonzero()[:, 0]

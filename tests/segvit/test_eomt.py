@@ -12,6 +12,7 @@ from segvit import InferenceOptions, SegViT, SegViTConfig, SegViTOutput
 from segvit.cli import main
 from segvit.exporting.graph import LabelGraph, Plan
 from segvit.model.eomt import EoMT, mask_probability
+from segvit.model.eomt_loss import EoMTLoss
 from segvit.model.heads import make_loss
 from segvit_kernels.integrations import use_fused_loss
 
@@ -165,6 +166,15 @@ def test_parts_of_a_batch_add_up(weights, queries):
         sums = sums + loss(part, labels[own], normalisers)["total"]
     torch.testing.assert_close(sums, total, rtol=1e-6, atol=1e-9)
     assert all(gradient.abs().max() > 0 for gradient in torch.autograd.grad(total, leaves))
+
+
+@pytest.mark.parametrize("queries", [6, 3, 2])
+def test_the_class_term_is_a_mean_of_its_queries(queries):
+    """Also where an image has more classes than there are queries."""
+    labels = torch.arange(6).view(1, 6, 1).expand(1, 6, 6)
+    output = SegViTOutput(torch.zeros(1, queries, 7), torch.randn(1, queries, 6, 6))
+    loss = EoMTLoss(6, queries)(output, labels)
+    assert loss["class"].item() == pytest.approx(2 * math.log(7))
 
 
 def test_images_without_a_class_and_refusals():
