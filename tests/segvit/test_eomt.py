@@ -172,7 +172,7 @@ def test_parts_of_a_batch_add_up(weights, queries):
 def test_the_class_term_is_a_mean_of_its_queries(queries):
     """Also where an image has more classes than there are queries."""
     labels = torch.arange(6).view(1, 6, 1).expand(1, 6, 6)
-    output = SegViTOutput(torch.zeros(1, queries, 7), torch.randn(1, queries, 6, 6))
+    output = SegViTOutput(torch.zeros(1, queries, 7), torch.randn(1, queries, 6, 6), [])
     loss = EoMTLoss(6, queries)(output, labels)
     assert loss["class"].item() == pytest.approx(2 * math.log(7))
 
