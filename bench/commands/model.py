@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sections",
         nargs="+",
         choices=model.SECTIONS,
-        help="only these (default: all but exports; quick: nor engines)",
+        help="only these (default: all but steps and exports; quick: nor engines)",
     )
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keeps what other engines read")
     parser.add_argument("--busy", action="store_true", help="engines beside a busy process a core too")
@@ -49,16 +49,16 @@ def run(options: argparse.Namespace) -> int:
         threads=options.threads,
         rounds=options.rounds or (3 if options.quick else 7),
         compiled=options.compile,
-        sections=options.sections or model.SECTIONS[: -2 if options.quick else -1],
+        sections=options.sections or (model.USUAL_QUICK if options.quick else model.USUAL),
         quick=options.quick,
         smoke=options.smoke,
         budget_s=options.budget,
         graphs=options.graphs,
         busy=options.busy,
     )
-    # The small form has a file of its own, and so have exported files: they do not replace what a longer run
-    # measured; other sections alone have none.
-    exports = options.sections == ["exports"]
-    stem = "exports" if exports else "model quick" if options.quick else "model"
-    partial = (options.sections and not exports) or (options.models and not options.quick)
+    # The small form has a file of its own, and so have exported files and training steps: they do not replace
+    # what a longer run measured; other sections alone have none.
+    alone = next((name for name in ("exports", "steps") if options.sections == [name]), None)
+    stem = alone or ("model quick" if options.quick else "model")
+    partial = (options.sections and not alone) or (options.models and not options.quick)
     return _options.finish(result, options, _options.default_out(stem, "cuda"), partial)

@@ -109,13 +109,14 @@ def training(
     image, where pooled maps of one pixel have no variance.
     """
     model.train().requires_grad_(True)
+    compute = torch.compile(subject.loss, mode=subject.compiled) if subject.compiled else subject.loss
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and len(images) == 1:
             module.eval()
 
     def run() -> tuple[Tensor, Tensor]:
         with subject.context(), torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            loss = subject.loss(model, images, labels)
+            loss = compute(model, images, labels)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad()
@@ -250,16 +251,15 @@ FUSED = Subject(
 )
 
 
+SDPA = dataclasses.replace(
+    PUBLISHED, name="published, SDPA", what="the same with torch's attention", context=_plain_but_attention
+)
+
+
 def ways(device: torch.device, compiled: bool) -> list[Subject]:
     """All ways to run SegViT, the published formula first."""
     change = dataclasses.replace
-    sdpa = change(
-        PUBLISHED,
-        name="published, SDPA",
-        what="the same with torch's attention",
-        loss=None,
-        context=_plain_but_attention,
-    )
+    sdpa = change(SDPA, loss=None)
     found = [PUBLISHED, sdpa]
     modes = ("default", "max-autotune") if device.type == "cuda" else ("default",)
     for mode in modes if compiled else ():
@@ -273,6 +273,15 @@ def ways(device: torch.device, compiled: bool) -> list[Subject]:
         what = f"SegViT.compile_for_inference, method {method}"
         found.append(change(FUSED, name=f"engine, {method}", what=what, loss=None, prepare=_engine(method)))
     return found
+
+
+def steps(compiled: bool) -> list[Subject]:
+    """Ways of a training step, the published formula first."""
+    change, what = dataclasses.replace, "torch.compile of the same, as far as it goes"
+    found = [change(PUBLISHED, name="SegViT" + BY_FORMULA), SDPA]
+    if compiled:
+        found.append(change(SDPA, name="published, compiled", what=what, compiled="default"))
+    return [*found, change(FUSED, name="SegViT")]
 
 
 # ---------------------------------------------------------------------------------------------- decoders
@@ -359,10 +368,11 @@ def libraries(compiled: bool = False) -> list[Subject]:
 
 
 def table(name: str, device: torch.device) -> list[Subject]:
-    """The subjects of a table by its name: forms, ways, decoders, libraries."""
+    """The subjects of a table by its name: forms, ways, steps, decoders, libraries."""
     return {
         "forms": lambda: [PUBLISHED, FUSED],
         "ways": lambda: ways(device, compiled=True),
+        "steps": lambda: steps(compiled=True),
         "decoders": on_one_backbone,
         "libraries": lambda: libraries(compiled=True),
     }[name]()

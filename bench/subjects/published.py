@@ -43,6 +43,7 @@ MODELS = (
 DECODERS = ("vit_b_ade20k_512", "vit_l_ade20k_640")
 # What benchmarks take where no published model will do: quick runs, and runs of the script itself.
 QUICK = Model("vit_s_512", "vit_small", 150, 512, 0.0)
+CAMVID = Model("vit_s_camvid_224", "vit_small", 11, 224, 0.0)  # a training step, of small crops
 TINY = Model("tiny", "vit_tiny", 5, 64, 0.0)
 
 # What follows a decoder's name where its step is computed by the published formula.

@@ -1,7 +1,8 @@
 """``python -m bench model``: whole models, uint8 image in, label map out.
 
-Five tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
-decoders on one backbone, with their training step; engines, and files of ``segvit export``, on a CPU. Before
+Six tables: the ways to run SegViT, all with the same weights; models of other libraries at the same size;
+decoders on one backbone, with their training step; the ways of a training step of small crops; engines, and
+files of ``segvit export``, on a CPU. Before
 anything is timed its label maps (its loss and gradients) are compared with those of the published formula in
 float32, and a row that disagrees is refused. Times come from one process, all subjects of a table in turn;
 engines and files have a process each.
@@ -20,11 +21,12 @@ from torch import Tensor
 from bench.measure import environment, peaks, timing
 from bench.subjects import models
 from bench.subjects.models import Subject
-from bench.subjects.published import BY_FORMULA, MODELS, QUICK, TINY, Model
+from bench.subjects.published import BY_FORMULA, CAMVID, MODELS, QUICK, TINY, Model
 from bench.suites import engines, memory
 
 DTYPES = ("float32", "bfloat16")
-SECTIONS = ("ways", "libraries", "decoders", "engines", "exports")
+SECTIONS = ("ways", "libraries", "decoders", "steps", "engines", "exports")
+USUAL, USUAL_QUICK = ("ways", "libraries", "decoders", "engines"), ("ways", "libraries", "decoders")
 # Of the tables with a process for each row.
 ENGINE_MODELS = {
     "engines": ("vit_b_ade20k_512", QUICK.name, "vit_l_ade20k_640_shrunk"),
@@ -37,6 +39,7 @@ NOT_QUICK = {
 }
 # Images of a training step: the published recipe has 16 on eight GPUs.
 TRAINING_BATCH = {"cuda": 2, "cpu": 1}
+CROPS = 8  # of a step of the table `steps`
 
 # Pixels whose label may differ from the reference's: this share, and in lower precision twice the share by
 # which the reference itself differs there (labels of random weights have near-ties). Losses and the norm of
@@ -212,7 +215,7 @@ def run(
     threads: int = 2,
     rounds: int = 7,
     compiled: bool = False,
-    sections: Sequence[str] = SECTIONS[:-2],
+    sections: Sequence[str] = USUAL_QUICK,
     quick: bool = False,
     smoke: bool = False,
     budget_s: float = float("inf"),
@@ -254,6 +257,9 @@ def run(
         measure("decoders", found, specs[0], counts, mode="inference", batch=batches[0], dtype=dtypes[0])
         batch = TRAINING_BATCH[device.type]
         measure("decoders", found, specs[0], counts, mode="training", batch=batch, dtype=dtypes[0])
+    for dtype in dtypes if "steps" in sections else ():
+        spec = TINY if smoke else CAMVID
+        measure("steps", models.steps(compiled), spec, {}, mode="training", batch=CROPS, dtype=dtype)
     if "libraries" in sections:
         found = models.libraries(compiled)
         measure("libraries", found, specs[0], {}, mode="inference", batch=batches[0], dtype=dtypes[0])

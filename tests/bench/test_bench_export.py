@@ -102,7 +102,14 @@ def test_tables():
 
 
 @pytest.mark.parametrize(
-    "words, stem", [(["exports"], "exports"), (["ways"], None), (["ways", "exports"], None), ([], "model")]
+    "words, stem",
+    [
+        (["exports"], "exports"),
+        (["steps"], "steps"),
+        (["ways"], None),
+        (["ways", "exports"], None),
+        ([], "model"),
+    ],
 )
 def test_exported_files_have_a_result_of_their_own(tmp_path, monkeypatch, words, stem):
     """Which does not replace the one of whole models, where other sections alone are not kept."""

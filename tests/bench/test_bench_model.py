@@ -203,6 +203,23 @@ def test_every_decoder(no_processes):
     assert f"{by_name(result, mode='inference')['Segmenter']['macs'] / 1e9:.1f}" in segmenter
 
 
+def test_ways_of_a_training_step(monkeypatch, no_processes):
+    """torch.compile of the loss, where it is asked for, is the same loss."""
+    found = models.steps(compiled=True)
+    assert [s.compiled for s in found] == [None, None, "default", None]
+    assert [s.name for s in models.steps(compiled=False)] == [s.name for s in found if not s.compiled]
+    monkeypatch.setattr(model, "CROPS", 2)
+    compiles = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, mode: compiles(call, backend="eager"))
+    result = run(sections=("steps",), compiled=True)
+    assert model_tables.sound(result)
+    losses = {way: row["loss"] for way, row in by_name(result, table="steps").items()}
+    first = losses["SegViT" + BY_FORMULA]
+    assert len(losses) == 4 and all(value == pytest.approx(first, rel=1e-3) for value in losses.values())
+    lines = model_tables.tables(result)["steps"].splitlines()
+    assert "| 1.00× |" in lines[2] and f"{first:.4f}" in lines[2]
+
+
 def assert_measured(row):
     assert row["status"] == "ok", row
     assert row["median_s"] > 0 and row["macs"] > 0 and row["parameters"] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.measure.text import markdown, seconds, size
 from bench.subjects.published import BY_FORMULA, DECODER_GFLOPS, MODELS, QUICK, TINY
 
-SECTIONS = ("ways", "libraries", "decoders", "engines", "exports")
+SECTIONS = ("ways", "libraries", "decoders", "steps", "engines", "exports")
 
 
 def sound(result: dict) -> bool:
@@ -85,6 +85,23 @@ def _decoders(rows: list[dict]) -> str:
     return markdown(header, lines)
 
 
+def _steps(rows: list[dict]) -> str:
+    """Ways of a training step, against the published formula in the same precision."""
+    lines = []
+    for row in rows:
+        first = next(r for r in rows if _key(r) == _key(row))
+        line = ["{}, batch {}, {}".format(*_key(row)), row["way"]]
+        if row["status"] == "ok":
+            line += [seconds(row["median_s"]), f"{row['batch'] / row['median_s']:.2f}"]
+            line.append(f"{first['median_s'] / row['median_s']:.2f}×" if first["status"] == "ok" else "–")
+        else:
+            line += [_not_measured(row), "–", "–"]
+        line.append(f"{row['loss']:.4f}" if "loss" in row else "–")
+        lines.append([*line, size(row["extra_bytes"]) if "extra_bytes" in row else "–"])
+    header = ["step", "way", "time", "images/s", "against published", "loss", "memory"]
+    return markdown(header, lines)
+
+
 def _engines(rows: list[dict]) -> str:
     """Ours and the engines of others, against the fastest of them at the same precision."""
     lines = []
@@ -127,12 +144,14 @@ def _best_engines(rows: list[dict]) -> str:
 
 
 def tables(result: dict) -> dict[str, str]:
-    """Markdown: ``models`` (ways and libraries), ``decoders``, ``engines`` and the best of these
+    """Markdown: ``models`` (ways and libraries), ``decoders``, ``steps``, ``engines`` and the best of these
     (``engines-best``), and ``exports``, where they were measured."""
     by = {name: [r for r in result["rows"] if r.get("table", "ways") == name] for name in SECTIONS}
     found = {"models": _models(by["ways"] + by["libraries"])} if by["ways"] + by["libraries"] else {}
     if by["decoders"]:
         found["decoders"] = _decoders(by["decoders"])
+    if by["steps"]:
+        found["steps"] = _steps(by["steps"])
     if by["engines"]:
         found["engines"] = _engines(by["engines"])
         found["engines-best"] = _best_engines(by["engines"])
