@@ -143,6 +143,42 @@ def test_bytes_of_a_register_that_nothing_wrote(selector, expected):
         assert out.item() == expected
 
 
+@pytest.mark.parametrize("name", ["div.s32", "rem.s32", "div.u32", "rem.u32"])
+@pytest.mark.parametrize("zero", [None, 5])
+def test_an_integer_divided_by_zero(name, zero):
+    """Is a fault of a thread that does it, by its number, and none of one whose guard is false."""
+    text = f"""
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry divide(.param .u64 by, .param .u64 out) {{
+    .reg .pred %p<2>;
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<4>;
+    mov.u32 %r1, %tid.x;
+    ld.param.u64 %rd1, [by];
+    ld.param.u64 %rd2, [out];
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd1, %rd1, %rd3;
+    add.s64 %rd2, %rd2, %rd3;
+    ld.global.b32 %r2, [%rd1];
+    setp.ge.u32 %p1, %r1, 2;
+    mov.u32 %r3, 0;
+    @%p1 {name} %r3, 77, %r2;
+    st.global.b32 [%rd2], %r3;
+    ret;
+}}
+"""
+    by, out = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    if zero is not None:
+        by[zero] = 0
+        with pytest.raises(ptx.Fault, match=f"division by zero: .*thread {zero}"):
+            ptx.run_ptx(text, "divide", (1, 1, 1), 32, [by, out])
+    else:
+        ptx.run_ptx(text, "divide", (1, 1, 1), 32, [by, out])
+        assert out.tolist() == [0, 0, *(77 // n if "div" in name else 77 % n for n in range(2, 32))]
+
+
 def test_comparisons_in_bfloat16_of_what_is_not_a_number():
     """The unordered ones hold of it, as LLVM asks of `score < 0.0` turned round; the others do not."""
     ordered = {"eq": 0b010, "lt": 0b001, "le": 0b011, "gt": 0b100, "ge": 0b110}  # of -1, 1 and 2 with 1

@@ -200,6 +200,12 @@ class Machine:
                 detail = f"{name.split('@')[0]}, or what it was computed from, was not written"
                 self.fail(site, "uninitialised register", detail, wrong)
 
+    def divisor(self, site: int, mask: np.ndarray | None, divisor: np.ndarray) -> None:
+        """Fails where a thread divides an integer by 0: hardware and NumPy make different things of it."""
+        wrong = divisor == 0 if mask is None else (divisor == 0) & mask
+        if wrong.any():
+            self.fail(site, "division by zero", "an integer divided by 0", wrong)
+
     def parameter(self, offset: int, dtype: str) -> np.ndarray:
         """A kernel parameter, or part of one."""
         key = (offset, dtype)
