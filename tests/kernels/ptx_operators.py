@@ -74,7 +74,8 @@ def check_noise(arch):
     for seed in range(1, 5):
         with ptx.machine(arch, noise=seed):
             mask_loss.test_case(mask_loss.BY_NAME["one_pixel"], BY_ID["triton"], torch.float32, None)
-            check_subsample_norm(torch.float32)
+            for name in ("few_channels", "far_from_zero"):
+                subsample_norm.check(subsample_norm.BY_NAME[name], torch.float32, BY_ID["triton"])
 
 
 def check_mask_iou(dtype):
