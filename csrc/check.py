@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import sanitizer
@@ -48,15 +49,16 @@ def built(timeout: float) -> dict:
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         reason = "nvcc is not installed"
         return {"name": "build", "status": "skipped", "summary": reason, "reason": reason}
-    try:
-        return {
-            "name": "build",
-            "status": "ok",
-            "summary": str(build.build(build.parse(["--archs", "native", "--debug"]))),
-        }
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        return {"name": "build", "status": "failed", "summary": reason[:400], "reason": reason[:400]}
+    command = [sys.executable, str(build.HERE / "build.py"), "--archs", "native", "--debug"]
+    code, output = sanitizer.run(command, timeout, VARIABLES, build.ROOT)
+    if code == 0:
+        return {"name": "build", "status": "ok", "summary": sanitizer.last_line(output)}
+    reason = " ".join(output.split())[:400] if code is not None else _late(timeout)
+    return {"name": "build", "status": "failed", "summary": reason, "reason": reason}
+
+
+def _late(timeout: float) -> str:
+    return f"longer than {timeout:.0f} s"
 
 
 def tests(timeout: float) -> dict:
@@ -67,10 +69,7 @@ def tests(timeout: float) -> dict:
     # Tests that were all skipped prove nothing.
     if code == 0 and " passed" in f" {summary}":
         return row | {"status": "ok"}
-    return row | {
-        "status": "failed",
-        "reason": summary if code is not None else f"longer than {timeout:.0f} s",
-    }
+    return row | {"status": "failed", "reason": summary if code is not None else _late(timeout)}
 
 
 def sanitize(tool: str, timeout: float) -> dict:
@@ -81,12 +80,15 @@ def sanitize(tool: str, timeout: float) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="csrc/check.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for each part (default 180)")
+    parser.add_argument("--timeout", type=float, default=720.0, help="seconds for all of it (default 720)")
     parser.add_argument("--json", action="store_true", help="print rows as lines of JSON")
     options = parser.parse_args()
-    failed = False
-    for part in (built, tests, *(functools.partial(sanitize, tool) for tool in sanitizer.TOOLS)):
-        row = part(options.timeout)
+    failed, end = False, time.time() + options.timeout
+    parts = (built, tests, *(functools.partial(sanitize, tool) for tool in sanitizer.TOOLS))
+    for part in parts:
+        # Half of what is left, so that a part that hangs leaves time for the next; the last has all.
+        left = end - time.time()
+        row = part(left if part is parts[-1] else left / 2)
         failed |= row["status"] == "failed"
         print(
             json.dumps(row) if options.json else f"{row['name']}: {row['status']}: {row['summary']}",

@@ -77,8 +77,9 @@ def compiled_on_a_gpu(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="module")
 def ptx_machines() -> Iterator[Callable[[str], None]]:
     """With ``SEGVIT_PTX=sm_90`` a backend's compiled kernels run on the PTX machine, from a call with its
-    name to the end of the module: those of Triton, and those that nvcc makes of CUDA C++."""
-    arch, running = os.environ.get("SEGVIT_PTX"), set()
+    name to the end of the module: those of Triton, and those that nvcc makes of CUDA C++. With
+    ``SEGVIT_PTX_NOISE=1``, a seed, approximate instructions err as they may on hardware."""
+    arch, noise, running = os.environ.get("SEGVIT_PTX"), os.environ.get("SEGVIT_PTX_NOISE"), set()
     with contextlib.ExitStack() as stack:
 
         def start(name: str) -> None:
@@ -91,7 +92,7 @@ def ptx_machines() -> Iterator[Callable[[str], None]]:
                     pytest.skip(reason)
             else:
                 from segvit_kernels.testing import ptx as machines
-            session = stack.enter_context(machines.machine(arch))
+            session = stack.enter_context(machines.machine(arch, noise=None if noise is None else int(noise)))
             stack.callback(importlib.import_module("ptx_coverage").record, session)
             running.add(name)
 
@@ -262,5 +263,5 @@ def _choose(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason=reason)
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
             item.add_marker(skip)

@@ -366,8 +366,7 @@ def _native_tasks(plan: Plan) -> list[Task]:
 
     def run(context: Context) -> Iterator[dict]:
         script = str(environment.ROOT / "csrc" / "check.py")
-        seconds = max(1.0, context.left())
-        command = [sys.executable, script, "--json", "--timeout", f"{seconds / 2:.0f}"]
+        command = [sys.executable, script, "--json", "--timeout", f"{max(1.0, context.left()):.0f}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=environment.ROOT) as process:
             for line in process.stdout:
                 if line.startswith("{"):

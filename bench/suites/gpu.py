@@ -33,7 +33,7 @@ from bench.measure import environment, timing
 from bench.measure import results as files
 from bench.suites import _gpu_tasks, kernels, model
 from bench.suites._gpu_rows import LOG, Rows, latest, read
-from bench.suites._gpu_tasks import SECTIONS, STAGES, Plan, _context, _lost, sections
+from bench.suites._gpu_tasks import SECTIONS, STAGES, Plan, _context, _lost, sanitizer, sections
 
 RESTARTS = 6
 GRACE_S = 15.0
@@ -143,9 +143,8 @@ class _Section:
             )
 
     def stop(self) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        if self.process:
+            sanitizer.stop(self.process)
 
     def poll(self) -> bool:
         """Whether the section has ended; kills and restarts its worker as needed."""

@@ -76,7 +76,8 @@ def _values(
 @triton.jit
 def _place(N, M, parts, BLOCK: tl.constexpr):
     """Of a program its blocks of the masks of either side, its part and its image."""
-    blocks_n, blocks_m = tl.cdiv(N, BLOCK), tl.cdiv(M, BLOCK)
+    # A side without masks has one block too: areas of the other side come from it.
+    blocks_n, blocks_m = tl.maximum(tl.cdiv(N, BLOCK), 1), tl.maximum(tl.cdiv(M, BLOCK), 1)
     i = tl.program_id(0)
     block_m, i = i % blocks_m, i // blocks_m
     block_n, i = i % blocks_n, i // blocks_n

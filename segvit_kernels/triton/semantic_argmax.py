@@ -730,9 +730,10 @@ def prepare(
         "PADDED_Q": padded_q,
         "PADDED_C": padded_c,
         "BLOCK_Q": block_q,
-        # A program holds all queries, of which more leave registers for less of each.
+        # A program holds all queries, of which more leave registers for less of each; cells are transposed in
+        # shared memory, 64 KiB at most.
         "BLOCK_C": max(8, min(32, 8192 // block_queries)),
-        "BLOCK_CELLS": max(16, min(64, 16384 // block_queries)),
+        "BLOCK_CELLS": max(1, min(64, max(16, 16384 // block_queries), 32768 // block_queries)),
         "HEAD": head,
         "ORDER": head > 0 or prune > 0,
         "SCALED": not single,

@@ -84,15 +84,16 @@ def _subsample_norm_fwd_kernel(
     STRIDE: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    SHARE: tl.constexpr = 1.0 / C  # a division by C would be the hardware's, which errs by two units
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     b, token, kept, place = _places(rows, N, prefix, width, columns, STRIDE)
     inside = (c[None, :] < C) & (rows[:, None] < rows_total)  # [BLOCK_N, BLOCK_C]
     x = tl.load((x_ptr + b * stride_xb + token * stride_xn)[:, None] + c[None, :], mask=inside, other=0.0)
     x32 = x.to(tl.float32)
-    mean = tl.sum(x32, 1) / C
+    mean = tl.sum(x32, 1) * SHARE
     centred = tl.where(c[None, :] < C, x32 - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) * SHARE + eps)
     normed = centred * rstd[:, None]
     if weight_ptr is not None:
         normed *= tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
@@ -118,6 +119,7 @@ def _subsample_norm_bwd_kernel(
     """partial (programs, 2, C): gradients of the weight and of the bias over the tokens of a program."""
     start = tl.program_id(0) * steps * BLOCK_N
     c = tl.arange(0, BLOCK_C)
+    SHARE: tl.constexpr = 1.0 / C
     NORM: tl.constexpr = dn_ptr is not None or dn_sub_ptr is not None
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -148,7 +150,7 @@ def _subsample_norm_bwd_kernel(
                 dw += g * xhat
                 db += g
                 wg = g * weight[None, :]
-            dx = wg - (tl.sum(wg, 1) / C)[:, None] - xhat * (tl.sum(wg * xhat, 1) / C)[:, None]
+            dx = wg - (tl.sum(wg, 1) * SHARE)[:, None] - xhat * (tl.sum(wg * xhat, 1) * SHARE)[:, None]
             dx *= rstd[:, None]
         if dx_sub_ptr is not None:
             ptrs = (dx_sub_ptr + b * stride_rb + place * stride_rn)[:, None] + c[None, :]

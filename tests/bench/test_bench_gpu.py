@@ -286,6 +286,32 @@ def test_a_dead_worker_costs_one_task(tmp_path, monkeypatch):
     assert own.restarts == 2 and "boom" in (tmp_path / gpu.LOG).read_text()
 
 
+def ended(path: Path) -> bool:
+    """Whether the process whose number a file holds is no more, or soon."""
+    for _ in range(1000):
+        try:
+            state = Path(f"/proc/{path.read_text().strip()}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux")
+def test_what_a_hanging_worker_started_is_killed_too(tmp_path, monkeypatch):
+    """As the CUDA C++ battery's tests, on the GPU; in a group of its own too."""
+    own = section(monkeypatch, tmp_path, [_gpu_tasks.Task("checks", {"name": "0"}, None)], deadline=-1)
+    monkeypatch.setattr(gpu, "GRACE_S", 0.0)
+    own.rows.write(begin=0)
+    script = "sleep 600 & echo $! > left; setsid sleep 600 & echo $! > own; touch ready; wait"
+    own.process = subprocess.Popen(["sh", "-c", script], cwd=tmp_path)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    assert own.poll() and ended(tmp_path / "left") and ended(tmp_path / "own")
+
+
 def test_a_hanging_worker_is_killed_and_the_rest_skipped(tmp_path, monkeypatch):
     tasks = [_gpu_tasks.Task("checks", {"name": str(n)}, None) for n in range(2)]
     own = section(monkeypatch, tmp_path, tasks, deadline=-1)
@@ -491,7 +517,11 @@ def test_the_sanitizer_says_why_it_did_not_run(tmp_path, monkeypatch):
             "failed",
             "2 err",
         ),
-        ("case $* in *probe*) exit 0;; *) exec sleep 5;; esac", "skipped", "not at its end"),
+        (
+            f"case $* in *probe*) exit 0;; *) sleep 600 & echo $! > {tmp_path}/left; wait;; esac",
+            "skipped",
+            "not at its end",
+        ),
         ("echo '== ERROR SUMMARY: 0 errors'", "ok", None),
         ("echo nothing", "failed", "no summary of the tool"),
     ):
@@ -501,6 +531,7 @@ def test_the_sanitizer_says_why_it_did_not_run(tmp_path, monkeypatch):
         row = sanitizer.check("memcheck", ["true"], 2)
         assert row["status"] == status, row
         assert reason is None or reason in row["reason"], row
+    assert ended(tmp_path / "left"), "the tool's program goes on"
 
 
 # ------------------------------------------------------------------------------ kernels compiled ahead

@@ -130,6 +130,31 @@ def test_a_gpu_gets_cases_of_every_operator_in_cuda(path):
     assert {"cuda-gpu-fp32", "cuda-gpu-bf16"} <= ids
 
 
+def test_parts_of_the_check_share_its_time(monkeypatch, capsys):
+    """Half of what is left is each one's, all of it the last one's; the build's too."""
+    now, given = 0.0, []
+
+    def run(command, timeout, *_):
+        nonlocal now
+        given.append(timeout)
+        now += timeout
+        return 0, "1 passed"
+
+    monkeypatch.setattr(check.time, "time", lambda: now)
+    monkeypatch.setattr(check.sanitizer, "run", run)
+    monkeypatch.setattr(check.sanitizer, "check", lambda tool, command, timeout, **_: row(tool, timeout))
+    monkeypatch.setattr(check.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--json", "--timeout", "800"])
+
+    def row(tool, timeout):
+        run(tool, timeout)
+        return {"name": tool, "status": "ok", "summary": ""}
+
+    assert check.main() == 0
+    assert given == [400, 200, 100, 100]
+    capsys.readouterr()
+
+
 def test_operators_with_kernels_in_cuda_are_checked_on_a_gpu():
     assert len(check.TESTS) == len(set(build.OPERATORS) - {"linear"})
     for selected in (check.CASES, check.SMALL):

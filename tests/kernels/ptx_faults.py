@@ -187,6 +187,9 @@ PLANTS = {
     "a wrong divisibility": Plant(
         add_vectors, A, "misaligned", r"\[ %rd(\d+) \+ 0 \]", r"[ %rd\1 + 4 ]", occurrence=0
     ),
+    "a division by zero": Plant(
+        matmul, A, "division by zero", r"(rem\.s32\s+%r\d+, %r\d+, )%r\d+;", r"\g<1>0;"
+    ),
     "a hint of divisibility that is not so": Plant(add_with_a_hint, A, "launch"),
     "a rounding towards zero": Plant(halves, A, WRONG, r"cvt\.rn\.bf16x2", "cvt.rz.bf16x2", None),
     "a sum rounded towards zero": Plant(add_vectors, A, WRONG, r"add\.f32", "add.rz.f32", None),

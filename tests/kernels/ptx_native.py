@@ -91,10 +91,12 @@ def kernel_name(entry: str) -> str:
 
 
 @contextlib.contextmanager
-def machine(arch: str, edit: Callable[[str, str], str] | None = None) -> Iterator[ptx.Session]:
+def machine(
+    arch: str, edit: Callable[[str, str], str] | None = None, noise: int | None = None
+) -> Iterator[ptx.Session]:
     """Backend "cuda" on CPU tensors runs the kernels that nvcc compiled for ``arch``: "sm_80"."""
     library = str(_native._emulator().path)
-    session, symbols, compiled = ptx.Session(arch, edit), _symbols(library), modules(arch)
+    session, symbols, compiled = ptx.Session(arch, edit, noise=noise), _symbols(library), modules(arch)
     said: list[ctypes.Array] = []
 
     def run(launch: _Launch) -> int | None:

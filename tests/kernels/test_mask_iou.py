@@ -130,11 +130,14 @@ def test_threads_change_nothing(soft, backend, poisoned):
 @each_backend()
 @SOFT
 def test_empty(soft, backend, poisoned):
-    """No images, or no masks on one side: there is nothing, not an error."""
+    """No images, or no masks on one side: there is nothing, not an error; the other side has its areas."""
     masks = torch.randn(2, 3, 4, 5, device=backend.device)
+    expected = torch.ops.segvit.mask_iou(masks, masks, 4, 5, soft, 0.0, backend="eager")[1]
     for a, b in ((masks[:0], masks[:0]), (masks[:, :0], masks), (masks, masks[:, :0])):
         found = on(backend)(a, b, soft=soft)
         assert found.union.shape == found.iou.shape == (len(a), a.shape[1], b.shape[1])
+        for side, area in zip((a, b), backend.op("mask_iou")(a, b, 4, 5, soft, 0.0)[1:], strict=True):
+            torch.testing.assert_close(area, expected[: len(side), : side.shape[1]])
 
 
 @each_backend("triton", "cpu", "cuda")

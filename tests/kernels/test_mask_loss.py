@@ -61,9 +61,19 @@ def assert_close_to_reference(inputs, result, grads):
     torch.testing.assert_close(result.present, truth.present)
     assert result.num_masks == truth.num_masks
     for name, *values in zip(LOSSES, *(stacked(r) for r in (result, truth, plain)), strict=True):
-        assert_within_budget(name, *values)
+        assert_within_budget(name, *values, terms=LOSSES[name])
     for index, (g, t, p) in enumerate(zip(grads, truth_grads, plain_grads, strict=True)):
         assert_within_budget(f"gradient {index}", g, t, p.to(g.dtype))
+
+
+def test_the_budget_of_a_difference_is_that_of_its_terms():
+    """And no more."""
+    truth = torch.tensor([0.06], dtype=torch.float64)
+    plain = truth.float()
+    assert_within_budget("dice", plain + 1e-7, truth, plain, terms=1)
+    for error, terms in ((1e-7, 0), (1e-6, 1)):
+        with pytest.raises(AssertionError, match="budget"):
+            assert_within_budget("dice", plain + error, truth, plain, terms=terms)
 
 
 def smaller(case):

@@ -60,7 +60,8 @@ def test_interpreted(given, device, markers, expected):
     ],
 )
 def test_with_a_gpu(options, expected, tmp_path):
-    (tmp_path / "test_probe.py").write_text(PROBE)
+    (tmp_path / "gpu").mkdir()  # a name that says nothing of the tests in it
+    (tmp_path / "gpu" / "test_probe.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a device\n")
     unset = ("TRITON_INTERPRET", "SEGVIT_KERNELS_BACKEND")
     environment = {k: v for k, v in os.environ.items() if k not in unset and not k.startswith("PYTEST_")}

@@ -17,6 +17,7 @@ import torch
 from conftest import in_turn
 
 from segvit_kernels.testing import ptx
+from segvit_kernels.testing.ptx import floating
 
 HERE = Path(__file__).resolve().parent
 
@@ -141,6 +142,85 @@ def test_bytes_of_a_register_that_nothing_wrote(selector, expected):
     else:
         ptx.run_ptx(text, "bytes", (1, 1, 1), 32, [out])
         assert out.item() == expected
+
+
+@pytest.mark.parametrize("name", floating.ERRORS)
+def test_approximate_instructions_err_as_far_as_they_may(name):
+    """No further, by a good part of it, and always the same; not at all without noise."""
+    operation = "div.full.f32 %f1, %f1, 0f40490FDB" if name == "div" else f"{name}.approx.f32 %f1, %f1"
+    text = f"""
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry approximate(.param .u64 x, .param .u64 out) {{
+    .reg .f32 %f<2>;
+    .reg .b32 %r<2>;
+    .reg .b64 %rd<4>;
+    mov.u32 %r1, %tid.x;
+    ld.param.u64 %rd1, [x];
+    ld.param.u64 %rd2, [out];
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd1, %rd1, %rd3;
+    add.s64 %rd2, %rd2, %rd3;
+    ld.global.f32 %f1, [%rd1];
+    {operation};
+    st.global.f32 [%rd2], %f1;
+    ret;
+}}
+"""
+    x = torch.linspace(0, 6, 512)
+    x[0] = 0.001
+
+    def found(noise):
+        out = torch.zeros(512)
+        ptx.run_ptx(text, "approximate", (1, 1, 1), 512, [x, out], noise=noise)
+        return out.double()
+
+    exact = {"div": lambda a: a / torch.tensor(torch.pi).float(), "rcp": torch.reciprocal, "ex2": torch.exp2}
+    exact |= {"lg2": torch.log2}
+    truth = exact.get(name, getattr(torch, name, None))(x.double())
+    relative, absolute = floating.ERRORS[name]
+    allowed = (relative * truth.abs()).clamp(min=absolute)
+    share = ((found(1) - truth).abs() / allowed).amax()
+    assert 0.8 < share <= 1 + 1e-6
+    assert torch.equal(found(1), found(1)) and not torch.equal(found(1), found(2))
+    assert ((found(None) - truth).abs() <= 2.0**-23 * truth.abs()).all()
+
+
+@pytest.mark.parametrize("name", ["div.s32", "rem.s32", "div.u32", "rem.u32"])
+@pytest.mark.parametrize("zero", [None, 5])
+def test_an_integer_divided_by_zero(name, zero):
+    """Is a fault of a thread that does it, by its number, and none of one whose guard is false."""
+    text = f"""
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry divide(.param .u64 by, .param .u64 out) {{
+    .reg .pred %p<2>;
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<4>;
+    mov.u32 %r1, %tid.x;
+    ld.param.u64 %rd1, [by];
+    ld.param.u64 %rd2, [out];
+    mul.wide.u32 %rd3, %r1, 4;
+    add.s64 %rd1, %rd1, %rd3;
+    add.s64 %rd2, %rd2, %rd3;
+    ld.global.b32 %r2, [%rd1];
+    setp.ge.u32 %p1, %r1, 2;
+    mov.u32 %r3, 0;
+    @%p1 {name} %r3, 77, %r2;
+    st.global.b32 [%rd2], %r3;
+    ret;
+}}
+"""
+    by, out = torch.arange(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    if zero is not None:
+        by[zero] = 0
+        with pytest.raises(ptx.Fault, match=f"division by zero: .*thread {zero}"):
+            ptx.run_ptx(text, "divide", (1, 1, 1), 32, [by, out])
+    else:
+        ptx.run_ptx(text, "divide", (1, 1, 1), 32, [by, out])
+        assert out.tolist() == [0, 0, *(77 // n if "div" in name else 77 % n for n in range(2, 32))]
 
 
 def test_comparisons_in_bfloat16_of_what_is_not_a_number():

@@ -319,6 +319,17 @@ def test_neighbours_of_a_row_are_neighbours_in_memory(w, strides, copied):
     assert taken.is_contiguous() if copied else taken is masks
 
 
+@pytest.mark.parametrize("queries", [100, 1025, 2100, 5000, 40000])
+def test_cells_of_any_number_of_queries_have_a_place_in_shared_memory(queries):
+    """64 KiB, which every GPU has: the preparing kernel transposes them there."""
+    masks = torch.empty(1, queries, 32, 32, dtype=torch.bfloat16, device="meta")
+    probs = torch.empty(1, queries, 5, dtype=torch.bfloat16, device="meta")
+    config = kernels._config((1, 64, 64, queries, 5), masks.dtype, "sm_89", (0.5, 0.5))
+    _, launches = kernels._launches([masks], probs, [], 1, 64, 64, True, False, 0.0, config)
+    cells, padded = (launches[0].constants[name] for name in ("BLOCK_CELLS", "QUERIES"))
+    assert 1 <= cells <= 64 and (cells == 1 or 2 * cells * padded <= 2**16)
+
+
 def test_accumulators():
     assert kernels._parts(150, 192) == ((128, 32), 1)
     assert kernels._parts(171, 192) == ((128, 32, 16), 1)

@@ -95,6 +95,7 @@ SOUND |= {"loop_barriers": 0, "loop_staged": 0, "serialised": False, "undefined"
         ({"stack": 8}, None),
         ({"stack": 16}, "16 bytes spilled"),
         ({"stack": 8, "loop_spills": 1}, "1 instructions of it in loops"),
+        ({"stack": 16, "loop_spills": 1, "case": "large"}, None),
         ({"undefined": 6}, "6 registers are read that nothing wrote"),
         ({"serialised": True}, "C7515"),
         ({"serialised": True, "case": "allowed"}, None),
@@ -102,7 +103,7 @@ SOUND |= {"loop_barriers": 0, "loop_staged": 0, "serialised": False, "undefined"
     ],
 )
 def test_faults(change, fault):
-    demand = Demand(64, tensor=4, barriers=0, stack=8, serialised=("allowed",))
+    demand = Demand(64, tensor=4, barriers=0, stack=8, serialised=("allowed",), spilled=("large",))
     found = faults({**SOUND, **change}, "sm_90", demand)
     assert len(found) == (fault is not None) and all(fault in line for line in found)
 

@@ -83,7 +83,8 @@ def check_cases(tiny: bool) -> list[tuple[str, Case]]:
     smaller = Case("smaller", 2, (9, 4), ((40, 40), (30, 20)), (13, 17), soft=True)
     main, *others = SHAPES
     checks = [("values", replace(main, batch=batch)) for batch in BATCHES]
-    checks += [("values", odd), ("values", smaller), ("repeat", replace(main, batch=2))]
+    empty = replace(smaller, name="odd_empty", masks=(0, 4))
+    checks += [("values", odd), ("values", smaller), ("values", empty), ("repeat", replace(main, batch=2))]
     return checks + [("values", replace(case, batch=batch)) for case in others for batch in BATCHES]
 
 

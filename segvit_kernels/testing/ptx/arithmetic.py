@@ -115,20 +115,14 @@ def _sad(emit: Emitter, i: Instruction) -> None:
     emit.set(i.operands[0], dtype, f"add({c}, where(less({a}, {b}), {b} - {a}, {a} - {b}))")
 
 
-@instruction("div")
+@instruction("div", "rem")
 def _div(emit: Emitter, i: Instruction) -> None:
     if _is_float(i):
         return _floating("div", emit, i)
     dtype = NUMPY[i.modifiers[-1]]
     a, b = (emit.use(o, dtype) for o in i.operands[1:])
-    emit.set(i.operands[0], dtype, f"quotient({a}, {b})")
-
-
-@instruction("rem")
-def _rem(emit: Emitter, i: Instruction) -> None:
-    dtype = NUMPY[i.modifiers[-1]]
-    a, b = (emit.use(o, dtype) for o in i.operands[1:])
-    emit.set(i.operands[0], dtype, f"np.fmod({a}, {b})")
+    emit.line(f"m.divisor({emit.site()}, {emit.mask()}, {b})")
+    emit.set(i.operands[0], dtype, f"{'quotient' if i.name == 'div' else 'np.fmod'}({a}, {b})")
 
 
 @function

@@ -80,8 +80,9 @@ class Machine:
         shared_bytes: int,
         counts: Counts,
         traffic: bool,
+        noise: floating.Noise | None,
     ) -> None:
-        self.program, self.grid, self.counts = program, grid, counts
+        self.program, self.grid, self.counts, self.noise = program, grid, counts, noise
         self.blocks = len(numbers)
         self.own_threads = int(np.prod(block))
         self.threads = -(-self.own_threads // 32) * 32
@@ -199,6 +200,12 @@ class Machine:
                 name = next(n for n, bit in self.program.flow.bits.items() if bit == 1 << slot)
                 detail = f"{name.split('@')[0]}, or what it was computed from, was not written"
                 self.fail(site, "uninitialised register", detail, wrong)
+
+    def divisor(self, site: int, mask: np.ndarray | None, divisor: np.ndarray) -> None:
+        """Fails where a thread divides an integer by 0: hardware and NumPy make different things of it."""
+        wrong = divisor == 0 if mask is None else (divisor == 0) & mask
+        if wrong.any():
+            self.fail(site, "division by zero", "an integer divided by 0", wrong)
 
     def parameter(self, offset: int, dtype: str) -> np.ndarray:
         """A kernel parameter, or part of one."""
@@ -509,6 +516,7 @@ def execute(
     spans: Sequence[Span],
     shared_bytes: int = 0,
     traffic: bool = False,
+    noise: int | None = None,
 ) -> Counts:
     """Run one launch of a kernel of PTX.
 
@@ -520,6 +528,7 @@ def execute(
         spans: memory that it may touch.
         shared_bytes: dynamic shared memory of a block.
         traffic: whether :attr:`Counts.memory` is wanted.
+        noise: seed of the errors of approximate instructions; ``None``: they have none.
 
     Raises:
         Fault: the kernel did what it must not do.
@@ -534,10 +543,11 @@ def execute(
         raise Fault("empty", "no access to memory in it: compiled to nothing", kernel)
     total = math.prod(grid)
     at_once = max(1, min(LANES // threads, SHARED // max(1, shared)))
+    errors = None if noise is None else floating.Noise(noise)
     with np.errstate(all="ignore"):
         for begin in range(0, total, at_once):
             numbers = np.arange(begin, min(begin + at_once, total))
-            Machine(made, grid, block, numbers, parameters, spans, shared, counts, traffic).run()
+            Machine(made, grid, block, numbers, parameters, spans, shared, counts, traffic, errors).run()
     return counts
 
 

@@ -45,6 +45,7 @@ KINDS = {
     "uninitialised register": "a register that nothing wrote",
     "uninitialised shared memory": "a read of shared memory that nothing wrote",
     "uninitialised local memory": "a read of local memory that its thread did not write",
+    "division by zero": "an integer divided by 0, whose quotient and remainder PTX leaves open",
     "in flight": "data of an asynchronous copy or product before its wait",
     "race": "two threads at one shared byte, one of them writing, without a barrier between",
     "missing proxy fence": "generic writes that the asynchronous proxy reads without fence.proxy.async",

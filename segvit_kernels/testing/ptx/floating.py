@@ -265,11 +265,61 @@ def _sign(emit: Emitter, i: Instruction) -> None:
     emit.set(i.operands[0], dtype, f"{a} ^ {sign}" if i.name == "neg" else f"{a} & ~{sign}")
 
 
+ERRORS = {
+    "div": (2.0**-22, 0.0),
+    "rcp": (2.0**-23, 0.0),
+    "sqrt": (2.0**-23, 0.0),
+    "rsqrt": (2.0**-22.4, 0.0),
+    "ex2": (2.0**-22, 0.0),
+    "lg2": (2.0**-22, 2.0**-22),
+    "sin": (0.0, 2.0**-20.5),
+    "cos": (0.0, 2.0**-20.5),
+    "tanh": (2.0**-11, 0.0),
+}
+"""How far approximate instructions of float32 may be from the truth by the PTX ISA: a part of the result, and
+in all; the larger of both counts."""
+
+
+class Noise:
+    """Errors that approximate instructions may make on hardware.
+
+    Args:
+        seed: of the errors, of which every result of an instruction has always the same one.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+
+    def __call__(self, name: str, exact: np.ndarray) -> np.ndarray:
+        """float32 of a result in float64, at most as far from it as :data:`ERRORS` says."""
+        bits = exact.view("u8") ^ self._seed
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64
+            bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+        share = (bits ^ (bits >> np.uint64(31))) / 2.0**63 - 1  # of the error, evenly from -1 to 1
+        relative, absolute = ERRORS[name]
+        size = np.abs(exact)
+        room = np.maximum(relative * size, absolute) - 2.0**-24 * size  # the rest is rounding's
+        kept = ~np.isfinite(exact) | ((exact == 1) & (name == "ex2"))  # PTX: 1 of 0
+        return np.where(kept, exact, exact + room * share).astype("f4")
+
+
+def _approximate(i: Instruction, formula: str, operands: list[str]) -> str:
+    """An expression of the formula, with an error where the machine has noise."""
+    text = formula.format(*operands)
+    if i.modifiers[-1] != "f32" or not {"approx", "full"} & set(i.modifiers):
+        return text
+    wide = formula.format(*(f"{x}.astype('f8')" for x in operands))
+    return f"({text} if m.noise is None else m.noise({i.name!r}, {wide}))"
+
+
 @instruction("div.float")
 def _div(emit: Emitter, i: Instruction) -> None:
     kind, mode = i.modifiers[-1], _mode(i)
     a, b = _operands(emit, i, 2, kind)
-    text = f"divide({a}, {b})" if mode == "rn" else f"towards(divide({a}, {b}, dtype='f8'), {mode!r})"
+    if mode == "rn":
+        text = _approximate(i, "divide({}, {})", [a, b])
+    else:
+        text = f"towards(divide({a}, {b}, dtype='f8'), {mode!r})"
     _finish(emit, i, text, NUMPY[kind])
 
 
@@ -297,7 +347,7 @@ def _unary(emit: Emitter, i: Instruction) -> None:
     if _mode(i) != "rn" and kind == "f32":
         text = f"towards({_UNARY[i.name].format(a + '.astype(' + repr('f8') + ')')}, {_mode(i)!r})"
     else:
-        text = _UNARY[i.name].format(a)
+        text = _approximate(i, _UNARY[i.name], [a])
         if i.name == "rsqrt" and kind == "f32":
             text += ".astype('f4')"
     _finish(emit, i, text, NUMPY[kind])

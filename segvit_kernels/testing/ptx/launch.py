@@ -33,6 +33,7 @@ class Session:
         arch: ``sm_80`` or ``sm_90``.
         edit: changes the PTX of a kernel, by name, before it runs; for tests of the machine.
         traffic: whether bytes and bank conflicts are counted too.
+        noise: seed of the errors of approximate instructions; ``None``: they have none.
 
     Attributes:
         launches: kernels by name, and how often they were launched.
@@ -43,6 +44,7 @@ class Session:
     arch: str
     edit: Callable[[str, str], str] | None = None
     traffic: bool = False
+    noise: int | None = None
     launches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: dict[str, Counts] = dataclasses.field(default_factory=dict)
     variants: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -65,7 +67,8 @@ class Session:
         """One launch, as of :func:`run_ptx`."""
         if self.edit is not None:
             text = self.edit(kernel, text)
-        counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes, memory, self.traffic)
+        options = {"traffic": self.traffic, "noise": self.noise}
+        counts = run_ptx(text, kernel, grid, threads, arguments, shared_bytes, memory, **options)
         self.launches[kernel] += 1
         dtypes = frozenset(a.dtype for a in arguments if isinstance(a, Tensor))
         self.variants[kernel, dtypes, _digest(text)] += 1
@@ -95,6 +98,7 @@ def run_ptx(
     shared_bytes: int = 0,
     memory: Sequence[Tensor] = (),
     traffic: bool = False,
+    noise: int | None = None,
 ) -> Counts:
     """Run a kernel of PTX text on CPU tensors.
 
@@ -108,6 +112,8 @@ def run_ptx(
         shared_bytes: dynamic shared memory.
         memory: tensors that it may touch besides, whose addresses stand in ``bytes`` or in other tensors.
         traffic: whether bytes and bank conflicts are counted too, which takes longer.
+        noise: seed of errors that approximate instructions of float32 make (``ex2.approx``, ``rcp.approx``,
+            ``div.full``, …), as far as PTX allows; ``None``: as NumPy rounds.
 
     Returns:
         what was executed.
@@ -131,7 +137,7 @@ def run_ptx(
     block = (threads, 1, 1) if isinstance(threads, int) else threads
     if not math.prod(grid):
         return Counts()
-    return execute(text, kernel, grid, block, bytes(data), spans, shared_bytes, traffic)
+    return execute(text, kernel, grid, block, bytes(data), spans, shared_bytes, traffic, noise)
 
 
 def _bytes(value: Any, size: int, name: str, kernel: Any) -> bytes:
@@ -276,7 +282,11 @@ def _stages(
 
 @contextlib.contextmanager
 def machine(
-    arch: str = "sm_90", *, edit: Callable[[str, str], str] | None = None, traffic: bool = False
+    arch: str = "sm_90",
+    *,
+    edit: Callable[[str, str], str] | None = None,
+    traffic: bool = False,
+    noise: int | None = None,
 ) -> Iterator[Session]:
     """Triton kernels launched on CPU tensors are compiled for ``arch`` and run on the machine.
 
@@ -287,6 +297,7 @@ def machine(
         arch: ``sm_80`` or ``sm_90``, or another that Triton compiles for with the same instructions.
         edit: takes a kernel's name and PTX, returns the PTX to run; for tests of the machine.
         traffic: whether bytes and bank conflicts are counted too, which takes longer.
+        noise: as of :func:`run_ptx`.
 
     Raises:
         RuntimeError: this process has Triton's interpreter, or a machine is running.
@@ -299,7 +310,7 @@ def machine(
     from triton import knobs
     from triton.runtime import driver
 
-    _active = session = Session(arch, edit, traffic)
+    _active = session = Session(arch, edit, traffic, noise)
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segvit-kernels" / "ptx"
     before = (knobs.cache.dir, knobs.runtime.add_stages_inspection_hook)
     with contextlib.ExitStack() as stack:
