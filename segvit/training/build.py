@@ -132,13 +132,19 @@ def _start(
                 taken["rotary"] = dataclasses.replace(theirs.rotary, **of_training)
             if (own.layer_scale is None) != (theirs.layer_scale is None):
                 taken["layer_scale"] = theirs.layer_scale
+            # AugReg's is left out, as in the published models; others' blocks count on theirs.
+            if theirs.register_tokens or theirs.pre_norm or theirs.layer_scale is not None:
+                taken["class_token"] = theirs.class_token
             taken = {key: value for key, value in taken.items() if key not in config.model}
             backbone = dataclasses.replace(own, **taken)
             model_config = dataclasses.replace(model_config, backbone=backbone)
     model = SegViT(model_config)
     if weights:
         report = model.load_backbone(weights, statistics=not {"mean", "std"} & set(config.model))
-        say(f"{weights.name}: {'; '.join([f'{report.loaded} tensors loaded', *report.changed])}")
+        notes = [f"{report.loaded} tensors loaded", *report.changed]
+        if "cls_token" in report.ignored:
+            notes.append("the class token is not taken: --model.class_token true takes it")
+        say(f"{weights.name}: {'; '.join(notes)}")
     with torch.no_grad():
         for module in model.decoder.modules():
             if isinstance(module, FusedATM):
