@@ -432,4 +432,5 @@ def _filled(pattern: str, captured: tuple[str, ...]) -> str:
 
 
 def _digest(name: str) -> str:
-    return hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()
+    data = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")  # names need not be UTF-8
+    return hashlib.sha256(data).hexdigest()
