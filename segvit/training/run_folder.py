@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from segvit.options import TrainConfig
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
 from segvit.system.text import parse_yaml, read_json, read_text, shown, yaml_value
+from segvit.training.score import no_score
 
 __all__ = ["Checkpoints", "claimed", "prepare", "samples_of"]
 
@@ -37,10 +39,12 @@ SHARDS_FOLDER = "shards"
 
 # What is written before the first step.
 _FIRST = {"config.yaml", "data.json"}
+# Hidden names that are in use here only for a moment: of `Checkpoints` and of `segvit.system.files`.
+_LEFTOVER = re.compile(r"\.(\d+|last|best|.+\.[0-9a-f]{8}\.(old|tmp))")
 # What may change when a run is resumed: options that do not touch the result,
 _FREE = {
     "resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every",
-    "keep_checkpoints", "patience", "log_every", "evaluate_every",
+    "keep_checkpoints", "patience", "log_every", "evaluate_every", "evaluate_window",
 }  # fmt: skip
 # those that only round otherwise, or draw another dropout,
 _ROUNDING = {
@@ -59,7 +63,7 @@ def samples_of(training: Any, validation: Any) -> dict[str, Any]:
         if files := getattr(dataset, "files", None):
             root = getattr(dataset, "root", None)
             names = [_name_of(Path(image), root) for image, *_ in files]
-            digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+            digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
         result[split] = {"images": len(dataset), "names": digest}
     return result
 
@@ -114,22 +118,23 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
     """
     yaml = require("yaml", extra="train")
     folder = Path(config.out)
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
+    values = {**dataclasses.asdict(config), "resume": False}
+    text = yaml.safe_dump(values, sort_keys=False)
     if (folder / "config.json").is_file():  # commands would take it in place of the run's checkpoints
         raise ValueError(f"out: {folder} holds a model (config.json); choose another folder for the run")
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if (folder / "config.yaml").is_file():
-            if config.resume:
-                _compare_options(_read_options(folder / "config.yaml"), values, folder, say)
-                _compare_samples(folder / "data.json", samples)
-            elif Checkpoints(folder).newest():
-                raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
-        values["resume"] = False
-        _write(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        if config.resume:
+            if (folder / "config.yaml").is_file():
+                before = _options(read_text(folder / "config.yaml"), folder / "config.yaml")
+                now = _options(text, "options")
+                _compare_options(before, now, folder, say)
+                if before.get("evaluate_window") != now["evaluate_window"]:
+                    _forget_scores(folder, f"{before.get('evaluate_window')} -> {now['evaluate_window']}", say)
+            _compare_samples(folder / "data.json", samples)
+        elif Checkpoints(folder).newest():
+            raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
+        _write(folder / "config.yaml", text)
         _write(folder / "data.json", json.dumps(samples, indent=2) + "\n")
     except OSError as error:
         raise _cannot_write(folder, error) from None
@@ -139,11 +144,12 @@ def _write(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_options(path: Path) -> dict[str, Any]:
-    node = parse_yaml(read_text(path), str(path))
-    values = None if node is None else yaml_value(node, str(path))
+def _options(text: str, source: object) -> dict[str, Any]:
+    """Options as YAML has them, so that those of a file can be compared with others."""
+    node = parse_yaml(text, str(source))
+    values = None if node is None else yaml_value(node, str(source))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: got no options, expected what `segvit train` wrote")
+        raise ValueError(f"{source}: got no options, expected what `segvit train` wrote")
     return values
 
 
@@ -167,6 +173,14 @@ def _compare_options(before: dict[str, Any], now: dict[str, Any], folder: Path, 
         say(f"{', '.join(changed.values())}: the same training, with other rounding and dropout from here on")
     if steps:
         say(f"{steps}: the learning rate follows the schedule of {now['max_steps']} steps from here on")
+
+
+def _forget_scores(folder: Path, change: str, say: Callable) -> None:
+    """Evaluations by other windows say nothing of the best checkpoint from here on."""
+    newest = Checkpoints(folder).newest()
+    if newest:
+        _write(newest / EVALUATION_FILE, json.dumps(no_score(), indent=2) + "\n")
+        say(f"evaluate_window {change}: best and patience count from here on")
 
 
 def _compare_samples(path: Path, samples: dict[str, Any]) -> None:
@@ -214,10 +228,13 @@ class Checkpoints:
             *self.folder.glob("*/.*"),
             *self.folder.parent.glob(".*.tmp"),
         ]:
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
-                missing_ok=True
-            )
-        for path in self._steps():
+            if not _LEFTOVER.fullmatch(leftover.name):
+                continue  # somebody else's
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        for path in self._steps() if step else ():
             if int(path.name) > step:
                 discard(path)
         last = self.folder / "last"
