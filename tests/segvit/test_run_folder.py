@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("lightning_fabric", reason="needs the extra train")
 from segvit.data.synthetic import SyntheticShapes
 from segvit.options import TrainConfig
 from segvit.training.evaluation import evaluate
-from segvit.training.run_folder import Checkpoints, prepare, samples_of
+from segvit.training.run_folder import Checkpoints, meaning_of, prepare, samples_of
 
 
 @pytest.fixture
@@ -104,6 +105,30 @@ def test_evaluation_takes_pictures_one_by_one_where_memory_is_too_small():
     model.most = 0
     with pytest.raises(torch.OutOfMemoryError):
         evaluate(model, validation, batch_size=3)
+
+
+MEANING = {"values": {"0": None, "1": 0, "255": None}, "colours": {}, "seen": [0, 1]}
+
+
+def test_another_meaning_of_the_labels(run):
+    assert SAMPLES["labels"] is None and meaning_of(Path(run.out)) is None
+    before = {**SAMPLES, "labels": MEANING}
+    assert go_on(run, before, label_mapping=None) == []  # the first that says
+    # The same meaning from another place; and shards, which do not say.
+    assert go_on(run, before, label_mapping="moved.json") == []
+    assert go_on(run, label_mapping="moved.json") == [] and meaning_of(Path(run.out)) == MEANING
+    values = {"0": 0, "1": None, "255": None}
+    with pytest.raises(ValueError, match="what they did when the run began: 0 is class 0, was ignored$"):
+        go_on(run, {**SAMPLES, "labels": {**MEANING, "values": values}}, label_mapping="moved.json")
+    with pytest.raises(ValueError, match="began: ff0000 is class 1, was unknown$"):
+        colours = {"labels": {**MEANING, "colours": {"ff0000": 1}}}
+        go_on(run, {**SAMPLES, **colours}, label_mapping="moved.json")
+    # Every checkpoint has it.
+    Checkpoints(run.out).save(3, lambda folder: (folder / "trainer.pt").write_text("state"))
+    assert meaning_of(Checkpoints(run.out).newest()) == MEANING
+    (Path(run.out) / "data.json").write_text('{"labels": {"values": {"a": 1}}}')
+    with pytest.raises(ValueError, match=r"data\.json: got .* for labels, expected what"):
+        go_on(run)
 
 
 def test_names_that_are_not_utf_8():
