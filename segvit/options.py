@@ -148,7 +148,8 @@ class LabelOptions(_Checked):
     )
     validation_share: float = option(
         0.1,
-        "share of the training pictures that is kept for validation where there is no such split",
+        "share of the training pictures, chosen by their names, that is kept for validation where there is no "
+        "such split",
         at_least=0,
         less_than=1,
     )
