@@ -148,8 +148,8 @@ class LabelOptions(_Checked):
     )
     validation_share: float = option(
         0.1,
-        "share of the training pictures, chosen by their names, that is kept for validation where there is no "
-        "such split",
+        "share of the training pictures, chosen by their names, that is kept for validation where there is "
+        "no such split",
         at_least=0,
         less_than=1,
     )
@@ -301,7 +301,8 @@ class OptimizerOptions(_Checked):
     clip: float | None = option(35.0, "largest L2 norm of the gradient", more_than=0)
     ema: float | None = option(
         None,
-        "decay of the moving average of the weights that is evaluated and saved",
+        "decay of the moving average of the weights that is evaluated and saved; in step n at most "
+        "(1 + n) / (10 + n)",
         more_than=0,
         less_than=1,
     )

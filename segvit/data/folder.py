@@ -201,8 +201,8 @@ class SegmentationFolder(Dataset):
         for value in sorted(summary.values.keys() - self._seen):
             if value not in self._mapping or own.get(value) != self._mapping[value]:
                 raise ValueError(
-                    f"{summary.where.get(value, self.root)}: label value {value} was not in the data that the "
-                    f"model was trained with ({spans(sorted(self._seen))}); say what the values mean here: "
+                    f"{summary.where.get(value, self.root)}: label value {value} was not in the data that "
+                    f"the model was trained with ({spans(sorted(self._seen))}); say what the values mean here: "
                     "--reduce-zero-label, --no-reduce-zero-label or --label-mapping"
                 )
 

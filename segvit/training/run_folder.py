@@ -1,7 +1,8 @@
 """The folder of a training run: its options, its log, its checkpoints, and whether it can be continued.
 
     config.yaml              the options
-    data.json                which samples and classes it trains on, wherever they lie, and what label values mean
+    data.json                which samples and classes it trains on, wherever they lie, and what label values
+                             mean
     metrics.csv              one line every `log_every` steps, and one for each evaluation
     checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`), trainer.pt, a copy
                              of data.json, and evaluation.json: the last evaluation, and the best until then;
@@ -92,7 +93,9 @@ def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
         if not all(type(number) is int for number in (*keys, *classes, *found["seen"])):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote") from None
+        raise ValueError(
+            f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote"
+        ) from None
     return found
 
 
@@ -162,7 +165,9 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
                 mapping = {"label_mapping"} if labels and now_labels else set()
                 _compare_options(before, now, folder, places | mapping, say)
                 if before.get("evaluate_window") != now["evaluate_window"]:
-                    _forget_scores(folder, f"{before.get('evaluate_window')} -> {now['evaluate_window']}", say)
+                    _forget_scores(
+                        folder, f"{before.get('evaluate_window')} -> {now['evaluate_window']}", say
+                    )
             if labels and now_labels:
                 _compare_labels(labels, now_labels)
             _compare_samples(record, samples)

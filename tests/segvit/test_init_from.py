@@ -97,9 +97,7 @@ def test_another_image_size(tmp_path):
 
 def test_what_no_option_says_is_the_checkpoints(tmp_path):
     backbone = BackboneConfig(width=32, depth=2, heads=2, patch_size=8, in_channels=1)
-    old = SegViTConfig(
-        backbone, 3, (0, 1), image_size=(96, 96), decoder="segvitv2", value_range=(0.0, 700.0)
-    )
+    old = SegViTConfig(backbone, 3, (0, 1), image_size=(96, 96), decoder="segvitv2", value_range=(0.0, 700.0))
     SegViT(old).save_pretrained(tmp_path)
     config = TrainConfig(data="x", out=str(tmp_path / "run"), init_from=str(tmp_path))
     full = settled(config)

@@ -118,9 +118,9 @@ def test_another_meaning_of_the_labels(run):
     assert go_on(run, before, label_mapping="moved.json") == []
     assert go_on(run, label_mapping="moved.json") == [] and meaning_of(Path(run.out)) == MEANING
     values = {"0": 0, "1": None, "255": None}
-    with pytest.raises(ValueError, match="what they did when the run began: 0 is class 0, was ignored$"):
+    with pytest.raises(ValueError, match=r"what they did when the run began: 0 is class 0, was ignored$"):
         go_on(run, {**SAMPLES, "labels": {**MEANING, "values": values}}, label_mapping="moved.json")
-    with pytest.raises(ValueError, match="began: ff0000 is class 1, was unknown$"):
+    with pytest.raises(ValueError, match=r"began: ff0000 is class 1, was unknown$"):
         colours = {"labels": {**MEANING, "colours": {"ff0000": 1}}}
         go_on(run, {**SAMPLES, **colours}, label_mapping="moved.json")
     # Every checkpoint has it.
