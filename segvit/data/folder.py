@@ -202,8 +202,8 @@ class SegmentationFolder(Dataset):
             if value not in self._mapping or own.get(value) != self._mapping[value]:
                 raise ValueError(
                     f"{summary.where.get(value, self.root)}: label value {value} was not in the data that "
-                    f"the model was trained with ({spans(sorted(self._seen))}); say what the values mean here: "
-                    "--reduce-zero-label, --no-reduce-zero-label or --label-mapping"
+                    f"the model was trained with ({spans(sorted(self._seen))}); say what the values "
+                    "mean here: --reduce-zero-label, --no-reduce-zero-label or --label-mapping"
                 )
 
     def _read(self, summary: Summary | None) -> Reading:

@@ -46,7 +46,7 @@ def settled(config: TrainConfig) -> TrainConfig:
             model.setdefault("in_channels", old.backbone.in_channels)
         if old.decoder != "atm" and config.head is None:
             model.setdefault("decoder", old.decoder)
-    size = config.image_size
+    size: Any = config.image_size
     if size is None:
         size = old.image_size if old else PRESETS.get(config.preset, {}).get("image_size", 512)
         size = model.get("image_size", size)

@@ -69,7 +69,7 @@ class RunState:
         whole = self._kind.from_state_dict(model.config, gathered(model.state_dict()), "the run")
         return whole.to(self.fabric.device)
 
-    def _move_average(self, averages: Any, weights: Any, count: Tensor) -> None:
+    def _move_average(self, averages: Any, weights: Any, count: Any) -> None:
         """Move the average on to the weights. Its decay is at most (1 + n) / (10 + n) after n steps, so that
         an early one is not that of the first weights."""
         assert self.average is not None and self.config.ema is not None

@@ -234,7 +234,7 @@ def write_labels(root, values, split, names="red\ngreen\nblue\n"):
 
 
 def test_labels_mean_what_they_did_in_training(tmp_path):
-    """A folder whose values alone would be read otherwise, or in two ways, and values that nobody has seen."""
+    """Also in a folder that alone would be read otherwise; values that training never saw are refused."""
     write_labels(tmp_path / "train", [0, 1, 2, 3], "training")
     training = SegmentationFolder(tmp_path / "train", reduce_zero_label=True)
     training.check()
@@ -249,9 +249,7 @@ def test_labels_mean_what_they_did_in_training(tmp_path):
     assert held.reading.table == training.reading.table
     assert held[0]["label"].unique().tolist() == [0, 1, 255]
     write_labels(tmp_path / "more", [1, 2, 7], "validation")
-    with pytest.raises(
-        ValueError, match=r"a\.png: label value 7 was not in the data that the .* \(0\.\.\.3\)"
-    ):
+    with pytest.raises(ValueError, match=r"a\.png: label value 7 was not in the data .* \(0\.\.\.3\)"):
         SegmentationFolder(tmp_path / "more", "validation", meaning=meaning).check()
     # Other numbers of classes are for whoever compares them.
     write_labels(tmp_path / "two", [0, 1], "validation", "red\ngreen\n")

@@ -15,6 +15,7 @@ from segvit.model.linear_head import LinearSegmenter
 from segvit.options import TrainConfig
 from segvit.training.build import build_model, settled
 from segvit.training.init_from import init_from
+from segvit.training.run_folder import Checkpoints
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 
@@ -115,6 +116,17 @@ def test_what_no_option_says_is_the_checkpoints(tmp_path):
     new = build_model(config, SyntheticShapes("training", 1, 32), said.append).config
     assert (new.image_size, new.decoder, new.value_range) == ((32, 32), "linear", (0, 9))
     assert "value_range (0, 9) in place of (0.0, 700.0)" in said[0]
+    # A run that goes on asks its own checkpoint, not what it once started from.
+    checkpoints = Checkpoints(config.out)
+    checkpoints.folder.mkdir(parents=True)
+
+    def write(folder):
+        SegViT(old).save_pretrained(folder)
+        (folder / "trainer.pt").touch()
+
+    checkpoints.save(1, write)
+    going_on = TrainConfig(data="x", out=config.out, init_from=str(tmp_path / "gone"), resume=True)
+    assert settled(going_on) == dataclasses.replace(full, init_from=going_on.init_from, resume=True)
 
 
 def test_an_image_size_is_the_presets_where_no_option_says_it(tmp_path):
