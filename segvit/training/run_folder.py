@@ -90,7 +90,7 @@ def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
         tables = [(found["values"], 10), (found["colours"], 16)]
         keys = [int(key, base) for table, base in tables for key in table]
         classes = [index for table, _ in tables for index in table.values() if index is not None]
-        if not all(type(number) is int for number in (*keys, *classes, *found["seen"])):
+        if not all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in (*keys, *classes, *found["seen"])):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
