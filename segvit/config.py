@@ -392,9 +392,7 @@ class SegViTConfig:
             shrink_at = 6 if depth == 12 else depth // 3
             values = {"shrink_at": shrink_at, "upsample": values.get("decoder") != "eomt", **values}
             if "taps" not in overrides:
-                # The last features of full resolution, if there are any, and the last of all.
-                full, last = (values["shrink_at"] or 0) - 1, values["depth"] - 1
-                values["taps"] = (full, last) if values["upsample"] and 0 <= full < last else (last,)
+                values["taps"] = usual_taps(values["depth"], values["shrink_at"] or 0, values["upsample"])
         return cls.from_fields({**values, "num_classes": num_classes})
 
     @classmethod
@@ -498,6 +496,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pe_spatial_vitb16": {**_BASE, **_PE},
     "pe_spatial_vitl14": {**_LARGE, **_PE, "patch_size": 14, "image_size": (518, 518)},
 }
+
+
+def usual_taps(depth: int, shrink_at: int | None = None, upsample: bool = False) -> tuple[int, ...]:
+    """The blocks that feed a decoder where nobody says: the published ones, at other depths thirds.
+
+    Of a backbone that shrinks, the last features of full resolution, if there are any and up-sampling sees
+    them, and the last of all.
+    """
+    last = depth - 1
+    if shrink_at is not None:
+        return (shrink_at - 1, last) if upsample and 0 < shrink_at < depth else (last,)
+    if depth in _TAPS:
+        return tuple(_TAPS[depth]["taps"])
+    return tuple(sorted({max(0, depth * third // 3 - 1) for third in (1, 2, 3)}))
 
 
 def decoder_of(head: Any) -> Any:

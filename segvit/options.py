@@ -148,7 +148,8 @@ class LabelOptions(_Checked):
     )
     validation_share: float = option(
         0.1,
-        "share of the training pictures that is kept for validation where there is no such split",
+        "share of the training pictures, chosen by their names, that is kept for validation where there is "
+        "no such split",
         at_least=0,
         less_than=1,
     )
@@ -223,8 +224,11 @@ class ModelOptions(_Checked):
     preset: str = option(
         "vit_small", "vit_tiny, vit_small, vit_base or vit_large; or dinov3_vits16 and others (docs/train.md)"
     )
-    image_size: int = option(
-        512, "side of the square training crop in pixels, a multiple of the patch size", at_least=1
+    image_size: int | None = option(
+        None,
+        "side of the square training crop in pixels, a multiple of the patch size; that of init_from's "
+        "checkpoint, else the preset's (mostly 512), when not given",
+        at_least=1,
     )
     shrunk: bool = option(
         False,
@@ -245,8 +249,10 @@ class ModelOptions(_Checked):
     model: dict[str, Any] = option(
         {}, "changes to the preset's fields, e.g. {'patch_size': 14, 'class_token': true}"
     )
-    head: Literal["segvit", "linear"] = option(
-        "segvit", "the SegViT decoder, or a linear layer as a baseline; --model.decoder has more"
+    head: Literal["segvit", "linear"] | None = option(
+        None,
+        "the SegViT decoder, or a linear layer as a baseline; --model.decoder has more; that of init_from's "
+        "checkpoint, else segvit, when not given",
     )
     backbone_weights: str | None = option(
         None,
@@ -255,7 +261,7 @@ class ModelOptions(_Checked):
     init_from: str | None = option(
         None,
         "start from this checkpoint (a run, a checkpoint's folder or owner/name on the Hub) in place of "
-        "--preset and --backbone-weights, also with other classes or another image size",
+        "--preset and --backbone-weights, also with other classes, another image size or decoder",
     )
     freeze_backbone: bool = option(False, "train the head alone")
 
@@ -295,7 +301,8 @@ class OptimizerOptions(_Checked):
     clip: float | None = option(35.0, "largest L2 norm of the gradient", more_than=0)
     ema: float | None = option(
         None,
-        "decay of the moving average of the weights that is evaluated and saved",
+        "decay of the moving average of the weights that is evaluated and saved; in step n at most "
+        "(1 + n) / (10 + n)",
         more_than=0,
         less_than=1,
     )

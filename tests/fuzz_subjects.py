@@ -27,6 +27,7 @@ import segvit_kernels
 from segvit.commands.parser import _Options
 from segvit.config import SegViTConfig
 from segvit.data import find, inspection, known, pack, pictures, shards
+from segvit.data.folder import _Lookup
 from segvit.data.labels import read_mapping
 from segvit.data.names import read_classes
 from segvit.exporting import aot, metadata
@@ -40,8 +41,8 @@ from segvit.serve.admission import RefusedError
 from segvit.serve.asking import longest_body, read_request
 from segvit.system import zips
 from segvit.system.tars import END, tar_member
-from segvit.system.text import parse_yaml, read_json, read_lines, yaml_value
-from segvit.training.run_folder import _compare_samples, _read_options
+from segvit.system.text import parse_yaml, read_json, read_lines, read_text, yaml_value
+from segvit.training.run_folder import _compare_samples, _options, meaning_of
 
 CONFIG = SegViTConfig.preset("vit_tiny", 3, width=16, depth=2, heads=2, taps=(0, 1), image_size=32)
 WORDS = (b"#", b"\t", b"a 1 2 3\n", b"ignore 0 0 0\n", b" 1", b",", b"background\n")
@@ -139,7 +140,10 @@ def _texts(folder: Path) -> Iterator[tuple[str, Subject]]:
             refusals=refusals,
         ),
     )
-    yield "run options", at("config.yaml", _read_options, documents[:1], words, share=0.5)
+    yield (
+        "run options",
+        at("config.yaml", lambda path: _options(read_text(path), path), documents[:1], words, share=0.5),
+    )
 
     samples = {
         "classes": 3,
@@ -150,6 +154,13 @@ def _texts(folder: Path) -> Iterator[tuple[str, Subject]]:
         "samples",
         at("data.json", lambda path: _compare_samples(path, samples), [_json(samples)], name="", share=2),
     )
+
+    def meaning(path: Path) -> None:
+        if found := meaning_of(path.parent):
+            _Lookup({int(value): index for value, index in found["values"].items()}, 255)
+
+    labels = {"values": {"0": None, "1": 0, "255": None}, "colours": {"ff0000": 0}, "seen": [0, 1]}
+    yield "meaning", at("data.json", meaning, [_json({"labels": labels})], share=2)
     yield (
         "cache",
         at(

@@ -24,6 +24,7 @@ from segvit.system.files import atomic_write, check_result_file
 from segvit.system.progress import progress_bar
 from segvit.training.evaluation import evaluate, without_nan
 from segvit.training.launch import launch, make_fabric
+from segvit.training.run_folder import meaning_of
 
 
 def run(config: EvaluateConfig) -> int:
@@ -41,6 +42,7 @@ def run(config: EvaluateConfig) -> int:
         )
     else:
         check_precision(fabric.device, config.dtype, config.backend)
+    checkpoint = None if isinstance(model, ExportedModel) else find_checkpoint(config.checkpoint)
     dataset = open_dataset(
         config.data,
         config.split,
@@ -49,6 +51,7 @@ def run(config: EvaluateConfig) -> int:
         default_names=model_config.class_names,
         channels=model_config.backbone.in_channels,
         progress=config.progress,
+        meaning=meaning_of(checkpoint) if checkpoint and _labels_open(config) else None,
         synthetic_length=config.synthetic_validation,
         synthetic_size=model_config.image_size[0],
     )
@@ -72,6 +75,12 @@ def run(config: EvaluateConfig) -> int:
     if problems:
         raise problems[0]
     return 0
+
+
+def _labels_open(config: EvaluateConfig) -> bool:
+    """Whether no option says what label values mean: then they mean what they did in training."""
+    said = config.label_mapping is not None or config.reduce_zero_label != "auto"
+    return not said and known_folder(config.data)[1] is None
 
 
 def _evaluate_checkpoint(fabric: Any, config: EvaluateConfig, dataset: Any) -> Any:
@@ -125,7 +134,7 @@ def _result_files(config: EvaluateConfig) -> dict[Path, Callable[[dict[str, Any]
     inputs += [known_folder(config.data)[0] / name for name in ("names.txt", "objectInfo150.txt")]
     if Path(config.checkpoint).is_dir():
         folder = find_checkpoint(config.checkpoint)
-        inputs += [folder / "config.json", folder / "model.safetensors"]
+        inputs += [folder / name for name in ("config.json", "model.safetensors", "data.json")]
     inputs = [file.resolve() for file in inputs]
     for option, paths, kinds in (
         ("json", [config.json], {".json": (_write_json, r'\{\s*"miou": ')}),

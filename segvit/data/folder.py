@@ -60,6 +60,7 @@ class SegmentationFolder(Dataset):
         channels: of the images, see `read_image`.
         value_range: stored values of pictures that become 0 and 255, see `read_image`.
         progress: show a progress bar while looking at the label maps.
+        meaning: what the label values of other data mean, of their `meaning()`: these mean the same.
 
     Raises:
         FileNotFoundError: no such folder, names file or label map.
@@ -86,6 +87,7 @@ class SegmentationFolder(Dataset):
         channels: int = 3,
         value_range: Sequence[float] = (),
         progress: bool = False,
+        meaning: Mapping[str, Any] | None = None,
     ) -> None:
         if reduce_zero_label not in (True, False, "auto"):
             raise ValueError(f"reduce_zero_label: got {reduce_zero_label!r}, expected True, False or 'auto'")
@@ -129,12 +131,18 @@ class SegmentationFolder(Dataset):
                 f"ignore_index: got {ignore_index}, which is one of the {self.num_classes} classes (a stored "
                 f"value without class is ignored by --label-mapping, 0 by --reduce-zero-label)"
             )
+        self._seen: set[int] | None = None
+        if meaning and all((index or 0) < self.num_classes for index in meaning["values"].values()):
+            mapping = {int(value): index for value, index in meaning["values"].items()}
+            self._seen = set(meaning["seen"])
         self._mapping, self._wanted = mapping, reduce_zero_label
         self._zero = "ignored" if classes is not None and classes.ade20k else self.layout.zero
         self._colours: dict[int, int | None] = {}
         if classes is not None and classes.colours:
             self._colours = {_packed(colour): index for index, colour in enumerate(classes.colours)}
             self._colours |= {_packed(colour): None for colour in classes.ignored}
+        elif self._seen is not None and meaning:
+            self._colours = {int(code, 16): index for code, index in meaning["colours"].items()}
         self._summary: Summary | None = None
         if self._needs_all or (mapping is None and reduce_zero_label == "auto"):
             self._decide()
@@ -173,7 +181,35 @@ class SegmentationFolder(Dataset):
         """Whether stored 0 is ignored and stored k is class k - 1."""
         return self.reading.reduce_zero_label
 
+    def meaning(self) -> dict[str, Any]:
+        """What stored values ("values") and colours ("colours", hexadecimal) mean, a class or None, and which
+        values there are ("seen", once they were looked at): of JSON's types, for another folder."""
+        return {
+            "values": {str(value): index for value, index in sorted(self.reading.table.items())},
+            "colours": {f"{code:06x}": index for code, index in self._colours.items()},
+            "seen": sorted(self._summary.values) if self._summary else [],
+        }
+
+    def _confirm(self, summary: Summary) -> None:
+        """Refuse values that the meaning taken over has not seen and that these files alone give another."""
+        if self._seen is None or self._mapping is None:
+            return
+        try:
+            own = self._decided(summary, None).table
+        except ValueError:  # they do not say anything
+            own = self._mapping
+        for value in sorted(summary.values.keys() - self._seen):
+            if value not in self._mapping or own.get(value) != self._mapping[value]:
+                raise ValueError(
+                    f"{summary.where.get(value, self.root)}: label value {value} was not in the data that "
+                    f"the model was trained with ({spans(sorted(self._seen))}); say what the values "
+                    "mean here: --reduce-zero-label, --no-reduce-zero-label or --label-mapping"
+                )
+
     def _read(self, summary: Summary | None) -> Reading:
+        return self._decided(summary, self._mapping)
+
+    def _decided(self, summary: Summary | None, mapping: Mapping[int, int | None] | None) -> Reading:
         # Where every label map is in colours, no number needs a meaning.
         counts = None if summary is None or not summary.values else summary.values
         wanted = False if counts is None and self._wanted == "auto" else self._wanted
@@ -182,7 +218,7 @@ class SegmentationFolder(Dataset):
             self.num_classes,
             names=self.class_names,
             reduce_zero_label=wanted,
-            mapping=self._mapping,
+            mapping=mapping,
             ignore_index=self.ignore_index,
             zero=self._zero,
             where=None if summary is None else summary.where,
@@ -218,6 +254,7 @@ class SegmentationFolder(Dataset):
             raise ValueError(self._unknown_colours(unknown, whole))
         if self.known and self._mapping is not None:
             self.known[0].check(self.known[1], self._mapping, whole.where)
+        self._confirm(whole)
         self._set_reading(self._read(whole))
         self._agree(summaries)
         self._summaries, self._summary = summaries, whole

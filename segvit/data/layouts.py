@@ -218,16 +218,18 @@ class Layout:
             here = ", ".join(self.splits()) or "none"
             raise FileNotFoundError(f"{where}: no such folder (splits here: {here})")
         whole = self.listing(rest)
-        count = max(1, round(share * len(whole.pairs))) if share else 0
-        if not 0 < count < len(whole.pairs):
+        if not share or len(whole.pairs) < 2:
             if group == "training":
                 return whole, rest, ""
             where = self.root / _base(self.images.replace("{split}", split))
             few = f", and {len(whole.pairs)} training pictures are too few to share" if share else ""
             raise FileNotFoundError(f"{where}: no such folder (expected {self}){few}")
-        # By a hash of the name: the same pictures whatever else is in the folder, and on every machine.
-        order = sorted(whole.pairs, key=lambda pair: _digest(pair[0].relative_to(self.root).as_posix()))
-        held = {picture for picture, _ in order[:count]}
+        # By a hash of the name alone: the same pictures whatever else is in the folder, and on every machine;
+        # but one at least is on each side.
+        places = {picture: _place(picture.relative_to(self.root).as_posix()) for picture, _ in whole.pairs}
+        order = sorted(places, key=lambda picture: places[picture])
+        count = min(max(1, sum(place < share for place in places.values())), len(order) - 1)
+        held = set(order[:count])
         keep = [pair for pair in whole.pairs if (pair[0] in held) == (group == "validation")]
         said = (
             f"no validation split: {count} of the {len(whole.pairs)} training pictures, chosen by their "
@@ -431,5 +433,7 @@ def _filled(pattern: str, captured: tuple[str, ...]) -> str:
     return name if _has_suffix(name) else f"{name}.png"
 
 
-def _digest(name: str) -> str:
-    return hashlib.sha256(unicodedata.normalize("NFC", name).encode()).hexdigest()
+def _place(name: str) -> float:
+    """Of a name, evenly spread from 0 to 1."""
+    data = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")  # names need not be UTF-8
+    return int.from_bytes(hashlib.sha256(data).digest(), "big") / (1 << 256)

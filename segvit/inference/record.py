@@ -278,7 +278,7 @@ class Tars:
         for path in sorted(out.glob("*.tar.part")):
             # Of a start with as many ranks each takes its own; others are shared out.
             if f"-of-{ranks:05d}-" not in path.name:
-                mine = zlib.crc32(path.name.encode()) % ranks == rank
+                mine = zlib.crc32(os.fsencode(path.name)) % ranks == rank
             else:
                 mine = path.name.startswith(f"{self._name}-")
             if mine:

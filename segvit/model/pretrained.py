@@ -356,7 +356,7 @@ def _from_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         activations = {"silu": "swiglu"}
     if not isinstance(act, str) or act not in activations:
         raise ValueError(f"its activation is {shown(act)}, expected {' or '.join(activations)}")
-    small = kind.startswith(("dinov2", "siglip", "eomt"))
+    small = kind.startswith(("dinov2", "siglip", "eomt", "vit_msn"))
     eps = vision.get("layer_norm_eps", 1e-6 if small else 1e-5 if clip or dinov3 else 1e-12)
     known = {"mlp": activations[act], "norm_eps": eps, "plain": True}
     if vision.get("use_swiglu_ffn"):

@@ -533,7 +533,7 @@ class SegViT(nn.Module):
         except ValueError as error:
             raise ValueError(f"{error}{_hint(theirs, own)}") from None
         changed = [*weights.notes, *adapted.changed, *self._take_over(known, statistics)]
-        untold = [words for key, words in _untold(own).items() if key not in known]
+        untold = [words for key, words in _untold(self.config).items() if key not in known]
         if untold and not isinstance(source, Mapping):
             changed.append(f"not told by the weights, taken: {', '.join(untold)}")
         return LoadReport(len(adapted.state_dict), tuple(adapted.ignored), tuple(changed))
@@ -543,7 +543,7 @@ class SegViT(nn.Module):
         changed = []
         new: dict[str, Any] = {key: tuple(known[key]) for key in ("mean", "std") if key in known}
         if any(getattr(self.config, key) != value for key, value in new.items()):
-            words = " and ".join(f"{key} {' '.join(f'{v:.4g}' for v in value)}" for key, value in new.items())
+            words = _statistics(new)
             if not statistics or any(
                 len(getattr(self.config, key)) != len(value) for key, value in new.items()
             ):
@@ -669,13 +669,18 @@ def _hint(theirs: BackboneConfig, own: BackboneConfig) -> str:
     return f"; they fit with --model '{_options(differ)}'" if differ else ""
 
 
-def _untold(own: BackboneConfig) -> dict[str, str]:
+def _untold(config: SegViTConfig) -> dict[str, str]:
+    own = config.backbone
     return {
         "heads": f"{own.heads} heads",
         "mlp": own.mlp,
         "norm_eps": f"norm_eps {own.norm_eps:g}",
-        "mean": "mean and std of the model",
+        "mean": f"the model's {_statistics({'mean': config.mean, 'std': config.std})}",
     }
+
+
+def _statistics(values: Mapping[str, Sequence[float]]) -> str:
+    return " and ".join(f"{key} {' '.join(f'{v:.4g}' for v in value)}" for key, value in values.items())
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from segvit.config import SegViTConfig, decoder_of
+from segvit.config import PRESETS, SegViTConfig, decoder_of
 from segvit.data.transforms import Augment
-from segvit.model.checkpoint import read_config
+from segvit.model.checkpoint import find_checkpoint, read_config
 from segvit.model.heads import SegViT
 from segvit.model.pretrained import open_pretrained
 from segvit.model.shrunk import ShrunkDecoder
 from segvit.options import TrainConfig
+from segvit.system.text import shown
 from segvit.training.init_from import init_from
 from segvit.training.run_folder import Checkpoints
 from segvit_kernels import FusedATM
@@ -27,6 +28,41 @@ _GIVEN = {
 }
 
 
+def settled(config: TrainConfig) -> TrainConfig:
+    """The options with what they leave open: as in the checkpoint that a run goes on or starts from, else the
+    preset's. Pictures are read as that checkpoint's were, where no option says otherwise.
+
+    Raises:
+        ValueError, FileNotFoundError: no such checkpoint; an image size that is not square.
+    """
+    source = Checkpoints(config.out).newest() if config.resume else None
+    if source is None and config.init_from:
+        source = find_checkpoint(config.init_from)
+    old = read_config(source) if source else None
+    model, value_range = dict(config.model), config.value_range or config.model.get("value_range")
+    if old and config.init_from:
+        value_range = value_range or old.value_range
+        if old.backbone.in_channels != 3:
+            model.setdefault("in_channels", old.backbone.in_channels)
+        if old.decoder != "atm" and config.head is None:
+            model.setdefault("decoder", old.decoder)
+    size: Any = config.image_size
+    if size is None:
+        size = old.image_size if old else PRESETS.get(config.preset, {}).get("image_size", 512)
+        size = model.get("image_size", size)
+        if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+            size = size[0]
+        if not isinstance(size, int):
+            raise ValueError(f"image_size: the model's is {shown(size)}; say it, for crops are square")
+    return dataclasses.replace(
+        config,
+        image_size=size,
+        head=config.head or "segvit",
+        model=model,
+        value_range=list(value_range or ()),
+    )
+
+
 def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = lambda text: None) -> SegViT:
     """The model that a training starts from, for the classes of a dataset; resumed, without its weights.
 
@@ -36,6 +72,7 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
     Raises:
         ValueError, FileNotFoundError: unknown preset or field; weights that do not fit.
     """
+    config = settled(config)
     overrides = {"image_size": config.image_size, **config.model}
     for name, instead in _GIVEN.items():
         if name in config.model:
@@ -95,13 +132,19 @@ def _start(
                 taken["rotary"] = dataclasses.replace(theirs.rotary, **of_training)
             if (own.layer_scale is None) != (theirs.layer_scale is None):
                 taken["layer_scale"] = theirs.layer_scale
+            # AugReg's is left out, as in the published models; others' blocks count on theirs.
+            if theirs.register_tokens or theirs.pre_norm or theirs.layer_scale is not None:
+                taken["class_token"] = theirs.class_token
             taken = {key: value for key, value in taken.items() if key not in config.model}
             backbone = dataclasses.replace(own, **taken)
             model_config = dataclasses.replace(model_config, backbone=backbone)
     model = SegViT(model_config)
     if weights:
         report = model.load_backbone(weights, statistics=not {"mean", "std"} & set(config.model))
-        say(f"{weights.name}: {'; '.join([f'{report.loaded} tensors loaded', *report.changed])}")
+        notes = [f"{report.loaded} tensors loaded", *report.changed]
+        if "cls_token" in report.ignored:
+            notes.append("the class token is not taken: --model.class_token true takes it")
+        say(f"{weights.name}: {'; '.join(notes)}")
     with torch.no_grad():
         for module in model.decoder.modules():
             if isinstance(module, FusedATM):
@@ -112,8 +155,10 @@ def _start(
 
 def make_augmentation(config: TrainConfig, training: Any, model: SegViT) -> Augment:
     """Of the training data; padding has the model's mean colour."""
+    size = config.image_size
+    assert size is not None, "options are settled"
     return Augment(
-        config.image_size,
+        size,
         scale=config.scale,
         class_share=config.class_share,
         flip=config.flip,

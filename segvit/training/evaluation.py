@@ -95,7 +95,7 @@ def evaluate(
                 for batch in groups:
                     if isinstance(batch, Exception):
                         raise batch
-                    prediction = torch.as_tensor(model.predict(batch["image"].to(device), options))
+                    prediction = _predicted(model, batch["image"].to(device), options)
                     confusion.update(prediction.to(device), batch["label"].to(device))
                     seen += len(prediction)
                     ignored += (batch["label"] == dataset.ignore_index).sum().to(device)
@@ -130,6 +130,18 @@ def evaluate(
             "confusion": confusion.matrix.tolist(),
         }
     return result
+
+
+def _predicted(model: Evaluated, images: torch.Tensor, options: InferenceOptions | None) -> torch.Tensor:
+    """Label maps; where memory is too small for all images at once, one by one."""
+    try:
+        return torch.as_tensor(model.predict(images, options))
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    # Not in the handler: there the error still holds what the network has allocated.
+    torch.cuda.empty_cache()
+    return torch.cat([torch.as_tensor(model.predict(image, options)) for image in images.split(1)])
 
 
 def without_nan(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit.config import BackboneConfig, SegViTConfig, decoder_of
+from segvit.config import BackboneConfig, SegViTConfig, decoder_of, usual_taps
 from segvit.model.backbone_weights import adapt_backbone_state
 from segvit.model.checkpoint import (
     WEIGHTS_FILE,
@@ -30,10 +30,12 @@ _CLASS_ROWS = {
     "linear": ("1.weight", "1.bias"),
 }
 _QUERIES = "upsample.queries"
+# What stays of a model, beside its backbone, where the decoder is another.
+_OF_PICTURES = ("num_classes", "image_size", "mean", "std", "value_range", "class_names", "palette")
 
 
 def init_from(
-    source: str | os.PathLike, num_classes: int, fields: Mapping[str, Any], head: str = "segvit"
+    source: str | os.PathLike, num_classes: int, fields: Mapping[str, Any], head: str | None = None
 ) -> tuple[SegViT, list[str]]:
     """A model for a data set that starts as another one's checkpoint ends, and in words what was changed.
 
@@ -45,15 +47,15 @@ def init_from(
         source: see `find_checkpoint`.
         num_classes: of the data set.
         fields: fields of `SegViTConfig` and `BackboneConfig` in place of the checkpoint's.
-        head: the decoder where `fields` do not say it; with another one than the checkpoint's, only the
-            backbone is taken.
+        head: the decoder where `fields` do not say it; None: the checkpoint's. With another one than that,
+            the backbone and how pictures are read are taken, and the taps are the usual ones.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, or weights that do not fit `fields`.
     """
     folder = find_checkpoint(source)
     old = read_config(folder)
-    fields = {"decoder": decoder_of(head), **fields}
+    fields = {"decoder": decoder_of(head) or old.decoder, **fields}
     rows, words = match_classes(old.class_names, fields.get("class_names"), old.num_classes, num_classes)
     # Names that the data set has not are the checkpoint's, where the numbers agree.
     of_classes = ("class_names", "palette") if old.num_classes != num_classes else ()
@@ -61,6 +63,12 @@ def init_from(
     backbone_names = {field.name for field in dataclasses.fields(BackboneConfig)}
     backbone = {**old.backbone.to_dict(), **{k: v for k, v in fields.items() if k in backbone_names}}
     rest = {k: v for k, v in old.to_dict().items() if k != "backbone"}
+    if old.decoder != fields["decoder"]:
+        upsample = fields.get("upsample", old.upsample and fields["decoder"] != "eomt")
+        rest = {name: rest[name] for name in _OF_PICTURES} | {"upsample": upsample}
+        rest["taps"] = usual_taps(backbone["depth"], backbone["shrink_at"], upsample)
+        if not upsample and "shrink_edges" not in fields:
+            backbone["shrink_edges"] = 0.0
     rest |= {k: v for k, v in fields.items() if k not in backbone_names}
     new = SegViTConfig.from_fields({**backbone, **rest, "num_classes": num_classes})
 
@@ -75,9 +83,16 @@ def init_from(
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from None
     notes += adapted.changed
-    load_state_dict(model.backbone, adapted.state_dict, str(weights))
+    norm = {key: value for key, value in model.backbone.state_dict().items() if key.startswith("norm.")}
+    if norm.keys() - adapted.state_dict.keys():
+        notes.append("the final norm starts afresh")
+    load_state_dict(model.backbone, {**norm, **adapted.state_dict}, str(weights))
+    if old.value_range or new.value_range:
+        words = "taken over" if old.value_range == new.value_range else f"in place of {old.value_range}"
+        notes.append(f"value_range {new.value_range} {words}")
     if old.decoder != new.decoder:
-        notes.append(f"backbone taken, not the decoder {old.decoder}")
+        taps = "" if len(new.taps) == 1 else f", whose taps are {', '.join(map(str, new.taps))}"
+        notes.append(f"backbone taken, not the decoder {old.decoder}: {new.decoder} starts afresh{taps}")
         return model, notes
     prefix = "decoder."
     decoder = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}

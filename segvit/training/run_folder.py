@@ -1,11 +1,13 @@
 """The folder of a training run: its options, its log, its checkpoints, and whether it can be continued.
 
     config.yaml              the options
-    data.json                which samples and classes it trains on, wherever they lie
+    data.json                which samples and classes it trains on, wherever they lie, and what label values
+                             mean
     metrics.csv              one line every `log_every` steps, and one for each evaluation
-    checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`), trainer.pt, and
-                             evaluation.json: the last evaluation, and the best until then; with `--strategy
-                             fsdp` also shards/, each process's pieces (`segvit.training.sharding`)
+    checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`), trainer.pt, a copy
+                             of data.json, and evaluation.json: the last evaluation, and the best until then;
+                             with `--strategy fsdp` also shards/, each process's pieces
+                             (`segvit.training.sharding`)
     checkpoints/last, best   links to the newest checkpoint and to the one of the highest mIoU; where there
                              are no links, text files that hold its name
     .lock                    only while a training runs in it
@@ -18,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,19 +31,23 @@ from segvit.options import TrainConfig
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
 from segvit.system.text import parse_yaml, read_json, read_text, shown, yaml_value
+from segvit.training.score import no_score
 
-__all__ = ["Checkpoints", "claimed", "prepare", "samples_of"]
+__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of"]
 
+DATA_FILE = "data.json"
 TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
 SHARDS_FOLDER = "shards"
 
 # What is written before the first step.
-_FIRST = {"config.yaml", "data.json"}
+_FIRST = {"config.yaml", DATA_FILE}
+# Hidden names that are in use here only for a moment: of `Checkpoints` and of `segvit.system.files`.
+_LEFTOVER = re.compile(r"\.(\d+|last|best|.+\.[0-9a-f]{8}\.(old|tmp))")
 # What may change when a run is resumed: options that do not touch the result,
 _FREE = {
     "resume", "out", "workers", "progress", "tensorboard", "max_minutes", "checkpoint_every",
-    "keep_checkpoints", "patience", "log_every", "evaluate_every",
+    "keep_checkpoints", "patience", "log_every", "evaluate_every", "evaluate_window",
 }  # fmt: skip
 # those that only round otherwise, or draw another dropout,
 _ROUNDING = {
@@ -52,16 +59,44 @@ _PLACES = {"data", "names"}
 
 
 def samples_of(training: Any, validation: Any) -> dict[str, Any]:
-    """What tells two data sets apart, wherever they lie: number and names of the samples, and the classes."""
-    result: dict[str, Any] = {"classes": list(training.class_names or [])}
+    """What tells two data sets apart, wherever they lie: number and names of the samples, the classes, and
+    what label values mean (`SegmentationFolder.meaning`; None: nobody says)."""
+    result: dict[str, Any] = {"classes": list(training.class_names or []), "labels": None}
+    meanings = [dataset.meaning() for dataset in (training, validation) if hasattr(dataset, "meaning")]
+    if meanings:
+        seen = {value for meaning in meanings for value in meaning["seen"]}
+        result["labels"] = {**meanings[0], "seen": sorted(seen)}
     for split, dataset in (("training", training), ("validation", validation)):
         digest = None
         if files := getattr(dataset, "files", None):
             root = getattr(dataset, "root", None)
             names = [_name_of(Path(image), root) for image, *_ in files]
-            digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+            digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
         result[split] = {"images": len(dataset), "names": digest}
     return result
+
+
+def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What label values meant in the training of a checkpoint (`SegmentationFolder.meaning`); None: not said.
+
+    Raises:
+        ValueError: its data.json is of another form.
+    """
+    path = checkpoint / DATA_FILE
+    found = read_json(path, dict).get("labels") if path.is_file() else None
+    if found is None:
+        return None
+    try:
+        tables = [(found["values"], 10), (found["colours"], 16)]
+        keys = [int(key, base) for table, base in tables for key in table]
+        classes = [index for table, _ in tables for index in table.values() if index is not None]
+        if not all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in (*keys, *classes, *found["seen"])):
+            raise TypeError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote"
+        ) from None
+    return found
 
 
 def _name_of(image: Path, root: Path | None) -> str:
@@ -114,23 +149,33 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
     """
     yaml = require("yaml", extra="train")
     folder = Path(config.out)
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
+    values = {**dataclasses.asdict(config), "resume": False}
+    text = yaml.safe_dump(values, sort_keys=False)
+    record = folder / DATA_FILE
     if (folder / "config.json").is_file():  # commands would take it in place of the run's checkpoints
         raise ValueError(f"out: {folder} holds a model (config.json); choose another folder for the run")
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if (folder / "config.yaml").is_file():
-            if config.resume:
-                _compare_options(_read_options(folder / "config.yaml"), values, folder, say)
-                _compare_samples(folder / "data.json", samples)
-            elif Checkpoints(folder).newest():
-                raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
-        values["resume"] = False
-        _write(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-        _write(folder / "data.json", json.dumps(samples, indent=2) + "\n")
+        if config.resume:
+            labels, now_labels = meaning_of(folder), samples["labels"]
+            if (folder / "config.yaml").is_file():
+                before = _options(read_text(folder / "config.yaml"), folder / "config.yaml")
+                now = _options(text, "options")
+                places = _PLACES if record.is_file() else set()
+                mapping = {"label_mapping"} if labels and now_labels else set()
+                _compare_options(before, now, folder, places | mapping, say)
+                if before.get("evaluate_window") != now["evaluate_window"]:
+                    _forget_scores(
+                        folder, f"{before.get('evaluate_window')} -> {now['evaluate_window']}", say
+                    )
+            if labels and now_labels:
+                _compare_labels(labels, now_labels)
+            _compare_samples(record, samples)
+            samples = {**samples, "labels": now_labels or labels}  # shards do not say
+        elif Checkpoints(folder).newest():
+            raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
+        _write(folder / "config.yaml", text)
+        _write(record, json.dumps(samples, indent=2) + "\n")
     except OSError as error:
         raise _cannot_write(folder, error) from None
 
@@ -139,19 +184,21 @@ def _write(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_options(path: Path) -> dict[str, Any]:
-    node = parse_yaml(read_text(path), str(path))
-    values = None if node is None else yaml_value(node, str(path))
+def _options(text: str, source: object) -> dict[str, Any]:
+    """Options as YAML has them, so that those of a file can be compared with others."""
+    node = parse_yaml(text, str(source))
+    values = None if node is None else yaml_value(node, str(source))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: got no options, expected what `segvit train` wrote")
+        raise ValueError(f"{source}: got no options, expected what `segvit train` wrote")
     return values
 
 
-def _compare_options(before: dict[str, Any], now: dict[str, Any], folder: Path, say: Callable) -> None:
+def _compare_options(
+    before: dict[str, Any], now: dict[str, Any], folder: Path, places: set[str], say: Callable
+) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     was = {name: before.get(name, defaults[name]) for name in now}
     was = {name: now[name] if value is dataclasses.MISSING else value for name, value in was.items()}
-    places = _PLACES if (folder / "data.json").is_file() else set()
     changed = {
         name: f"{name} {was[name]!r} -> {now[name]!r}"
         for name in now
@@ -167,6 +214,30 @@ def _compare_options(before: dict[str, Any], now: dict[str, Any], folder: Path, 
         say(f"{', '.join(changed.values())}: the same training, with other rounding and dropout from here on")
     if steps:
         say(f"{steps}: the learning rate follows the schedule of {now['max_steps']} steps from here on")
+
+
+def _forget_scores(folder: Path, change: str, say: Callable) -> None:
+    """Evaluations by other windows say nothing of the best checkpoint from here on."""
+    newest = Checkpoints(folder).newest()
+    if newest:
+        _write(newest / EVALUATION_FILE, json.dumps(no_score(), indent=2) + "\n")
+        say(f"evaluate_window {change}: best and patience count from here on")
+
+
+def _compare_labels(before: dict[str, Any], now: dict[str, Any]) -> None:
+    def text(table: dict[str, Any], key: str) -> str:
+        if key not in table:
+            return "unknown"
+        return "ignored" if table[key] is None else f"class {table[key]}"
+
+    for part in ("values", "colours"):
+        was, has = before[part], now[part]
+        for key in (*was, *has):
+            if text(was, key) != text(has, key):
+                raise ValueError(
+                    "resume: the label maps do not mean what they did when the run began: "
+                    f"{key} is {text(has, key)}, was {text(was, key)}"
+                )
 
 
 def _compare_samples(path: Path, samples: dict[str, Any]) -> None:
@@ -214,10 +285,13 @@ class Checkpoints:
             *self.folder.glob("*/.*"),
             *self.folder.parent.glob(".*.tmp"),
         ]:
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(
-                missing_ok=True
-            )
-        for path in self._steps():
+            if not _LEFTOVER.fullmatch(leftover.name):
+                continue  # somebody else's
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        for path in self._steps() if step else ():
             if int(path.name) > step:
                 discard(path)
         last = self.folder / "last"
@@ -246,6 +320,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write(temporary)
+            if (record := self.folder.parent / DATA_FILE).is_file():
+                shutil.copyfile(record, temporary / DATA_FILE)
             synchronise(temporary)
             final = self.folder / str(step)
             if final.exists():  # of a run that went on from an earlier checkpoint

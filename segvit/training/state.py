@@ -47,7 +47,7 @@ class RunState:
         self.sharded = hasattr(fabric.strategy, "shard")  # of one process there is nothing to share
         self.average = None
         if config.ema is not None:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+            self.average = AveragedModel(model, multi_avg_fn=self._move_average)
         self._kind = type(model)
         self.wrapped = fabric.setup_module(torch.compile(model) if config.compile else model)
         if self.sharded and self.average is not None:
@@ -68,6 +68,13 @@ class RunState:
             return model
         whole = self._kind.from_state_dict(model.config, gathered(model.state_dict()), "the run")
         return whole.to(self.fabric.device)
+
+    def _move_average(self, averages: Any, weights: Any, count: Any) -> None:
+        """Move the average on to the weights. Its decay is at most (1 + n) / (10 + n) after n steps, so that
+        an early one is not that of the first weights."""
+        assert self.average is not None and self.config.ema is not None
+        n = int(self.average.n_averaged)  # on the host, where `count` may be on a GPU
+        get_ema_multi_avg_fn(min(self.config.ema, (1 + n) / (10 + n)))(averages, weights, count)
 
     def start_clock(self) -> None:
         """From here on `seconds` counts."""

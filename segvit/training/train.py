@@ -25,6 +25,7 @@ from segvit.model.losses import weights_of_classes
 from segvit.options import TrainConfig
 from segvit.system.interrupts import Interrupted, Interrupts, obey_parent
 from segvit.system.machine import first_process, started_processes
+from segvit.training.build import settled
 from segvit.training.class_weights import count_and_weight
 from segvit.training.launch import launch, make_fabric
 from segvit.training.loop import Trainer, say
@@ -52,6 +53,7 @@ def train(config: TrainConfig, training: Any = None, validation: Any = None) -> 
     """
     config = dataclasses.replace(config, devices=started_processes() or config.devices)
     _check(config)
+    config = settled(config)
     fabric = make_fabric(config)
 
     def data(split: str, synthetic_length: int) -> Any:
@@ -62,7 +64,7 @@ def train(config: TrainConfig, training: Any = None, validation: Any = None) -> 
             channels=config.model.get("in_channels", 3),
             progress=config.progress,
             synthetic_length=synthetic_length,
-            synthetic_size=max(32, config.image_size),
+            synthetic_size=max(32, config.image_size or 0),
         )
 
     if training is None:

@@ -151,7 +151,8 @@ def test_load_backbone(tmp_path, suffix):
     report = model.load_backbone(path)
     assert report[:2] == (len(state), ())
     assert report.changed == (
-        "not told by the weights, taken: 2 heads, gelu, norm_eps 1e-06, mean and std of the model",
+        "not told by the weights, taken: 2 heads, gelu, norm_eps 1e-06, "
+        "the model's mean 0.5 0.5 0.5 and std 0.5 0.5 0.5",
     )
     assert make_model(1, class_token=True).load_backbone(state) == (len(state), (), ())
     for key, value in model.backbone.state_dict().items():

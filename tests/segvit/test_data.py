@@ -225,3 +225,89 @@ def test_bad_augmentation():
         Augment(32, scale=(2.0, 1.0))
     with pytest.raises(ValueError, match="class_share: got 0"):
         Augment(32, class_share=0.0)
+
+
+def write_labels(root, values, split, names="red\ngreen\nblue\n"):
+    label = np.resize(np.array(values), (len(values), 16))
+    write_pair(root, "a", label, split, suffix=".png")
+    (root / "names.txt").write_text(names)
+
+
+def test_labels_mean_what_they_did_in_training(tmp_path):
+    """Also in a folder that alone would be read otherwise; values that training never saw are refused."""
+    write_labels(tmp_path / "train", [0, 1, 2, 3], "training")
+    training = SegmentationFolder(tmp_path / "train", reduce_zero_label=True)
+    training.check()
+    meaning = json.loads(json.dumps(training.meaning()))
+    assert meaning["values"] == {"0": None, "1": 0, "2": 1, "3": 2, "255": None}
+    assert meaning["seen"] == [0, 1, 2, 3] and meaning["colours"] == {}
+    write_labels(tmp_path / "held", [0, 1, 2], "validation")
+    alone = SegmentationFolder(tmp_path / "held", "validation")
+    assert alone.reading.table[1] == 1
+    held = SegmentationFolder(tmp_path / "held", "validation", meaning=meaning)
+    held.check()
+    assert held.reading.table == training.reading.table
+    assert held[0]["label"].unique().tolist() == [0, 1, 255]
+    write_labels(tmp_path / "more", [1, 2, 7], "validation")
+    with pytest.raises(ValueError, match=r"a\.png: label value 7 was not in the data .* \(0\.\.\.3\)"):
+        SegmentationFolder(tmp_path / "more", "validation", meaning=meaning).check()
+    # Other numbers of classes are for whoever compares them.
+    write_labels(tmp_path / "two", [0, 1], "validation", "red\ngreen\n")
+    assert SegmentationFolder(tmp_path / "two", "validation", meaning=meaning).num_classes == 2
+
+
+def test_what_training_ignored_is_no_class_of_a_folder_without_it(tmp_path):
+    meanings = {}
+    for values in ((0, 1, 255), (0, 1)):
+        write_labels(tmp_path / str(len(values)), values, "training", "background\ncrack\n")
+        training = SegmentationFolder(tmp_path / str(len(values)))
+        training.check()
+        meanings[values] = training.meaning()
+    write_labels(tmp_path / "held", [0, 0, 255], "validation", "background\ncrack\n")
+    held = SegmentationFolder(tmp_path / "held", "validation", meaning=meanings[0, 1, 255])
+    held.check()
+    assert held[0]["label"].unique().tolist() == [0, 255]
+    with pytest.raises(ValueError, match=r"label value 255 was not in the data .* \(0\.\.\.1\); say"):
+        SegmentationFolder(tmp_path / "held", "validation", meaning=meanings[0, 1]).check()
+
+
+def test_colours_mean_what_they_did_in_training(tmp_path):
+    picture = np.zeros((4, 4, 3), np.uint8)
+    picture[:2] = 255, 0, 0
+    for kind in ("images", "annotations"):
+        (tmp_path / kind / "training").mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / kind / "training" / "a.png")
+    names = tmp_path / "names.txt"
+    names.write_text("red 255 0 0\nblack 0 0 0\n")
+    training = SegmentationFolder(tmp_path)
+    assert training.meaning()["colours"] == {"ff0000": 0, "000000": 1}
+    names.write_text("red\nblack\n")
+    with pytest.raises(ValueError, match="no label values"):
+        SegmentationFolder(tmp_path).check()
+    assert torch.equal(
+        SegmentationFolder(tmp_path, meaning=training.meaning())[0]["label"], training[0]["label"]
+    )
+
+
+def test_evaluate_reads_labels_as_the_run_did(tmp_path):
+    pytest.importorskip("lightning_fabric", reason="needs the extra train")
+    from segvit import BackboneConfig, SegViT, SegViTConfig
+    from segvit.cli import main
+
+    backbone = BackboneConfig(width=16, depth=1, heads=1, patch_size=8)
+    config = SegViTConfig(backbone, 3, (0,), decoder_depth=1, image_size=16)
+    SegViT(config).save_pretrained(tmp_path / "model")
+    write_labels(tmp_path / "data", [0, 1, 2], "validation")
+    meaning = {"values": {"0": 2, "1": 0, "2": None}, "colours": {}, "seen": [0, 1, 2]}
+    (tmp_path / "model/data.json").write_text(json.dumps({"labels": meaning}))
+
+    def pixels(*words):
+        arguments = ["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "data"), *words]
+        arguments += ["--json", str(tmp_path / "result.json"), "--workers", "0", "--no-progress"]
+        assert main(["evaluate", *arguments, "--accelerator", "cpu"]) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        return [*result["pixels"].values(), result["ignored"]]
+
+    assert pixels() == [16, 0, 16, 16]
+    assert pixels("--no-reduce-zero-label") == [16, 16, 16, 0]
+    assert pixels("--label-mapping", '{"0": 0, "1": 0, "2": 1}') == [32, 16, 0, 0]

@@ -1,6 +1,7 @@
 """Other projects' ViTs: loaded with the same features, or refused with the reason; nothing in between."""
 
 import gc
+import json
 import os
 from collections import Counter
 
@@ -376,6 +377,10 @@ def test_transformers(tmp_path):
         with torch.no_grad():
             got = ours(images)[0]
         assert (got - expected[:, -16:]).norm() < 1e-4 * expected.norm(), name
+    for kind in ("vit", "vit_msn", "ijepa", "dinov2"):
+        (tmp_path / "ViT/config.json").write_text(json.dumps({"model_type": kind}))
+        told = open_pretrained(tmp_path / "ViT").known["norm_eps"]
+        assert told == transformers.CONFIG_MAPPING[kind]().layer_norm_eps, kind
     swin = transformers.SwinConfig()
     swin.save_pretrained(tmp_path / "ViT")
     with pytest.raises(ValueError, match="model_type 'swin'"):

@@ -1,14 +1,21 @@
 """Start from a whole checkpoint: other classes, another image size, the same network."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
 
 from segvit import BackboneConfig, SegViT, SegViTConfig
 from segvit.cli import main
+from segvit.config import usual_taps
+from segvit.data.synthetic import SyntheticShapes
+from segvit.model.eomt import EoMT
 from segvit.model.linear_head import LinearSegmenter
+from segvit.options import TrainConfig
+from segvit.training.build import build_model, settled
 from segvit.training.init_from import init_from
+from segvit.training.run_folder import Checkpoints
 
 pytest.importorskip("safetensors", reason="needs the extra train")
 
@@ -38,7 +45,7 @@ def test_the_same_classes_give_the_same_model(tmp_path):
         assert notes == ["3 of 3 classes taken over by name"] and started.config == model.config
         same(started.state_dict(), model.state_dict())
     make(LinearSegmenter).save_pretrained(tmp_path / "linear")
-    started, _ = init_from(tmp_path / "linear", 3, {}, "linear")
+    started, _ = init_from(tmp_path / "linear", 3, {})
     same(started.state_dict(), make(LinearSegmenter).state_dict())
 
 
@@ -73,7 +80,8 @@ def test_classes_by_name(tmp_path):
     new, notes = init_from(tmp_path / "atm", 5, {"class_names": None, "palette": None})
     assert notes == ["0 of 5 classes taken over as one side has no names; fresh: 0, 1, 2, 3, 4"]
     new, notes = init_from(tmp_path / "atm", 3, {"class_names": NAMES}, "linear")
-    assert notes == ["backbone taken, not the decoder atm"] and isinstance(new, LinearSegmenter)
+    assert notes == ["backbone taken, not the decoder atm: linear starts afresh"]
+    assert isinstance(new, LinearSegmenter)
 
 
 @torch.no_grad()
@@ -86,6 +94,78 @@ def test_another_image_size(tmp_path):
         init_from(tmp_path, 3, {"layer_scale": 0.1})
     with pytest.raises(ValueError, match="no field widht"):
         init_from(tmp_path, 3, {"widht": 3})
+
+
+def test_what_no_option_says_is_the_checkpoints(tmp_path):
+    backbone = BackboneConfig(width=32, depth=2, heads=2, patch_size=8, in_channels=1)
+    old = SegViTConfig(backbone, 3, (0, 1), image_size=(96, 96), decoder="segvitv2", value_range=(0.0, 700.0))
+    SegViT(old).save_pretrained(tmp_path)
+    config = TrainConfig(data="x", out=str(tmp_path / "run"), init_from=str(tmp_path))
+    full = settled(config)
+    assert (full.image_size, full.value_range, full.model) == (
+        96, [0.0, 700.0], {"in_channels": 1, "decoder": "segvitv2"},
+    )  # fmt: skip
+    assert settled(full) == full
+    said = []
+    new = build_model(config, SyntheticShapes("training", 1, 32), said.append).config
+    assert (new.image_size, new.decoder, new.value_range) == ((96, 96), "segvitv2", (0.0, 700.0))
+    assert "value_range (0.0, 700.0) taken over" in said[0]
+    # Options win.
+    said.clear()
+    config = dataclasses.replace(config, image_size=32, head="linear", value_range=[0, 9])
+    new = build_model(config, SyntheticShapes("training", 1, 32), said.append).config
+    assert (new.image_size, new.decoder, new.value_range) == ((32, 32), "linear", (0, 9))
+    assert "value_range (0, 9) in place of (0.0, 700.0)" in said[0]
+    # A run that goes on asks its own checkpoint, not what it once started from.
+    checkpoints = Checkpoints(config.out)
+    checkpoints.folder.mkdir(parents=True)
+
+    def write(folder):
+        SegViT(old).save_pretrained(folder)
+        (folder / "trainer.pt").touch()
+
+    checkpoints.save(1, write)
+    going_on = TrainConfig(data="x", out=config.out, init_from=str(tmp_path / "gone"), resume=True)
+    assert settled(going_on) == dataclasses.replace(full, init_from=going_on.init_from, resume=True)
+
+
+def test_an_image_size_is_the_presets_where_no_option_says_it(tmp_path):
+    def of(**options):
+        return settled(TrainConfig(data="x", out=str(tmp_path), **options)).image_size
+
+    assert (of(), of(preset="vit_large"), of(preset="eva02_vitb14")) == (512, 640, 518)
+    assert (of(model={"image_size": [64, 64]}), of(preset="vit_large", image_size=512)) == (64, 512)
+    with pytest.raises(ValueError, match=r"image_size: the model's is \[64, 48\]"):
+        of(model={"image_size": [64, 48]})
+
+
+def test_another_decoder_has_the_usual_taps_and_a_norm_of_its_own(tmp_path):
+    for decoder in ("atm", "eomt", "linear"):
+        backbone = BackboneConfig(width=32, depth=12, heads=2, patch_size=8)
+        model = SegViT if decoder == "atm" else EoMT if decoder == "eomt" else LinearSegmenter
+        model(SegViTConfig(backbone, 3, (3, 7, 11), image_size=32, decoder=decoder)).save_pretrained(
+            tmp_path / decoder
+        )
+    for decoder in ("eomt", "linear"):
+        new, notes = init_from(tmp_path / decoder, 3, {}, "segvit")
+        assert new.config.taps == (5, 7, 11) and len(new.decoder.stages) == 3
+        assert notes[-1].endswith("atm starts afresh, whose taps are 5, 7, 11")
+        assert init_from(tmp_path / decoder, 3, {"taps": (2, 11)}, "segvit")[0].config.taps == (2, 11)
+    new, notes = init_from(tmp_path / "atm", 3, {"decoder": "eomt"})
+    assert "the final norm starts afresh" in notes
+    assert (new.backbone.norm.weight == 1).all() and (new.backbone.norm.bias == 0).all()
+    assert (usual_taps(12), usual_taps(24), usual_taps(4)) == ((5, 7, 11), (7, 15, 23), (0, 1, 3))
+    assert (usual_taps(12, 6, True), usual_taps(12, 6), usual_taps(1)) == ((5, 11), (11,), (0,))
+
+
+def test_another_decoder_of_a_model_that_shrinks(tmp_path):
+    config = make(shrunk=True).config
+    backbone = dataclasses.replace(config.backbone, shrink_edges=0.25)
+    SegViT(dataclasses.replace(config, backbone=backbone)).save_pretrained(tmp_path)
+    new = init_from(tmp_path, 3, {"decoder": "segvitv2"})[0].config
+    assert new.upsample and new.taps == (0, 1) and new.backbone.shrink_edges == 0.25
+    new = init_from(tmp_path, 3, {"decoder": "linear", "upsample": False})[0].config
+    assert new.taps == (1,) and new.backbone.shrink_edges == 0
 
 
 def test_training(tmp_path, capsys):

@@ -281,7 +281,7 @@ def test_weights_decide_what_the_options_leave_open(tmp_path):
         return build_model(config, data, said.append)
 
     model = build()
-    same = ("mlp", "pre_norm", "register_tokens", "qkv_bias")
+    same = ("mlp", "pre_norm", "class_token", "register_tokens", "qkv_bias")
     assert all(getattr(model.config.backbone, k) == getattr(theirs.config.backbone, k) for k in same)
     assert (model.config.backbone.norm_eps, model.config.mean) == (1e-5, IMAGENET["mean"])
     for key, value in model.backbone.state_dict().items():
@@ -296,3 +296,29 @@ def test_weights_decide_what_the_options_leave_open(tmp_path):
     with pytest.raises(ValueError, match="QuickGELU"):
         build()
     assert build(mlp="quick_gelu").config.backbone.pre_norm
+
+
+@pytest.mark.parametrize(
+    ("theirs", "taken"),
+    [({}, False), ({"layer_scale": 0.1}, True), ({"register_tokens": 1}, True), ({"pre_norm": True}, True)],
+)
+def test_class_tokens_are_taken_but_for_augreg(tmp_path, theirs, taken):
+    pytest.importorskip("lightning_fabric", reason="needs the extra train")
+    from segvit.data.synthetic import SyntheticShapes
+    from segvit.options import TrainConfig
+    from segvit.training.build import build_model
+
+    save_file(state_of(make_model(class_token=True, **theirs)), tmp_path / "a.safetensors")
+    sizes = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "taps": (0, 1), "mlp": "gelu"}
+
+    def build(**model):
+        said = []
+        config = TrainConfig(
+            data="x", out=str(tmp_path / "run"), image_size=32, preset="vit_tiny",
+            backbone_weights=str(tmp_path / "a.safetensors"), model={**sizes, **model},
+        )  # fmt: skip
+        model = build_model(config, SyntheticShapes("training", 1, 32), said.append)
+        return model.config.backbone.class_token, "the class token is not taken" in said[0]
+
+    assert build() == (taken, not taken)
+    assert build(class_token=False) == (False, True) and build(class_token=True) == (True, False)

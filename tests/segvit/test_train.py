@@ -169,16 +169,17 @@ def test_betas_reach_the_optimizer(tmp_path):
     assert {tuple(group["betas"]) for group in state["optimizer"]["param_groups"]} == {(0.8, 0.95)}
 
 
-def test_moving_average_follows_the_weights(tmp_path):
-    """It starts at the weights after the first step; the second moves it by 1 - decay."""
+@pytest.mark.parametrize(("ema", "decay"), [(0.9999, 2 / 11), (0.1, 0.1)])
+def test_moving_average_follows_the_weights(tmp_path, ema, decay):
+    """It starts at the weights after the first step; a decay near 1 would keep it there for long."""
     names = ("a", "b")
     for steps, name in enumerate(names, start=1):
-        train(tiny(tmp_path / name, max_steps=steps, ema=0.75, warmup_steps=0))
+        train(tiny(tmp_path / name, max_steps=steps, ema=ema, warmup_steps=0))
     saved = [torch.load(tmp_path / name / "checkpoints/last/trainer.pt", weights_only=True) for name in names]
     first, second = (state["model"] for state in saved)
     assert_same_weights(first, weights(tmp_path / "a"))
     for name, value in weights(tmp_path / "b").items():
-        torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name])
+        torch.testing.assert_close(value, decay * first[name] + (1 - decay) * second[name])
     assert not torch.equal(first["decoder.class_tokens"], second["decoder.class_tokens"])
 
 
