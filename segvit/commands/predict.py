@@ -13,6 +13,7 @@ so manyth picture; they need nothing of each other but the end, for which all wa
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,13 @@ def run(config: PredictConfig) -> int:
     out = Path(config.out)
     rank, ranks = place_among_processes()
     _check(config)
-    found = find_pictures(config.images, recursive=config.recursive, leave_out=out, every=config.frames)
+    found = find_pictures(
+        config.images,
+        recursive=config.recursive,
+        leave_out=out,
+        every=config.frames,
+        say=functools.partial(print, flush=True) if rank == 0 else None,
+    )
     stems = output_stems(found, out, dots=config.pack is None)
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)

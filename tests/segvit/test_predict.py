@@ -318,6 +318,34 @@ def test_find_images_lists_each_file_once(pictures):
     assert [path.name for path in found] == ["b.png", "a.png", "b.jpg"]
 
 
+def test_what_is_left_out_is_said(pictures, tmp_path):
+    for name in ("c.heic", "d.MP4", "notes.txt", "e.heic", "README", ".hidden.txt"):
+        (pictures / name).write_bytes(b"")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(pictures, "x")
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "x/a.png"
+        tar.addfile(link)
+    shutil.make_archive(str(tmp_path / "a"), "zip", pictures)
+    kinds = "2 .heic, 1 .mp4, 1 .txt, 1 without suffix"
+    for given, recursive in ((pictures, False), (pictures, True), ("a.tar", False), ("a.zip", False)):
+        said: list[str] = []
+        found = find_pictures([tmp_path / given], recursive=recursive, say=said.append)
+        (line,) = said
+        place, _, rest = line.partition(": left out, no pictures by their names: ")
+        assert place == str(tmp_path / given) and rest.endswith("; name videos to have their frames")
+        assert set(rest.partition(";")[0].split(", ")) == {
+            *kinds.split(", "),
+            *(["1 links"] if given == "a.tar" else []),
+        }
+        assert len(found) == 3
+    (pictures / "x").mkdir()
+    said.clear()
+    (pictures / "a.png").rename(pictures / "x" / "a.png")
+    find_pictures([pictures / "x"], say=said.append)
+    assert not said
+
+
 def test_a_linear_head_predicts_but_has_no_maps(model, pictures, tmp_path):
     linear = LinearSegmenter(model.config).eval()
     linear.save_pretrained(tmp_path / "linear")
