@@ -57,7 +57,7 @@ class Found:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as given, and every picture directly inside the folders given, sorted by name; each file once.
+    """Files as given, and every picture directly inside the folders given, sorted by name; each name once.
 
     Hidden files in folders do not count.
 
@@ -128,9 +128,10 @@ def _checked(path: str | Path) -> Path:
 
 
 def _each_once(found: Iterable[Found]) -> list[Found]:
-    once: dict[tuple[Path, int, int], Found] = {}
+    """Each name once; two of a file that links lead to are two pictures, as stores of files have them."""
+    once: dict[tuple[str, int, int], Found] = {}
     for picture in found:
-        once.setdefault((picture.file.resolve(), picture.offset, picture.frame), picture)
+        once.setdefault((os.path.abspath(picture.file), picture.offset, picture.frame), picture)
     return list(once.values())
 
 
@@ -193,11 +194,14 @@ def _in_folder(folder: Path, sieve: _Sieve) -> list[Path]:
 
 def _below(root: Path, leave_out: Path | None, sieve: _Sieve) -> list[Found]:
     files: list[Path] = []
-    seen = {leave_out.resolve()} if leave_out else set()
+    seen: set[Path] = set()
+    left = leave_out.resolve() if leave_out else None
     for folder, folders, names in os.walk(root, followlinks=True):
         where = Path(folder)
-        if (real := where.resolve()) in seen:  # links can lead in a circle
+        if (real := where.resolve()) in seen or real == left:
             folders.clear()
+            if real in seen and sieve.say:  # links can lead in a circle
+                sieve.say(f"{where}: left out, leads to {real}, which is taken already")
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -318,6 +318,22 @@ def test_find_images_lists_each_file_once(pictures):
     assert [path.name for path in found] == ["b.png", "a.png", "b.jpg"]
 
 
+def test_every_name_of_a_file_is_a_picture(checkpoint, pictures, tmp_path):
+    """Links: equal pictures are one file in the stores of DVC, git-annex and the Hub."""
+    folder, out = tmp_path / "links", tmp_path / "out"
+    folder.mkdir()
+    for name in ("x.png", "y.png"):
+        (folder / name).symlink_to(pictures / "a.png")
+    again = os.path.relpath(folder / "x.png")
+    assert [path.name for path in find_images([folder, again, folder / "." / "y.png"])] == ["x.png", "y.png"]
+    predict(checkpoint, out, [folder, again], overlay=False)
+    assert outputs(out) == {"x_labels.png", "y_labels.png"}
+    said: list[str] = []
+    (pictures / "below").symlink_to(pictures)
+    assert len(find_pictures([pictures], recursive=True, say=said.append)) == 3
+    assert said == [f"{pictures / 'below'}: left out, leads to {pictures}, which is taken already"]
+
+
 def test_what_is_left_out_is_said(pictures, tmp_path):
     for name in ("c.heic", "d.MP4", "notes.txt", "e.heic", "README", ".hidden.txt"):
         (pictures / name).write_bytes(b"")
