@@ -24,7 +24,7 @@ from segvit.system.extras import require
 from segvit.system.files import atomic_write
 from segvit.system.progress import progress_bar
 from segvit.system.tars import BLOCK, END, tar_member
-from segvit.system.text import read_json
+from segvit.system.text import numbered, read_json
 
 __all__ = ["pack"]
 
@@ -85,18 +85,8 @@ def _made_of(dataset: SegmentationFolder) -> str:
 
 def _keys(dataset: SegmentationFolder) -> list[str]:
     """A name in the tar for each sample: WebDataset's end at the first dot, and like ones are one sample."""
-    taken: set[str] = set()
-    keys = []
-    for picture, _ in dataset.files:
-        place = picture.relative_to(dataset.root)
-        base = (place.parent / place.stem.replace(".", "_")).as_posix()
-        key, number = base, 1
-        while key in taken:
-            number += 1
-            key = f"{base}_{number}"
-        taken.add(key)
-        keys.append(key)
-    return keys
+    places = [picture.relative_to(dataset.root) for picture, _ in dataset.files]
+    return numbered([(place.parent / place.stem.replace(".", "_")).as_posix() for place in places])
 
 
 def _files_of(dataset: SegmentationFolder, index: int) -> tuple[Path, bytes, bytes]:

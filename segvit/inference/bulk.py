@@ -39,6 +39,7 @@ from segvit.pictures.visualize import (
 )
 from segvit.system.extras import require
 from segvit.system.failures import one_line, out_of_memory
+from segvit.system.text import numbered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,8 +82,8 @@ _LONGEST_NAME = 240  # bytes; file systems take 255, and others count in other u
 def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True) -> list[str]:
     """A stem of output files for each picture, that no other has on any file system.
 
-    Files of one stem get numbers, also where only capital letters or the composition of accents differ. Names
-    too long for what is appended to them are cut, those that Windows keeps for devices lose their dot.
+    Files of one stem get numbers, also where only capital letters or the composition of accents differ; the
+    first keeps it, and no number makes the stem of another picture. Names too long for what is appended to them are cut, those that Windows keeps for devices lose their dot.
 
     Args:
         files: the pictures; the stems of those within a tree begin with its folders, "sub/a".
@@ -96,12 +97,12 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
         file if isinstance(file, Found) else Found(str(file), file, PurePosixPath("."), file.stem)
         for file in files
     ]
-    inputs = {picture.file.resolve() for picture in pictures if picture.offset < 0}
-    folders = {file.parent for file in inputs}
-    taken: set[str] = set()
-    stems: list[str] = []
+    whereabouts = functools.cache(Path.resolve)  # of folders: a file may be a link, which is replaced itself
+    inputs = {
+        whereabouts(picture.file.parent) / picture.file.name for picture in pictures if picture.offset < 0
+    }
     room = _LONGEST_NAME - max(len(f"_{kind}{suffix}") for kind, suffix in KINDS.items())
-    is_near = functools.cache(lambda folder: (out / folder).resolve() in folders)
+    bases = []
     for picture in pictures:
         base = picture.stem if dots else picture.stem.replace(".", "_")
         if PureWindowsPath(f"{base}_labels.png").is_reserved():
@@ -109,20 +110,17 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
         if len(os.fsencode(base)) > room:
             whole = os.fsencode(base)
             base = f"{os.fsdecode(whole[: room - 20]).rstrip(chr(0xFFFD))}~{zlib.crc32(whole):08x}"
-        base = (picture.folder / base).as_posix()
-        stem, number = base, 1
-        while (key := unicodedata.normalize("NFC", stem).casefold()) in taken:
-            number += 1
-            stem = f"{base}_{number}"
-        taken.add(key)
-        stems.append(stem)
-        if is_near(picture.folder):
-            for kind, suffix in KINDS.items():
-                target = out / f"{stem}_{kind}{suffix}"
-                if target.resolve() in inputs:
-                    raise ValueError(
-                        f"out: {target} is an input picture and would be overwritten; choose another folder"
-                    )
+        bases.append((picture.folder / base).as_posix())
+    stems = numbered(bases, lambda name: unicodedata.normalize("NFC", name).casefold())
+    folders = {file.parent for file in inputs}
+    for stem in stems:
+        targets = [out / f"{stem}_{kind}{suffix}" for kind, suffix in KINDS.items()]
+        where = whereabouts(targets[0].parent)
+        for target in targets if where in folders else ():
+            if where / target.name in inputs:
+                raise ValueError(
+                    f"out: {target} is an input picture and would be overwritten; choose another folder"
+                )
     return stems
 
 
