@@ -212,7 +212,7 @@ def _below(root: Path, leave_out: Path | None, sieve: _Sieve) -> list[Found]:
 
 
 def _in_tar(path: Path, sieve: _Sieve) -> list[Found]:
-    found = []
+    found: dict[PurePosixPath, Found] = {}  # as tar does, the last of a name
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -221,11 +221,11 @@ def _in_tar(path: Path, sieve: _Sieve) -> list[Found]:
                 if not member.isdir() and sieve.takes(place.name, kind):
                     folder = PurePosixPath(*(part for part in place.parent.parts if part not in ("/", "..")))
                     name = f"{path}/{member.name}"
-                    found.append(Found(name, path, folder, place.stem, member.offset_data, member.size))
+                    found[place] = Found(name, path, folder, place.stem, member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: no whole, uncompressed tar ({one_line(error)})") from None
     sieve.end(bool(found), "tar")
-    return found
+    return list(found.values())
 
 
 def _in_zip(path: ZipPath, sieve: _Sieve) -> list[Found]:

@@ -557,6 +557,19 @@ def test_a_tree_its_list_its_tar_and_its_zip_give_the_same(model, checkpoint, tr
             predict(checkpoint, "out", ["."], recursive=True)
 
 
+def test_of_a_name_twice_in_a_tar_the_last_counts(checkpoint, pictures, tmp_path):
+    """As where it is extracted; `tar -r` appends another version of a file."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for source, name in (("a.png", "x.png"), ("b.jpg", "y.jpg"), ("b.png", "./x.png")):
+            tar.add(pictures / source, name)
+    assert len(find_pictures([tmp_path / "a.tar"])) == 2
+    for _ in range(2):
+        predict(checkpoint, tmp_path / "out", [tmp_path / "a.tar"], overlay=False, manifest=True)
+        with Image.open(tmp_path / "out/x_labels.png") as labels:
+            assert labels.size == (24, 33)
+        assert {line["output"] for line in lines_of(tmp_path / "out").values()} == {"x", "y"}
+
+
 def counted(monkeypatch) -> list[int]:
     """How many pictures each call of the network had."""
     calls, predicted = [], SegViT.predict
