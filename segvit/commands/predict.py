@@ -181,14 +181,16 @@ def _results(
     record = Record(job.out, place, settings, [picture.name for picture, _ in share])
     try:
         output = Tars(job.out, record, config.pack) if config.pack else Files(job.out, record)
-        left = [
-            (picture, stem)
-            for picture, stem in share
-            if not (
-                record.is_done(picture.name, stem)
-                and output.has([f"{stem}_{result}" for result in job.results])
-            )
-        ]
+        left = []
+        for picture, stem in share:
+            done = record.is_done(picture.name, stem, picture.version() if record.has(picture.name) else "")
+            if not (done and output.has([f"{stem}_{result}" for result in job.results])):
+                left.append((picture, stem))
+            if not done and config.pack and record.has(picture.name):  # its results would be there twice
+                raise ValueError(
+                    f"images: {picture.name} has changed since its results were put into a tar; choose "
+                    "another folder"
+                )
         try:
             yield record, output, left
         finally:

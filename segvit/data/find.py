@@ -30,7 +30,7 @@ class Found:
         file: where its bytes are.
         folder: below which its results go in an output folder; "." where they lie flat.
         stem: its name without suffix.
-        offset, size: of its bytes within a tar; -1 and 0 for a whole file.
+        offset, size, changed: of its bytes within a tar, and when they changed; -1, 0 and 0 for a whole file.
         frame, every: its place in a video, and which places are asked for; -1 for a picture.
     """
 
@@ -40,6 +40,7 @@ class Found:
     stem: str
     offset: int = -1
     size: int = 0
+    changed: float = 0.0
     frame: int = -1
     every: int = 1
 
@@ -54,6 +55,21 @@ class Found:
         with self.file.open("rb") as tar:
             tar.seek(self.offset)
             return PictureBytes(tar.read(self.size), self.name, formats=OWN_FORMATS)
+
+    def version(self) -> str:
+        """Tells what is there from what will be when it is replaced: size and time; "" where nothing is.
+
+        In a zip the checksum stands for the time, which is that of all its pictures.
+        """
+        if self.offset >= 0:
+            return f"{self.size} {self.changed}"
+        try:
+            if isinstance(self.file, ZipPath):
+                return f"{self.file.stat().st_size} {self.file.checksum():08x}"
+            status = self.file.stat()
+        except (OSError, ValueError):
+            return ""
+        return f"{status.st_size} {status.st_mtime}"
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -221,7 +237,8 @@ def _in_tar(path: Path, sieve: _Sieve) -> list[Found]:
                 if not member.isdir() and sieve.takes(place.name, kind):
                     folder = PurePosixPath(*(part for part in place.parent.parts if part not in ("/", "..")))
                     name = f"{path}/{member.name}"
-                    found[place] = Found(name, path, folder, place.stem, member.offset_data, member.size)
+                    data = (member.offset_data, member.size, float(member.mtime))
+                    found[place] = Found(name, path, folder, place.stem, *data)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: no whole, uncompressed tar ({one_line(error)})") from None
     sieve.end(bool(found), "tar")

@@ -83,7 +83,8 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
     """A stem of output files for each picture, that no other has on any file system.
 
     Files of one stem get numbers, also where only capital letters or the composition of accents differ; the
-    first keeps it, and no number makes the stem of another picture. Names too long for what is appended to them are cut, those that Windows keeps for devices lose their dot.
+    first keeps it, and no number makes the stem of another picture. Names too long for what is appended to
+    them are cut, those that Windows keeps for devices lose their dot.
 
     Args:
         files: the pictures; the stems of those within a tree begin with its folders, "sub/a".
@@ -172,6 +173,7 @@ class Job:
     ) -> None:
         self.config, self.model, self.out, self.classes, self.kept = config, model, out, classes, kept
         self.names, self.palette = class_names(model.config), class_colors(model.config)
+        self._versions: dict[str, str] = {}
 
     @property
     def results(self) -> list[str]:
@@ -188,6 +190,7 @@ class Job:
 
     def read(self, picture: Found) -> torch.Tensor:
         """Its pixels, uint8 (channels, H, W)."""
+        self._versions[picture.name] = picture.version()  # before: one that is replaced meanwhile has another
         return read_image(picture.open(), **self.model.config.reading)
 
     def compute(self, images: Sequence[torch.Tensor]) -> list[Computed]:
@@ -231,6 +234,7 @@ class Job:
                 "width": labels.shape[1],
                 "height": labels.shape[0],
                 "pixels": {self.names[i]: int(counts[i]) for i in np.flatnonzero(counts)},
+                "version": self._versions.pop(picture.name, ""),
             }
             output.put(stem, {f"{kind}{KINDS[kind]}": writer for kind, writer in writers.items()}, line)
         return _summary(labels, self.names)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from segvit.data.pictures import read_image
 from segvit.inference.bulk import find_classes, label_picture, output_stems
 from segvit.inference.classes import class_names
 from segvit.inference.passes import label_maps_with_scores
+from segvit.inference.record import Record
 from segvit.inference.similarity import similarity_maps
 from segvit.model.linear_head import LinearSegmenter
 from segvit.model.segvit import SegViT
@@ -613,6 +615,60 @@ def test_what_the_record_has_is_not_done_again(checkpoint, tree, tmp_path, monke
     assert sum(calls) == 2
     record.write_text("{}\n")
     assert again(r"manifest-00000-of-00001\.jsonl: line 1 is none of a manifest's") == 0
+
+
+def test_a_picture_that_was_replaced_is_done_again(checkpoint, pictures, tmp_path, monkeypatch):
+    """Alone, in a tar and in a zip; results in tars are refused, where both would be."""
+    tar, packed, calls = tmp_path / "a.tar", tmp_path / "a.zip", counted(monkeypatch)
+
+    def given(changed: float) -> None:
+        Image.new("RGB", (24, 16 + int(changed) % 5), "red").save(pictures / "a.png")
+        os.utime(pictures / "a.png", (changed, changed))
+        with tarfile.open(tar, "w") as file:
+            file.add(pictures, "")
+        shutil.make_archive(str(packed.with_suffix("")), "zip", pictures)
+
+    def done(source, out, **changes) -> tuple[int, str]:
+        calls.clear()
+        predict(checkpoint, tmp_path / out, [source], overlay=False, **changes)
+        last = [json.loads(line) for path in (tmp_path / out).glob("*.jsonl") for line in path.open()][-1]
+        return sum(calls), f"{last['width']}x{last['height']}"
+
+    given(1e9)
+    sources = {"files": pictures, "tar": tar, "zip": packed}
+    for out, source in sources.items():
+        assert [done(source, out, manifest=True)[0] for _ in range(2)] == [3, 0]
+    assert [done(pictures, "packed", pack=2)[0] for _ in range(2)] == [3, 0]
+    given(1e9 + 1)  # packed anew: the others are what they were
+    for out, source in sources.items():
+        assert done(source, out, manifest=True) == (1, "24x17")
+        assert done(source, out, manifest=True)[0] == 0
+        with Image.open(tmp_path / out / "a_labels.png") as labels:
+            assert labels.size == (24, 17)
+    with pytest.raises(ValueError, match=r"a\.png has changed since its results were put into a tar; choose"):
+        done(pictures, "packed", pack=2)
+    os.utime(pictures / "a.png", (1e9, 1e9))  # of the same size: only the time tells
+    assert done(pictures, "files", manifest=True)[0] == 1
+    record = tmp_path / "files" / "manifest-00000-of-00001.jsonl"
+    record.write_text(re.sub(r', "version": "[^"]*"', "", record.read_text()))  # of an earlier release
+    given(1e9 + 2)
+    assert done(pictures, "files", manifest=True)[0] == 0
+
+
+def test_of_a_replaced_picture_the_new_line_counts(tmp_path):
+    """Whatever the number of processes was, and however the names of their records sort."""
+    line = {"picture": "a", "output": "a", "width": 1}
+    for place, version in (((0, 2), "old"), ((0, 1), "new")):
+        record = Record(tmp_path, place, {}, ["a"])
+        assert not record.is_done("a", "a", version)
+        record.add({**line, "version": version})
+        assert [found["version"] for found in record.lines()] == [version]
+        record.close()
+    for version, expected in (("new", True), ("later", False)):
+        record = Record(tmp_path, (0, 4), {}, ["a"])
+        assert record.is_done("a", "a", version) == expected
+        assert [found["version"] for found in record.lines()] == ["new"] * expected
+        record.close()
 
 
 def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
