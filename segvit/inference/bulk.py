@@ -12,7 +12,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
@@ -32,13 +32,16 @@ from segvit.inference.runs import run_lengths
 from segvit.inference.similarity import similarity_maps
 from segvit.options import PredictConfig
 from segvit.pictures.visualize import (
+    MADE_HERE,
     format_share,
     legend_entries,
     overlay_with_legend,
+    save_picture,
     similarity_picture,
 )
 from segvit.system.extras import require
 from segvit.system.failures import one_line, out_of_memory
+from segvit.system.files import may_be_replaced
 from segvit.system.text import numbered
 
 if TYPE_CHECKING:
@@ -125,6 +128,16 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
     return stems
 
 
+def _begins(result: str) -> str:
+    """Regular expression that matches the beginning of a result, KIND.SUFFIX, as Latin-1."""
+    kind, suffix = os.path.splitext(result)
+    return {
+        ".png": MADE_HERE,
+        ".json": r'\{"size": \[\d+, \d+\], "segments": \[',
+        ".npz": rf"PK\x03\x04.{{26}}{kind}\.npy",
+    }[suffix]
+
+
 def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
     """Class indices (H, W) as grey values: 8-bit, or 16-bit above 256 classes."""
     image_module = require("PIL.Image", extra="train")
@@ -188,6 +201,28 @@ class Job:
         }
         return [f"{kind}{suffix}" for kind, suffix in KINDS.items() if asked[kind]]
 
+    def check_targets(self, stems: Iterable[str]) -> None:
+        """Find out before the work that nothing is lost: a label map of the data set, X_labels.png, say.
+
+        Raises:
+            ValueError: a file is where a result would be, and none itself.
+        """
+        others = []
+        for stem, result in itertools.product(stems, self.results):
+            target = self.out / f"{stem}_{result}"
+            if os.path.lexists(target):
+                try:
+                    ours = may_be_replaced(target, _begins(result))
+                except OSError:  # a folder, or a link that leads nowhere
+                    ours = False
+                others += [] if ours else [target]
+        if others:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise ValueError(
+                f"out: {others[0]}{more} is there already and not known to be a result of segvit predict "
+                "(earlier releases did not mark theirs); choose another folder, or move it away"
+            )
+
     def read(self, picture: Found) -> torch.Tensor:
         """Its pixels, uint8 (channels, H, W)."""
         self._versions[picture.name] = picture.version()  # before: one that is replaced meanwhile has another
@@ -223,7 +258,7 @@ class Job:
                 )
             writers: dict[str, Writer] = {
                 **computed.writers,
-                **{kind: functools.partial(image.save, format="PNG") for kind, image in drawn.items()},
+                **{kind: functools.partial(save_picture, image) for kind, image in drawn.items()},
             }
             if self.config.labels == "rle":
                 writers["rle"] = functools.partial(_write_text, json.dumps(run_lengths(labels, self.names)))

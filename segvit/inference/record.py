@@ -88,10 +88,10 @@ class Record:
         try:
             self._clean()
             self._compare(dict(settings))
-            for path in out.glob("*.tar.part"):
+            for path in _ours(out, ".tar.part"):
                 with suppress(FileNotFoundError):  # whole by now, its lines lie beside it
                     self._take(line for _, line in _groups(path))
-            for path in out.glob("*.jsonl"):
+            for path in _ours(out, ".jsonl"):
                 self._take(_whole_lines(path))
         except BaseException:
             self._locks.close()
@@ -145,7 +145,7 @@ class Record:
     def lines(self) -> list[dict[str, Any]]:
         """What counts of every picture, by name: its results, or else its error; of tars that are whole."""
         found: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.out.glob("*.jsonl")):
+        for path in _ours(self.out, ".jsonl"):
             for line in _whole_lines(path):
                 name = line["picture"]
                 if "output" in line:
@@ -205,6 +205,11 @@ class Record:
         self._locks.close()
         with suppress(OSError):
             self.scratch.rmdir()
+
+
+def _ours(out: Path, suffix: str) -> list[Path]:
+    """Files of records and tars, of every rank."""
+    return sorted(p for kind in ("manifest", "results") for p in out.glob(f"{kind}-*-of-*{suffix}"))
 
 
 def _short(value: Any) -> str:
@@ -302,7 +307,7 @@ class Tars:
         self._number = 0
         rank, ranks = record.place
         self._name = f"results-{rank:05d}-of-{ranks:05d}"
-        for path in sorted(out.glob("*.tar.part")):
+        for path in _ours(out, ".tar.part"):
             # Of a start with as many ranks each takes its own; others are shared out.
             if f"-of-{ranks:05d}-" not in path.name:
                 mine = zlib.crc32(path.name.encode()) % ranks == rank

@@ -316,6 +316,59 @@ def test_input_pictures_are_never_overwritten(checkpoint, pictures, tmp_path):
     assert (pictures / "a_labels.png").read_bytes() == before
 
 
+@pytest.mark.parametrize("manifest", [False, True])
+def test_what_is_no_result_is_not_replaced(checkpoint, pictures, tmp_path, manifest):
+    """X.jpg with X_labels.png is a layout of data sets: results would have the names of its label maps."""
+    (pictures / "b.png").unlink()
+    truth = pictures / "b_labels.png"
+    Image.new("L", (50, 17)).save(truth)
+    before, names = truth.read_bytes(), outputs(pictures)
+    images, options = [pictures / "b.jpg", pictures / "a.png"], {"overlay": False, "manifest": manifest}
+    others = pictures / "a_labels.png"
+    for number, make in enumerate((lambda: None, others.mkdir, lambda: others.symlink_to("nowhere"))):
+        make()
+        more = r" \(and 1 more\)" if number else ""
+        with pytest.raises(
+            ValueError, match=rf"b_labels\.png{more} is there already and not known to be"
+        ) as e:
+            predict(checkpoint, pictures, images, **options)
+        assert "\n" not in str(e.value) and outputs(pictures) == names | ({others.name} if number else set())
+        if number == 1:
+            others.rmdir()
+    others.unlink()
+    out = tmp_path / "out"
+    for _ in range(2):  # results replace results, and what is empty
+        predict(checkpoint, out, images[1:], **options)
+        (out / "a_labels.png").write_bytes(b"")
+    truth.rename(out / truth.name)  # it came later than the record
+    with pytest.raises(ValueError, match=r"b_labels\.png is there already and not known to be a result"):
+        predict(checkpoint, out, images, **options)
+    assert (out / truth.name).read_bytes() == before
+
+
+def test_results_are_known_as_such(checkpoint, pictures, tmp_path):
+    """Every kind; and what the record has, however it looks."""
+    every = {"maps": ["car"], "scores": True, "probabilities": True}
+    for labels in ("png", "rle"):
+        for _ in range(2):
+            predict(checkpoint, tmp_path / labels, [pictures / "a.png"], labels=labels, **every)
+        results = sorted(outputs(tmp_path / labels))
+        assert len(results) == 5
+        for name in results:
+            path = tmp_path / labels / name
+            data = path.read_bytes()
+            path.write_bytes(b"another's")
+            with pytest.raises(ValueError, match=f"{name} is there already"):
+                predict(checkpoint, tmp_path / labels, [pictures / "a.png"], labels=labels, **every)
+            path.write_bytes(data)
+    out = tmp_path / "recorded"
+    predict(checkpoint, out, [pictures], manifest=True)
+    Image.open(out / "a_labels.png").save(out / "a_labels.png")  # without the note, as earlier releases did
+    (out / "a_overlay.png").unlink()
+    predict(checkpoint, out, [pictures], manifest=True)
+    assert (out / "a_overlay.png").exists()
+
+
 def test_an_input_that_is_a_link_is_not_overwritten(pictures, tmp_path):
     folder = tmp_path / "links"
     folder.mkdir()
@@ -511,7 +564,7 @@ GOOD = {
 
 
 def lines_of(out) -> dict[str, dict]:
-    found = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.open()]
+    found = [json.loads(line) for path in sorted(out.glob("*-of-*.jsonl")) for line in path.open()]
     assert len({line["picture"] for line in found}) == len(found), "a picture has two lines"
     return {line["picture"]: line for line in found}
 
@@ -695,7 +748,11 @@ def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
             assert members[f"{kept}.{kind}.png"] == (plain / f"{stem}_{kind}.png").read_bytes()
         assert json.loads(members[f"{kept}.json"])["output"] == kept
     assert len(members) == 12 and len(lines_of(out)) == 4 and len(list(out.glob("*.tar"))) == 2
+    others = {out / "download.tar.part": b"half a tar", out / "other.jsonl": b"no manifest's\n"}
+    for path, data in others.items():  # they have nothing to do with the results
+        path.write_bytes(data)
     assert packed() == members and not calls
+    assert all(path.read_bytes() == data for path, data in others.items())
     # A kill came when the second picture of the first tar was written.
     for path in out.glob("results-*"):
         if path.name != "results-00000-of-00001-000000.tar":
