@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from segvit.model.checkpoint import read_state_dict
+from segvit.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config, read_state_dict
 from segvit.model.convert import convert, convert_backbone, is_backbone
 from segvit.model.eomt_weights import convert_eomt, is_eomt
+from segvit.model.pretrained import BACKBONE_TYPE
 from segvit.model.segvit import SegViT
 from segvit.options import ConvertConfig
+from segvit.system.text import read_json
 
 
 def run(config: ConvertConfig) -> int:
     """Print what was found, what was not used and where the result is. Returns 0."""
-    for name in ("config.yaml", "trainer.pt"):
-        if (Path(config.out) / name).is_file():
-            raise ValueError(f"out: {config.out} holds a training ({name}); choose another folder")
+    _check_out(Path(config.out))
     weights = read_state_dict(config.checkpoint)
     model: SegViT
     notes: list[str] = []
@@ -46,6 +47,25 @@ def run(config: ConvertConfig) -> int:
     for key in unused:
         print(f"  unused: {key}")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Raises ValueError where a training, or a model of others, would be overwritten."""
+    for name in ("config.yaml", "trainer.pt"):
+        if (out / name).is_file():
+            raise ValueError(f"out: {out} holds a training ({name}); choose another folder")
+    there = [out / name for name in (WEIGHTS_FILE, CONFIG_FILE) if os.path.lexists(out / name)]
+    if there and not _is_ours(out):
+        raise ValueError(f"out: {there[0]} is there already and not from segvit; choose another folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        if read_json(folder / CONFIG_FILE, dict).get("model_type") != BACKBONE_TYPE:
+            read_config(folder)
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _backbone(config: ConvertConfig) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from segvit.data.synthetic import SyntheticShapes
 from segvit.demo import task
-from segvit.demo.page import Outcome, pixels_of, write_report
+from segvit.demo.page import TITLE, Outcome, pixels_of, write_report
 from segvit.model.heads import load_model
 from segvit.options import DemoConfig
 from segvit.pictures.visualize import Image
@@ -36,8 +36,11 @@ def run(config: DemoConfig) -> int:
     device = pick_device(config.accelerator)
     pick_backend(None, device)
     out = Path(config.out)
-    if (out / "run").exists() and not (out / "report.html").is_file():
-        raise ValueError(f"out: {out / 'run'} is there and not from a demo; choose another folder")
+    pictures = [out / "pictures" / f"{index}.png" for index in range(4)]
+    if not _is_demo(out):
+        for path in (out / "run", out / "report.html", *pictures):
+            if os.path.lexists(path):
+                raise ValueError(f"out: {path} is there and not from a demo; choose another folder")
     make_folder(out)
 
     print("drawing pictures", flush=True)
@@ -62,14 +65,22 @@ def run(config: DemoConfig) -> int:
         html = write_report(Outcome(model, options, result, log, score, test, macs, milliseconds))
         shutil.rmtree(out / "run", ignore_errors=True)
         os.replace(folder, out / "run")
-    for index in range(4):
+    for index, path in enumerate(pictures):
         picture = Image.fromarray(pixels_of(test[index]["image"]))
-        atomic_write(out / "pictures" / f"{index}.png", functools.partial(picture.save, format="PNG"))
+        atomic_write(path, functools.partial(picture.save, format="PNG"))
     path = out / "report.html"
     atomic_write(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     print(f"mIoU {100 * score['miou']:.1f} % on {score['images']} held-out pictures")
     print(path.resolve())
     return 0
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        with (out / "report.html").open(encoding="utf-8", errors="replace") as file:
+            return f"<title>{TITLE}</title>" in file.read(4096)
+    except OSError:
+        return False
 
 
 def _read_log(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -2,9 +2,9 @@
 
 For every picture NAME.* the output folder gets NAME_labels.png (class indices as grey values, 16-bit above
 256 classes) or NAME_rle.json (run lengths), NAME_overlay.png and, where asked for, NAME_maps.png (similarity
-maps), NAME_scores.npz and NAME_probabilities.npz. Arguments are checked before the first file is written, and
-a file appears whole or not at all. A picture that cannot be done does not keep the others from it; it is
-named at the end.
+maps), NAME_scores.npz and NAME_probabilities.npz. Arguments are checked before the first file is written; a
+file appears whole or not at all, and takes no place but that of an earlier result. A picture that cannot be
+done does not keep the others from it; it is named at the end.
 
 Pictures are read and results written while the network runs. Of several processes (torchrun) each takes every
 so manyth picture; they need nothing of each other but the end, for which all wait.
@@ -13,6 +13,7 @@ so manyth picture; they need nothing of each other but the end, for which all wa
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,13 @@ def run(config: PredictConfig) -> int:
     out = Path(config.out)
     rank, ranks = place_among_processes()
     _check(config)
-    found = find_pictures(config.images, recursive=config.recursive, leave_out=out, every=config.frames)
+    found = find_pictures(
+        config.images,
+        recursive=config.recursive,
+        leave_out=out,
+        every=config.frames,
+        say=functools.partial(print, flush=True) if rank == 0 else None,
+    )
     stems = output_stems(found, out, dots=config.pack is None)
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
@@ -160,6 +167,9 @@ def _results(
     config: PredictConfig, job: Job, place: tuple[int, int], share: Sequence[tuple[Found, str]]
 ) -> Iterator[tuple[Record | None, Output, list[tuple[Found, str]]]]:
     """The record if there is one, where results go, and those pictures of the share that are not done yet."""
+    begun = Record.begun(job.out)
+    if not (begun or config.pack):  # before a record is made in a folder that has other things
+        job.check_targets(stem for _, stem in share)
     if not (config.manifest or config.pack):
         yield None, Files(job.out, None), list(share)
         return
@@ -174,14 +184,18 @@ def _results(
     record = Record(job.out, place, settings, [picture.name for picture, _ in share])
     try:
         output = Tars(job.out, record, config.pack) if config.pack else Files(job.out, record)
-        left = [
-            (picture, stem)
-            for picture, stem in share
-            if not (
-                record.is_done(picture.name, stem)
-                and output.has([f"{stem}_{result}" for result in job.results])
-            )
-        ]
+        left = []
+        for picture, stem in share:
+            done = record.is_done(picture.name, stem, picture.version() if record.has(picture.name) else "")
+            if not (done and output.has([f"{stem}_{result}" for result in job.results])):
+                left.append((picture, stem))
+            if not done and config.pack and record.has(picture.name):  # its results would be there twice
+                raise ValueError(
+                    f"images: {picture.name} has changed since its results were put into a tar; choose "
+                    "another folder"
+                )
+        if begun and not config.pack:  # what the record has is ours, whatever it looks like
+            job.check_targets(stem for picture, stem in left if not record.has(picture.name))
         try:
             yield record, output, left
         finally:

@@ -350,6 +350,10 @@ class SegmentationFolder(Dataset):
             if unseen := sorted(all_classes - learnt):
                 names = ", ".join(self.class_names[i] if self.class_names else str(i) for i in unseen)
                 lines.append(f"data: in validation but never in training: {names}")
+        if orphans := self.listing.orphans:
+            lines.append(
+                f"data: {len(orphans)} label maps of {self.split} without picture, e.g. {orphans[0]}"
+            )
         return [*lines, *([f"data: {self.said}"] if self.said else [])]
 
     def _classes_in(self, summary: Summary) -> set[int]:

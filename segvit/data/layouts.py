@@ -25,7 +25,7 @@ from segvit.system.zips import ZipPath, path_at
 
 __all__ = ["Layout", "Listing", "find_layout"]
 
-_LOSSY = (".jpg", ".jpeg")
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2")
 _SPLITS = {"training": ("training", "train"), "validation": ("validation", "val", "valid"), "test": ("test",)}
 _PAIR_FOLDERS = (("images", "annotations"), ("images", "masks"), ("images", "labels"), ("img_dir", "ann_dir"))
 _ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_seg")
@@ -37,7 +37,7 @@ class Listing(NamedTuple):
     Attributes:
         pairs: pictures with their label maps, sorted by the picture's path.
         unlabelled: pictures without, and where the label map is looked for.
-        orphans: label maps without picture.
+        orphans: label maps without picture; not where those of other splits lie among them.
     """
 
     pairs: list[tuple[Path, Path]]
@@ -184,7 +184,9 @@ class Layout:
                     f"{self._list_path(split)}: names {gone[0][0]!r}, but {patterns[0]} has no such picture"
                 )
         orphans = [path for captured, paths in labels.items() if captured not in used for path in paths]
-        return Listing(pairs, unlabelled, [] if named is not None else sorted(orphans))
+        # Where label maps of all splits lie together, those of others are no orphans.
+        others = named is not None or ("{split}" in self.images and "{split}" not in self.labels)
+        return Listing(pairs, unlabelled, [] if others else sorted(orphans))
 
     def _list_path(self, split: str | None) -> Path:
         return self.root / str(self.split_list).replace("{split}", split or "")

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from segvit.system.extras import require
 from segvit.system.files import atomic_write
 from segvit.system.progress import progress_bar
 from segvit.system.tars import BLOCK, END, tar_member
-from segvit.system.text import read_json
+from segvit.system.text import numbered, read_json
 
 __all__ = ["pack"]
 
@@ -53,11 +54,17 @@ def pack(
         plan += [(dataset, range(*pair)) for pair in itertools.pairwise(bounds)]
     names = [f"{number:05d}.tar" for number in range(len(plan))]
     listed = {"shards": names, "data": {d.split: _made_of(d) for d in datasets}}
-    for left in out.glob(".*.tmp"):  # of one that was killed
-        left.unlink()
     path = out / LIST
     if path.is_file() and read_json(path, dict) != listed:
         raise ValueError(f"out: {out} holds shards of other data; choose another folder")
+    if not path.is_file():  # the first that is written
+        for file in (out / name for tar in names for name in (tar, Path(tar).with_suffix(".json"))):
+            if os.path.lexists(file):
+                raise ValueError(
+                    f"out: {file} is there already and no shard of these data; choose another folder"
+                )
+    for left in out.glob(".*.????????.tmp") if path.is_file() else ():  # of one that was killed
+        left.unlink()
     _write_json(path, listed)
     written = 0
     keys = {id(dataset): _keys(dataset) for dataset in datasets}
@@ -85,18 +92,8 @@ def _made_of(dataset: SegmentationFolder) -> str:
 
 def _keys(dataset: SegmentationFolder) -> list[str]:
     """A name in the tar for each sample: WebDataset's end at the first dot, and like ones are one sample."""
-    taken: set[str] = set()
-    keys = []
-    for picture, _ in dataset.files:
-        place = picture.relative_to(dataset.root)
-        base = (place.parent / place.stem.replace(".", "_")).as_posix()
-        key, number = base, 1
-        while key in taken:
-            number += 1
-            key = f"{base}_{number}"
-        taken.add(key)
-        keys.append(key)
-    return keys
+    places = [picture.relative_to(dataset.root) for picture, _ in dataset.files]
+    return numbered([(place.parent / place.stem.replace(".", "_")).as_posix() for place in places])
 
 
 def _files_of(dataset: SegmentationFolder, index: int) -> tuple[Path, bytes, bytes]:

@@ -44,7 +44,8 @@ __all__ = [
     "whole_numbers",
 ]
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".jp2")
+PICTURE_SUFFIXES += (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy", ".mat")
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
@@ -60,6 +61,11 @@ class TooLargeError(ValueError):
     """A picture of more pixels than the limit."""
 
 
+# Of strangers: Pillow hands other formats to other programs, or has decoders that few people use.
+_COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
+OWN_FORMATS = (*_COMMON_FORMATS, "JPEG2000")  # of every suffix above: in tars of the user's own
+
+
 class PictureBytes:
     """A picture file in memory, of a stranger: in place of a path in `read_image` and `probe`.
 
@@ -71,12 +77,19 @@ class PictureBytes:
         name: what messages call it.
         max_pixels: it may have at most so many.
         max_channels: and at most so many times as many samples.
+        formats: Pillow's names of those that are decoded.
     """
 
     def __init__(
-        self, data: bytes, name: str = "image", *, max_pixels: int = _MAX_PIXELS, max_channels: int = 4
+        self,
+        data: bytes,
+        name: str = "image",
+        *,
+        max_pixels: int = _MAX_PIXELS,
+        max_channels: int = 4,
+        formats: Sequence[str] = _COMMON_FORMATS,
     ) -> None:
-        self.data, self.name = data, name
+        self.data, self.name, self.formats = data, name, formats
         self.max_pixels, self.max_channels = max_pixels, max_channels
 
     @property
@@ -94,8 +107,6 @@ class PictureBytes:
 
 
 Source = Path | PictureBytes
-# Of strangers: Pillow hands other formats to other programs, or has decoders that few people use.
-_COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 
 
 def _source(path: str | os.PathLike | PictureBytes) -> Source:
@@ -426,13 +437,18 @@ def _open(path: Source) -> Any:
                 image = image_module.open(_file(path))
             else:
                 image_module.init()
-                known = [name for name in _COMMON_FORMATS if name in image_module.OPEN]
+                known = [name for name in path.formats if name in image_module.OPEN]
                 image = image_module.open(path.open(), formats=known)
         except image_module.UnidentifiedImageError:
             with path.open("rb") as file:
                 if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
                     return None
-            raise _WholeMessageError(f"{path}: not a picture, or one of an unknown format") from None
+            reason = "not a picture, or one of an unknown format"
+            if (
+                suffix := path.suffix.lower()
+            ) in PICTURE_SUFFIXES and suffix not in image_module.registered_extensions():
+                reason = f"this Pillow does not read {suffix}; pip install --upgrade pillow"
+            raise _WholeMessageError(f"{path}: {reason}") from None
         finally:
             image_module.MAX_IMAGE_PIXELS = before
     try:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segvit.data.pictures import PictureBytes, read_image
+from segvit.data.pictures import OWN_FORMATS, PictureBytes, read_image
 from segvit.system.addresses import Address, File, file_at, is_address, read_part, size_of
 from segvit.system.extras import require
 from segvit.system.failures import one_line
@@ -274,7 +274,8 @@ class Shards(Dataset):
         else:
             picture = read_part(tar, start, start + length)
             data = read_part(tar, label_start, label_start + label_length)
-        image = read_image(PictureBytes(picture, f"{tar}: {name}"), self.channels, self.value_range)
+        source = PictureBytes(picture, f"{tar}: {name}", formats=OWN_FORMATS)
+        image = read_image(source, self.channels, self.value_range)
         try:
             with require("PIL.Image", extra="train").open(io.BytesIO(data)) as stored:
                 values = torch.from_numpy(np.array(stored).astype(np.int64))

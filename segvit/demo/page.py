@@ -22,7 +22,10 @@ from segvit.pictures import report
 from segvit.pictures.visualize import Image, heat, legend_entries, overlay, stage_notes
 from segvit.system.machine import processor_name
 
-__all__ = ["Outcome", "pixels_of", "write_report"]
+__all__ = ["TITLE", "Outcome", "pixels_of", "write_report"]
+
+TITLE = "SegViT, trained on this machine"
+"""Of every report; tells that a folder is a demo's."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def write_report(outcome: Outcome) -> str:
         "classes of textured things and scenery apart, pixel by pixel, in pictures it has never seen."
     )
     footer = f"segvit-kernels {segvit_kernels.__version__} · {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    return report.page("SegViT, trained on this machine", lead, body, footer)
+    return report.page(TITLE, lead, body, footer)
 
 
 def _numbers(outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ entry in `FORMATS` and a module here with
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -95,7 +96,7 @@ def export(
 
     Args:
         model: it stays as it is.
-        path: of the file, which appears whole or not at all.
+        path: of the file, which appears whole or not at all; it may replace another export.
         format: a name in `FORMATS`; by default by the suffix.
         size: height and width of the pictures; None: any, where the format can.
         batch: pictures of a call; None: any number.
@@ -108,7 +109,7 @@ def export(
         source: where the model comes from, for the file's metadata.
 
     Raises:
-        ValueError: an argument is out of range, or they do not go together.
+        ValueError: an argument is out of range, they do not go together, or `path` is a file of others.
         ImportError: the format's packages are not installed.
         OSError: the file cannot be written.
     """
@@ -129,11 +130,19 @@ def export(
         options or InferenceOptions(),
     )
     plan.check(model.config.backbone.patch_size)
+    _check_out(path, path.with_suffix(".bin") if name == "openvino" else path)
     module = FORMATS[name].load()
     module.check(plan)
     make_folder(path.resolve().parent)
     about = {"format": name, "precision": dtype, "source": source}
     module.save(module.build(model, plan), path, metadata.describe(model.config, plan, about))
+
+
+def _check_out(path: Path, beside: Path) -> None:
+    """Raises ValueError where `path` or the file beside it is there and nobody's export."""
+    there = next((file for file in (path, beside) if os.path.lexists(file)), None)
+    if there and not (path.is_file() and metadata.is_described(path)):
+        raise ValueError(f"out: {there} is there already and not from segvit export; choose another file")
 
 
 def open_model(path: str | Path) -> SegViT | ExportedModel:

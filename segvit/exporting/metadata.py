@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
+from pathlib import Path
 from typing import Any
 
 from segvit.config import SegViTConfig
@@ -12,7 +14,7 @@ from segvit.inference.classes import class_colors, class_names
 from segvit.options import InferenceOptions
 from segvit_kernels import __version__
 
-__all__ = ["KEY", "Description", "describe", "read"]
+__all__ = ["KEY", "Description", "describe", "is_described", "read"]
 
 KEY = "segvit"
 _KIND = "segvit export"
@@ -54,6 +56,14 @@ def describe(config: SegViTConfig, plan: Plan, about: dict[str, Any]) -> str:
         "model": config.to_dict(),
     }
     return json.dumps(fields)
+
+
+def is_described(path: Path) -> bool:
+    """Whether a file has such a text anywhere, in whatever format."""
+    if not path.stat().st_size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(_KIND.encode()) >= 0
 
 
 def read(text: str | None, source: str) -> Description:

@@ -12,7 +12,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from difflib import get_close_matches
@@ -32,13 +32,17 @@ from segvit.inference.runs import run_lengths
 from segvit.inference.similarity import similarity_maps
 from segvit.options import PredictConfig
 from segvit.pictures.visualize import (
+    MADE_HERE,
     format_share,
     legend_entries,
     overlay_with_legend,
+    save_picture,
     similarity_picture,
 )
 from segvit.system.extras import require
 from segvit.system.failures import one_line, out_of_memory
+from segvit.system.files import may_be_replaced
+from segvit.system.text import numbered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,8 +85,9 @@ _LONGEST_NAME = 240  # bytes; file systems take 255, and others count in other u
 def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True) -> list[str]:
     """A stem of output files for each picture, that no other has on any file system.
 
-    Files of one stem get numbers, also where only capital letters or the composition of accents differ. Names
-    too long for what is appended to them are cut, those that Windows keeps for devices lose their dot.
+    Files of one stem get numbers, also where only capital letters or the composition of accents differ; the
+    first keeps it, and no number makes the stem of another picture. Names too long for what is appended to
+    them are cut, those that Windows keeps for devices lose their dot.
 
     Args:
         files: the pictures; the stems of those within a tree begin with its folders, "sub/a".
@@ -96,12 +101,12 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
         file if isinstance(file, Found) else Found(str(file), file, PurePosixPath("."), file.stem)
         for file in files
     ]
-    inputs = {picture.file.resolve() for picture in pictures if picture.offset < 0}
-    folders = {file.parent for file in inputs}
-    taken: set[str] = set()
-    stems: list[str] = []
+    whereabouts = functools.cache(Path.resolve)  # of folders: a file may be a link, which is replaced itself
+    inputs = {
+        whereabouts(picture.file.parent) / picture.file.name for picture in pictures if picture.offset < 0
+    }
     room = _LONGEST_NAME - max(len(f"_{kind}{suffix}") for kind, suffix in KINDS.items())
-    is_near = functools.cache(lambda folder: (out / folder).resolve() in folders)
+    bases = []
     for picture in pictures:
         base = picture.stem if dots else picture.stem.replace(".", "_")
         if PureWindowsPath(f"{base}_labels.png").is_reserved():
@@ -109,21 +114,28 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
         if len(os.fsencode(base)) > room:
             whole = os.fsencode(base)
             base = f"{os.fsdecode(whole[: room - 20]).rstrip(chr(0xFFFD))}~{zlib.crc32(whole):08x}"
-        base = (picture.folder / base).as_posix()
-        stem, number = base, 1
-        while (key := unicodedata.normalize("NFC", stem).casefold()) in taken:
-            number += 1
-            stem = f"{base}_{number}"
-        taken.add(key)
-        stems.append(stem)
-        if is_near(picture.folder):
-            for kind, suffix in KINDS.items():
-                target = out / f"{stem}_{kind}{suffix}"
-                if target.resolve() in inputs:
-                    raise ValueError(
-                        f"out: {target} is an input picture and would be overwritten; choose another folder"
-                    )
+        bases.append((picture.folder / base).as_posix())
+    stems = numbered(bases, lambda name: unicodedata.normalize("NFC", name).casefold())
+    folders = {file.parent for file in inputs}
+    for stem in stems:
+        targets = [out / f"{stem}_{kind}{suffix}" for kind, suffix in KINDS.items()]
+        where = whereabouts(targets[0].parent)
+        for target in targets if where in folders else ():
+            if where / target.name in inputs:
+                raise ValueError(
+                    f"out: {target} is an input picture and would be overwritten; choose another folder"
+                )
     return stems
+
+
+def _begins(result: str) -> str:
+    """Regular expression that matches the beginning of a result, KIND.SUFFIX, as Latin-1."""
+    kind, suffix = os.path.splitext(result)
+    return {
+        ".png": MADE_HERE,
+        ".json": r'\{"size": \[\d+, \d+\], "segments": \[',
+        ".npz": rf"PK\x03\x04.{{26}}{kind}\.npy",
+    }[suffix]
 
 
 def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
@@ -174,6 +186,7 @@ class Job:
     ) -> None:
         self.config, self.model, self.out, self.classes, self.kept = config, model, out, classes, kept
         self.names, self.palette = class_names(model.config), class_colors(model.config)
+        self._versions: dict[str, str] = {}
 
     @property
     def results(self) -> list[str]:
@@ -188,8 +201,31 @@ class Job:
         }
         return [f"{kind}{suffix}" for kind, suffix in KINDS.items() if asked[kind]]
 
+    def check_targets(self, stems: Iterable[str]) -> None:
+        """Find out before the work that nothing is lost: a label map of the data set, X_labels.png, say.
+
+        Raises:
+            ValueError: a file is where a result would be, and none itself.
+        """
+        others = []
+        for stem, result in itertools.product(stems, self.results):
+            target = self.out / f"{stem}_{result}"
+            if os.path.lexists(target):
+                try:
+                    ours = may_be_replaced(target, _begins(result))
+                except OSError:  # a folder, or a link that leads nowhere
+                    ours = False
+                others += [] if ours else [target]
+        if others:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise ValueError(
+                f"out: {others[0]}{more} is there already and not known to be a result of segvit predict "
+                "(earlier releases did not mark theirs); choose another folder, or move it away"
+            )
+
     def read(self, picture: Found) -> torch.Tensor:
         """Its pixels, uint8 (channels, H, W)."""
+        self._versions[picture.name] = picture.version()  # before: one that is replaced meanwhile has another
         return read_image(picture.open(), **self.model.config.reading)
 
     def compute(self, images: Sequence[torch.Tensor]) -> list[Computed]:
@@ -222,7 +258,7 @@ class Job:
                 )
             writers: dict[str, Writer] = {
                 **computed.writers,
-                **{kind: functools.partial(image.save, format="PNG") for kind, image in drawn.items()},
+                **{kind: functools.partial(save_picture, image) for kind, image in drawn.items()},
             }
             if self.config.labels == "rle":
                 writers["rle"] = functools.partial(_write_text, json.dumps(run_lengths(labels, self.names)))
@@ -233,6 +269,7 @@ class Job:
                 "width": labels.shape[1],
                 "height": labels.shape[0],
                 "pixels": {self.names[i]: int(counts[i]) for i in np.flatnonzero(counts)},
+                "version": self._versions.pop(picture.name, ""),
             }
             output.put(stem, {f"{kind}{KINDS[kind]}": writer for kind, writer in writers.items()}, line)
         return _summary(labels, self.names)

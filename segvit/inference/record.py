@@ -4,8 +4,12 @@ A record is `manifest.json`, the options that results depend on, and JSON lines,
 process writes files of its own, named by its rank and the number of ranks; all read all. Of a picture the
 last line counts:
 
-    {"picture": "photos/a.jpg", "output": "a", "width": 640, "height": 480, "pixels": {"road": 1200, ...}}
+    {"picture": "photos/a.jpg", "output": "a", "width": 640, "height": 480, "pixels": {"road": 1200, ...},
+     "version": "52011 1764582373.25"}
     {"picture": "photos/b.jpg", "error": "cannot be decoded as an image (...)"}
+
+`version` is the size and the time of what was read: a picture that was replaced is done again. Lines of
+earlier releases have none and stand for any.
 
 Results in files are written before their line, each whole or not at all. Results in tars are appended, a
 picture's files at once and its line behind them as `NAME.json`. While a tar grows its name ends in `.part`,
@@ -68,6 +72,7 @@ class Record:
     ) -> None:
         self.out, self.place, self._names = out, place, frozenset(names)
         self._outputs: dict[str, str] = {}
+        self._versions: dict[str, tuple[str, ...]] = {}  # of which there are results
         self._errors: dict[str, str] = {}
         self._locks = ExitStack()
         self._file: Any = None
@@ -83,10 +88,10 @@ class Record:
         try:
             self._clean()
             self._compare(dict(settings))
-            for path in out.glob("*.tar.part"):
+            for path in _ours(out, ".tar.part"):
                 with suppress(FileNotFoundError):  # whole by now, its lines lie beside it
                     self._take(line for _, line in _groups(path))
-            for path in out.glob("*.jsonl"):
+            for path in _ours(out, ".jsonl"):
                 self._take(_whole_lines(path))
         except BaseException:
             self._locks.close()
@@ -109,6 +114,7 @@ class Record:
         return (out / _SETTINGS).is_file()
 
     def _take(self, lines: Iterable[dict[str, Any]]) -> None:
+        last: dict[str, str] = {}
         for line in lines:
             if (picture := line["picture"]) not in self._names:
                 continue
@@ -116,6 +122,9 @@ class Record:
                 self._errors[picture] = line["error"]
             else:
                 self._outputs[picture] = line["output"]
+                last[picture] = line.get("version", "")
+        for picture, version in last.items():
+            self._versions[picture] = (*self._versions.get(picture, ()), version)
 
     def _compare(self, settings: dict[str, Any]) -> None:
         path = self.out / _SETTINGS
@@ -136,15 +145,23 @@ class Record:
     def lines(self) -> list[dict[str, Any]]:
         """What counts of every picture, by name: its results, or else its error; of tars that are whole."""
         found: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.out.glob("*.jsonl")):
+        for path in _ours(self.out, ".jsonl"):
             for line in _whole_lines(path):
                 name = line["picture"]
-                if name in self._names and ("output" in line or "output" not in found.get(name, {})):
+                if "output" in line:
+                    counts = line.get("version", "") in self._versions.get(name, ())
+                else:
+                    counts = name in self._names and "output" not in found.get(name, {})
+                if counts:
                     found[name] = line
         return [found[name] for name in sorted(found)]
 
-    def is_done(self, picture: str, output: str) -> bool:
-        """Whether a picture has its results under a name.
+    def has(self, picture: str) -> bool:
+        """Whether there are results of a picture, or of what it was before."""
+        return picture in self._outputs
+
+    def is_done(self, picture: str, output: str, version: str = "") -> bool:
+        """Whether a picture, as it is now, has its results under a name.
 
         Raises:
             ValueError: under another one: pictures have come or gone whose names are alike.
@@ -155,7 +172,11 @@ class Record:
                 f"images: {picture} was written as {before} and would now be {output}: pictures of like "
                 "names have come or gone; choose another folder for the results"
             )
-        return before is not None
+        if not version:  # nothing is there to be done again
+            return before is not None
+        same = tuple(known for known in self._versions.get(picture, ()) if known in ("", version))
+        self._versions[picture] = same
+        return bool(same)
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line; an error that is known already is not said again."""
@@ -171,6 +192,12 @@ class Record:
                 _append(self._file, _as_line(line))
             except OSError as error:
                 raise _cannot(path, error) from None
+            self.count(line)
+
+    def count(self, line: Mapping[str, Any]) -> None:
+        """Results of this version count from now on, and no others of the picture."""
+        if "output" in line:
+            self._versions[line["picture"]] = (line.get("version", ""),)
 
     def close(self) -> None:
         if self._file is not None:
@@ -178,6 +205,11 @@ class Record:
         self._locks.close()
         with suppress(OSError):
             self.scratch.rmdir()
+
+
+def _ours(out: Path, suffix: str) -> list[Path]:
+    """Files of records and tars, of every rank."""
+    return sorted(p for kind in ("manifest", "results") for p in out.glob(f"{kind}-*-of-*{suffix}"))
 
 
 def _short(value: Any) -> str:
@@ -275,7 +307,7 @@ class Tars:
         self._number = 0
         rank, ranks = record.place
         self._name = f"results-{rank:05d}-of-{ranks:05d}"
-        for path in sorted(out.glob("*.tar.part")):
+        for path in _ours(out, ".tar.part"):
             # Of a start with as many ranks each takes its own; others are shared out.
             if f"-of-{ranks:05d}-" not in path.name:
                 mine = zlib.crc32(os.fsencode(path.name)) % ranks == rank
@@ -307,6 +339,7 @@ class Tars:
                     self._file = self._path.open("wb", buffering=0)
                 _append(self._file, b"".join(tar_member(name, data) for name, data in members))
                 self._lines.append(line)
+                self.record.count(line)
                 if len(self._lines) >= self.pictures:
                     self._finish()
                     self._number += 1

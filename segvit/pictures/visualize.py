@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -312,8 +312,11 @@ MADE_HERE = r"\x89PNG.{,99}tEXtSoftware\x00segvit"
 """Regular expression that matches the beginning of what `save_picture` writes, as Latin-1."""
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write a PNG file that says that it was made here: it may be replaced by another such picture."""
+def save_picture(image: Image.Image, path: str | os.PathLike | BinaryIO) -> None:
+    """Write a PNG file that says that it was made here: it may be replaced by another such picture.
+
+    `path` may be a binary file.
+    """
     note = require("PIL.PngImagePlugin", extra="train").PngInfo()
     note.add_text("Software", "segvit")
     image.save(path, "PNG", pnginfo=note)

@@ -34,6 +34,7 @@ __all__ = [
     "follow",
     "locked",
     "make_folder",
+    "may_be_replaced",
     "point",
     "replace",
     "synchronise",
@@ -106,12 +107,22 @@ def check_result_file(option: str, path: str | os.PathLike, suffix: str, begins:
         raise PermissionError(f"{option}: {path}: no permission to write in its folder")
     if path.is_file():
         try:
-            with path.open("rb") as file:
-                start = file.read(4096)
+            ours = may_be_replaced(path, begins)
         except OSError as error:
             raise _os_error(error, f"{option}: {path}: cannot be read ({error.strerror})") from None
-        if start and not re.match(begins, start.decode("latin-1"), re.DOTALL):
+        if not ours:
             raise ValueError(f"{option}: {path} is there already and no such result; choose another file")
+
+
+def may_be_replaced(path: Path, begins: str) -> bool:
+    """Whether a file is empty, or begins as our results do, see `check_result_file`.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return not start or re.match(begins, start.decode("latin-1"), re.DOTALL) is not None
 
 
 def _why_not_written(error: Exception) -> str | None:

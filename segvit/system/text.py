@@ -11,7 +11,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from segvit.system.zips import path_at
 __all__ = [
     "did_you_mean",
     "file_error",
+    "numbered",
     "parse_json",
     "parse_yaml",
     "read_json",
@@ -266,3 +267,23 @@ def yaml_value(node: Any, source: str) -> Any:
     if _FLOAT.fullmatch(text):
         return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
     return text
+
+
+def numbered(names: Sequence[str], same: Callable[[str], str] = str) -> list[str]:
+    """A name of its own for each: the first of like ones keeps it, the others become NAME_2, NAME_3, ...
+
+    Args:
+        names: in their order; no number makes one of them.
+        same: names of which this is equal are alike.
+    """
+    taken = {same(name) for name in names}
+    numbers: dict[str, int] = {}
+    unique = []
+    for name in names:
+        found, number = name, numbers.get(same(name), 0) + 1
+        while number > 1 and same(found := f"{name}_{number}") in taken:
+            number += 1
+        numbers[same(name)] = number
+        taken.add(same(found))
+        unique.append(found)
+    return unique

@@ -107,6 +107,11 @@ class ZipPath(_Path):
         size = self._member(contents, name).size
         return os.stat_result((*status[:6], size, *status[7:10]), {"st_mtime_ns": status.st_mtime_ns})
 
+    def checksum(self) -> int:
+        """CRC-32 of a member's bytes, as the zip says."""
+        _, _, contents, name = self._found()
+        return self._member(contents, name).crc
+
     def iterdir(self) -> Generator[ZipPath, None, None]:
         _, _, contents, name = self._found()
         return (self / child for child in contents.folders[name])

@@ -1,6 +1,7 @@
 """Published checkpoints: converted, they give the published results; what cannot be converted is one line."""
 
 import copy
+import json
 import os
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from segvit.cli import main
 from segvit.inference.passes import label_maps
 from segvit.model.checkpoint import rename_published_keys
 from segvit.model.convert import convert, infer_config
+from segvit.model.pretrained import BACKBONE_TYPE
 from segvit.options import InferenceOptions
 
 pytest.importorskip("safetensors", reason="needs the extra train")
@@ -350,6 +352,22 @@ def test_files_that_are_no_checkpoint(shrunk, tmp_path, capsys):
     backbone = {key[9:]: value for key, value in state.items() if key.startswith("backbone.")}
     torch.save(backbone, path)
     assert "use it with segvit train --backbone-weights" in refused(path)
+
+
+def test_a_model_of_others_is_not_overwritten(tmp_path, capsys):
+    """A folder of transformers has files of the same names, perhaps the ones that are converted."""
+    out = tmp_path / "theirs"
+    out.mkdir()
+    for name, data in (("model.safetensors", b"weights"), ("config.json", b'{"model_type": "eomt"}')):
+        (out / name).write_bytes(data)
+        assert main(["convert", str(out / "model.safetensors"), str(out)]) == 2
+        there = out / "model.safetensors"
+        assert f"out: {there} is there already and not from segvit; choose" in capsys.readouterr().err
+        assert (out / name).read_bytes() == data
+    for ours in (SegViTConfig.preset("vit_tiny", 2).to_dict(), {"model_type": BACKBONE_TYPE}):
+        (out / "config.json").write_text(json.dumps(ours))
+        assert main(["convert", str(tmp_path / "nowhere.pth"), str(out)]) == 2
+        assert "nowhere.pth: no such" in capsys.readouterr().err
 
 
 def test_a_training_is_not_overwritten(tmp_path, capsys):

@@ -14,10 +14,12 @@ from segvit.commands import demo
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.data.synthetic import CLASS_NAMES, SyntheticShapes
 from segvit.demo import task
+from segvit.demo.page import TITLE
 from segvit.model.checkpoint import read_state_dict
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig
+from segvit.pictures import report
 from segvit.training.evaluation import evaluate
 
 
@@ -99,9 +101,20 @@ def test_folders_that_cannot_be_used_are_named_and_left_alone(small, tmp_path):
         demo.run(DemoConfig(out=str(tmp_path / "run" / "precious"), steps=1, accelerator="cpu"))
 
 
+@pytest.mark.parametrize("name", ["report.html", "pictures/2.png"])
+def test_files_of_others_are_not_replaced(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"precious")
+    with pytest.raises(ValueError, match=f"{name} is there and not from a demo; choose another folder"):
+        demo.run(DemoConfig(out=str(tmp_path), steps=1, accelerator="cpu"))
+    assert path.read_bytes() == b"precious" and not (tmp_path / "run").exists()
+
+
 def test_a_failed_demo_leaves_the_old_one(small, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
-    (tmp_path / "report.html").write_text("old")
+    old = report.page(TITLE, "", ["old"])
+    (tmp_path / "report.html").write_text(old)
 
     def fail(*_args, **_kwargs):
         raise FloatingPointError("the loss is not finite")
@@ -110,7 +123,7 @@ def test_a_failed_demo_leaves_the_old_one(small, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError):
         demo.run(DemoConfig(out=str(tmp_path), steps=1, accelerator="cpu"))
     assert {path.name for path in tmp_path.iterdir()} == {"run", "report.html"}
-    assert (tmp_path / "report.html").read_text() == "old"
+    assert (tmp_path / "report.html").read_text() == old
 
 
 @pytest.mark.parametrize(("size", "patch", "depth", "taps"), [(32, 8, 2, (1,)), (48, 16, 3, (0, 2))])

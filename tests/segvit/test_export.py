@@ -12,7 +12,7 @@ from test_engine import assert_same_up_to_ties, pictures, tiny_model
 import segvit
 from segvit import InferenceOptions, RotaryConfig
 from segvit.cli import main
-from segvit.exporting import open_model
+from segvit.exporting import metadata, open_model
 from segvit.exporting.graph import LabelGraph, Plan, cells_of
 from segvit.inference.passes import list_views, passes
 
@@ -98,6 +98,7 @@ def test_the_file(fixed, anything, model):
         assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == sides
         told = json.loads({p.key: p.value for p in proto.metadata_props}["segvit"])
         assert told["classes"] == list("abcdef") and told["model"] == model.config.to_dict()
+        assert metadata.is_described(path)
         assert told["mean"] == list(model.config.mean) and len(told["palette"]) == 6
 
 
@@ -217,6 +218,19 @@ def test_predict_and_evaluate_take_the_file(anything, folder, capsys, tmp_path):
         assert error.count("\n") == 1 and option[0][2:] in error and not out.exists()
 
 
+def test_files_of_others_are_not_replaced(model, tmp_path):
+    path, weights = tmp_path / "x.xml", tmp_path / "x.bin"
+    for file, there in ((weights, weights), (path, path), (tmp_path / "x.onnx", tmp_path / "x.onnx")):
+        file.write_bytes(b"another's")
+        with pytest.raises(
+            ValueError, match=rf"out: .*{there.name} is there already and not from segvit export"
+        ):
+            segvit.export(model, path if file is weights else file)
+        assert file.read_bytes() == b"another's"
+    path.write_bytes(b"")
+    assert not metadata.is_described(path)
+
+
 def test_refusals(model, folder, capsys, tmp_path, monkeypatch):
     checkpoint, out = str(folder / "checkpoint"), tmp_path / "x.onnx"
     for words, said in (
@@ -261,6 +275,7 @@ def test_openvino(openvino, model):
     read = runtime.Core().read_model(openvino)
     assert {str(next(iter(output.names))) for output in read.outputs} == {"labels", "scores"}
     assert json.loads(read.get_rt_info(["segvit"]).astype(str))["classes"] == list("abcdef")
+    assert metadata.is_described(openvino)
 
 
 def test_a_full_disk_leaves_nothing(openvino, tmp_path):
@@ -282,7 +297,8 @@ def test_a_full_disk_leaves_nothing(openvino, tmp_path):
 
 
 def test_torchscript(model, folder):
-    segvit.export(model, folder / "x.torchscript", size=SIZE, outputs="logits")
+    for _ in range(2):  # an export may replace one
+        segvit.export(model, folder / "x.torchscript", size=SIZE, outputs="logits")
     found = open_model(folder / "x.torchscript")
     assert "segvit::" not in str(found._run.script.inlined_graph)
     images = pictures(SIZE)

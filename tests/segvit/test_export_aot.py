@@ -17,7 +17,7 @@ from torch._inductor import exc
 
 from segvit import InferenceOptions
 from segvit.cli import main
-from segvit.exporting import aot, export, open_model
+from segvit.exporting import aot, export, metadata, open_model
 from segvit.exporting.graph import Plan
 from segvit_kernels import _library, _native, lower_to_native, why_not_packed
 
@@ -66,6 +66,7 @@ def expected(model, picture):
 @compiled
 def test_in_python_without_this_package(program, picture, expected, tmp_path):
     """As docs/export.md has it, the file moved; without the operators first it does not load."""
+    assert metadata.is_described(program)
     moved = shutil.copy(program, tmp_path / "moved.pt2")
     np.save(tmp_path / "picture.npy", picture)
     code = (

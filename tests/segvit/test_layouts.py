@@ -198,3 +198,17 @@ def test_jpeg_labels_are_named(tmp_path):
             refused()
     write(tmp_path, "masks/train/a.png")  # a picture of the label map beside it
     assert pairs(tmp_path) == [("images/train/a.jpg", "masks/train/a.png")]
+
+
+def test_label_maps_without_picture_are_named(tmp_path):
+    """Of a split: a picture of a kind that is not read leaves its label map behind."""
+    write(tmp_path, "images/training/a.png", "annotations/training/a.png")
+    write(tmp_path, "images/validation/b.png", "annotations/validation/b.png", "annotations/validation/c.png")
+    for split, expected in (("training", 0), ("validation", 1)):
+        said = "\n".join(SegmentationFolder(tmp_path, split, NAMES, reduce_zero_label=False).check())
+        assert said.count("without picture") == expected
+    assert f"data: 1 label maps of validation without picture, e.g. {tmp_path}" in said and "c.png" in said
+    # Where those of all splits lie together, no split's are missing their pictures.
+    write(tmp_path, "raw/train/a.png", "raw/val/b.png", "mask/a.png", "mask/b.png")
+    layout = find_layout(tmp_path, "raw/{split}/*", "mask/*")
+    assert layout.listing("train").orphans == []

@@ -1,13 +1,17 @@
 """The reader: every mode and depth, orientation, size, and what it refuses."""
 
+import shutil
+import tarfile
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, features
 
 from segvit import SegViT, SegViTConfig
 from segvit.data import SegmentationFolder, read_image, read_label
-from segvit.data.pictures import as_rgb, image_tensor, probe, stored_label, to_bytes
+from segvit.data.find import find_pictures
+from segvit.data.pictures import PICTURE_SUFFIXES, as_rgb, image_tensor, probe, stored_label, to_bytes
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -362,3 +366,26 @@ def test_damage_further_on(tmp_path):
     for damaged in (lambda: probe(file, decode=True), lambda: read_image(file)):
         with pytest.raises(ValueError, match=r"a\.jpg: cannot be decoded as an image \("):
             damaged()
+
+
+@pytest.mark.parametrize("suffix", [".jpe", ".jfif", ".jp2", ".avif", ".webp"])
+def test_every_suffix_of_pictures_is_read_wherever_it_lies(tmp_path, monkeypatch, suffix):
+    if not features.check({".jp2": "jpg_2000", ".avif": "avif"}.get(suffix, "jpg")):
+        pytest.skip("not in this Pillow")
+    assert suffix in PICTURE_SUFFIXES
+    path = tmp_path / f"pictures/a{suffix.upper()}"
+    path.parent.mkdir()
+    picture = Image.new("RGB", (16, 8), (200, 100, 50))
+    picture.save(path, "JPEG" if suffix in (".jpe", ".jfif") else None)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(path, path.name)
+    shutil.make_archive(str(tmp_path / "a"), "zip", path.parent)
+    for given in (path.parent, tmp_path / "a.tar", tmp_path / "a.zip"):
+        (found,) = find_pictures([given])
+        seen = read_image(found.open())
+        assert seen.shape == (3, 8, 16) and abs(int(seen[0, 0, 0]) - 200) < 8
+    if suffix in (".avif", ".webp"):  # a Pillow built without it
+        monkeypatch.setitem(Image.OPEN, suffix[1:].upper(), (None, lambda start: False))
+        monkeypatch.setattr(Image, "registered_extensions", dict)
+        with pytest.raises(ValueError, match=rf"a{suffix.upper()}: this Pillow does not read {suffix}; pip"):
+            read_image(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from segvit.data.pictures import read_image
 from segvit.inference.bulk import find_classes, label_picture, output_stems
 from segvit.inference.classes import class_names
 from segvit.inference.passes import label_maps_with_scores
+from segvit.inference.record import Record
 from segvit.inference.similarity import similarity_maps
 from segvit.model.linear_head import LinearSegmenter
 from segvit.model.segvit import SegViT
@@ -283,7 +285,8 @@ def test_no_output_is_another_ones(checkpoint, tmp_path):
         Image.new("RGB", (8, 8)).save(file, "PNG")
     stems = output_stems(files, tmp_path / "out")
     long = [stem for stem in stems if len(stem) > 200]
-    assert stems[:7] == ["a", "A_2", "a_3", "a_2_2", "\u00e9", "e\u0301_2", "CON_1"] and len(long) == 3
+    # No number takes a stem that another picture has: a_2 is z/a_2.png's, whatever comes before it.
+    assert stems[:7] == ["a", "A_3", "a_4", "a_2", "\u00e9", "e\u0301_2", "CON_1"] and len(long) == 3
     assert len({stem.lower() for stem in stems}) == len(stems)
     predict(checkpoint, tmp_path / "out", files)
     assert outputs(tmp_path / "out") == {f"{s}_{kind}.png" for s in stems for kind in ("labels", "overlay")}
@@ -313,9 +316,116 @@ def test_input_pictures_are_never_overwritten(checkpoint, pictures, tmp_path):
     assert (pictures / "a_labels.png").read_bytes() == before
 
 
+@pytest.mark.parametrize("manifest", [False, True])
+def test_what_is_no_result_is_not_replaced(checkpoint, pictures, tmp_path, manifest):
+    """X.jpg with X_labels.png is a layout of data sets: results would have the names of its label maps."""
+    (pictures / "b.png").unlink()
+    truth = pictures / "b_labels.png"
+    Image.new("L", (50, 17)).save(truth)
+    before, names = truth.read_bytes(), outputs(pictures)
+    images, options = [pictures / "b.jpg", pictures / "a.png"], {"overlay": False, "manifest": manifest}
+    others = pictures / "a_labels.png"
+    for number, make in enumerate((lambda: None, others.mkdir, lambda: others.symlink_to("nowhere"))):
+        make()
+        more = r" \(and 1 more\)" if number else ""
+        with pytest.raises(
+            ValueError, match=rf"b_labels\.png{more} is there already and not known to be"
+        ) as e:
+            predict(checkpoint, pictures, images, **options)
+        assert "\n" not in str(e.value) and outputs(pictures) == names | ({others.name} if number else set())
+        if number == 1:
+            others.rmdir()
+    others.unlink()
+    out = tmp_path / "out"
+    for _ in range(2):  # results replace results, and what is empty
+        predict(checkpoint, out, images[1:], **options)
+        (out / "a_labels.png").write_bytes(b"")
+    truth.rename(out / truth.name)  # it came later than the record
+    with pytest.raises(ValueError, match=r"b_labels\.png is there already and not known to be a result"):
+        predict(checkpoint, out, images, **options)
+    assert (out / truth.name).read_bytes() == before
+
+
+def test_results_are_known_as_such(checkpoint, pictures, tmp_path):
+    """Every kind; and what the record has, however it looks."""
+    every = {"maps": ["car"], "scores": True, "probabilities": True}
+    for labels in ("png", "rle"):
+        for _ in range(2):
+            predict(checkpoint, tmp_path / labels, [pictures / "a.png"], labels=labels, **every)
+        results = sorted(outputs(tmp_path / labels))
+        assert len(results) == 5
+        for name in results:
+            path = tmp_path / labels / name
+            data = path.read_bytes()
+            path.write_bytes(b"another's")
+            with pytest.raises(ValueError, match=f"{name} is there already"):
+                predict(checkpoint, tmp_path / labels, [pictures / "a.png"], labels=labels, **every)
+            path.write_bytes(data)
+    out = tmp_path / "recorded"
+    predict(checkpoint, out, [pictures], manifest=True)
+    Image.open(out / "a_labels.png").save(out / "a_labels.png")  # without the note, as earlier releases did
+    (out / "a_overlay.png").unlink()
+    predict(checkpoint, out, [pictures], manifest=True)
+    assert (out / "a_overlay.png").exists()
+
+
+def test_an_input_that_is_a_link_is_not_overwritten(pictures, tmp_path):
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for name, target in (("a.png", "a.png"), ("a_labels.png", "b.png")):
+        (folder / name).symlink_to(pictures / target)
+    with pytest.raises(ValueError, match=r"links/a_labels\.png is an input picture"):
+        output_stems(find_pictures([folder]), folder)
+    assert output_stems(find_pictures([folder]), pictures) == ["a", "a_labels"]
+
+
 def test_find_images_lists_each_file_once(pictures):
     found = find_images([pictures / "b.png", pictures, pictures / "." / "a.png"])
     assert [path.name for path in found] == ["b.png", "a.png", "b.jpg"]
+
+
+def test_every_name_of_a_file_is_a_picture(checkpoint, pictures, tmp_path):
+    """Links: equal pictures are one file in the stores of DVC, git-annex and the Hub."""
+    folder, out = tmp_path / "links", tmp_path / "out"
+    folder.mkdir()
+    for name in ("x.png", "y.png"):
+        (folder / name).symlink_to(pictures / "a.png")
+    again = os.path.relpath(folder / "x.png")
+    assert [path.name for path in find_images([folder, again, folder / "." / "y.png"])] == ["x.png", "y.png"]
+    predict(checkpoint, out, [folder, again], overlay=False)
+    assert outputs(out) == {"x_labels.png", "y_labels.png"}
+    said: list[str] = []
+    (pictures / "below").symlink_to(pictures)
+    assert len(find_pictures([pictures], recursive=True, say=said.append)) == 3
+    assert said == [f"{pictures / 'below'}: left out, leads to {pictures}, which is taken already"]
+
+
+def test_what_is_left_out_is_said(pictures, tmp_path):
+    for name in ("c.heic", "d.MP4", "notes.txt", "e.heic", "README", ".hidden.txt"):
+        (pictures / name).write_bytes(b"")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(pictures, "x")
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "x/a.png"
+        tar.addfile(link)
+    shutil.make_archive(str(tmp_path / "a"), "zip", pictures)
+    kinds = "2 .heic, 1 .mp4, 1 .txt, 1 without suffix"
+    for given, recursive in ((pictures, False), (pictures, True), ("a.tar", False), ("a.zip", False)):
+        said: list[str] = []
+        found = find_pictures([tmp_path / given], recursive=recursive, say=said.append)
+        (line,) = said
+        place, _, rest = line.partition(": left out, no pictures by their names: ")
+        assert place == str(tmp_path / given) and rest.endswith("; name videos to have their frames")
+        assert set(rest.partition(";")[0].split(", ")) == {
+            *kinds.split(", "),
+            *(["1 links"] if given == "a.tar" else []),
+        }
+        assert len(found) == 3
+    (pictures / "x").mkdir()
+    said.clear()
+    (pictures / "a.png").rename(pictures / "x" / "a.png")
+    find_pictures([pictures / "x"], say=said.append)
+    assert not said
 
 
 def test_a_linear_head_predicts_but_has_no_maps(model, pictures, tmp_path):
@@ -454,7 +564,7 @@ GOOD = {
 
 
 def lines_of(out) -> dict[str, dict]:
-    found = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.open()]
+    found = [json.loads(line) for path in sorted(out.glob("*-of-*.jsonl")) for line in path.open()]
     assert len({line["picture"] for line in found}) == len(found), "a picture has two lines"
     return {line["picture"]: line for line in found}
 
@@ -502,6 +612,19 @@ def test_a_tree_its_list_its_tar_and_its_zip_give_the_same(model, checkpoint, tr
             predict(checkpoint, "out", ["."], recursive=True)
 
 
+def test_of_a_name_twice_in_a_tar_the_last_counts(checkpoint, pictures, tmp_path):
+    """As where it is extracted; `tar -r` appends another version of a file."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for source, name in (("a.png", "x.png"), ("b.jpg", "y.jpg"), ("b.png", "./x.png")):
+            tar.add(pictures / source, name)
+    assert len(find_pictures([tmp_path / "a.tar"])) == 2
+    for _ in range(2):
+        predict(checkpoint, tmp_path / "out", [tmp_path / "a.tar"], overlay=False, manifest=True)
+        with Image.open(tmp_path / "out/x_labels.png") as labels:
+            assert labels.size == (24, 33)
+        assert {line["output"] for line in lines_of(tmp_path / "out").values()} == {"x", "y"}
+
+
 def counted(monkeypatch) -> list[int]:
     """How many pictures each call of the network had."""
     calls, predicted = [], SegViT.predict
@@ -547,6 +670,60 @@ def test_what_the_record_has_is_not_done_again(checkpoint, tree, tmp_path, monke
     assert again(r"manifest-00000-of-00001\.jsonl: line 1 is none of a manifest's") == 0
 
 
+def test_a_picture_that_was_replaced_is_done_again(checkpoint, pictures, tmp_path, monkeypatch):
+    """Alone, in a tar and in a zip; results in tars are refused, where both would be."""
+    tar, packed, calls = tmp_path / "a.tar", tmp_path / "a.zip", counted(monkeypatch)
+
+    def given(changed: float) -> None:
+        Image.new("RGB", (24, 16 + int(changed) % 5), "red").save(pictures / "a.png")
+        os.utime(pictures / "a.png", (changed, changed))
+        with tarfile.open(tar, "w") as file:
+            file.add(pictures, "")
+        shutil.make_archive(str(packed.with_suffix("")), "zip", pictures)
+
+    def done(source, out, **changes) -> tuple[int, str]:
+        calls.clear()
+        predict(checkpoint, tmp_path / out, [source], overlay=False, **changes)
+        last = [json.loads(line) for path in (tmp_path / out).glob("*.jsonl") for line in path.open()][-1]
+        return sum(calls), f"{last['width']}x{last['height']}"
+
+    given(1e9)
+    sources = {"files": pictures, "tar": tar, "zip": packed}
+    for out, source in sources.items():
+        assert [done(source, out, manifest=True)[0] for _ in range(2)] == [3, 0]
+    assert [done(pictures, "packed", pack=2)[0] for _ in range(2)] == [3, 0]
+    given(1e9 + 1)  # packed anew: the others are what they were
+    for out, source in sources.items():
+        assert done(source, out, manifest=True) == (1, "24x17")
+        assert done(source, out, manifest=True)[0] == 0
+        with Image.open(tmp_path / out / "a_labels.png") as labels:
+            assert labels.size == (24, 17)
+    with pytest.raises(ValueError, match=r"a\.png has changed since its results were put into a tar; choose"):
+        done(pictures, "packed", pack=2)
+    os.utime(pictures / "a.png", (1e9, 1e9))  # of the same size: only the time tells
+    assert done(pictures, "files", manifest=True)[0] == 1
+    record = tmp_path / "files" / "manifest-00000-of-00001.jsonl"
+    record.write_text(re.sub(r', "version": "[^"]*"', "", record.read_text()))  # of an earlier release
+    given(1e9 + 2)
+    assert done(pictures, "files", manifest=True)[0] == 0
+
+
+def test_of_a_replaced_picture_the_new_line_counts(tmp_path):
+    """Whatever the number of processes was, and however the names of their records sort."""
+    line = {"picture": "a", "output": "a", "width": 1}
+    for place, version in (((0, 2), "old"), ((0, 1), "new")):
+        record = Record(tmp_path, place, {}, ["a"])
+        assert not record.is_done("a", "a", version)
+        record.add({**line, "version": version})
+        assert [found["version"] for found in record.lines()] == [version]
+        record.close()
+    for version, expected in (("new", True), ("later", False)):
+        record = Record(tmp_path, (0, 4), {}, ["a"])
+        assert record.is_done("a", "a", version) == expected
+        assert [found["version"] for found in record.lines()] == ["new"] * expected
+        record.close()
+
+
 def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
     plain, out, calls = tmp_path / "plain", tmp_path / "out", counted(monkeypatch)
     (tree / "sub" / "c.jpg").unlink()
@@ -571,7 +748,11 @@ def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
             assert members[f"{kept}.{kind}.png"] == (plain / f"{stem}_{kind}.png").read_bytes()
         assert json.loads(members[f"{kept}.json"])["output"] == kept
     assert len(members) == 12 and len(lines_of(out)) == 4 and len(list(out.glob("*.tar"))) == 2
+    others = {out / "download.tar.part": b"half a tar", out / "other.jsonl": b"no manifest's\n"}
+    for path, data in others.items():  # they have nothing to do with the results
+        path.write_bytes(data)
     assert packed() == members and not calls
+    assert all(path.read_bytes() == data for path, data in others.items())
     # A kill came when the second picture of the first tar was written.
     for path in out.glob("results-*"):
         if path.name != "results-00000-of-00001-000000.tar":

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from segvit.cli import main
 from segvit.data import SegmentationFolder, open_dataset
+from segvit.data.pack import _keys
 from segvit.data.shards import Shards
 from segvit.options import TrainConfig
 from segvit.training.train import train
@@ -122,6 +124,25 @@ def test_packing_goes_on_and_gives_the_same_bytes(folder, tmp_path, capsys, monk
     monkeypatch.setattr("segvit.commands.data_pack.locked", taken)
     assert main(["data", "pack", str(tmp_path / "elsewhere"), str(out), "--no-progress"]) == 2
     assert f"out: another pack runs in {out}" in capsys.readouterr().err
+
+
+def test_files_of_others_are_not_replaced(folder, tmp_path, capsys):
+    """Shards of WebDataset have such names too."""
+    out = tmp_path / "shards"
+    out.mkdir()
+    others = [out / ".other.tmp", out / "00001.json", out / "00000.tar"]
+    for number, path in enumerate(others):
+        path.write_bytes(b"precious")
+        if number:
+            assert main(["data", "pack", str(folder), str(out), "--pictures", "3", "--no-progress"]) == 2
+            error = capsys.readouterr().err
+            assert f"out: {path} is there already and no shard of these data; choose" in error
+    assert contents(out) == {path.name: b"precious" for path in others}
+
+
+def test_no_sample_has_the_name_of_another(tmp_path):
+    files = [(tmp_path / name, tmp_path / "label.png") for name in ("a.jpg", "a.png", "a_2.jpg", "b/a.c.jpg")]
+    assert _keys(SimpleNamespace(root=tmp_path, files=files)) == ["a", "a_3", "a_2", "b/a_c"]
 
 
 def test_many_classes_and_known_data_sets(tmp_path, shared_dir):

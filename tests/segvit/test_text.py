@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from segvit.system.text import did_you_mean, parse_yaml, read_json, read_lines, read_text, yaml_value
+from segvit.system.text import (
+    did_you_mean,
+    numbered,
+    parse_yaml,
+    read_json,
+    read_lines,
+    read_text,
+    yaml_value,
+)
 
 TEXT = "первый\nsecond  \n\n# note\n\tthird\n"
 
@@ -116,3 +124,10 @@ def test_yaml_is_read_strictly(text, message):
 def test_nearest_word():
     assert did_you_mean("max_step", ["lr", "max_steps"]) == "; did you mean max_steps?"
     assert did_you_mean("zebra", ["lr", "max_steps"]) == ""
+
+
+def test_numbered_names_are_nobody_elses():
+    assert numbered(["a", "a", "a_2", "a", "b"]) == ["a", "a_3", "a_2", "a_4", "b"]
+    assert numbered(["a", "A", "a_2", "A_2"], str.lower) == ["a", "A_3", "a_2", "A_2_2"]
+    assert numbered(["a"] * 1000)[-1] == "a_1000" and numbered([]) == []
+    assert numbered(["a", "a", "a_2", "a_2", "a_2_2"]) == ["a", "a_3", "a_2", "a_2_3", "a_2_2"]
