@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from segvit.data.coding import Coding, choose_coding
 from segvit.data.inspection import Facts, Summary, colour_text, inspect, size_problem, summarize
 from segvit.data.known import Form, Known
 from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
@@ -136,6 +137,7 @@ class SegmentationFolder(Dataset):
             self._colours = {_packed(colour): index for index, colour in enumerate(classes.colours)}
             self._colours |= {_packed(colour): None for colour in classes.ignored}
         self._summary: Summary | None = None
+        self._coding = Coding()
         if self._needs_all or (mapping is None and reduce_zero_label == "auto"):
             self._decide()
         else:
@@ -173,6 +175,11 @@ class SegmentationFolder(Dataset):
         """Whether stored 0 is ignored and stored k is class k - 1."""
         return self.reading.reduce_zero_label
 
+    @property
+    def by_colour(self) -> frozenset[str]:
+        """The forms of label maps that count by colour, see `segvit.data.pictures.StoredLabel`."""
+        return self._coding.by_colour
+
     def _read(self, summary: Summary | None) -> Reading:
         # Where every label map is in colours, no number needs a meaning.
         counts = None if summary is None or not summary.values else summary.values
@@ -209,9 +216,17 @@ class SegmentationFolder(Dataset):
         self._problem = next((one.problem for one in facts[self.split] if one.problem), None)
         if all(one.problem for some in facts.values() for one in some):
             raise ValueError(self._problem)
+        labels = {split: [label for _, label in pairs] for split, pairs in groups.items()}
+        # Numbers that the user gave a meaning are no colours.
+        colours = {} if self._mapping is not None else self._colours
+        self._coding = choose_coding(
+            [one for some in facts.values() for one in some],
+            [label for some in labels.values() for label in some],
+            colours,
+            self.num_classes,
+        )
         summaries = {
-            split: summarize(facts[split], [label for _, label in pairs], self._colours)
-            for split, pairs in groups.items()
+            split: summarize(facts[split], labels[split], self._coding.by_colour) for split in groups
         }
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:
@@ -219,6 +234,7 @@ class SegmentationFolder(Dataset):
         if self.known and self._mapping is not None:
             self.known[0].check(self.known[1], self._mapping, whole.where)
         self._set_reading(self._read(whole))
+        self._coding.check(self.reading, self._colours)
         self._agree(summaries)
         self._summaries, self._summary = summaries, whole
         own = summaries[self.split]
@@ -229,6 +245,8 @@ class SegmentationFolder(Dataset):
     @property
     def _needs_all(self) -> bool:
         """Whether what a split's values mean may depend on another's: training and evaluation must agree."""
+        if self._colours and not self.known:
+            return True
         if self._mapping is not None or self._wanted is True:
             return False
         return self.num_classes == 2 or (self._wanted == "auto" and self._zero not in ("class", "ignored"))
@@ -343,18 +361,10 @@ class SegmentationFolder(Dataset):
         label = torch.from_numpy(self.classes_of(stored, label_path))
         return {"image": image, "label": label, "name": image_path.stem}
 
-    def class_of(self, value: int, colour: bool, palette: Mapping[int, int] | None) -> int | None:
-        """The class of one stored value, None where it is ignored, -1 where it is not known.
-
-        Args:
-            value: the value, or the colour as in `StoredLabel`.
-            colour: it is a colour.
-            palette: stored value -> colour of its palette file.
-        """
-        if colour:
-            return self._colours.get(value, -1)
-        if palette is not None and self._colours and set(palette.values()) <= self._colours.keys():
-            return self._colours[palette[value]]
+    def class_of(self, facts: Facts, value: int) -> int | None:
+        """The class of one stored value of a label map, None where it is ignored, -1 where unknown."""
+        if facts.form in self._coding.by_colour:
+            return self._colours.get(facts.colour_of(value), -1)
         return self.reading.table.get(value, -1)
 
     def classes_of(self, stored: StoredLabel, path: Path) -> np.ndarray:
@@ -364,12 +374,8 @@ class SegmentationFolder(Dataset):
             ValueError: a value or a colour that is none.
         """
         values, lookup = stored.values, self._numbers
-        if stored.palette is not None and self._colours:
-            used = stored.palette[np.unique(values)]
-            if set(used.tolist()) <= self._colours.keys():
-                values, lookup = stored.palette[values], self._colour_table
-        elif stored.colour:
-            lookup = self._colour_table
+        if stored.form in self._coding.by_colour:
+            values, lookup = stored.colours(), self._colour_table
         label = lookup(values)
         if (label == _INVALID).any():
             row, column = np.argwhere(label == _INVALID)[0]

@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from segvit.data.pictures import StoredLabel, probe, read_image, stored_label
+from segvit.data.pictures import GREY, StoredLabel, probe, read_image, stored_label
 from segvit.system.progress import progress_bar
 
 __all__ = ["Facts", "Summary", "inspect", "summarize"]
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_VALUES = 4096
 _FAILED = (ValueError, OSError, ImportError)
 _kept: dict[str, Facts] = {}
@@ -38,7 +38,7 @@ class Facts:
 
     Attributes:
         picture, label: width and height as they are seen; None where the file cannot be read.
-        values: stored value -> pixels; colours as red << 16 | green << 8 | blue where `colour`.
+        values, form: stored value -> pixels, and what it is a value of, see `StoredLabel`.
         palette: of a palette file, stored value -> colour of the values that occur.
         problem: why a file cannot be used, or None.
     """
@@ -46,9 +46,15 @@ class Facts:
     picture: tuple[int, int] | None = None
     label: tuple[int, int] | None = None
     values: Mapping[int, int] = field(default_factory=dict)
-    colour: bool = False
+    form: str = "number"
     palette: Mapping[int, int] | None = None
     problem: str | None = None
+
+    def colour_of(self, value: int) -> int:
+        """The colour of one of the values, red << 16 | green << 8 | blue."""
+        if self.palette is not None:
+            return self.palette[value]
+        return value if self.form == "colour" else value * GREY
 
 
 @dataclass
@@ -140,7 +146,7 @@ def _look(picture: Path, label: Path, channels: int, read: Callable[[Path], Stor
             raise ValueError(f"{label}: {len(values)} different values, no label map")
         facts["label"] = stored.values.shape[::-1]
         facts["values"] = dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
-        facts["colour"] = stored.colour
+        facts["form"] = stored.form
         if stored.palette is not None:
             facts["palette"] = {str(v): int(stored.palette[v]) for v in values.tolist()}
         if facts["label"] != facts["picture"]:
@@ -158,13 +164,13 @@ def size_problem(label: Path, found: tuple[int, int], expected: tuple[int, int])
     return text
 
 
-def summarize(facts: Sequence[Facts], labels: Sequence[Path], colours: Mapping[int, Any]) -> Summary:
+def summarize(facts: Sequence[Facts], labels: Sequence[Path], by_colour: Container[str]) -> Summary:
     """Counts over label maps without problem.
 
     Args:
         facts: of the label maps.
         labels: their paths.
-        colours: colour -> what it means. Palette files count by colour where all their colours are here.
+        by_colour: the forms of label maps that count by colour, see `segvit.data.coding`.
 
     Raises:
         ValueError: palette files that give the same colour different values.
@@ -175,24 +181,19 @@ def summarize(facts: Sequence[Facts], labels: Sequence[Path], colours: Mapping[i
         if one.problem:
             continue
         summary.maps += 1
-        counts = one.values
-        by_colour = one.colour
-        if one.palette is not None:
-            by_colour = bool(colours) and set(one.palette.values()) <= colours.keys()
-            if by_colour:
-                counts = Counter()
-                for value, count in one.values.items():
-                    counts[one.palette[value]] += count
-            else:
-                _compare_palettes(one, label, numbers)
+        coloured = one.form in by_colour
         total, where = (
-            (summary.colours, summary.where_colour) if by_colour else (summary.values, summary.where)
+            (summary.colours, summary.where_colour) if coloured else (summary.values, summary.where)
         )
-        for value, count in counts.items():
-            total[value] += count
-            where.setdefault(value, label)
-        held = tuple(counts)
-        summary.held.append(((), held) if by_colour else (held, ()))
+        if not coloured:
+            _compare_palettes(one, label, numbers)
+        held: set[int] = set()
+        for value, count in one.values.items():
+            code = one.colour_of(value) if coloured else value
+            total[code] += count
+            where.setdefault(code, label)
+            held.add(code)
+        summary.held.append(((), tuple(held)) if coloured else (tuple(held), ()))
     return summary
 
 
@@ -281,7 +282,7 @@ def _facts(values: dict[str, Any]) -> Facts:
         picture=tuple(values["picture"]) if "picture" in values else None,
         label=tuple(values["label"]) if "label" in values else None,
         values=integers(values.get("values")) or {},
-        colour=values.get("colour", False),
+        form=values.get("form", "number"),
         palette=integers(values.get("palette")),
         problem=values.get("problem"),
     )

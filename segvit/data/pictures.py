@@ -48,6 +48,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", "
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy", ".mat")
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
+GREY = 0x010101  # a level times this is its colour
 _lock = threading.Lock()
 
 Range = Sequence[float] | None
@@ -251,14 +252,27 @@ class StoredLabel(NamedTuple):
     """A label map as its file has it, turned as the picture is.
 
     Attributes:
-        values: integers (H, W), or with `colour` red << 16 | green << 8 | blue.
-        colour: the file holds colours, not numbers.
-        palette: of a palette file, its colours in the same form, by value.
+        values: integers (H, W), of a coloured one red << 16 | green << 8 | blue.
+        form: "number": one channel; "palette": one, and colours of its numbers; "grey": three channels of
+            colours, all of them grey, and `values` their levels; "colour": three channels.
+        palette: of a palette file, its colours as above, by value.
     """
 
     values: np.ndarray
-    colour: bool = False
+    form: str = "number"
     palette: np.ndarray | None = None
+
+    @property
+    def colour(self) -> bool:
+        """The file holds colours, not numbers."""
+        return self.form == "colour"
+
+    def colours(self) -> np.ndarray:
+        """The colour of every pixel (H, W), red << 16 | green << 8 | blue; numbers are grey levels."""
+        if self.palette is not None:
+            return self.palette[self.values]
+        values = self.values.astype(np.int64)
+        return values if self.colour else values * GREY
 
 
 def stored_label(path: str | os.PathLike) -> StoredLabel:
@@ -293,11 +307,11 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
     if array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8:
         red, green, blue = (array[..., i].astype(np.int64) for i in range(3))
         if (red != green).any() or (green != blue).any():
-            return StoredLabel(red << 16 | green << 8 | blue, colour=True)
-        array = array[..., 0]
+            return StoredLabel(red << 16 | green << 8 | blue, "colour")
+        return StoredLabel(array[..., 0], "grey")
     if array.ndim != 2:
         raise ValueError(f"{path}: got a label image of shape {array.shape}, expected one channel")
-    return StoredLabel(whole_numbers(array, path), palette=palette)
+    return StoredLabel(whole_numbers(array, path), "number" if palette is None else "palette", palette)
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:
