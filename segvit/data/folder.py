@@ -217,17 +217,15 @@ class SegmentationFolder(Dataset):
         if all(one.problem for some in facts.values() for one in some):
             raise ValueError(self._problem)
         labels = {split: [label for _, label in pairs] for split, pairs in groups.items()}
-        # Numbers that the user gave a meaning are no colours.
-        colours = {} if self._mapping is not None else self._colours
         self._coding = choose_coding(
             [one for some in facts.values() for one in some],
             [label for some in labels.values() for label in some],
-            colours,
+            self._colours,
             self.num_classes,
+            mapping=self._mapping,
+            reduced=self._wanted is True,
         )
-        summaries = {
-            split: summarize(facts[split], labels[split], self._coding.by_colour) for split in groups
-        }
+        summaries = {split: summarize(facts[split], labels[split], self._coding.code) for split in groups}
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:
             raise ValueError(self._unknown_colours(unknown, whole))
@@ -363,9 +361,8 @@ class SegmentationFolder(Dataset):
 
     def class_of(self, facts: Facts, value: int) -> int | None:
         """The class of one stored value of a label map, None where it is ignored, -1 where unknown."""
-        if facts.form in self._coding.by_colour:
-            return self._colours.get(facts.colour_of(value), -1)
-        return self.reading.table.get(value, -1)
+        by_colour, code = self._coding.code(facts, value)
+        return (self._colours if by_colour else self.reading.table).get(code, -1)
 
     def classes_of(self, stored: StoredLabel, path: Path) -> np.ndarray:
         """int64 (H, W): classes and `ignore_index` of a stored label map.
@@ -376,6 +373,8 @@ class SegmentationFolder(Dataset):
         values, lookup = stored.values, self._numbers
         if stored.form in self._coding.by_colour:
             values, lookup = stored.colours(), self._colour_table
+        elif stored.form == "bilevel":
+            values = values.astype(np.int64) * self._coding.white
         label = lookup(values)
         if (label == _INVALID).any():
             row, column = np.argwhere(label == _INVALID)[0]

@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,13 +164,15 @@ def size_problem(label: Path, found: tuple[int, int], expected: tuple[int, int])
     return text
 
 
-def summarize(facts: Sequence[Facts], labels: Sequence[Path], by_colour: Container[str]) -> Summary:
+def summarize(
+    facts: Sequence[Facts], labels: Sequence[Path], code: Callable[[Facts, int], tuple[bool, int]]
+) -> Summary:
     """Counts over label maps without problem.
 
     Args:
         facts: of the label maps.
         labels: their paths.
-        by_colour: the forms of label maps that count by colour, see `segvit.data.coding`.
+        code: of a label map and a value in it, whether a colour counts, and which or which number.
 
     Raises:
         ValueError: palette files that give the same colour different values.
@@ -181,19 +183,20 @@ def summarize(facts: Sequence[Facts], labels: Sequence[Path], by_colour: Contain
         if one.problem:
             continue
         summary.maps += 1
-        coloured = one.form in by_colour
+        coloured, counts = False, Counter[int]()
+        for value, count in one.values.items():
+            coloured, key = code(one, value)
+            counts[key] += count
         total, where = (
             (summary.colours, summary.where_colour) if coloured else (summary.values, summary.where)
         )
         if not coloured:
             _compare_palettes(one, label, numbers)
-        held: set[int] = set()
-        for value, count in one.values.items():
-            code = one.colour_of(value) if coloured else value
-            total[code] += count
-            where.setdefault(code, label)
-            held.add(code)
-        summary.held.append(((), tuple(held)) if coloured else (tuple(held), ()))
+        for key, count in counts.items():
+            total[key] += count
+            where.setdefault(key, label)
+        held = tuple(counts)
+        summary.held.append(((), held) if coloured else (held, ()))
     return summary
 
 

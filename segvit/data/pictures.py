@@ -49,6 +49,7 @@ LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
 GREY = 0x010101  # a level times this is its colour
+_BLACK_AND_WHITE = (0, 0xFFFFFF)
 _lock = threading.Lock()
 
 Range = Sequence[float] | None
@@ -253,9 +254,10 @@ class StoredLabel(NamedTuple):
 
     Attributes:
         values: integers (H, W), of a coloured one red << 16 | green << 8 | blue.
-        form: "number": one channel; "palette": one, and colours of its numbers; "grey": three channels of
-            colours, all of them grey, and `values` their levels; "colour": three channels.
-        palette: of a palette file, its colours as above, by value.
+        form: "number": one channel; "palette": one, and colours of its numbers; "bilevel": of black and
+            white as 0 and 1; "grey": three channels of colours, all of them grey, and `values` their levels;
+            "colour": three channels.
+        palette: of a palette file or a bilevel one, its colours as above, by value.
     """
 
     values: np.ndarray
@@ -311,7 +313,13 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
         return StoredLabel(array[..., 0], "grey")
     if array.ndim != 2:
         raise ValueError(f"{path}: got a label image of shape {array.shape}, expected one channel")
-    return StoredLabel(whole_numbers(array, path), "number" if palette is None else "palette", palette)
+    if array.dtype == bool:
+        palette = np.array(_BLACK_AND_WHITE)
+    values = whole_numbers(array, path)
+    if palette is None:
+        return StoredLabel(values)
+    bilevel = (*palette[:2],) == _BLACK_AND_WHITE and values.max() <= 1
+    return StoredLabel(values, "bilevel" if bilevel else "palette", palette)
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:

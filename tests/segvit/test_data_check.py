@@ -153,7 +153,7 @@ def test_palettes_of_their_own_are_noticed(tmp_path):
 BLACK_WHITE_RED = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0)], np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "P"])
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "P", "1"])
 @pytest.mark.parametrize("red", [False, True])
 def test_black_and_white_are_colours_too(tmp_path, kind, red):
     """Class 0 is white, class 1 black: also where one file, of three channels, has a third colour."""
@@ -167,6 +167,31 @@ def test_black_and_white_are_colours_too(tmp_path, kind, red):
     data = SegmentationFolder(root)
     assert "255 255 255 is crack, 0 0 0 is background" in data.check()[1]
     assert len(data.check()) == 2
+
+
+@pytest.mark.parametrize("kind", ["1", "P", "npy"])
+def test_masks_of_one_bit_among_others(tmp_path, kind):
+    """White is 1 there and 255 in the others; in masks of 0 and 1 it is 1, as elsewhere."""
+    mask = (SKY % 2).astype(bool)
+    bits = palette_image(mask.astype(np.uint8), [(0, 0, 0), (255, 255, 255)]) if kind == "P" else mask
+    bits = Image.fromarray(bits) if isinstance(bits, np.ndarray) else bits
+    bytes_, numbers = mask * np.uint8(255), mask.astype(np.uint8)
+    root = folder(tmp_path, bytes_, bits, names="ground\ncrack\n")
+    if kind == "npy":
+        for split in ("training", "validation"):
+            (root / f"annotations/{split}/1.png").unlink()
+            np.save(root / f"annotations/{split}/1.npy", mask)
+    for zero in ("auto", False):
+        assert classes(root, reduce_zero_label=zero) == [numbers.tolist()] * 2
+    assert classes(root, label_mapping={0: 1, 255: 0}) == [(1 - numbers).tolist()] * 2
+    assert classes(root, label_mapping={0: 0, 1: 1, 255: None})[0] == np.where(mask, 255, 0).tolist()
+    (root / "names.txt").write_text("ground\ncrack\nroad\n")
+    for zero in ("auto", False, True):
+        with pytest.raises(ValueError, match=r"1\.\w+: one bit a pixel, .* in .*0\.png white is 255"):
+            SegmentationFolder(root, reduce_zero_label=zero).check()
+    for split in ("training", "validation"):
+        Image.fromarray(numbers).save(root / f"annotations/{split}/0.png")
+    assert classes(root, reduce_zero_label=False) == [numbers.tolist()] * 2
 
 
 def test_a_map_of_one_colour_in_a_coloured_data_set(tmp_path):
