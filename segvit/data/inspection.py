@@ -1,7 +1,7 @@
 """Facts about all files of a data set: stored label values, sizes, damage. Kept between runs.
 
 What was found is kept in the user's cache folder (SEGVIT_CACHE, or the system's), never beside the data, by
-path, size and date of both files; without a place to write to, it is found again each time.
+path, size and dates of both files; without a place to write to, it is found again each time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from segvit.data.pictures import GREY, StoredLabel, probe, read_image, stored_label
 from segvit.system.progress import progress_bar
 
-__all__ = ["Facts", "Summary", "inspect", "summarize"]
+__all__ = ["Facts", "Summary", "inspect", "state_of", "summarize"]
 
 _FORMAT = 2
 _MOST_VALUES = 4096
@@ -228,11 +228,16 @@ def _key(picture: Path, label: Path, kind: str) -> str:
     parts = [kind]
     for path in (picture, label):
         try:
-            status = path.stat()
-            parts += [os.path.abspath(path), str(status.st_size), str(status.st_mtime_ns)]
+            parts += [os.path.abspath(path), state_of(path)]
         except OSError:
             parts += [os.path.abspath(path), "gone"]
     return "|".join(parts)
+
+
+def state_of(path: Path) -> str:
+    """What changes when a file does: also where its date is a fixed one, as in archives that are unpacked."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _cache_folder() -> Path:

@@ -329,6 +329,22 @@ def test_facts_are_kept_beside_nothing(tmp_path, monkeypatch):
     assert found() == found() == (4, expected[1])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no date of the last change")
+def test_facts_of_files_with_a_fixed_date(tmp_path, monkeypatch):
+    """Archives unpack with dates of their own: another map of the same size has the same date."""
+    monkeypatch.setenv("SEGVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inspection, "_kept", {})
+    root = folder(tmp_path, SKY, suffix=".bmp")
+    for label in (SKY, SKY % 2):
+        for split in ("training", "validation"):
+            file = root / "annotations" / split / "0.bmp"
+            Image.fromarray(label).save(file)
+            os.utime(file, (1, 1))
+        inspection._kept.clear()
+        found = SegmentationFolder(root, reduce_zero_label=False).check()[1]
+    assert found.startswith("data: 2 of 3 classes occur")
+
+
 # The command
 
 

@@ -187,3 +187,15 @@ def test_jpeg_labels_are_named(tmp_path):
             refused()
     write(tmp_path, "masks/train/a.png")  # a picture of the label map beside it
     assert pairs(tmp_path) == [("images/train/a.jpg", "masks/train/a.png")]
+
+
+@pytest.mark.parametrize("label", ["masks/{}_mask.png", "annotations/{}.png"])
+def test_two_pictures_of_one_label_map(tmp_path, label):
+    write(tmp_path, "images/a.jpg", "images/a.png", "images/b.png", label.format("b"))
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg: image without label"):
+        pairs(tmp_path)  # as long as they have none
+    write(tmp_path, label.format("a"))
+    with pytest.raises(ValueError, match=r"a\.png: and .*a\.jpg are two pictures with one label map"):
+        pairs(tmp_path)
+    (tmp_path / "images/a.png").unlink()
+    assert len(pairs(tmp_path)) == 2
