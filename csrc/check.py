@@ -18,9 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-import sanitizer
-
 import build
+import sanitizer
 
 SOURCES = [p.stem for p in sorted((build.HERE / "cuda").iterdir()) if p.suffix in (".cu", ".cpp")]
 TESTS = [f"tests/kernels/test_{stem}.py" for stem in SOURCES if stem in build.OPERATORS]

@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -56,6 +57,17 @@ def _picture(kind: str, mode: str = "RGB", **options: Any) -> bytes:
     rng, file = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).convert(mode).save(file, kind, **options)
     return file.getvalue()
+
+
+def _deep_png() -> bytes:
+    """Of 16 bits and three channels, which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    header = (9).to_bytes(4) + (6).to_bytes(4) + bytes((16, 2, 0, 0, 0))
+    rows = zlib.compress((b"\1" + bytes(i // 2 for i in range(54))) * 6)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def _array(array: np.ndarray) -> bytes:
@@ -357,9 +369,13 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Subject]]:
 
     kinds = [_picture(kind) for kind in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM", "WEBP")]
     kinds += [_picture("PNG", mode) for mode in ("L", "P", "1", "LA", "RGBA")] + [_picture("TIFF", "CMYK")]
-    arrays = [_array(np.zeros((4, 5, 3), np.uint8)), _array(np.ones((4, 5), np.float32))]
+    others = [_array(np.zeros((4, 5, 3), np.uint8)), _array(np.ones((4, 5), np.float32))]
+    others += [_deep_png(), b"P5\n9 6\n4095\n" + bytes(range(6)) * 18, b"P3 2 1 7\n# why\n1 2 3 4 5 6\n"]
     refusals = ValueError, OSError, ImportError
-    yield "picture", Subject(strangers, kinds + arrays, (b"IHDR", b"IDAT", b"\xff\xd8"), "image", refusals)
+    yield (
+        "picture",
+        Subject(strangers, kinds + others, (b"IHDR", b"IDAT", b"\xff\xd8"), "image", refusals),
+    )
 
     def labels(data: bytes) -> None:
         ending = ".npy" if data.startswith(b"\x93NUMPY") else ".png"
@@ -371,7 +387,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Subject]]:
 
     yield (
         "label",
-        Subject(labels, kinds[:1] + kinds[7:10] + arrays, name=str(folder / "label"), refusals=refusals),
+        Subject(labels, kinds[:1] + kinds[7:10] + others, name=str(folder / "label"), refusals=refusals),
     )
     if find_spec("scipy"):
         from scipy.io import savemat

@@ -89,15 +89,21 @@ class Understood:
             counts: Counter[tuple[bool, int]] = Counter()
             for one in facts:
                 for value, count in one.values.items():
-                    counts[one.colour, value] += count
+                    counts[one.form == "colour", value] += count
             self.codes = [code for code, _ in sorted(counts.items(), key=lambda item: -item[1])[:256]]
             self.names = tuple(colour_text(value) if colour else str(value) for colour, value in self.codes)
 
     def meaning(self, one: Facts, value: int) -> int | None:
         """The class of a stored value, None where it is ignored; -1 where it is unknown."""
         if self.dataset is None:
-            return self.codes.index((one.colour, value)) if (one.colour, value) in self.codes else -1
-        return self.dataset.class_of(value, one.colour, None if one.palette is None else one.palette)
+            code = one.form == "colour", value
+            return self.codes.index(code) if code in self.codes else -1
+        return self.dataset.class_of(one, value)
+
+    def text(self, one: Facts, value: int) -> str:
+        """A stored value, as the colour that counts where colours do."""
+        by_colour = {"colour"} if self.dataset is None else self.dataset.by_colour
+        return colour_text(one.colour_of(value)) if one.form in by_colour else str(value)
 
     def labels(self, label: Path) -> np.ndarray:
         """(H, W), -1 where there is no class."""
@@ -122,7 +128,7 @@ class Understood:
                 index = self.meaning(one, value)
                 pixels[index] += count
                 here.add(index)
-                stored.setdefault(index, set()).add(colour_text(value) if one.colour else str(value))
+                stored.setdefault(index, set()).add(self.text(one, value))
             pictures.update(here)
         total = max(1, pixels.total())
         rows: list[tuple[str, ...]] = [("class", "stored", "pixels", "pictures")]

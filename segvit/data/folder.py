@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from segvit.data.coding import Coding, choose_coding
 from segvit.data.inspection import Facts, Summary, colour_text, inspect, size_problem, summarize
 from segvit.data.known import Form, Known
 from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
@@ -144,6 +145,7 @@ class SegmentationFolder(Dataset):
         elif self._seen is not None and meaning:
             self._colours = {int(code, 16): index for code, index in meaning["colours"].items()}
         self._summary: Summary | None = None
+        self._coding = Coding()
         if self._needs_all or (mapping is None and reduce_zero_label == "auto"):
             self._decide()
         else:
@@ -206,6 +208,11 @@ class SegmentationFolder(Dataset):
                     "mean here: --reduce-zero-label, --no-reduce-zero-label or --label-mapping"
                 )
 
+    @property
+    def by_colour(self) -> frozenset[str]:
+        """The forms of label maps that count by colour, see `segvit.data.pictures.StoredLabel`."""
+        return self._coding.by_colour
+
     def _read(self, summary: Summary | None) -> Reading:
         return self._decided(summary, self._mapping)
 
@@ -245,10 +252,16 @@ class SegmentationFolder(Dataset):
         self._problem = next((one.problem for one in facts[self.split] if one.problem), None)
         if all(one.problem for some in facts.values() for one in some):
             raise ValueError(self._problem)
-        summaries = {
-            split: summarize(facts[split], [label for _, label in pairs], self._colours)
-            for split, pairs in groups.items()
-        }
+        labels = {split: [label for _, label in pairs] for split, pairs in groups.items()}
+        self._coding = choose_coding(
+            [one for some in facts.values() for one in some],
+            [label for some in labels.values() for label in some],
+            self._colours,
+            self.num_classes,
+            mapping=self._mapping,
+            reduced=self._wanted is True,
+        )
+        summaries = {split: summarize(facts[split], labels[split], self._coding.code) for split in groups}
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:
             raise ValueError(self._unknown_colours(unknown, whole))
@@ -256,6 +269,7 @@ class SegmentationFolder(Dataset):
             self.known[0].check(self.known[1], self._mapping, whole.where)
         self._confirm(whole)
         self._set_reading(self._read(whole))
+        self._coding.check(self.reading, self._colours)
         self._agree(summaries)
         self._summaries, self._summary = summaries, whole
         own = summaries[self.split]
@@ -266,6 +280,8 @@ class SegmentationFolder(Dataset):
     @property
     def _needs_all(self) -> bool:
         """Whether what a split's values mean may depend on another's: training and evaluation must agree."""
+        if self._colours and not self.known:
+            return True
         if self._mapping is not None or self._wanted is True:
             return False
         return self.num_classes == 2 or (self._wanted == "auto" and self._zero not in ("class", "ignored"))
@@ -384,19 +400,10 @@ class SegmentationFolder(Dataset):
         label = torch.from_numpy(self.classes_of(stored, label_path))
         return {"image": image, "label": label, "name": image_path.stem}
 
-    def class_of(self, value: int, colour: bool, palette: Mapping[int, int] | None) -> int | None:
-        """The class of one stored value, None where it is ignored, -1 where it is not known.
-
-        Args:
-            value: the value, or the colour as in `StoredLabel`.
-            colour: it is a colour.
-            palette: stored value -> colour of its palette file.
-        """
-        if colour:
-            return self._colours.get(value, -1)
-        if palette is not None and self._colours and set(palette.values()) <= self._colours.keys():
-            return self._colours[palette[value]]
-        return self.reading.table.get(value, -1)
+    def class_of(self, facts: Facts, value: int) -> int | None:
+        """The class of one stored value of a label map, None where it is ignored, -1 where unknown."""
+        by_colour, code = self._coding.code(facts, value)
+        return (self._colours if by_colour else self.reading.table).get(code, -1)
 
     def classes_of(self, stored: StoredLabel, path: Path) -> np.ndarray:
         """int64 (H, W): classes and `ignore_index` of a stored label map.
@@ -405,12 +412,10 @@ class SegmentationFolder(Dataset):
             ValueError: a value or a colour that is none.
         """
         values, lookup = stored.values, self._numbers
-        if stored.palette is not None and self._colours:
-            used = stored.palette[np.unique(values)]
-            if set(used.tolist()) <= self._colours.keys():
-                values, lookup = stored.palette[values], self._colour_table
-        elif stored.colour:
-            lookup = self._colour_table
+        if stored.form in self._coding.by_colour:
+            values, lookup = stored.colours(), self._colour_table
+        elif stored.form == "bilevel":
+            values = values.astype(np.int64) * self._coding.white
         label = lookup(values)
         if (label == _INVALID).any():
             row, column = np.argwhere(label == _INVALID)[0]

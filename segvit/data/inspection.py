@@ -1,7 +1,7 @@
 """Facts about all files of a data set: stored label values, sizes, damage. Kept between runs.
 
 What was found is kept in the user's cache folder (SEGVIT_CACHE, or the system's), never beside the data, by
-path, size and date of both files; without a place to write to, it is found again each time.
+path, size and dates of both files; without a place to write to, it is found again each time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from segvit.data.pictures import StoredLabel, probe, read_image, stored_label
+from segvit.data.pictures import GREY, StoredLabel, probe, read_image, stored_label
 from segvit.system.progress import progress_bar
 
-__all__ = ["Facts", "Summary", "inspect", "summarize"]
+__all__ = ["Facts", "Summary", "inspect", "state_of", "summarize"]
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_VALUES = 4096
 _FAILED = (ValueError, OSError, ImportError)
 _kept: dict[str, Facts] = {}
@@ -38,7 +38,7 @@ class Facts:
 
     Attributes:
         picture, label: width and height as they are seen; None where the file cannot be read.
-        values: stored value -> pixels; colours as red << 16 | green << 8 | blue where `colour`.
+        values, form: stored value -> pixels, and what it is a value of, see `StoredLabel`.
         palette: of a palette file, stored value -> colour of the values that occur.
         problem: why a file cannot be used, or None.
     """
@@ -46,9 +46,15 @@ class Facts:
     picture: tuple[int, int] | None = None
     label: tuple[int, int] | None = None
     values: Mapping[int, int] = field(default_factory=dict)
-    colour: bool = False
+    form: str = "number"
     palette: Mapping[int, int] | None = None
     problem: str | None = None
+
+    def colour_of(self, value: int) -> int:
+        """The colour of one of the values, red << 16 | green << 8 | blue."""
+        if self.palette is not None:
+            return self.palette[value]
+        return value if self.form == "colour" else value * GREY
 
 
 @dataclass
@@ -140,7 +146,7 @@ def _look(picture: Path, label: Path, channels: int, read: Callable[[Path], Stor
             raise ValueError(f"{label}: {len(values)} different values, no label map")
         facts["label"] = stored.values.shape[::-1]
         facts["values"] = dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
-        facts["colour"] = stored.colour
+        facts["form"] = stored.form
         if stored.palette is not None:
             facts["palette"] = {str(v): int(stored.palette[v]) for v in values.tolist()}
         if facts["label"] != facts["picture"]:
@@ -158,13 +164,15 @@ def size_problem(label: Path, found: tuple[int, int], expected: tuple[int, int])
     return text
 
 
-def summarize(facts: Sequence[Facts], labels: Sequence[Path], colours: Mapping[int, Any]) -> Summary:
+def summarize(
+    facts: Sequence[Facts], labels: Sequence[Path], code: Callable[[Facts, int], tuple[bool, int]]
+) -> Summary:
     """Counts over label maps without problem.
 
     Args:
         facts: of the label maps.
         labels: their paths.
-        colours: colour -> what it means. Palette files count by colour where all their colours are here.
+        code: of a label map and a value in it, whether a colour counts, and which or which number.
 
     Raises:
         ValueError: palette files that give the same colour different values.
@@ -175,24 +183,20 @@ def summarize(facts: Sequence[Facts], labels: Sequence[Path], colours: Mapping[i
         if one.problem:
             continue
         summary.maps += 1
-        counts = one.values
-        by_colour = one.colour
-        if one.palette is not None:
-            by_colour = bool(colours) and set(one.palette.values()) <= colours.keys()
-            if by_colour:
-                counts = Counter()
-                for value, count in one.values.items():
-                    counts[one.palette[value]] += count
-            else:
-                _compare_palettes(one, label, numbers)
+        coloured, counts = False, Counter[int]()
+        for value, count in one.values.items():
+            coloured, key = code(one, value)
+            counts[key] += count
         total, where = (
-            (summary.colours, summary.where_colour) if by_colour else (summary.values, summary.where)
+            (summary.colours, summary.where_colour) if coloured else (summary.values, summary.where)
         )
-        for value, count in counts.items():
-            total[value] += count
-            where.setdefault(value, label)
+        if not coloured:
+            _compare_palettes(one, label, numbers)
+        for key, count in counts.items():
+            total[key] += count
+            where.setdefault(key, label)
         held = tuple(counts)
-        summary.held.append(((), held) if by_colour else (held, ()))
+        summary.held.append(((), held) if coloured else (held, ()))
     return summary
 
 
@@ -224,11 +228,16 @@ def _key(picture: Path, label: Path, kind: str) -> str:
     parts = [kind]
     for path in (picture, label):
         try:
-            status = path.stat()
-            parts += [os.path.abspath(path), str(status.st_size), str(status.st_mtime_ns)]
+            parts += [os.path.abspath(path), state_of(path)]
         except OSError:
             parts += [os.path.abspath(path), "gone"]
     return "|".join(parts)
+
+
+def state_of(path: Path) -> str:
+    """What changes when a file does: also where its date is a fixed one, as in archives that are unpacked."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _cache_folder() -> Path:
@@ -281,7 +290,7 @@ def _facts(values: dict[str, Any]) -> Facts:
         picture=tuple(values["picture"]) if "picture" in values else None,
         label=tuple(values["label"]) if "label" in values else None,
         values=integers(values.get("values")) or {},
-        colour=values.get("colour", False),
+        form=values.get("form", "number"),
         palette=integers(values.get("palette")),
         problem=values.get("problem"),
     )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from segvit.data.inspection import state_of
 from segvit.data.known import KNOWN, Form, Known, known_folder
 from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES, StoredLabel, stored_label
 from segvit.system.text import read_lines
@@ -86,7 +87,7 @@ class Layout:
             return ""
         form = self.known[1]
         beside = sorted(path for _, path in _matches(self.root, form.beside, ("",))) if form.beside else []
-        return " ".join([form.what, *(f"{path.name} {path.stat().st_mtime_ns}" for path in beside)])
+        return " ".join([form.what, *(f"{path.name} {state_of(path)}" for path in beside)])
 
     def read_label(self, path: Path) -> StoredLabel:
         """A label map as it is stored."""
@@ -146,8 +147,8 @@ class Layout:
         """The files of a split by its name on disk; None: all there are.
 
         Raises:
-            FileNotFoundError: no such folder or list.
-            ValueError: the list names a picture that is not there, or two pictures have one name.
+            FileNotFoundError: no such folder or list, or the list names a picture that is not there.
+            ValueError: two pictures have one name, and with it one label map.
         """
         key = split or ""
         if key not in self._found:
@@ -165,16 +166,20 @@ class Layout:
         for captured, path in _matches(self.root, patterns[1], LABEL_SUFFIXES + _LOSSY):
             labels.setdefault(captured, []).append(path)
         taken = {path for paths in labels.values() for path in paths} if patterns[0] != patterns[1] else set()
-        pairs, unlabelled, used = [], [], set()
+        pairs, unlabelled = [], []
+        used: dict[tuple[str, ...], Path] = {}
         for captured, picture in sorted(
             _matches(self.root, patterns[0], PICTURE_SUFFIXES), key=lambda match: match[1]
         ):
             if picture in taken or (named is not None and captured not in named):
                 continue
             if found := labels.get(captured):
-                used.add(captured)
                 order = LABEL_SUFFIXES + _LOSSY
-                pairs.append((picture, min(found, key=lambda path: order.index(path.suffix.lower()))))
+                label = min(found, key=lambda path: order.index(path.suffix.lower()))
+                if twin := used.get(captured):
+                    raise ValueError(f"{picture}: and {twin} are two pictures with one label map, {label}")
+                used[captured] = picture
+                pairs.append((picture, label))
             else:
                 unlabelled.append((picture, str(self.root / _filled(patterns[1], captured))))
         if named is not None:

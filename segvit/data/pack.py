@@ -86,7 +86,8 @@ def _made_of(dataset: SegmentationFolder) -> str:
         sizes = f"{image.stat().st_size} {label.stat().st_size}"
         digest.update(f"{image.relative_to(dataset.root).as_posix()} {sizes}\n".encode("utf-8", "replace"))
     table = sorted(dataset.reading.table.items())
-    digest.update(repr((table, dataset.class_names, dataset.num_classes, dataset.palette)).encode())
+    coded = [sorted(dataset.by_colour)] if dataset.palette else []
+    digest.update(repr((table, dataset.class_names, dataset.num_classes, dataset.palette, *coded)).encode())
     return digest.hexdigest()
 
 

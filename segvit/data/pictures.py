@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segvit.data.depth import Samples, is_deep_tiff, is_reduced, png_samples, pnm_samples, tiff_bits
 from segvit.data.matlab import variables
 from segvit.system.extras import require
 from segvit.system.text import shown
@@ -49,6 +50,8 @@ PICTURE_SUFFIXES += (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy", ".mat")
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
+GREY = 0x010101  # a level times this is its colour
+_BLACK_AND_WHITE = (0, 0xFFFFFF)
 _lock = threading.Lock()
 
 Range = Sequence[float] | None
@@ -162,7 +165,19 @@ def image_tensor(image: Any, channels: int = 3, value_range: Range = None) -> Te
     if not hasattr(image, "getexif"):
         expected = "a path, a PIL image, a uint8 array or a uint8 tensor"
         raise TypeError(f"expected {expected}, got {type(image).__name__}")
+    if value_range is not None and not getattr(image, "tile", None) and _file_is_reduced(image):
+        raise ValueError(
+            f"image: value_range: got a picture of which Pillow has read 8 bits; give {image.filename}"
+        )
     return _tensor(_from_pil(image, channels, value_range, "image"))
+
+
+def _file_is_reduced(image: Any) -> bool:
+    path = Path(getattr(image, "filename", None) or ".")
+    if not path.is_file():
+        return False
+    with _open(path) as again:
+        return is_reduced(again)
 
 
 def as_rgb(image: Tensor) -> Tensor:
@@ -242,7 +257,8 @@ def probe(path: str | os.PathLike | PictureBytes, *, decode: bool = False) -> tu
             height, width = _read_tiff(path).shape[:2]
             return width, height
         with _tiff_series(path) as series:
-            return series.sizes.get("width", 1), series.sizes.get("height", 1)
+            width, height = series.sizes.get("width", 1), series.sizes.get("height", 1)
+            return (height, width) if _tiff_orientation(series) >= 5 else (width, height)
     with image:
         width, height = image.size
         if not decode:
@@ -262,14 +278,28 @@ class StoredLabel(NamedTuple):
     """A label map as its file has it, turned as the picture is.
 
     Attributes:
-        values: integers (H, W), or with `colour` red << 16 | green << 8 | blue.
-        colour: the file holds colours, not numbers.
-        palette: of a palette file, its colours in the same form, by value.
+        values: integers (H, W), of a coloured one red << 16 | green << 8 | blue.
+        form: "number": one channel; "palette": one, and colours of its numbers; "bilevel": of black and
+            white as 0 and 1; "grey": three channels of colours, all of them grey, and `values` their levels;
+            "colour": three channels.
+        palette: of a palette file or a bilevel one, its colours as above, by value.
     """
 
     values: np.ndarray
-    colour: bool = False
+    form: str = "number"
     palette: np.ndarray | None = None
+
+    @property
+    def colour(self) -> bool:
+        """The file holds colours, not numbers."""
+        return self.form == "colour"
+
+    def colours(self) -> np.ndarray:
+        """The colour of every pixel (H, W), red << 16 | green << 8 | blue; numbers are grey levels."""
+        if self.palette is not None:
+            return self.palette[self.values]
+        values = self.values.astype(np.int64)
+        return values if self.colour else values * GREY
 
 
 def stored_label(path: str | os.PathLike) -> StoredLabel:
@@ -297,18 +327,29 @@ def stored_label(path: str | os.PathLike) -> StoredLabel:
         else:
             with image, _named(path):
                 array, palette = _label_samples(image, path)
-    if array.ndim == 3 and array.shape[-1] in (2, 4):
+    if array.ndim == 3 and array.shape[-1] in (2, 4) and array.dtype.kind in "ui":
         if (array[..., -1] != np.iinfo(array.dtype).max).any():
             raise ValueError(f"{path}: a label map with transparent pixels; which label they have is unknown")
         array = array[..., 0] if array.shape[-1] == 2 else array[..., :3]
-    if array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8:
+    if array.ndim == 3 and array.shape[-1] == 3 and array.dtype.kind == "u" and array.itemsize <= 2:
+        deep = array.itemsize == 2
+        if (array == array[..., :1]).all():
+            return StoredLabel(array[..., 0], "number" if deep else "grey")
+        if deep:
+            array, low = array >> 8, array & 255
+            if ((low != 0) & (low != array)).any():
+                raise ValueError(f"{path}: colours of 16 bits, expected 8, as names files give them")
         red, green, blue = (array[..., i].astype(np.int64) for i in range(3))
-        if (red != green).any() or (green != blue).any():
-            return StoredLabel(red << 16 | green << 8 | blue, colour=True)
-        array = array[..., 0]
+        return StoredLabel(red << 16 | green << 8 | blue, "colour")
     if array.ndim != 2:
         raise ValueError(f"{path}: got a label image of shape {array.shape}, expected one channel")
-    return StoredLabel(whole_numbers(array, path), palette=palette)
+    if array.dtype == bool:
+        palette = np.array(_BLACK_AND_WHITE)
+    values = whole_numbers(array, path)
+    if palette is None:
+        return StoredLabel(values)
+    bilevel = (*palette[:2],) == _BLACK_AND_WHITE and values.max() <= 1
+    return StoredLabel(values, "bilevel" if bilevel else "palette", palette)
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:
@@ -360,6 +401,7 @@ def read_matlab(path: Path, *names: str, one_of: Sequence[str] = ()) -> dict[str
 
 
 def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    palette: np.ndarray | None = None
     lossy = image.format in ("JPEG", "MPO", "JPEG2000") or (
         image.format == "WEBP" and b"VP8 " in path.read_bytes()[:64]
     )
@@ -367,7 +409,13 @@ def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | Non
         raise _WholeMessageError(
             f"{path}: a {image.format} label map: compression with loss changes labels; store PNG"
         )
-    palette = None
+    if kept := _stored_samples(image, path):
+        values = kept.values
+        return values[..., 0] if values.shape[-1] == 1 else values, None
+    if is_reduced(image):
+        raise _WholeMessageError(
+            f"{path}: a {image.format} label map of more than 8 bits of a kind of which 8 are read; store PNG"
+        )
     _load(image)
     turn = _orientation(image)
     if image.mode in ("P", "PA"):
@@ -412,8 +460,8 @@ def _named(path: Source) -> Iterator[None]:
     except (_WholeMessageError, TooLargeError, ImportError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be decoded as an image ({reason})") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise _WholeMessageError(f"{path}: cannot be decoded as an image ({reason})") from None
 
 
 @contextlib.contextmanager
@@ -485,7 +533,7 @@ def _decode_picture(path: Source, channels: int, value_range: Range) -> np.ndarr
     image = _open(path)
     if image is not None:
         with image:
-            if not (image.format == "TIFF" and _needs_tifffile(image, channels, value_range)):
+            if not (image.format == "TIFF" and _needs_tifffile(image, channels)):
                 with _named(path):
                     return _from_pil(image, channels, value_range, path)
     return _fit_channels(to_bytes(_read_tiff(path), value_range), channels, path)
@@ -493,6 +541,14 @@ def _decode_picture(path: Source, channels: int, value_range: Range) -> np.ndarr
 
 def _from_pil(image: Any, channels: int, value_range: Range, name: Any) -> np.ndarray:
     """uint8 (H, W, channels) of a PIL image, upright."""
+    if stored := _stored_samples(image, name):
+        full = value_range or ((0, stored.white) if stored.white else None)
+        return _fit_channels(_on_white(stored.values, channels, full), channels, name)
+    if value_range is not None and is_reduced(image):
+        raise _WholeMessageError(
+            f"{name}: value_range: got a {image.format} of more than 8 bits of a kind of which 8 are read, "
+            "expected PNG, or TIFF of grey or RGB"
+        )
     _load(image)
     turn = _orientation(image)
     if image.mode[0] in "IF":  # "I", "I;16", "I;16B", "F"
@@ -505,6 +561,26 @@ def _from_pil(image: Any, channels: int, value_range: Range, name: Any) -> np.nd
         samples = np.array(image)
         samples = to_bytes(samples if samples.ndim == 3 else samples[..., None], value_range)
     return np.ascontiguousarray(_fit_channels(_turned(samples, turn), channels, name))
+
+
+def _stored_samples(image: Any, name: Any) -> Samples | None:
+    """Samples of a PIL image, upright, that Pillow has not read and would not keep as they are; or None."""
+    if is_deep_tiff(image) and image.tile:
+        image.fp.seek(0)
+        values = _read_tiff(name, image.fp)
+        return Samples(values[..., :3] if image.mode == "RGBX" else values)
+    stored = png_samples(image) or pnm_samples(image)
+    return None if stored is None else stored._replace(values=_turned(stored.values, _orientation(image)))
+
+
+def _on_white(samples: np.ndarray, channels: int, value_range: Range) -> np.ndarray:
+    """As bytes; of grey or RGB with transparency, which is the last channel, what is seen on white paper."""
+    if channels not in (1, 3) or samples.shape[-1] not in (2, 4):
+        return to_bytes(samples, value_range)
+    found, alpha = to_bytes(samples[..., :-1], value_range), samples[..., -1:] / np.iinfo(samples.dtype).max
+    if not alpha.any():  # see `_flattened`
+        return found
+    return (found * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
 
 
 def _flattened(image: Any) -> Any:
@@ -576,31 +652,30 @@ def _array_shape(path: Source) -> tuple[int, ...]:
         return shape
 
 
-def _needs_tifffile(image: Any, channels: int, value_range: Range) -> bool:
-    """Whether Pillow would lose channels or bits of a TIFF."""
-    bits = image.tag_v2.get(258, (1,))
+def _needs_tifffile(image: Any, channels: int) -> bool:
+    """Whether Pillow would lose channels of a TIFF, or bits of one that is no colour picture."""
     samples = image.tag_v2.get(277, 1)
-    deep = samples > 1 and max(bits if isinstance(bits, tuple) else (bits,)) > 8
     if channels in (1, 3):
-        return samples > len(image.getbands()) or (deep and value_range is not None)
-    return deep or samples != channels
+        return samples > len(image.getbands())
+    return samples != channels or (samples > 1 and tiff_bits(image) > 8)
 
 
 @contextlib.contextmanager
-def _tiff_series(path: Source) -> Iterator[Any]:
+def _tiff_series(path: Any, file: Any = None) -> Iterator[Any]:
     """The first picture of a TIFF, its pixels not read yet; pages of one size are its channels."""
     tifffile = require("tifffile", extra="tiff")
     tifffile.logger().setLevel(logging.CRITICAL)  # damage that matters is raised
-    with _named(path), tifffile.TiffFile(_file(path)) as file:  # in memory it looks for no other file
-        series = file.series[0]
+    with _named(path), tifffile.TiffFile(file or _file(path)) as tiff:  # in memory: it looks for no other
+        series = tiff.series[0]
         width, height = series.sizes.get("width", 1), series.sizes.get("height", 1)
         _check_size(path, width, height, math.prod(series.shape) // max(1, width * height))
         yield series
 
 
-def _read_tiff(path: Source) -> np.ndarray:
-    """Samples (H, W, C) of the first picture of a TIFF."""
-    with _tiff_series(path) as series:
+def _read_tiff(path: Any, file: Any = None) -> np.ndarray:
+    """Samples (H, W, C) of the first picture of a TIFF, upright; perhaps of an open file, `path` by name."""
+    with _tiff_series(path, file) as series:
+        turn = _tiff_orientation(series)
         try:
             array = series.asarray()
         except ValueError as error:
@@ -614,10 +689,15 @@ def _read_tiff(path: Source) -> np.ndarray:
         if axes[axis] not in "YXS" and array.shape[axis] == 1 and array.ndim > 2:
             array, axes = array.squeeze(axis), axes[:axis] + axes[axis + 1 :]
     if array.ndim == 2:
-        return array[..., None]
+        return _turned(array[..., None], turn)
     if array.ndim != 3:
         raise ValueError(f"{path}: a TIFF of {array.ndim} dimensions ({axes}), expected one picture")
-    return array if axes[-1] == "S" else np.moveaxis(array, 0, -1)
+    return _turned(array if axes[-1] == "S" else np.moveaxis(array, 0, -1), turn)
+
+
+def _tiff_orientation(series: Any) -> int:
+    value = series.keyframe.tags.valueof(_ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
 
 
 def _load(image: Any) -> None:

@@ -105,7 +105,8 @@ class ZipPath(_Path):
         if name in contents.folders:
             return status
         size = self._member(contents, name).size
-        return os.stat_result((*status[:6], size, *status[7:10]), {"st_mtime_ns": status.st_mtime_ns})
+        dates = {"st_mtime_ns": status.st_mtime_ns, "st_ctime_ns": status.st_ctime_ns}
+        return os.stat_result((*status[:6], size, *status[7:10]), dates)
 
     def checksum(self) -> int:
         """CRC-32 of a member's bytes, as the zip says."""

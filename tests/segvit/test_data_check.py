@@ -150,6 +150,99 @@ def test_palettes_of_their_own_are_noticed(tmp_path):
     assert classes(root) == [SKY.tolist(), np.array([1, 0, 2])[SKY].tolist()]
 
 
+BLACK_WHITE_RED = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0)], np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "P", "1"])
+@pytest.mark.parametrize("red", [False, True])
+def test_black_and_white_are_colours_too(tmp_path, kind, red):
+    """Class 0 is white, class 1 black: also where one file, of three channels, has a third colour."""
+    masks = [Image.fromarray(BLACK_WHITE_RED[label]).convert(kind) for label in (SKY % 2, SKY * 0)]
+    masks += [Image.fromarray(BLACK_WHITE_RED[SKY])] if red else []
+    names = "crack 255 255 255\nbackground 0 0 0\nignore 255 0 0\n"
+    root = folder(tmp_path, *masks, names=names)
+    expected = [(1 - SKY % 2).tolist(), np.ones((2, 3)).tolist(), np.array([1, 0, 255])[SKY].tolist()]
+    assert classes(root) == expected[: len(masks)]
+    assert classes(root, reduce_zero_label=False) == expected[: len(masks)]  # as a run records it
+    data = SegmentationFolder(root)
+    assert "255 255 255 is crack, 0 0 0 is background" in data.check()[1]
+    assert len(data.check()) == 2
+
+
+@pytest.mark.parametrize("kind", ["1", "P", "npy"])
+def test_masks_of_one_bit_among_others(tmp_path, kind):
+    """White is 1 there and 255 in the others; in masks of 0 and 1 it is 1, as elsewhere."""
+    mask = (SKY % 2).astype(bool)
+    bits = palette_image(mask.astype(np.uint8), [(0, 0, 0), (255, 255, 255)]) if kind == "P" else mask
+    bits = Image.fromarray(bits) if isinstance(bits, np.ndarray) else bits
+    bytes_, numbers = mask * np.uint8(255), mask.astype(np.uint8)
+    root = folder(tmp_path, bytes_, bits, names="ground\ncrack\n")
+    if kind == "npy":
+        for split in ("training", "validation"):
+            (root / f"annotations/{split}/1.png").unlink()
+            np.save(root / f"annotations/{split}/1.npy", mask)
+    for zero in ("auto", False):
+        assert classes(root, reduce_zero_label=zero) == [numbers.tolist()] * 2
+    assert classes(root, label_mapping={0: 1, 255: 0}) == [(1 - numbers).tolist()] * 2
+    assert classes(root, label_mapping={0: 0, 1: 1, 255: None})[0] == np.where(mask, 255, 0).tolist()
+    (root / "names.txt").write_text("ground\ncrack\nroad\n")
+    for zero in ("auto", False, True):
+        with pytest.raises(ValueError, match=r"1\.\w+: one bit a pixel, .* in .*0\.png white is 255"):
+            SegmentationFolder(root, reduce_zero_label=zero).check()
+    for split in ("training", "validation"):
+        Image.fromarray(numbers).save(root / f"annotations/{split}/0.png")
+    assert classes(root, reduce_zero_label=False) == [numbers.tolist()] * 2
+
+
+def test_a_map_of_one_colour_in_a_coloured_data_set(tmp_path):
+    root = folder(tmp_path, BLACK_WHITE_RED[SKY], BLACK_WHITE_RED[SKY * 0 + 1], SKY * np.uint8(0))
+    names = ("white 255 255 255", "red 255 0 0", "black 0 0 0")
+    (root / "names.txt").write_text("\n".join(names))
+    assert classes(root) == [[[2, 0, 1], [1, 0, 2]], [[0] * 3] * 2, [[2] * 3] * 2]
+    (root / "names.txt").write_text("\n".join(names[1:]))
+    with pytest.raises(ValueError, match=r"0\.png: the colours 255 255 255 .* are no class's"):
+        SegmentationFolder(root)
+
+
+def test_numbers_where_the_colours_are_for_overlays(tmp_path):
+    """The names file has colours, and no label map has them, or black alone."""
+    root = folder(tmp_path, SKY, names=PALETTE)
+    assert classes(root) == [SKY.tolist()]
+    for names in ("sky 0 0 0\nroad 9 9 9\ncar 0 0 200\n", PALETTE):  # as three channels
+        assert classes(folder(tmp_path, SKY[..., None].repeat(3, -1), names=names)) == [SKY.tolist()]
+    # Of numbers in one channel, 0 need not be black; of black and white masks it is.
+    names = "sky 9 9 9\nroad 200 0 0\nstatic 0 0 0\n"
+    assert classes(folder(tmp_path, SKY, names=names)) == [SKY.tolist()]
+    masks = folder(tmp_path, SKY % 2 * np.uint8(255), names="crack 9 9 9\nground 0 0 0\n")
+    with pytest.raises(ValueError, match=r"colour 255 255 255 is no class's.* number 0 and its colour 0 0 0"):
+        SegmentationFolder(masks)
+    assert classes(masks, label_mapping={0: 1, 255: 0}) == [(1 - SKY % 2).tolist()]
+
+
+def test_palettes_count_by_colour_or_by_number_never_both(tmp_path):
+    """Of VOC's palette, with a border in some files that the names file has not, or has."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:3], colours[255] = COLOURS, (224, 224, 192)
+    border = SKY.copy()
+    border[1, 1] = 255
+    for labels in ((SKY, border), (border, border)):
+        root = folder(tmp_path, *(palette_image(label, colours) for label in labels), names=PALETTE)
+        assert classes(root)[1] == border.tolist()  # numbers and colours mean the same
+        assert "255 is ignored" in SegmentationFolder(root).check()[1]
+        reverse = "\n".join(reversed(PALETTE.splitlines()))
+        (root / "names.txt").write_text(reverse)
+        message = (
+            r"\d\.png: the colour 224 224 192 is no class's.* number 0 and its colour 10 20 30 .* are not "
+            "the same class; add 'ignore 224 224 192'"
+        )
+        for split in ("training", "validation"):
+            with pytest.raises(ValueError, match=message):
+                SegmentationFolder(root, split)
+        assert classes(root, label_mapping={0: 0, 1: 1, 2: 2})[1] == border.tolist()
+        (root / "names.txt").write_text(f"{reverse}\nignore 224 224 192\n")
+        assert classes(root)[1] == np.where(border == 255, 255, 2 - SKY).tolist()
+
+
 def test_names_with_colours(tmp_path):
     file = tmp_path / "names.txt"
     file.write_text("\ufeffname,r,g,b\r\nsky, 128,128,128\r\nroad side\t128 64 128\r\n", encoding="utf-8")
@@ -234,6 +327,22 @@ def test_facts_are_kept_beside_nothing(tmp_path, monkeypatch):
         assert found() == (4, expected[1])
     monkeypatch.setenv("SEGVIT_CACHE", str(file))  # a file where a folder should be
     assert found() == found() == (4, expected[1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no date of the last change")
+def test_facts_of_files_with_a_fixed_date(tmp_path, monkeypatch):
+    """Archives unpack with dates of their own: another map of the same size has the same date."""
+    monkeypatch.setenv("SEGVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inspection, "_kept", {})
+    root = folder(tmp_path, SKY, suffix=".bmp")
+    for label in (SKY, SKY % 2):
+        for split in ("training", "validation"):
+            file = root / "annotations" / split / "0.bmp"
+            Image.fromarray(label).save(file)
+            os.utime(file, (1, 1))
+        inspection._kept.clear()
+        found = SegmentationFolder(root, reduce_zero_label=False).check()[1]
+    assert found.startswith("data: 2 of 3 classes occur")
 
 
 # The command

@@ -212,3 +212,15 @@ def test_label_maps_without_picture_are_named(tmp_path):
     write(tmp_path, "raw/train/a.png", "raw/val/b.png", "mask/a.png", "mask/b.png")
     layout = find_layout(tmp_path, "raw/{split}/*", "mask/*")
     assert layout.listing("train").orphans == []
+
+
+@pytest.mark.parametrize("label", ["masks/{}_mask.png", "annotations/{}.png"])
+def test_two_pictures_of_one_label_map(tmp_path, label):
+    write(tmp_path, "images/a.jpg", "images/a.png", "images/b.png", label.format("b"))
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg: image without label"):
+        pairs(tmp_path)  # as long as they have none
+    write(tmp_path, label.format("a"))
+    with pytest.raises(ValueError, match=r"a\.png: and .*a\.jpg are two pictures with one label map"):
+        pairs(tmp_path)
+    (tmp_path / "images/a.png").unlink()
+    assert len(pairs(tmp_path)) == 2

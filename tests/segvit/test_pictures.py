@@ -1,7 +1,10 @@
 """The reader: every mode and depth, orientation, size, and what it refuses."""
 
+import io
 import shutil
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +14,15 @@ from PIL import Image, ImageCms, ImageOps, features
 from segvit import SegViT, SegViTConfig
 from segvit.data import SegmentationFolder, read_image, read_label
 from segvit.data.find import find_pictures
-from segvit.data.pictures import PICTURE_SUFFIXES, as_rgb, image_tensor, probe, stored_label, to_bytes
+from segvit.data.pictures import (
+    PICTURE_SUFFIXES,
+    PictureBytes,
+    as_rgb,
+    image_tensor,
+    probe,
+    stored_label,
+    to_bytes,
+)
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -287,6 +298,174 @@ def test_deep_colour_tiff_with_a_range(tmp_path):
     colours = RNG.integers(0, 1 << 12, (16, 24, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb")
     assert np.array_equal(pixels(read_image(tmp_path / "a.tif", 3, (0, 4095))), to_bytes(colours, (0, 4095)))
+
+
+# More than 8 bits of several channels: Pillow hands 8 of them over
+
+
+def png16(samples, path, before_pixels=b""):
+    """A PNG of 16 bits (H, W, 1 to 4), which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = samples.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    before_pixels = chunk(before_pixels[:4], before_pixels[4:]) if before_pixels else b""
+    content = header + before_pixels + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    return path
+
+
+def pnm(samples, path, white, plain=False):
+    """A PGM or PPM (H, W, 1 or 3) of this largest value."""
+    height, width, channels = samples.shape
+    number = {1: 5, 3: 6}[channels] - 3 * plain
+    values = samples.astype(">u2" if white > 255 else np.uint8).tobytes()
+    if plain:
+        values = b"# of a camera\n" + b" ".join(b"%d" % value for value in samples.ravel())
+    path.write_bytes(b"P%d\n%d %d\n%d\n" % (number, width, height, white) + values)
+    return path
+
+
+TWELVE = RNG.integers(0, 1 << 12, (6, 9, 4), dtype=np.uint16)
+TWELVE[0, 0] = 4095
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["png", "tif", "ppm", "plain", "white.ppm"])
+def test_deep_colours_keep_their_depth(tmp_path, channels, kind):
+    """Whatever holds them, scaled as an array of the same values is, with a range and without."""
+    samples = TWELVE[..., :channels]
+    file = tmp_path / f"a.{kind.replace('plain', 'ppm')}"
+    if kind == "png":
+        png16(samples, file)
+    elif kind == "tif":
+        tifffile = pytest.importorskip("tifffile")
+        tifffile.imwrite(file, samples.squeeze(), photometric="rgb" if channels == 3 else "minisblack")
+    else:
+        pnm(samples, file, 4095 if kind == "white.ppm" else 65535, plain=kind == "plain")
+    full = np.broadcast_to(samples, (6, 9, 3))
+    for limits in (None, (0, 4095), (1000, 3000)):
+        np.testing.assert_array_equal(pixels(read_image(file, 3, limits)), to_bytes(full, limits))
+        with Image.open(file) as picture:
+            np.testing.assert_array_equal(pixels(image_tensor(picture, 3, limits)), to_bytes(full, limits))
+    np.testing.assert_array_equal(pixels(read_image(file, 1)), pixels(read_image(file, 1, (0, 4095))))
+    picture = Image.open(file)
+    picture.load()
+    if channels == 3:
+        with pytest.raises(ValueError, match=r"image: value_range: .* has read 8 bits; give .*a\."):
+            image_tensor(picture, 3, (0, 4095))
+    else:
+        assert image_tensor(picture, 3).shape == (3, 6, 9)
+
+
+def test_values_of_less_than_8_bits_with_a_range(tmp_path):
+    """A PGM says which value is white; with a range its own values count."""
+    samples = np.arange(54, dtype=np.uint8).reshape(6, 9, 1) % 16
+    file = pnm(samples, tmp_path / "a.pgm", 15)
+    assert np.array_equal(pixels(read_image(file, 1)), samples * 17)
+    assert np.array_equal(pixels(read_image(file, 1, (0, 30))), to_bytes(samples, (0, 30)))
+    with pytest.raises(ValueError, match=r"b\.pgm: cannot be decoded .*a value beyond its largest, 14"):
+        read_image(pnm(samples, tmp_path / "b.pgm", 14))
+
+
+def test_deep_colours_are_turned_and_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    png = png16(TWELVE[..., :3], tmp_path / "a.png", b"eXIf" + exif.tobytes()[6:])
+    expected = np.rot90(to_bytes(TWELVE[..., :3]), -1)
+    assert np.array_equal(pixels(read_image(png)), expected) and probe(png, decode=True) == (6, 9)
+    clear = TWELVE.copy()
+    clear[..., 3] = 65535
+    clear[0, :3, 3] = (0, 32768, 65535)
+    found = pixels(read_image(png16(clear, tmp_path / "c.png"), 3, (0, 4095)))
+    scaled = to_bytes(clear[..., :3], (0, 4095))
+    assert np.array_equal(found[1:], scaled[1:]) and np.array_equal(found[0, 2:], scaled[0, 2:])
+    assert (found[0, 0] == 255).all()
+    assert np.abs(found[0, 1] - (scaled[0, 1] + 255.0) / 2).max() <= 1
+    assert np.array_equal(pixels(read_image(tmp_path / "c.png", 4)), to_bytes(clear))
+    clear[..., 3] = 0
+    nothing = png16(clear, tmp_path / "n.png")
+    assert np.array_equal(pixels(read_image(nothing, 3, (0, 4095))), scaled)
+    key = png16(TWELVE[..., :3], tmp_path / "k.png", b"tRNS" + TWELVE[1, 1, :3].astype(">u2").tobytes())
+    assert (pixels(read_image(key))[1, 1] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [3, 4, 5])
+def test_deep_tiffs_are_turned(tmp_path, channels):
+    tifffile = pytest.importorskip("tifffile")
+    many = np.concatenate([TWELVE[..., :3], *[np.full((6, 9, 1), 65535, np.uint16)] * (channels - 3)], -1)
+    photometric = "rgb" if channels < 5 else "minisblack"
+    tags = [(0x0112, 3, 1, 6, True)]
+    extra = {4: ["unassalpha"], 5: [0] * 4}.get(channels)
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, many, photometric=photometric, extrasamples=extra, extratags=tags, planarconfig=1)
+    shown = channels if channels == 5 else 3
+    expected = np.rot90(to_bytes(many[..., :shown], (0, 4095)), -1)
+    assert np.array_equal(pixels(read_image(file, shown, (0, 4095))), expected)
+    assert probe(file) == probe(file, decode=True) == (6, 9)
+
+
+def test_a_range_is_refused_where_depth_is_lost(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, TWELVE, photometric="rgb", extrasamples=["assocalpha"])
+    assert read_image(file).shape == (3, 6, 9)
+    with pytest.raises(ValueError, match=r"a\.tif: value_range: got a TIFF of more than 8 bits"):
+        read_image(file, 3, (0, 4095))
+    with pytest.raises(ValueError, match=r"a\.tif: a TIFF label map of more than 8 bits of a kind"):
+        read_label(file)
+
+
+def test_deep_label_files(tmp_path):
+    """As numbers where all channels are alike, as colours where the 16 bits are 8."""
+    label = np.array([[0, 1, 300], [7, 1, 0]], np.uint16)[..., None]
+    opaque = np.full_like(label, 65535)
+    files = [
+        png16(label.repeat(3, -1), tmp_path / "rgb.png"),
+        png16(np.concatenate([label, opaque], -1), tmp_path / "la.png"),
+        png16(np.concatenate([label.repeat(3, -1), opaque], -1), tmp_path / "rgba.png"),
+        pnm(label, tmp_path / "grey.pgm", 300),
+        pnm(label, tmp_path / "plain.pgm", 1000, plain=True),
+        pnm(label.repeat(3, -1), tmp_path / "rgb.ppm", 65535),
+    ]
+    for file in files:
+        assert read_label(file).tolist() == label[..., 0].tolist(), file.name
+    small = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    assert read_label(pnm(small, tmp_path / "small.pgm", 5)).tolist() == small[..., 0].tolist()
+    assert stored_label(pnm(small % 2, tmp_path / "bits.pgm", 1)).form == "bilevel"
+    for scale in (257, 256):
+        found = stored_label(png16(COLOURS.astype(np.uint16) * scale, tmp_path / "c.png"))
+        assert found.colour and np.array_equal(found.values >> 8 & 255, COLOURS[..., 1])
+    with pytest.raises(ValueError, match=r"d\.png: colours of 16 bits, expected 8"):
+        stored_label(png16(TWELVE[..., :3], tmp_path / "d.png"))
+    np.save(tmp_path / "f.npy", np.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"f\.npy: got a label image of shape \(2, 3, 4\), expected one"):
+        stored_label(tmp_path / "f.npy")
+
+
+def test_deep_label_tiff(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    label = np.array([[0, 1, 300], [7, 1, 0]], np.uint16)[..., None]
+    for order in "<>":
+        tifffile.imwrite(tmp_path / "a.tif", label.repeat(3, -1), photometric="rgb", byteorder=order)
+        assert read_label(tmp_path / "a.tif").tolist() == label[..., 0].tolist()
+
+
+def test_deep_pictures_of_strangers_and_damaged_ones(tmp_path):
+    data = png16(TWELVE[..., :3], tmp_path / "a.png").read_bytes()
+    assert np.array_equal(pixels(read_image(PictureBytes(data))), to_bytes(TWELVE[..., :3]))
+    with Image.open(io.BytesIO(data)) as picture:
+        assert np.array_equal(pixels(image_tensor(picture, 3, (0, 4095))), to_bytes(TWELVE[..., :3]))
+    for damaged in (data[:80], data[:60] + b"rubbish" + data[67:]):
+        with pytest.raises(ValueError, match="image: cannot be decoded as an image"):
+            read_image(PictureBytes(damaged))
+    short = pnm(TWELVE[..., :3], tmp_path / "a.ppm", 4095).read_bytes()[:50]
+    with pytest.raises(ValueError, match="image: cannot be decoded as an image"):
+        read_image(PictureBytes(short))
 
 
 # Label files
