@@ -439,7 +439,7 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
 
     def members(data: bytes) -> None:
         path.write_bytes(data)
-        for found in find._in_tar(path)[:3]:
+        for found in find._in_tar(path, find._Sieve(path, str))[:3]:
             assert not Path(found.folder).is_absolute() and ".." not in found.folder.parts
             pictures.probe(found.open())
 
@@ -454,7 +454,8 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
     def in_zip(data: bytes) -> None:
         path.with_suffix(".zip").write_bytes(data)
         zips._contents.cache_clear()  # the clock of files may not have moved
-        for found in find._in_zip(zips.ZipPath(path.with_suffix(".zip")))[:3]:
+        inside = zips.ZipPath(path.with_suffix(".zip"))
+        for found in find._in_zip(inside, find._Sieve(inside, str))[:3]:
             assert not Path(found.folder).is_absolute() and ".." not in found.folder.parts
             pictures.probe(found.open())
 

@@ -45,8 +45,8 @@ __all__ = [
     "whole_numbers",
 ]
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".jp2")
-PICTURE_SUFFIXES += (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
+PICTURE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif")
+PICTURE_SUFFIXES += (".jp2", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm", ".npy", ".mat")
 _MAX_PIXELS = 1 << 30
 _ORIENTATION = 0x0112
