@@ -128,7 +128,7 @@ def export(
         tuple(calibration) if dtype == "int8" else (),
         options or InferenceOptions(),
     )
-    plan.check(model.config.backbone.patch_size)
+    plan.check(model.config.backbone.patch_size, model.config.class_names)
     module = FORMATS[name].load()
     module.check(plan)
     make_folder(path.resolve().parent)
