@@ -199,7 +199,9 @@ class InferenceOptions(_Checked):
     scales: list[float] = option(
         [1.0], "factors to which the image is resized; scores are averaged", more_than=0
     )
-    flip: bool = option(False, "average with the scores of the mirrored image")
+    flip: bool = option(
+        False, "average with the scores of the mirrored image; not with classes 'left ...' and 'right ...'"
+    )
     short_side: int | None = option(None, "resize the image to this short side first", at_least=1)
 
     def inference_fields(self) -> dict[str, Any]:
@@ -326,7 +328,9 @@ class AugmentationOptions(_Checked):
         more_than=0,
         at_most=32,
     )
-    flip: bool = option(True, "mirror half of the images")
+    flip: bool = option(
+        True, "mirror half of the images; 'left arm' and 'right arm', and their like, are exchanged there"
+    )
     photometric: bool = option(True, "vary brightness, contrast, saturation and hue")
     class_share: float = option(
         0.75, "try for crops in which no class fills more than this share", more_than=0, at_most=1

@@ -52,7 +52,7 @@ class Labeller:
         else:
             check_precision(device, dtype, None)
             model = in_precision(model, device, dtype)
-        check_options(self.options, model.config.backbone.patch_size)
+        check_options(self.options, model.config.backbone.patch_size, model.config.class_names)
         self.model, self.names = model, class_names(model.config)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

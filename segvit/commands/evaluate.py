@@ -56,7 +56,7 @@ def run(config: EvaluateConfig) -> int:
         synthetic_size=model_config.image_size[0],
     )
     check_classes(model_config, dataset)
-    check_options(config, model_config.backbone.patch_size)
+    check_options(config, model_config.backbone.patch_size, model_config.class_names)
     for line in check_data(dataset):
         print(line, flush=True)
     result = launch(fabric, _evaluate_checkpoint, config, dataset)

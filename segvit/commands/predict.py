@@ -89,7 +89,7 @@ def run(config: PredictConfig) -> int:
         decoder = model.config.decoder
         raise ValueError(f"maps: {config.checkpoint} has the decoder {decoder}, which has no similarity maps")
     kept = find_classes(config.score_classes, names, "score_classes") or list(range(len(names)))
-    check_options(config, model.config.backbone.patch_size)
+    check_options(config, model.config.backbone.patch_size, model.config.class_names)
     share = list(zip(found, stems, strict=True))[rank::ranks]
     made = not out.exists()
     make_folder(out)

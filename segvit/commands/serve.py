@@ -30,7 +30,7 @@ def run(config: ServeConfig) -> int:
     check_precision(device, config.dtype, config.backend)
     with bind(config.host, config.port) as listening:
         model = in_precision(load_model(config.checkpoint), device, config.dtype)
-        check_options(config, model.config.backbone.patch_size)
+        check_options(config, model.config.backbone.patch_size, model.config.class_names)
         similarity = model.has_similarity_maps
         path = Path(config.checkpoint)
         name = os.path.basename(os.path.abspath(path)) if path.exists() else config.checkpoint

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from segvit.system.text import read_lines, shown
 from segvit.system.zips import path_at
 
-__all__ = ["ClassList", "read_classes", "read_names"]
+__all__ = ["ClassList", "mirrored_classes", "read_classes", "read_names"]
 
 # Begins where blanks begin, so that a long run of them is looked at once.
 _COLOUR = re.compile(r"(?<![\s,;])[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})$")
 _HEADER = re.compile(r"^name[\s,;]+r\w*[\s,;]+g\w*[\s,;]+b\w*$", re.IGNORECASE)
 _IGNORE = "ignore"
+_SIDE = re.compile(r"(?<![A-Za-z])([Ll]eft|LEFT|[Rr]ight|RIGHT)(?![a-z])|(?<=[a-z])(Left|Right)(?![a-z])")
 
 
 class ClassList(NamedTuple):
@@ -85,6 +87,20 @@ def read_classes(path: str | Path) -> ClassList:
         raise ValueError(f"{path}: the names file holds no class name")
     _refuse_twice(path, "class names", names)
     return ClassList(tuple(names), None if colours is None else tuple(colours), ignored, ade20k)
+
+
+def mirrored_classes(names: Sequence[str] | None) -> list[tuple[int, int]]:
+    """Pairs of classes that mirroring exchanges: their names differ in the words left and right alone.
+
+    ("left arm", "head", "right arm") -> [(0, 2)]; also Left-arm and leftArm.
+    """
+    places = {name.casefold(): index for index, name in enumerate(names or ())}
+    pairs = []
+    for index, name in enumerate(names or ()):
+        other = _SIDE.sub(lambda word: "right" if word[0].lower() == "left" else "left", name)
+        if index < places.get(other.casefold(), -1):
+            pairs.append((index, places[other.casefold()]))
+    return pairs
 
 
 def _refuse_twice(path: Path, what: str, items: list[str]) -> None:

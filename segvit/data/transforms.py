@@ -27,6 +27,7 @@ __all__ = [
     "ClassBalancedCrop",
     "PhotometricDistortion",
     "RandomIntensity",
+    "RandomMirror",
     "RandomScale",
     "sample_seed",
 ]
@@ -102,6 +103,24 @@ class PhotometricDistortion(v2.RandomPhotometricDistort):
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
+class RandomMirror(v2.RandomHorizontalFlip):
+    """Mirror half of the time; of label maps also exchange pairs of classes, such as left and right arm."""
+
+    def __init__(self, exchanged: Sequence[tuple[int, int]]) -> None:
+        super().__init__(0.5)
+        self.exchanged = exchanged
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        mirrored = super().transform(inpt, params)
+        if not isinstance(inpt, tv_tensors.Mask):
+            return mirrored
+        before = mirrored.as_subclass(Tensor)
+        after = before.clone()
+        for left, right in self.exchanged:
+            after[before == left], after[before == right] = right, left
+        return tv_tensors.wrap(after, like=inpt)
+
+
 class RandomIntensity(v2.Transform):
     """Brightness and contrast of an image of any channels, all alike, each half of the time.
 
@@ -133,6 +152,7 @@ class Augment:
         class_share, flip, photometric: see `segvit.options.AugmentationOptions`.
         mean: colour of the padding on 0..1 (it becomes 0 after normalisation), a value for each channel.
         ignore_index: label of the padding.
+        exchanged: pairs of classes that mirroring exchanges, see `segvit.data.names.mirrored_classes`.
         seed: first of the three numbers that decide everything random; the others come with the call.
     """
 
@@ -146,6 +166,7 @@ class Augment:
         photometric: bool = True,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         ignore_index: int = 255,
+        exchanged: Sequence[tuple[int, int]] = (),
         seed: int = 0,
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
@@ -159,7 +180,7 @@ class Augment:
             ClassBalancedCrop(size, class_share, ignore_index),
         ]
         if flip:
-            steps.append(v2.RandomHorizontalFlip(0.5))
+            steps.append(RandomMirror(exchanged))
         if photometric:
             colour = len(self.fill) == 3
             steps.append(PhotometricDistortion() if colour else RandomIntensity())

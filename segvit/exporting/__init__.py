@@ -129,7 +129,7 @@ def export(
         tuple(calibration) if dtype == "int8" else (),
         options or InferenceOptions(),
     )
-    plan.check(model.config.backbone.patch_size)
+    plan.check(model.config.backbone.patch_size, model.config.class_names)
     _check_out(path, path.with_suffix(".bin") if name == "openvino" else path)
     module = FORMATS[name].load()
     module.check(plan)

@@ -80,9 +80,9 @@ class Plan:
             "logits": ("mask_logits", "class_probabilities"),
         }[self.outputs]
 
-    def check(self, patch: int) -> None:
-        """Raise ValueError for what does not go together, for a network of this patch size."""
-        check_options(self.options, patch)
+    def check(self, patch: int, names: Sequence[str] | None = None) -> None:
+        """Raise ValueError for what does not go together, for a network of this patch size and classes."""
+        check_options(self.options, patch, names)
         several = [
             name
             for name, plain in (("window", None), ("scales", [1.0]), ("flip", False), ("short_side", None))
@@ -123,7 +123,7 @@ class LabelGraph(nn.Module):
     def __init__(self, model: SegViT, plan: Plan, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.plan, self.patch = plan, model.config.backbone.patch_size
-        plan.check(self.patch)
+        plan.check(self.patch, model.config.class_names)
         backbone = model.config.backbone
         if plan.size is None and backbone.absolute_positions and "antialias" in backbone.position_resize:
             raise ValueError(

@@ -149,7 +149,7 @@ class _LabelMaps(nn.Module):
     ) -> None:
         super().__init__()
         self.size = size
-        self.runs = passes(size, options, model.config.backbone.patch_size)
+        self.runs = passes(size, options, model.config.backbone.patch_size, model.config.class_names)
         self.network = copy_of(model).eval().unfuse().requires_grad_(False)
         shift, scale = self.network.fold_normalisation(_PIXEL)
         self.shift: Tensor

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from segvit.data.names import mirrored_classes
 from segvit.inference.protocol import Segmenter
 from segvit.options import InferenceOptions
 from segvit_kernels import View, Views, semantic_argmax_reference
@@ -53,13 +54,16 @@ class Pass(NamedTuple):
     group: int
 
 
-def passes(size: tuple[int, int], options: InferenceOptions, patch: int) -> list[Pass]:
-    """The passes over an image of `size` (height, width), for a network of this patch size.
+def passes(
+    size: tuple[int, int], options: InferenceOptions, patch: int, names: Sequence[str] | None = None
+) -> list[Pass]:
+    """The passes over an image of `size` (height, width), for a network of this patch size and these classes.
 
     Raises:
-        ValueError: an option is out of range, or the window not a multiple of the patch size.
+        ValueError: an option is out of range, or the window not a multiple of the patch size; mirroring where
+            it exchanges classes.
     """
-    check_options(options, patch)
+    check_options(options, patch, names)
     found: list[Pass] = []
     factor = options.short_side / min(size) if options.short_side else 1.0
     for scale in options.scales:
@@ -85,8 +89,8 @@ def passes(size: tuple[int, int], options: InferenceOptions, patch: int) -> list
     return found
 
 
-def check_options(options: InferenceOptions, patch: int) -> None:
-    """Raise ValueError for options that cannot be, for a network of this patch size."""
+def check_options(options: InferenceOptions, patch: int, names: Sequence[str] | None = None) -> None:
+    """Raise ValueError for options that cannot be, for a network of this patch size and these classes."""
     window, stride = options.window, options.stride
     if window is not None and (window < patch or window % patch):
         raise ValueError(f"window: got {window}, expected a multiple of the patch size {patch}")
@@ -97,6 +101,9 @@ def check_options(options: InferenceOptions, patch: int) -> None:
             raise ValueError(f"stride: got {stride}, expected 1 to {window}, the window")
     if not options.scales:
         raise ValueError("scales: got none, expected positive numbers")
+    if options.flip and (pairs := mirrored_classes(names)):
+        left, right = (names[index] for index in pairs[0]) if names else ("", "")
+        raise ValueError(f"flip: {left!r} is {right!r} in a mirrored picture; expected no mirroring")
 
 
 def _windows(side: int, options: InferenceOptions, patch: int) -> list[tuple[int, int]]:
@@ -153,7 +160,7 @@ def label_maps(model: Segmenter, images: Tensor, options: InferenceOptions) -> T
         ValueError: options that cannot be; see `passes`.
     """
     patch, size = model.config.backbone.patch_size, (images.shape[-2], images.shape[-1])
-    runs = passes(size, options, patch)
+    runs = passes(size, options, patch, model.config.class_names)
     outputs = [model(crops) for crops in crops_of(images, runs)]
     grids = tuple(model.mask_grid(run.crop) for run in runs)
     return model.labels(outputs, size, views_of(len(images), size, tuple(runs), grids, images.device))
@@ -180,7 +187,8 @@ def label_maps_with_scores(
         ValueError: options that cannot be.
     """
     (height, width), count = images.shape[-2:], len(images)
-    runs = passes((height, width), options, model.config.backbone.patch_size)
+    patch, names = model.config.backbone.patch_size, model.config.class_names
+    runs = passes((height, width), options, patch, names)
     parts = [model.scoring(model(crops)) for crops in crops_of(images, runs)]
     masks = [mask[None].float() for stack, _ in parts for mask in stack]
     probabilities = torch.cat([probs.float() for _, probs in parts])

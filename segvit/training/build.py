@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from segvit.config import PRESETS, SegViTConfig, decoder_of
+from segvit.data.names import mirrored_classes
 from segvit.data.transforms import Augment
 from segvit.model.checkpoint import find_checkpoint, read_config
 from segvit.model.heads import SegViT
@@ -165,6 +166,7 @@ def make_augmentation(config: TrainConfig, training: Any, model: SegViT) -> Augm
         photometric=config.photometric,
         mean=model.config.mean,
         ignore_index=training.ignore_index,
+        exchanged=mirrored_classes(training.class_names),
         seed=config.seed,
     )
 

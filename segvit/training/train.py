@@ -20,6 +20,7 @@ from typing import Any
 
 import segvit_kernels
 from segvit.data import SegmentationFolder, check_data, folder_options, open_dataset
+from segvit.data.names import mirrored_classes
 from segvit.data.shards import Shards
 from segvit.model.losses import weights_of_classes
 from segvit.options import TrainConfig
@@ -87,7 +88,7 @@ def train(config: TrainConfig, training: Any = None, validation: Any = None) -> 
                 print(*understood, sep="\n", flush=True)
             if weights == "inverse-sqrt":
                 weights = count_and_weight(config, training)
-            _say_what_is_odd(config, len(training))
+            _say_what_is_odd(config, training)
         interrupts = stack.enter_context(Interrupts())
         result = launch(fabric, _train, config, training, validation, weights, interrupts.flag)
     if result["stopped"] == "interrupted":
@@ -134,10 +135,15 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"patience: got {config.patience}, which needs evaluations: evaluate_every is 0")
 
 
-def _say_what_is_odd(config: TrainConfig, images: int) -> None:
+def _say_what_is_odd(config: TrainConfig, training: Any) -> None:
+    images, names = len(training), training.class_names
     if config.warmup_steps >= config.max_steps > 1:
         steps = f"warmup_steps {config.warmup_steps} are not below max_steps {config.max_steps}"
         say(f"{steps}: the learning rate reaches its peak in the last step")
     step = config.batch_size * config.devices
     if step > images:
         say(f"a step takes {step} images, the training data have {images}: some occur twice in it")
+    if config.flip and (pairs := mirrored_classes(names)):
+        shown = ", ".join(f"{names[left]} and {names[right]}" for left, right in pairs[:3])
+        more = f" and {len(pairs) - 3} pairs more" if len(pairs) > 3 else ""
+        say(f"flip: a mirrored picture's classes {shown}{more} are exchanged")

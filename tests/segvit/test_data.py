@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from segvit.data import SegmentationFolder, open_dataset, read_names
+from segvit.data.names import mirrored_classes
 from segvit.data.transforms import Augment, RandomScale
 
 
@@ -311,3 +312,29 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     assert pixels() == [16, 0, 16, 16]
     assert pixels("--no-reduce-zero-label") == [16, 16, 16, 0]
     assert pixels("--label-mapping", '{"0": 0, "1": 0, "2": 1}') == [32, 16, 0, 0]
+
+
+def test_classes_that_mirroring_exchanges():
+    names = ["Left-arm", "head", "right-arm", "leftShoe", "rightShoe", "shoe (left)", "copyright", "copyleft"]
+    names += ["left of the right eye", "right of the left eye", "bright", "left knee", "shoe (Right)"]
+    assert mirrored_classes(names) == [(0, 2), (3, 4), (5, 12), (8, 9)]
+    assert mirrored_classes(None) == mirrored_classes(["a", "b"]) == []
+
+
+def test_mirrored_labels_have_left_and_right_exchanged():
+    """Class 1 is the left side of the picture and class 2 the right one, mirrored or not."""
+    label = torch.zeros(40, 40, dtype=torch.int64)
+    label[:, :10], label[:, 30:], label[:2], label[3] = 1, 2, 255, 3
+    image = (torch.arange(40) * 6).to(torch.uint8).expand(3, 40, 40)
+    mirrored = 0
+    plain, exchanging = (
+        Augment(40, scale=(1.0, 1.0), photometric=False, exchanged=pairs) for pairs in ((), [(1, 2)])
+    )
+    for index in range(20):
+        seen, found = exchanging(image, label, 0, index)
+        same, other = plain(image, label, 0, index)
+        assert torch.equal(seen, same)  # what is drawn by chance is the same
+        assert torch.equal(found, label)
+        mirrored += int(seen[0, 0, 0] > seen[0, 0, -1])
+        assert torch.equal(other, label) == bool(seen[0, 0, 0] < seen[0, 0, -1])
+    assert 0 < mirrored < 20

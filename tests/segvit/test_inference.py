@@ -114,6 +114,22 @@ def test_many_passes_run_in_chunks(model, monkeypatch):
     assert (label_maps(model, batch, options) == expected).float().mean() > 0.999
 
 
+def test_mirroring_that_exchanges_classes_is_refused():
+    names = ("ground", "left arm", "right arm")
+    config = SegViTConfig.preset("vit_tiny", 3, width=32, depth=1, heads=1, taps=(0,), class_names=names)
+    net, options = SegViT(config).eval(), InferenceOptions(flip=True)
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    refused = "flip: 'left arm' is 'right arm' in a mirrored picture; expected no mirroring"
+    for run in (
+        lambda: net.predict(picture, options),
+        lambda: net.predict(picture, options, return_scores=True),
+        lambda: net.compile_for_inference(32, options=options),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            run()
+    assert net.predict(picture).shape == (32, 32)
+
+
 def test_windows_cover_the_image_and_end_with_it():
     found = passes((100, 37), InferenceOptions(window=32, stride=20), PATCH)
     assert {run.top for run in found} == {0, 20, 40, 60, 68}

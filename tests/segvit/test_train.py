@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,13 @@ from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
 from segvit.options import EvaluateConfig, InferenceOptions, TrainConfig
 from segvit.system.interrupts import Interrupted
+from segvit.training.build import make_augmentation
 from segvit.training.class_weights import inverse_sqrt_weights
 from segvit.training.evaluation import evaluate
 from segvit.training.loop import Trainer as Trainer
 from segvit.training.sampler import StepSampler
 from segvit.training.schedule import learning_rate_factor
-from segvit.training.train import train
+from segvit.training.train import _say_what_is_odd, train
 from segvit_kernels import QueryUpsample, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -728,3 +730,17 @@ def test_bad_options(tmp_path, monkeypatch, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(tiny(tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_left_and_right_classes_are_exchanged_and_said(tmp_path, capsys):
+    config = TrainConfig(data="synthetic", out=str(tmp_path), image_size=16, scale=(1.0, 1.0))
+    label = torch.ones(16, 16, dtype=torch.int64)
+    training: object = SyntheticShapes("training", 100, 32)
+    training.class_names, training.ignore_index = ("ground", "left arm", "right arm"), 255
+    augment = make_augmentation(config, training, SimpleNamespace(config=SegViTConfig.preset("vit_tiny", 3)))
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    assert {int(augment(image, label, 0, index)[1][0, 0]) for index in range(20)} == {1, 2}
+    said = "flip: a mirrored picture's classes left arm and right arm are exchanged"
+    for flip in (True, False):
+        _say_what_is_odd(dataclasses.replace(config, flip=flip), training)
+        assert (said in "".join(capsys.readouterr())) == flip
