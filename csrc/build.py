@@ -286,7 +286,7 @@ def objects(args: argparse.Namespace, prefix: str = "") -> dict[str, Path]:
         content = headers + source.read_bytes() + repr(key).encode()
         target = folder / f"{hashlib.sha256(content).hexdigest()[:16]}_{name}"
         if not target.exists():
-            temporary = target.with_suffix(".part")
+            temporary = target.with_suffix(f".{os.getpid()}.part")  # other builds may be at it too
             _run([*command, "-o", str(temporary)], args.verbose)
             temporary.replace(target)
         return target

@@ -57,7 +57,7 @@ class Mixing {
   // 255 Σ p σ = step Σ k σ8 + Σ r σ8 + Σ p d: the last sum is at most half the class mass, the one before
   // lies between 255 times the sums of the negative and of the positive r. k is the nearest integer: r is small.
   void pack(int32_t largest_k) {
-    if (!bounded_) return;
+    if (!bounded_ || order.empty()) return;
     int64_t groups = (classes_ + kArgmaxClasses - 1) / kArgmaxClasses, quads = (queries() + 3) / 4;
     int64_t padded = groups * kArgmaxClasses;
     values_.assign(padded * quads * 4, 0);

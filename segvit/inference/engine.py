@@ -14,6 +14,7 @@ On GPUs the whole call is captured in one CUDA graph.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
@@ -247,7 +248,10 @@ def _own(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class _Graph:
-    """A function of one tensor as a CUDA graph: copy in, replay, copy out."""
+    """A function of one tensor as a CUDA graph: copy in, replay, copy out.
+
+    Its buffers are one caller's at a time: threads take turns, and a stream waits for the one before it.
+    """
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: torch.device
@@ -263,13 +267,19 @@ class _Graph:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.labels = function(self.images)
+            self.used = torch.cuda.current_stream().record_event()
         self.function = function  # the graph reads its weights where they are
+        self.turn = threading.Lock()
 
     def __call__(self, images: Tensor) -> Tensor:
-        with torch.cuda.device(self.images.device):
+        with self.turn, torch.cuda.device(self.images.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.used)
             self.images.copy_(images)
             self.graph.replay()
-            return self.labels.clone()
+            labels = self.labels.clone()
+            self.used = stream.record_event()
+            return labels
 
 
 def _dtype(model: Foldable, asked: torch.dtype | None) -> torch.dtype:

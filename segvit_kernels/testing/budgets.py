@@ -11,6 +11,15 @@ RELATIVE_NORM = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3,
 """Largest ‖out − ref‖ / ‖ref‖ against float64, by dtype."""
 
 
+def approximated(dtype: torch.dtype, factors: int) -> float:
+    """``ulps`` of sums of few terms that have so many factors of a GPU's approximations in each.
+
+    Exponentials, logarithms and divisions may each err by two units by PTX, which float32 shows; PyTorch's
+    own err by less than one.
+    """
+    return 2 * factors if dtype == torch.float32 else 2
+
+
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """‖actual − truth‖ / ‖truth‖ in float64; infinite where ``actual`` is not finite."""
     actual, truth = actual.double(), truth.double()
@@ -35,7 +44,7 @@ def assert_within_budget(
         truth: the float64 result.
         ordinary: the plain formula's result, computed in the dtype of ``actual``.
         ulps: the rounding, of which the largest error gets twice; 4 for products of three TF32 terms, which
-            err by 2⁻²¹ whatever PyTorch's own do.
+            err by 2⁻²¹ whatever PyTorch's own do, or see :func:`approximated`.
         terms: size of what cancels in the result, whose rounding is left where that is smaller: 1 for
             1 − ratio. Sums of one or two such terms are no measure by themselves: PyTorch may err by nothing.
 

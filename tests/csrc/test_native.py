@@ -120,6 +120,29 @@ def test_objects_of_another_compiler_are_not_used(monkeypatch, tmp_path):
     assert names[0] == names[2] != names[1]
 
 
+def test_builds_at_the_same_time_write_files_of_their_own(monkeypatch, tmp_path):
+    """Else one would link what the other has half written."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "_plan", lambda *_: [(ROOT / "csrc/cpu/isa.cpp", "isa.o", ["compiler"])])
+    monkeypatch.setattr(build, "_identity", lambda _: "one")
+    written = []
+
+    def run(command, *_):
+        if "-o" in command:
+            Path(command[-1]).write_text(f"by {len(written)}, half")
+            written.append(command[-1])
+            if len(written) == 1:
+                with monkeypatch.context() as other:
+                    other.setattr(os, "getpid", lambda: -1)
+                    build.objects(build.parse(["--cpu-only"]))
+            Path(command[-1]).write_text("whole")
+        return ""
+
+    monkeypatch.setattr(build, "_run", run)
+    assert build.objects(build.parse(["--cpu-only"]))["isa.o"].read_text() == "whole"
+    assert len(set(written)) == 2 and len(list((tmp_path / "build" / "native").iterdir())) == 1
+
+
 @pytest.mark.parametrize("path", check.TESTS)
 def test_a_gpu_gets_cases_of_every_operator_in_cuda(path):
     """`csrc/check.py` selects them by names and ids of the batteries."""

@@ -21,6 +21,7 @@ from segvit_kernels.ops.mask_loss import (
     mask_matching_cost_reference,
 )
 from segvit_kernels.testing import assert_within_budget
+from segvit_kernels.testing.budgets import approximated
 from segvit_kernels.testing.mask_loss import (
     CASES,
     LOSSES,
@@ -63,7 +64,8 @@ def assert_close_to_reference(inputs, result, grads):
     for name, *values in zip(LOSSES, *(stacked(r) for r in (result, truth, plain)), strict=True):
         assert_within_budget(name, *values, terms=LOSSES[name])
     for index, (g, t, p) in enumerate(zip(grads, truth_grads, plain_grads, strict=True)):
-        assert_within_budget(f"gradient {index}", g, t, p.to(g.dtype))
+        ulps = approximated(dtype, 3)  # of the focal loss: σ and a logarithm
+        assert_within_budget(f"gradient {index}", g, t, p.to(g.dtype), ulps=ulps)
 
 
 def test_the_budget_of_a_difference_is_that_of_its_terms():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import threading
 import types
 
 import pytest
@@ -392,6 +393,13 @@ def log(monkeypatch):
         def wait_stream(self, other):
             events.append(f"{self.name} waits for {other.name}")
 
+        def wait_event(self, event):
+            events.append(f"{self.name} waits for event {event}")
+
+        def record_event(self):
+            events.append(f"{self.name} records event {len(events)}")
+            return len(events) - 1
+
     @contextlib.contextmanager
     def noted(start, end):
         events.append(start)
@@ -428,6 +436,7 @@ def test_graph_replays_the_whole_call(log):
         "current waits for side",
         "capture",
         "captured",
+        "current records event 6",
     ]
     assert called == [2] * engine_module._WARM_UP + [5], "warm-up on the side stream, then one capture"
     images = [pictures((37, 50), seed=seed) for seed in range(3)]
@@ -438,6 +447,33 @@ def test_graph_replays_the_whole_call(log):
         assert (a == b).float().mean() > 0.995
     assert torch.equal(graph(images[0].to(memory_format=torch.channels_last)), found[0])
     assert len(called) == engine_module._WARM_UP + 1, "Python runs again"
+    assert log[7:11] == [
+        "current waits for event 6",
+        "current records event 8",
+        "current waits for event 8",
+        "current records event 10",
+    ], "a call on another stream would not wait for the buffers"
+
+
+def test_threads_take_turns_at_the_buffers_of_a_graph(log, monkeypatch):
+    """A call that comes between another's image and its replay waits, and each has its own result."""
+    graph = engine_module._Graph(lambda images: images + 1, (2,), torch.device("cpu"))
+    images, found, others = [torch.tensor([n, n], dtype=torch.uint8) for n in (3, 7)], {}, []
+
+    def call(n):
+        found[n] = graph(images[n]).tolist()
+
+    def replay(plain=graph.graph.replay):
+        if not others:
+            others.append(threading.Thread(target=call, args=(1,)))
+            others[0].start()
+            others[0].join(0.1)
+        plain()
+
+    monkeypatch.setattr(graph.graph, "replay", replay)
+    call(0)
+    others[0].join()
+    assert found == {0: [4, 4], 1: [8, 8]}
 
 
 @pytest.mark.gpu
