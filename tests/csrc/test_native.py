@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import build
 import check
 import pytest
 import torch
 
+import build
 from segvit_kernels import (
     _native,
     fused_atm,
