@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from test_engine import assert_same_up_to_ties, pictures, tiny_model
+from torch.nn import functional as F
 
 import segvit
-from segvit import InferenceOptions, RotaryConfig
+from segvit import BackboneConfig, InferenceOptions, RotaryConfig, SegViT, SegViTConfig
 from segvit.cli import main
+from segvit.exporting import graph as graph_module
 from segvit.exporting import open_model
-from segvit.exporting.graph import LabelGraph, Plan, cells_of
+from segvit.exporting.graph import LabelGraph, Plan, cells_of, plain_program
 from segvit.inference.passes import list_views, passes
 
 onnx = pytest.importorskip("onnx")
@@ -165,6 +167,36 @@ numpy.save("openvino.npy", compiled(pictures)[0])
     assert found
     for labels in found:
         same_up_to_ties(labels, scored)
+
+
+def test_blocks_of_eomt_that_mask():
+    """A training that was cut short leaves queries that see the patches of their masks alone, in files too."""
+    torch.manual_seed(0)
+    fields = {"decoder": "eomt", "query_blocks": 1, "queries": 7, "upscale_blocks": 0, "image_size": (32, 32)}
+    model = SegViT(SegViTConfig(BackboneConfig(32, 1, 2, patch_size=8), 6, taps=(0,), **fields)).eval()
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    images = pictures((32, 32), batch=1)
+    assert model.masked == (True,)
+    graph = LabelGraph(model, Plan((32, 32), 1, outputs="logits")).eval()
+    masks, probabilities = plain_program(graph, images).module()(images)
+    output = model(model.preprocess(images))
+    torch.testing.assert_close(masks, output.mask_logits, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(probabilities, model.scoring(output)[1], atol=1e-5, rtol=1e-4)
+    model.anneal(1.0)
+    assert (model.train().eval()(model.preprocess(images)).mask_logits - masks).abs().max() > 1
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5).tril() > 0, torch.linspace(-3, 3, 25).view(5, 5)])
+def test_attention_with_a_mask_is_torch_s(mask):
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, 2 * x, x + 1, attn_mask=mask, scale=0.7)
+
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(Attention(), (x,)).run_decompositions(graph_module._table())
+    assert "scaled_dot_product" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), Attention()(x))
 
 
 def test_no_block_is_large(monkeypatch):
