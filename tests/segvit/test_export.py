@@ -15,7 +15,9 @@ from segvit import BackboneConfig, InferenceOptions, RotaryConfig, SegViT, SegVi
 from segvit.cli import main
 from segvit.exporting import graph as graph_module
 from segvit.exporting import open_model
+from segvit.exporting.exported import ExportedModel
 from segvit.exporting.graph import LabelGraph, Plan, cells_of, plain_program
+from segvit.exporting.metadata import describe, read
 from segvit.inference.passes import list_views, passes
 
 onnx = pytest.importorskip("onnx")
@@ -247,6 +249,36 @@ def test_predict_and_evaluate_take_the_file(anything, folder, capsys, tmp_path):
         assert main(["predict", str(picture), "--checkpoint", str(anything), "--out", str(out), *option]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and option[0][2:] in error and not out.exists()
+
+
+def in_place_of(model, run, dtype="float32", **plan):
+    """What a file says of itself and does, without one."""
+    text = describe(model.config, Plan(**plan), {"format": "onnx", "precision": dtype})
+    return ExportedModel("x.onnx", read(text, "x.onnx"), run)
+
+
+def test_a_file_for_several_pictures_takes_fewer(model):
+    """And gives no more than these."""
+    calls = []
+
+    def run(images):
+        calls.append(images.shape)
+        return [images[..., 0] + 0]
+
+    images = torch.arange(5 * 3 * 4 * 6).remainder(251).to(torch.uint8).view(5, 3, 4, 6)
+    exported = in_place_of(model, run, size=(4, 6), batch=2, channels_last=True)
+    assert torch.equal(exported.predict(images), images[:, 0])
+    assert torch.equal(exported.predict(images[1]), images[1, 0])
+    assert calls == [(2, 4, 6, 3)] * 4
+
+
+@pytest.mark.parametrize("images", [torch.ones(3, 4, 6), torch.ones(3, 4, 6).long(), np.ones((4, 6, 3))])
+def test_pictures_of_other_types_are_refused(model, images):
+    """As by a checkpoint: OpenVINO and TorchScript would convert them, a .pt2 take their bytes for pixels."""
+    exported = in_place_of(model, lambda images: [images[:, 0]], size=(4, 6))
+    for one in (exported, model):
+        with pytest.raises(TypeError, match="images must be uint8, got torch"):
+            one.predict(images)
 
 
 def test_refusals(model, folder, capsys, tmp_path, monkeypatch):
