@@ -281,6 +281,21 @@ def test_pictures_of_other_types_are_refused(model, images):
             one.predict(images)
 
 
+def test_evaluate_says_how_a_file_predicts(monkeypatch, tmp_path):
+    """Its windows, its precision: not the options that the command was left with."""
+    from segvit.commands import evaluate
+
+    options = InferenceOptions(window=32, flip=True)
+    model = tiny_model(num_classes=12)
+    size = model.config.image_size
+    exported = in_place_of(model, lambda images: [images[:, 0] % 12], "int8", size=size, options=options)
+    monkeypatch.setattr(evaluate, "open_model", lambda path: exported)
+    words = ["--data", "synthetic", "--synthetic-validation", "1", "--no-progress", "--workers", "0"]
+    assert main(["evaluate", "--checkpoint", "x.onnx", *words, "--json", str(tmp_path / "x.json")]) == 0
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["inference"] == options.inference_fields() and told["dtype"] == "int8"
+
+
 def test_refusals(model, folder, capsys, tmp_path, monkeypatch):
     checkpoint, out = str(folder / "checkpoint"), tmp_path / "x.onnx"
     for words, said in (
