@@ -172,7 +172,7 @@ numpy.save("openvino.npy", compiled(pictures)[0])
 
 
 def test_blocks_of_eomt_that_mask():
-    """A training that was cut short leaves queries that see the patches of their masks alone, in files too."""
+    """A training that was cut short leaves queries that see their masks alone, in files too."""
     torch.manual_seed(0)
     fields = {"decoder": "eomt", "query_blocks": 1, "queries": 7, "upscale_blocks": 0, "image_size": (32, 32)}
     model = SegViT(SegViTConfig(BackboneConfig(32, 1, 2, patch_size=8), 6, taps=(0,), **fields)).eval()
