@@ -342,6 +342,16 @@ def test_openvino(openvino, model):
     assert json.loads(read.get_rt_info(["segvit"]).astype(str))["classes"] == list("abcdef")
 
 
+def test_weights_of_another_file(openvino, tmp_path):
+    """A .xml that was copied without its .bin, beside that of an earlier export: the runtime sees nothing."""
+    weights = bytearray(openvino.with_suffix(".bin").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "x.xml").write_bytes(openvino.read_bytes())
+    (tmp_path / "x.bin").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"x\.xml: x\.bin has the weights of another file"):
+        open_model(tmp_path / "x.xml")
+
+
 def test_a_full_disk_leaves_nothing(openvino, tmp_path):
     """OpenVINO itself says nothing of a .bin that could not be written whole."""
     resource = pytest.importorskip("resource")
