@@ -33,13 +33,12 @@ def run(config: ConvertConfig) -> int:
         print(f"{config.checkpoint}: EoMT, {found.queries} queries in the last {found.query_blocks} blocks")
     for note in notes:
         print(f"  {note}")
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
     shrunk = f", shrunk at block {backbone.shrink_at}" if backbone.shrink_at is not None else ""
     print(
         f"{config.checkpoint}: ViT of width {backbone.width} with {backbone.depth} blocks{shrunk}, "
         f"taps {', '.join(map(str, found.taps))}; {found.num_classes} classes; "
-        "{}x{} pixels; mean {:.4g} {:.4g} {:.4g}, std {:.4g} {:.4g} {:.4g}".format(
-            *found.image_size, *found.mean, *found.std
-        )
+        f"{found.image_size[0]}x{found.image_size[1]} pixels; mean {mean}, std {std}"
     )
     print(
         f"{len(model.state_dict())} tensors in {config.out}, none missing; {len(unused)} unused in the file"

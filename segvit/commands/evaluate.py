@@ -31,7 +31,7 @@ def run(config: EvaluateConfig) -> int:
     """Print the measures of every class and their means, and write what is asked for."""
     files = _result_files(config)
     fabric = make_fabric(config)
-    model = open_model(config.checkpoint)  # here too, for errors before any process starts
+    model: Any = open_model(config.checkpoint)  # here too, for errors before any process starts
     model_config = model.config
     if isinstance(model, ExportedModel):
         model.check(config)
@@ -61,8 +61,10 @@ def run(config: EvaluateConfig) -> int:
         print(line, flush=True)
     result = launch(fabric, _evaluate_checkpoint, config, dataset)
     result = {key: without_nan(value) for key, value in result.items()}
-    result["inference"] = config.inference_fields()
-    result["dtype"] = config.dtype
+    # An exported file has both inside, whatever the options here leave open.
+    exported = isinstance(model, ExportedModel)
+    result["inference"] = (model.plan.options if exported else config).inference_fields()
+    result["dtype"] = model.description.precision if exported else config.dtype
     problems = []
     for path, write in files.items():  # before anything is printed: a console can fail
         try:

@@ -49,9 +49,13 @@ class ExportedModel(nn.Module):
     def outputs(self, pictures: Tensor) -> list[Tensor]:
         """What the file gives for uint8 pictures (B, channels, H, W), in its own order.
 
+        A file for a number of pictures gets the last one again where there are fewer.
+
         Raises:
-            ValueError: pictures of another shape than the file takes.
+            TypeError: not uint8. ValueError: pictures of another shape than the file takes.
         """
+        if pictures.dtype != torch.uint8:  # some runtimes would convert them, or read their bytes as pixels
+            raise TypeError(f"images must be uint8, got {pictures.dtype}")
         plan, (batch, channels, *size) = self.plan, pictures.shape
         expected = self.config.backbone.in_channels
         if channels != expected:
@@ -62,17 +66,15 @@ class ExportedModel(nn.Module):
                 f"{self.path}: exported for pictures of {wanted} pixels, got {got}; "
                 "export without --size takes any"
             )
-        arrays = pictures.cpu().numpy()
-        arrays = np.ascontiguousarray(arrays.transpose(0, 2, 3, 1) if plan.channels_last else arrays)
         step = plan.batch or batch
-        if batch % step:
-            raise ValueError(f"{self.path}: exported for {step} pictures a call, got {batch}")
+        arrays = torch.cat([pictures, *[pictures[-1:]] * (-batch % step)]).cpu().numpy()
+        arrays = np.ascontiguousarray(arrays.transpose(0, 2, 3, 1) if plan.channels_last else arrays)
         try:
-            found = [self._run(arrays[i : i + step]) for i in range(0, batch, step)]
+            found = [self._run(arrays[i : i + step]) for i in range(0, len(arrays), step)]
         except Exception as error:  # each runtime has its own classes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(f"{self.path}: failed on {size[1]}x{size[0]} pixels ({reason})") from None
-        return [torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True)]
+        return [torch.from_numpy(np.concatenate(parts)[:batch]) for parts in zip(*found, strict=True)]
 
     @torch.inference_mode()
     def predict(self, images: Any, options: InferenceOptions | None = None) -> Tensor:
@@ -83,6 +85,7 @@ class ExportedModel(nn.Module):
             options: those of the file, or none.
 
         Raises:
+            TypeError: not an image, or not uint8.
             ValueError: pictures or options that the file was not exported for.
         """
         self.check(options or InferenceOptions())

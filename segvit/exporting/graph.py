@@ -385,10 +385,25 @@ def _shares(views: Sequence[View], y: int, x: int) -> dict[int, float]:
 # Ordinary operators
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None) -> Tensor:
-    """torch's, of (B, heads, N, D)."""
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's, of (B, heads, N, D); a mask of bools says what is seen, as in EoMT's blocks."""
+    assert not (dropout_p or is_causal or enable_gqa)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return ((query * scale) @ key.transpose(-1, -2)).softmax(-1) @ value
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 def _atm(
@@ -400,9 +415,12 @@ def _atm(
     scale: float,
     dropout_p: float,
     need_masks: bool,
-    *_: Any,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    output, masks = atm_reference(query, key, value, scale=scale, previous_masks=previous_masks)
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+    output, masks = atm_reference(
+        query, key, value, previous_masks=previous_masks, key_padding_mask=key_padding_mask, **options
+    )
     nothing = query.new_empty(0)
     return output, nothing if masks is None or not need_masks else masks, nothing
 
@@ -419,16 +437,23 @@ def _linear(
     norm_eps: float = 0.0,
     scale: Tensor | None = None,
     residual: Tensor | None = None,
-    *_: Any,
 ) -> Tensor:
     norm = None if norm_weight is None else (norm_weight, norm_bias, norm_eps)
     return linear_reference(input, weight, bias, gelu=gelu, norm=norm, scale=scale, residual=residual)
 
 
 def _query_attention(
-    query: Tensor, key: Tensor, value: Tensor, seed: Any, scale: float, *_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    key_padding_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return query_attention_reference(query, key, value, scale=scale), query.new_empty(0)
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+    output = query_attention_reference(query, key, value, key_padding_mask=key_padding_mask, **options)
+    return output, query.new_empty(0)
 
 
 def _subsample_norm(
@@ -441,7 +466,6 @@ def _subsample_norm(
     prefix_tokens: int,
     eps: float,
     dtype: torch.dtype,
-    *_: Any,
 ) -> tuple[Tensor, ...]:
     found = subsample_layer_norm_reference(
         x, weight, bias, grid=(height, width), stride=stride, prefix_tokens=prefix_tokens, eps=eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tempfile
@@ -22,6 +23,10 @@ __all__ = ["build", "check", "load", "save"]
 
 # What the CPU is asked to compute in: by itself it may choose bfloat16 for a float32 file.
 _HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "f32"}
+
+
+_WEIGHTS = "segvit_weights"  # in a .xml: the SHA-256 of its .bin
+_UNKNOWN = "of the weights that are not written yet"
 
 
 def check(plan: Plan) -> None:
@@ -54,6 +59,7 @@ def save(graph: LabelGraph, path: Path, text: str) -> None:
     if graph.plan.int8:
         model = _quantized(model, {node.output[0] for node in onnx.projections(proto)}, graph.plan)
     model.set_rt_info(text, [KEY])
+    model.set_rt_info(_UNKNOWN, [_WEIGHTS])
     _write(model, path, compress=graph.plan.dtype != torch.float32)
 
 
@@ -79,6 +85,8 @@ def _write(model: Any, path: Path, compress: bool) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem[:40]}.") as folder:
             made = Path(folder) / path.name
             runtime.save_model(model, made, compress_to_fp16=compress)
+            written = made.read_text(encoding="utf-8")
+            made.write_text(written.replace(_UNKNOWN, _digest(made), 1), encoding="utf-8")
             runtime.Core().read_model(made)  # a full disk is no error to it, but here
             os.chmod(folder, 0o700)
             for suffix in (".bin", ".xml"):
@@ -89,6 +97,12 @@ def _write(model: Any, path: Path, compress: bool) -> None:
         raise OSError(f"{path}: cannot be written ({reason})") from None
 
 
+def _digest(path: Path) -> str:
+    """Of the weights of a .xml."""
+    with path.with_suffix(".bin").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class _Compiled:
     """A file in OpenVINO, on the CPU, in the precision that it was exported for."""
 
@@ -97,6 +111,9 @@ class _Compiled:
         try:
             model = core.read_model(path)
             self.text = str(model.get_rt_info([KEY]).astype(str)) if model.has_rt_info([KEY]) else None
+            if model.has_rt_info([_WEIGHTS]) and model.get_rt_info([_WEIGHTS]).astype(str) != _digest(path):
+                weights = path.with_suffix(".bin").name
+                raise ValueError(f"{path}: {weights} has the weights of another file; they belong together")
             precision = read(self.text, str(path)).fields["precision"]
             options = {
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],

@@ -51,7 +51,9 @@ __all__ = ["KINDS", "Computed", "Job", "Pipeline", "find_classes", "label_pictur
 
 
 def find_classes(wanted: Sequence[str], names: Sequence[str], option: str = "maps") -> list[int]:
-    """Indices of classes given by name (capital letters do not count) or by index, each once.
+    """Indices of classes given by name or by index, each once.
+
+    A name goes before an index. Capital letters count where names differ in them alone.
 
     Raises:
         ValueError: no such class; the message holds the nearest names, or all of them.
@@ -59,7 +61,9 @@ def find_classes(wanted: Sequence[str], names: Sequence[str], option: str = "map
     lowered = [name.lower() for name in names]
     indices = []
     for word in wanted:
-        if word.lower() in lowered:
+        if word in names:
+            indices.append(names.index(word))
+        elif word.lower() in lowered:
             indices.append(lowered.index(word.lower()))
         elif word.isdecimal() and int(word) < len(names):
             indices.append(int(word))

@@ -177,6 +177,7 @@ class Service:
         picture = PictureBytes(asked.picture, max_pixels=self.config.max_pixels, max_channels=channels)
         width, height = await self._in_thread(_reading, probe, picture)
         looked = time.perf_counter() - begin
+        size = width * height if index is not None else self._pixels_run(width, height)
         await held.enter_async_context(self.pixels.hold(width * height))
         begin = time.perf_counter()
         image = await self._in_thread(_reading, read_image, picture, **self.model.config.reading)
@@ -184,7 +185,7 @@ class Service:
         key: Hashable = tuple(image.shape) if index is None else object()
         item = image if index is None else (image, index)
         try:
-            done = await asyncio.wrap_future(self.batches.submit(key, item, width * height))
+            done = await asyncio.wrap_future(self.batches.submit(key, item, size))
         except Exception as error:
             if isinstance(error, ValueError) or out_of_memory(error):
                 raise RefusedError(422, one_line(error)) from None
@@ -196,6 +197,21 @@ class Service:
             answer = await self._in_thread(self.answers.similarity, asked, index, image, *done.result)
         times = _Times(decode, done.waited, done.ran, time.perf_counter() - begin)
         return await self._in_thread(self._response, path, answer, times, start, done.batch)
+
+    def _pixels_run(self, width: int, height: int) -> int:
+        """Pixels that the model has to do with; a narrow picture of a given short side becomes a giant one.
+
+        Raises:
+            RefusedError: they are more than a picture may have.
+        """
+        short_side = self.config.short_side
+        if short_side is None:
+            return width * height
+        longer = round(short_side * max(width, height) / min(width, height))
+        if short_side * longer > self.config.max_pixels:
+            got = f"{width}x{height} pixels, {short_side}x{longer} with the short side that the model gets"
+            raise RefusedError(413, f"image: {got}, more than {self.config.max_pixels}")
+        return max(width * height, short_side * longer)
 
     def _class_of(self, asked: Asked) -> int:
         if not self.has_similarity:

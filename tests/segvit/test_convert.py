@@ -225,6 +225,20 @@ def test_report_and_round_trip(case, tmp_path, capsys):
     assert loaded.predict(torch.zeros(3, 50, 70, dtype=torch.uint8)).shape == (50, 70)
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_mean_and_std_of_any_channels_are_printed(channels, tmp_path, capsys, monkeypatch):
+    from segvit.commands import convert as command
+
+    fields = {"depth": 1, "taps": (0,), "image_size": 32, "in_channels": channels}
+    model = SegViT(SegViTConfig.preset("vit_tiny", 2, **fields))
+    monkeypatch.setattr(command, "read_state_dict", lambda path: {})
+    monkeypatch.setattr(command, "is_backbone", lambda weights: False)
+    monkeypatch.setattr(command, "convert", lambda path, fields: (model, []))
+    assert main(["convert", "x.pth", str(tmp_path / "out")]) == 0
+    values = " ".join(["0.5"] * channels)
+    assert f"; mean {values}, std {values}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shrunk", [False, True])
 def test_published_keys(shared_dir, shrunk):
     """Every key of both published families finds its place, and its shape tells the configuration."""

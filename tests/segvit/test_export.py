@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 from test_engine import assert_same_up_to_ties, pictures, tiny_model
+from torch.nn import functional as F
 
 import segvit
-from segvit import InferenceOptions, RotaryConfig
+from segvit import BackboneConfig, InferenceOptions, RotaryConfig, SegViT, SegViTConfig
 from segvit.cli import main
+from segvit.exporting import graph as graph_module
 from segvit.exporting import metadata, open_model
-from segvit.exporting.graph import LabelGraph, Plan, cells_of
+from segvit.exporting.exported import ExportedModel
+from segvit.exporting.graph import LabelGraph, Plan, cells_of, plain_program
+from segvit.exporting.metadata import describe, read
 from segvit.inference.passes import list_views, passes
 
 onnx = pytest.importorskip("onnx")
@@ -168,6 +172,36 @@ numpy.save("openvino.npy", compiled(pictures)[0])
         same_up_to_ties(labels, scored)
 
 
+def test_blocks_of_eomt_that_mask():
+    """A training that was cut short leaves queries that see their masks alone, in files too."""
+    torch.manual_seed(0)
+    fields = {"decoder": "eomt", "query_blocks": 1, "queries": 7, "upscale_blocks": 0, "image_size": (32, 32)}
+    model = SegViT(SegViTConfig(BackboneConfig(32, 1, 2, patch_size=8), 6, taps=(0,), **fields)).eval()
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    images = pictures((32, 32), batch=1)
+    assert model.masked == (True,)
+    graph = LabelGraph(model, Plan((32, 32), 1, outputs="logits")).eval()
+    masks, probabilities = plain_program(graph, images).module()(images)
+    output = model(model.preprocess(images))
+    torch.testing.assert_close(masks, output.mask_logits, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(probabilities, model.scoring(output)[1], atol=1e-5, rtol=1e-4)
+    model.anneal(1.0)
+    assert (model.train().eval()(model.preprocess(images)).mask_logits - masks).abs().max() > 1
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5).tril() > 0, torch.linspace(-3, 3, 25).view(5, 5)])
+def test_attention_with_a_mask_is_torch_s(mask):
+    class Attention(torch.nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, 2 * x, x + 1, attn_mask=mask, scale=0.7)
+
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(Attention(), (x,)).run_decompositions(graph_module._table())
+    assert "scaled_dot_product" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(x), Attention()(x))
+
+
 def test_no_block_is_large(monkeypatch):
     """Blocks of rows, of cells: with a small budget they are many, and the labels the same. Of a block there
     is one product, however many views see it: their masks have one grid."""
@@ -231,6 +265,51 @@ def test_files_of_others_are_not_replaced(model, tmp_path):
     assert not metadata.is_described(path)
 
 
+def in_place_of(model, run, dtype="float32", **plan):
+    """What a file says of itself and does, without one."""
+    text = describe(model.config, Plan(**plan), {"format": "onnx", "precision": dtype})
+    return ExportedModel("x.onnx", read(text, "x.onnx"), run)
+
+
+def test_a_file_for_several_pictures_takes_fewer(model):
+    """And gives no more than these."""
+    calls = []
+
+    def run(images):
+        calls.append(images.shape)
+        return [images[..., 0] + 0]
+
+    images = torch.arange(5 * 3 * 4 * 6).remainder(251).to(torch.uint8).view(5, 3, 4, 6)
+    exported = in_place_of(model, run, size=(4, 6), batch=2, channels_last=True)
+    assert torch.equal(exported.predict(images), images[:, 0])
+    assert torch.equal(exported.predict(images[1]), images[1, 0])
+    assert calls == [(2, 4, 6, 3)] * 4
+
+
+@pytest.mark.parametrize("images", [torch.ones(3, 4, 6), torch.ones(3, 4, 6).long(), np.ones((4, 6, 3))])
+def test_pictures_of_other_types_are_refused(model, images):
+    """As by a checkpoint: OpenVINO and TorchScript would convert them, a .pt2 take their bytes for pixels."""
+    exported = in_place_of(model, lambda images: [images[:, 0]], size=(4, 6))
+    for one in (exported, model):
+        with pytest.raises(TypeError, match="images must be uint8, got torch"):
+            one.predict(images)
+
+
+def test_evaluate_says_how_a_file_predicts(monkeypatch, tmp_path):
+    """Its windows, its precision: not the options that the command was left with."""
+    from segvit.commands import evaluate
+
+    options = InferenceOptions(window=32, flip=True)
+    model = tiny_model(num_classes=12)
+    size = model.config.image_size
+    exported = in_place_of(model, lambda images: [images[:, 0] % 12], "int8", size=size, options=options)
+    monkeypatch.setattr(evaluate, "open_model", lambda path: exported)
+    words = ["--data", "synthetic", "--synthetic-validation", "1", "--no-progress", "--workers", "0"]
+    assert main(["evaluate", "--checkpoint", "x.onnx", *words, "--json", str(tmp_path / "x.json")]) == 0
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["inference"] == options.inference_fields() and told["dtype"] == "int8"
+
+
 def test_refusals(model, folder, capsys, tmp_path, monkeypatch):
     checkpoint, out = str(folder / "checkpoint"), tmp_path / "x.onnx"
     for words, said in (
@@ -276,6 +355,16 @@ def test_openvino(openvino, model):
     assert {str(next(iter(output.names))) for output in read.outputs} == {"labels", "scores"}
     assert json.loads(read.get_rt_info(["segvit"]).astype(str))["classes"] == list("abcdef")
     assert metadata.is_described(openvino)
+
+
+def test_weights_of_another_file(openvino, tmp_path):
+    """A .xml that was copied without its .bin, beside that of an earlier export: the runtime sees nothing."""
+    weights = bytearray(openvino.with_suffix(".bin").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "x.xml").write_bytes(openvino.read_bytes())
+    (tmp_path / "x.bin").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"x\.xml: x\.bin has the weights of another file"):
+        open_model(tmp_path / "x.xml")
 
 
 def test_a_full_disk_leaves_nothing(openvino, tmp_path):

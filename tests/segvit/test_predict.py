@@ -136,6 +136,8 @@ def test_label_pictures_have_room_for_every_class(classes, mode, tmp_path):
 def test_classes_by_name_or_index():
     assert find_classes(["Sky", "4", "street light", "1"], NAMES) == [1, 4, 3]
     assert find_classes(["7"], [str(9 - i) for i in range(10)]) == [2]  # a name goes before an index
+    names = ["Car", "car", "CAR", "1", "0"]  # each is found by itself, which the page of `serve` relies on
+    assert find_classes(names, names) == [0, 1, 2, 3, 4] and find_classes(["cAR"], names) == [0]
     config = tiny_model(class_names=None).config
     assert class_names(config)[3] == "class 3"
 

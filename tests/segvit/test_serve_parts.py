@@ -326,6 +326,26 @@ def test_time_and_room_come_to_an_end():
     asyncio.run(run())
 
 
+def test_a_narrow_picture_of_a_given_short_side():
+    """It would become a giant one; and pictures that grow count in a batch as what they become."""
+
+    async def run():
+        with serving(short_side=64, max_pixels=64 * 128) as (service, model):
+            narrow = await ask(service, "/predict", picture(1, 16))
+            assert narrow.status == 413 and service.pixels.left == service.pixels.total
+            said = "image: 16x1 pixels, 64x1024 with the short side that the model gets, more than 8192"
+            assert json.loads(narrow.body)["error"] == said
+            tasks = [asyncio.create_task(ask(service, "/predict", picture(9, 9)))]
+            await later(model.begun.is_set)
+            tasks += [asyncio.create_task(ask(service, "/predict", picture(8, 8))) for _ in range(3)]
+            await later(lambda: len(service.batches) == 3)
+            model.go.set()
+            assert [answer.status for answer in await asyncio.gather(*tasks)] == [200] * 4
+            assert model.sizes == [1, 2, 1]
+
+    asyncio.run(run())
+
+
 def test_what_is_in_memory_at_a_time():
     """Eight decoded pictures of full size, whatever waits; eight bodies of full length."""
 

@@ -155,7 +155,7 @@ async function explain(index) {
   try {
     if (!maps.has(index)) {
       element("status").textContent = `Similarity maps of ${name} …`;
-      maps.set(index, await ask("similarity", source, [["class", String(index)]], running.signal));
+      maps.set(index, await ask("similarity", source, [["class", name]], running.signal));
       if (shown.maps === maps) element("status").textContent = `Similarity maps of ${name} are shown below.`;
     }
     const chosen = element("legend").querySelector('[aria-pressed="true"]');
