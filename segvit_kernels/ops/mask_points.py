@@ -188,7 +188,7 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
     return given
 
 
-def _checked_indices(
+def checked_indices(
     indices: Indices, mask_logits: Tensor, targets: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Image and query of every pair."""
@@ -257,7 +257,7 @@ def uncertain_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     _check_logits(mask_logits)
-    images, queries = _checked_indices(indices, mask_logits, None)
+    images, queries = checked_indices(indices, mask_logits, None)
     return _uncertain(
         mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
     )
@@ -329,7 +329,7 @@ def mask_loss_at_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     given = _checked_masks(mask_logits, targets)
-    images, queries = _checked_indices(indices, mask_logits, given)
+    images, queries = checked_indices(indices, mask_logits, given)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if num_masks is not None and not isinstance(num_masks, Tensor):

@@ -27,6 +27,7 @@ from test_integrations import (
 from transformers.models.mask2former import modeling_mask2former
 
 from segvit_kernels.integrations import fused_set_criterion, use_fused_loss
+from segvit_kernels.integrations._masks import pixel_sums
 
 POINTS = 77
 
@@ -280,6 +281,50 @@ def test_set_criterion_at_every_pixel():
         assert ours[name].item() == pytest.approx(value.item(), rel=0.05)
     with pytest.raises(ValueError, match="targets has length 2 and indices 1; expected 2"):
         fused_set_criterion(outputs, targets, indices[:1])
+
+
+def test_a_target_of_several_queries_at_every_pixel():
+    """Denoising (Mask DINO) and one-to-many matchers give a target to several queries; each pair counts."""
+    targets, (both, _) = dictionaries(TARGETS["other sizes"]), leaves()
+    masks = both[0]
+    indices = [
+        (torch.tensor([5, 0, 3, 1]), torch.tensor([1, 1, 0, 1])),
+        (torch.tensor([2, 4]), torch.tensor([3, 3])),
+    ]
+    size = [max(target["masks"].shape[axis] for target in targets) for axis in (1, 2)]
+    mask = dice = 0
+    for logits, target, (queries, own) in zip(masks, targets, indices, strict=True):
+        x = F.interpolate(logits[queries][None], size, mode="bilinear")[0].flatten(1)
+        t = target["masks"][own]
+        t = F.pad(t, (0, size[1] - t.shape[2], 0, size[0] - t.shape[1])).to(x).flatten(1)
+        mask = mask + F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum()
+        p = x.sigmoid()
+        dice = dice + (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).sum()
+    ours = fused_set_criterion({"pred_masks": masks}, targets, indices, num_masks=1)
+    torch.testing.assert_close(ours["loss_mask"], mask)
+    torch.testing.assert_close(ours["loss_dice"], dice)
+    gradients = [torch.autograd.grad(m + 2 * d, masks)[0] for m, d in ((mask, dice), tuple(ours.values()))]
+    torch.testing.assert_close(*gradients)
+    other = [(torch.arange(n), torch.arange(n).flip(0)) for n in (2, 4)]
+    sums = pixel_sums([masks, both[1]], [t["masks"] for t in targets], [indices, other], "bce")
+    torch.testing.assert_close(sums[0], (mask, dice))
+    alone = fused_set_criterion({"pred_masks": both[1]}, targets, other, num_masks=1)
+    torch.testing.assert_close(sums[1], tuple(alone.values()))
+
+
+@pytest.mark.parametrize("points", [None, 10])
+def test_pairs_out_of_range_are_refused(points):
+    """The second image has no such target; its place would be that of another image's."""
+    targets, (masks, _) = dictionaries(make_targets([3, 2])), leaves()
+    for queries, own, message in (
+        ([0, 1], [2, 0], "has targets 0 to 2; expected 0 to 1"),
+        ([0, 1], [0, -1], "has targets -1 to 0; expected 0 to 1"),
+        ([0, -1], [0, 1], f"has queries -1 to 0; expected 0 to {QUERIES - 1}"),
+        ([0, 1], [0], "has 2 queries and 1 targets"),
+    ):
+        indices = [(torch.arange(0), torch.arange(0)), (torch.tensor(queries), torch.tensor(own))]
+        with pytest.raises(ValueError, match=message):
+            fused_set_criterion({"pred_masks": masks[0]}, targets, indices, num_points=points)
 
 
 def test_criteria_of_other_meanings_are_refused():
