@@ -195,6 +195,18 @@ def assert_same_scores(ours: list, theirs: list) -> None:
         torch.testing.assert_close(found, theirs_scores, rtol=budget, atol=budget)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_videomt_is_computed_in_float32_as_by_its_processor(dtype):
+    outputs, sizes = make_outputs("videomt", 2, (13, 18), dtype=dtype), [(37, 51), (26, 70)]
+    theirs = make_processor("videomt").post_process_semantic_segmentation(
+        outputs, sizes, return_segmentation_scores=True
+    )
+    assert_same_maps(post_process_semantic_segmentation(outputs, sizes), [own.segmentation for own in theirs])
+    ours = post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    assert_same_scores(ours, theirs)
+    assert ours[0].segmentation_scores.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_segmentation_scores(name):
     outputs, processor, sizes = make_outputs(name, 2, (13, 18)), make_processor(name), [(37, 51), (26, 70)]
