@@ -15,6 +15,7 @@ _LIBRARIES = (eomt.replacement, transformers.replacement, detectron2.replacement
 _FUNCTIONS = {
     *(eomt._losses, eomt._match, detectron2._loss_masks, detectron2._match),
     *transformers._LOSSES.values(),
+    transformers._oneformer_losses,
     *transformers._MATCHES.values(),
 }
 _KNOWN = f"{', '.join(transformers._CRITERIA)}, {eomt._NAME}, SetCriterion"

@@ -437,7 +437,7 @@ def test_criterion_is_the_original_at_every_pixel(name, every_pixel):
             class_queries_logits=classes[0],
             auxiliary_predictions=auxiliary,
             **targets,
-            **(more | {"calculate_contrastive_loss": True} if name == "oneformer" else {}),
+            **(more if name == "oneformer" else {}),  # which it computes unless told not to
         )
         gradients = torch.autograd.grad(
             sum(v.sum() for v in losses.values()), leaves, allow_unused=name != "oneformer"
@@ -452,6 +452,19 @@ def test_criterion_is_the_original_at_every_pixel(name, every_pixel):
     assert len(ours[0]) == (10 if name == "oneformer" else 9)
     ours = ({key: ours[0][key] for key in theirs[0]}, ours[1])
     assert_same_step(ours, theirs)
+
+
+def test_oneformers_arguments_stay_in_their_places():
+    _, criterion = criterion_of("oneformer")
+    masks, classes = torch.randn(2, QUERIES, 5, 6), torch.randn(2, QUERIES, CLASSES + 1)
+    tokens, targets = torch.randn(2, QUERIES, 6), TARGETS["two images"]
+    labels = [m.float() for m in targets["mask_labels"]]
+    given = masks, classes, tokens, labels, targets["class_labels"], tokens.roll(1, 0)
+    theirs = criterion.float()(*given)
+    use_fused_loss(torch.nn.ModuleList([criterion]), points=True)
+    ours = criterion(*given)
+    assert set(ours) == set(theirs) and torch.equal(ours["loss_contrastive"], theirs["loss_contrastive"])
+    assert "loss_contrastive" not in criterion(*given, None, False)
 
 
 def test_the_sampled_loss_estimates_this_one():
