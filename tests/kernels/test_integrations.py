@@ -512,6 +512,33 @@ def test_a_criterion_that_overrides_what_is_replaced_is_refused(method):
         assert "forward" in model.criterion.__dict__ and "forward" not in part.__dict__
 
 
+@pytest.mark.parametrize("part", ["criterion", "matcher"])
+def test_a_forward_of_the_object_is_not_replaced(part):
+    model = make_model("mask2former")
+    module = model.criterion if part == "criterion" else model.criterion.matcher
+    module.forward = hook = lambda *args, **options: None
+    with pytest.raises(
+        ValueError, match=f"a {type(module).__name__} with a forward of its own on the object"
+    ):
+        use_fused_loss(model)
+    assert module.forward is hook and (module is model.criterion or "forward" not in vars(model.criterion))
+    del module.forward
+    use_fused_loss(model)
+    module.forward = hook  # around ours: the original cannot be given back
+    if part == "criterion":
+        with pytest.raises(ValueError, match="with a forward of its own on the object"):
+            use_fused_loss(model, enabled=False)
+
+
+def test_the_original_comes_back_beside_a_matcher_of_ones_own():
+    model = make_model("mask2former")
+    matcher = model.criterion.matcher
+    matcher.__class__ = type("Mine", (type(matcher),), {"forward": lambda self, *args: None})
+    use_fused_loss(model, matcher=False, points=True)
+    use_fused_loss(model, points=True, enabled=False)
+    assert "forward" not in model.criterion.__dict__
+
+
 def test_criteria_that_are_not_known_are_refused():
     model = torch.nn.ModuleList([make_model("mask2former"), Weighed()])
     with pytest.raises(

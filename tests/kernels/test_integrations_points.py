@@ -344,6 +344,20 @@ def test_criteria_of_other_meanings_are_refused():
         use_fused_loss(model, points=True)
     use_fused_loss(model, points=True, matcher=False)
     assert "forward" not in boxes.__dict__ and "loss_masks" in model[0].__dict__
+    use_fused_loss(model, enabled=False)
+    assert "loss_masks" not in model[0].__dict__
+    focal, other = (
+        HungarianMatcher(),
+        type("Mine", (torch.nn.Module,), {"forward": HungarianMatcher.forward})(),
+    )
+    del focal.num_points  # MaskFormer's, whose cost of masks is another
+    other.cost_class = other.cost_mask = other.cost_dice = other.num_points = 1
+    derived = type("Mine", (HungarianMatcher,), {"forward": lambda self, outputs, targets: []})()
+    for matcher in (focal, other, derived):
+        model = torch.nn.ModuleList([SetCriterion(matcher)])
+        with pytest.raises(ValueError, match=r"a matcher other than Mask2Former's Hungarian.*matcher=False"):
+            use_fused_loss(model)
+        assert "loss_masks" not in vars(use_fused_loss(model, matcher=False)[0].matcher)
     with pytest.raises(ValueError, match="points is True; expected False for a MaskFormerLoss"):
         use_fused_loss(make_model("maskformer"), points=True)
     mine = {"calculate_uncertainty": lambda self, logits: logits}
