@@ -44,6 +44,11 @@ def assignment() -> Any:
     return linear_sum_assignment
 
 
+def _numbers(targets: Tensor) -> Tensor:
+    """Masks as operators take them: libraries have integers as well."""
+    return targets if targets.dtype == torch.bool or targets.is_floating_point() else targets.float()
+
+
 @torch.no_grad()
 def match(
     matcher: Any,
@@ -65,7 +70,7 @@ def match(
         elif len(labels):
             if term == "focal":
                 targets = F.interpolate(targets[:, None].float(), own.shape[-2:], mode="nearest")[:, 0]
-            pairwise = mask_matching_cost(own[None], targets[None])
+            pairwise = mask_matching_cost(own[None], _numbers(targets)[None])
             cost += matcher.cost_mask * getattr(pairwise, term)[0] + matcher.cost_dice * pairwise.dice[0]
         largest = torch.finfo(cost.dtype).max
         costs.append(cost.nan_to_num(nan=largest, posinf=largest, neginf=-largest))
@@ -129,7 +134,7 @@ def pixel_sums(
         targets = [F.pad(t, (0, width - t.shape[2], 0, height - t.shape[1])) for t in targets]
     losses = mask_loss(
         [logits[None] for logits in brought],
-        torch.cat(targets)[None],
+        _numbers(torch.cat(targets))[None],
         matches=None if len(slots) == len(times) else slots[None].to(device),
         reduction="none",
     )

@@ -312,6 +312,29 @@ def test_a_target_of_several_queries_at_every_pixel():
     torch.testing.assert_close(sums[1], tuple(alone.values()))
 
 
+@pytest.mark.parametrize("points", [True, False])
+@pytest.mark.parametrize("kind", ["eomt", "detectron2"])
+def test_masks_of_integers(kind, points):
+    """The originals convert them, of whatever dtype they are."""
+    runs = []
+    for dtype in (torch.float32, torch.uint8, torch.int64):
+        targets, (masks, classes) = dictionaries(TARGETS["other sizes"], dtype), (t.float() for t in leaves())
+        torch.manual_seed(3)
+        if kind == "eomt":
+            criterion = eomt_criterion().float()
+            given = masks[0], targets, classes[0]
+        else:
+            criterion = SetCriterion(HungarianMatcher())
+            given = {"pred_masks": masks[0], "pred_logits": classes[0], "aux_outputs": []}, targets
+        use_fused_loss(torch.nn.ModuleList([criterion]), points=points)
+        runs.append(criterion(*given))
+        targets[1]["masks"] = 255 * targets[1]["masks"]
+        with pytest.raises(ValueError, match=r"targets holds masks from 0(\.0)? to .*; expected 0 to 1"):
+            criterion(*given)
+    for own in runs[1:]:
+        torch.testing.assert_close(own, runs[0])
+
+
 @pytest.mark.parametrize("points", [None, 10])
 def test_pairs_out_of_range_are_refused(points):
     """The second image has no such target; its place would be that of another image's."""
