@@ -189,7 +189,7 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
 
 
 def checked_indices(
-    indices: Indices, mask_logits: Tensor, targets: list[Tensor] | None
+    indices: Indices, mask_logits: Tensor, targets: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Image and query of every pair."""
     batch = len(mask_logits)
