@@ -36,13 +36,17 @@ def is_plain(module: nn.Module) -> bool:
     kind = type(module)
     if kind not in _PLAIN and "plain" not in kind.__dict__:
         return False
-    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-    # fvcore's note which layer runs, and change nothing.
-    if any(not str(type(hook).__module__).startswith("fvcore.") for hook in hooks):
-        return False
-    if "forward" in module.__dict__:
+    if is_hooked(module):
         return False
     return not any(hasattr(type(p), "__tensor_flatten__") for p in module._parameters.values())
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a layer is more than its class's ``forward``: it has hooks, or one on the object."""
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+    # fvcore's note which layer runs, and change nothing.
+    noted = (str(type(hook).__module__).startswith("fvcore.") for hook in hooks)
+    return not all(noted) or "forward" in module.__dict__
 
 
 class Folded:

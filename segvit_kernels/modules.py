@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segvit_kernels._folding import HOOKS, Folded, is_plain
+from segvit_kernels._folding import HOOKS, Folded, is_hooked, is_plain
 from segvit_kernels._rotary import apply_rotary
 from segvit_kernels.ops._autograd import full_precision
 from segvit_kernels.ops.atm import ATMOutput, WeightedATMOutput, fused_atm
@@ -75,37 +75,47 @@ class FusedATM(nn.Module):
 
         Tensors have the batch first, whatever ``batch_first`` was, and ``need_weights="mean"`` gives what
         ``need_weights=True`` gave (without dropout). Attention masks and weights of each head it has not.
+        What is frozen stays so.
 
         Raises:
-            TypeError: ``attention`` is no ``nn.MultiheadAttention``, or its parameters are not its own.
+            TypeError: ``attention`` is no ``nn.MultiheadAttention``, has hooks or a ``forward`` of its own,
+                or its parameters are not its own.
             ValueError: it has ``add_bias_kv`` or ``add_zero_attn``.
         """
         if not isinstance(attention, nn.MultiheadAttention):
             raise TypeError(f"attention is a {type(attention).__name__}; expected an nn.MultiheadAttention")
+        if type(attention).forward is not nn.MultiheadAttention.forward or is_hooked(attention):
+            what = "hooks" if is_hooked(attention) else "a forward of its own"
+            raise TypeError(
+                f"attention is a {type(attention).__name__} with {what}; expected an nn.MultiheadAttention "
+                "as it is: its weights alone would be taken over"
+            )
         if attention.bias_k is not None or attention.add_zero_attn:
             what = "add_zero_attn" if attention.add_zero_attn else "add_bias_kv"
             raise ValueError(f"attention has {what}=True; expected none: FusedATM sees no token but features")
         out, dim = attention.out_proj, attention.embed_dim
         if not isinstance(out.weight, Tensor):
             raise TypeError(f"attention.out_proj is a quantised {type(out).__name__}; expected nn.Linear")
-        packed, biases = attention.in_proj_weight, attention.in_proj_bias
-        weights = (
-            [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
-            if packed is None
-            else packed.chunk(3)
-        )
         options: dict[str, Any] = {"device": out.weight.device, "dtype": out.weight.dtype}
+        with torch.enable_grad():  # parts know whether they are frozen
+            packed, biases = attention.in_proj_weight, attention.in_proj_bias
+            weights = (
+                [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+                if packed is None
+                else packed.chunk(3)
+            )
+            parts = [None] * 3 if biases is None else biases.chunk(3)
         self = cls(dim, attention.num_heads, biases is not None, attention.dropout, **options)
-        parts = [None] * 3 if biases is None else biases.chunk(3)
         for name, weight, bias in zip(
             ("q", "k", "v", "proj"), (*weights, out.weight), (*parts, out.bias), strict=True
         ):
             layer = nn.Linear(weight.shape[1], dim, bias=bias is not None, **options)
             setattr(self, name, layer)
-            with torch.no_grad():
-                layer.weight.copy_(weight)
-                if bias is not None:
-                    layer.bias.copy_(bias)
+            for own, given in ((layer.weight, weight), (layer.bias, bias)):
+                if given is not None:
+                    with torch.no_grad():
+                        own.copy_(given)
+                    own.requires_grad_(given.requires_grad)
         return self.train(attention.training)
 
     def forward(
@@ -192,7 +202,8 @@ class QueryDownsample(nn.Module):
         stride: rows 0, s, 2s, … and columns 0, s, 2s, … are kept.
 
     Raises:
-        TypeError: the block lacks something or has something that is not understood; the message names it.
+        TypeError: the block lacks something or has something that is not understood, or it or its attention
+            has hooks; the message names it.
         ValueError: ``stride`` is not a positive integer.
     """
 
@@ -318,6 +329,9 @@ def _check_block(block: nn.Module) -> tuple[str, ...]:
         refuse("block", block, f"has no {', '.join(missing)}; {what}")
     check_parts("block", block, _BLOCK_PARTS)
     norm, attn = block.get_submodule("norm1"), block.get_submodule("attn")
+    for owner, module in (("block", block), ("block.attn", attn)):
+        if is_hooked(module):
+            refuse(owner, module, "has hooks or a forward on the object; expected none: it is not called")
     if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
         refuse("block.norm1", norm, "is no LayerNorm of the channels")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels.ops.mask_loss import mask_loss, mask_matching_cost
-from segvit_kernels.ops.mask_points import mask_loss_at_points, mask_matching_cost_at_points
+from segvit_kernels.ops.mask_points import checked_indices, mask_loss_at_points, mask_matching_cost_at_points
 
 Matching = Sequence[tuple[Tensor, Tensor]]
 
@@ -45,6 +44,11 @@ def assignment() -> Any:
     return linear_sum_assignment
 
 
+def _numbers(targets: Tensor) -> Tensor:
+    """Masks as operators take them: libraries have integers as well."""
+    return targets if targets.dtype == torch.bool or targets.is_floating_point() else targets.float()
+
+
 @torch.no_grad()
 def match(
     matcher: Any,
@@ -66,7 +70,7 @@ def match(
         elif len(labels):
             if term == "focal":
                 targets = F.interpolate(targets[:, None].float(), own.shape[-2:], mode="nearest")[:, 0]
-            pairwise = mask_matching_cost(own[None], targets[None])
+            pairwise = mask_matching_cost(own[None], _numbers(targets)[None])
             cost += matcher.cost_mask * getattr(pairwise, term)[0] + matcher.cost_dice * pairwise.dice[0]
         largest = torch.finfo(cost.dtype).max
         costs.append(cost.nan_to_num(nan=largest, posinf=largest, neginf=-largest))
@@ -97,27 +101,43 @@ def pixel_sums(
     """For every output the sums of the mask term and of dice over its matched pairs, at every pixel.
 
     Each output has a matching of its own, and there are fewer targets than queries: all targets of the batch
-    become the targets of one image, and every output brings the query that it matched to each of them.
+    become the targets of one image, and every output brings the query that it matched to each of them. A
+    target that an output matched several times (denoising, one-to-many matchers) stands there as often.
     """
     device = masks[0].device
-    counts = [len(targets) for targets in mask_labels]
-    images = torch.repeat_interleave(torch.tensor(counts)).to(device)
-    queries = torch.zeros(len(masks), sum(counts), dtype=torch.int64)
-    matched = torch.zeros(len(masks), sum(counts))  # 0 where an image has more targets than queries
-    for i, matching in enumerate(matchings):
-        for first, (query, target) in zip(itertools.accumulate([0, *counts]), matching, strict=False):
-            queries[i, first + target] = query
-            matched[i, first + target] = 1
-    pairs = [logits[images, query] for logits, query in zip(masks, queries.to(device), strict=True)]
-    if not sum(counts):
+    counts = torch.tensor([len(targets) for targets in mask_labels])
+    pairs = []  # of every output its queries and their targets, by place among those of the batch
+    for logits, matching in zip(masks, matchings, strict=True):
+        checked_indices(matching, logits, mask_labels)
+        own = zip(counts.cumsum(0) - counts, matching, strict=True)
+        chosen = torch.cat([first + target.cpu() for first, (_, target) in own])
+        pairs.append((torch.cat([query.cpu() for query, _ in matching]), chosen))
+    times = torch.stack([chosen.bincount(minlength=int(counts.sum())) for _, chosen in pairs]).amax(0)
+    times.clamp_(min=1)
+    slots = torch.repeat_interleave(times)  # which target stands there
+    images = torch.repeat_interleave(counts)[slots].to(device)
+    queries = torch.zeros(len(masks), len(slots), dtype=torch.int64)
+    matched = torch.zeros(len(masks), len(slots))  # 0 where an image has more targets than queries
+    for i, (query, chosen) in enumerate(pairs):
+        chosen, order = chosen.sort(stable=True)
+        again = torch.arange(len(chosen)) - torch.searchsorted(chosen, chosen)
+        place = (times.cumsum(0) - times)[chosen] + again
+        queries[i, place], matched[i, place] = query[order], 1.0
+    brought = [logits[images, query] for logits, query in zip(masks, queries.to(device), strict=True)]
+    if not len(slots):
         # Zeros that keep the graph: no parameter drops out of the backward of an image without targets.
-        return [(pair.sum(), pair.sum()) for pair in pairs]
+        return [(logits.sum(), logits.sum()) for logits in brought]
 
     height, width = (max(targets.shape[axis] for targets in mask_labels) for axis in (1, 2))
     targets = [targets.to(device) for targets in mask_labels]
     if any(t.shape[1:] != (height, width) for t in targets):  # an F.pad by nothing would copy
         targets = [F.pad(t, (0, width - t.shape[2], 0, height - t.shape[1])) for t in targets]
-    losses = mask_loss([pair[None] for pair in pairs], torch.cat(targets)[None], reduction="none")
+    losses = mask_loss(
+        [logits[None] for logits in brought],
+        _numbers(torch.cat(targets))[None],
+        matches=None if len(slots) == len(times) else slots[None].to(device),
+        reduction="none",
+    )
     return [
         ((mask[0] * weight).sum(), (dice[0] * weight).sum())
         for mask, dice, weight in zip(getattr(losses, term), losses.dice, matched.to(device), strict=True)

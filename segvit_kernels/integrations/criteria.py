@@ -15,6 +15,7 @@ _LIBRARIES = (eomt.replacement, transformers.replacement, detectron2.replacement
 _FUNCTIONS = {
     *(eomt._losses, eomt._match, detectron2._loss_masks, detectron2._match),
     *transformers._LOSSES.values(),
+    transformers._oneformer_losses,
     *transformers._MATCHES.values(),
 }
 _KNOWN = f"{', '.join(transformers._CRITERIA)}, {eomt._NAME}, SetCriterion"
@@ -64,17 +65,26 @@ def use_fused_loss(
 
     Raises:
         ValueError: ``model`` holds no criterion of these models, another beside them, or one that overrides
-            what would be replaced.
+            what would be replaced, in its class or on the object.
         ImportError: SciPy, which solves the assignment, is not installed.
     """
+    matcher, points = matcher and enabled, points and enabled  # whatever is here can be given back
     criteria = _criteria(model, matcher, points)
     assignment()
     for found in criteria:
         if points and not found.sampled:
             name = type(found.module).__name__
             raise ValueError(f"points is True; expected False for a {name}, whose loss takes every pixel")
-        if enabled and matcher and isinstance(found.matcher, str):
+        if matcher and isinstance(found.matcher, str):
             raise ValueError(found.matcher)
+        methods = [(found.module, found.method[0]), (found.module.matcher, "forward")]
+        for module, name in methods if matcher else methods[:1]:
+            other = module.__dict__.get(name)
+            if other is not None and getattr(other, "func", None) not in _FUNCTIONS:
+                raise ValueError(
+                    f"model holds a {type(module).__name__} with a {name} of its own on the object (another "
+                    "library's hook, kernelize); take that away first"
+                )
     for found in criteria:
         for module in (found.module, found.module.matcher):
             for name in ("forward", "loss_masks"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segvit_kernels.integrations._kinds import known_base
+from segvit_kernels.integrations._kinds import known_base, overridden
 from segvit_kernels.integrations._masks import Matching, Replacement, match, pixel_sums
 from segvit_kernels.ops.mask_points import mask_loss_at_points
 
@@ -54,6 +54,15 @@ def replacement(module: nn.Module, matcher: bool, points: bool) -> Replacement |
         reason = (
             f"model holds a {type(own).__name__} with {', '.join(sorted(costs)) or 'no costs'}; expected "
             "cost_class, cost_mask and cost_dice alone: matcher=False keeps it"
+        )
+    elif (
+        (known := known_base(type(own), ("HungarianMatcher",))) is None
+        or overridden(own, known, "forward", "memory_efficient_forward")
+        or not hasattr(own, "num_points")
+    ):
+        reason = (
+            f"model holds a {type(own).__name__}, a matcher other than Mask2Former's HungarianMatcher: "
+            "matcher=False keeps it"
         )
     return Replacement(module, ("loss_masks", _loss_masks), reason)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from segvit_kernels._folding import is_hooked
+from segvit_kernels.integrations._kinds import known_base, overridden
 from segvit_kernels.ops.atm import fused_atm
 from segvit_kernels.ops.attention_weights import attention_weights
 
@@ -34,7 +36,7 @@ class FusedAttentionPool(nn.Module):
         pool: a ``timm.layers.AttentionPoolLatent``. Its modules are taken over.
 
     Raises:
-        TypeError: ``pool`` lacks what one has.
+        TypeError: ``pool`` lacks what one has, or has more: modules, parameters, hooks, another ``forward``.
     """
 
     q: Any
@@ -54,6 +56,18 @@ class FusedAttentionPool(nn.Module):
             raise TypeError(
                 f"pool is a {type(pool).__name__} without {', '.join(missing)}; expected timm's "
                 "AttentionPoolLatent"
+            )
+        more = {name for name, _ in pool.named_children()} | pool._parameters.keys() | pool._buffers.keys()
+        more -= {*_PARTS, "mlp", "latent", "pos_embed"}
+        base = known_base(type(pool), ("AttentionPoolLatent",))
+        if is_hooked(pool):
+            more = {"hooks"}
+        elif base is not None and overridden(pool, base, "forward"):
+            more = {"a forward of its own"}
+        if more:
+            raise TypeError(
+                f"pool is a {type(pool).__name__} with {', '.join(sorted(more))}; expected timm's "
+                "AttentionPoolLatent as it is"
             )
         self.num_heads, self.pool, self.scale = pool.num_heads, pool.pool, getattr(pool, "scale", None)
         for name in _PARTS:

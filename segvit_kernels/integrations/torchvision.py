@@ -55,8 +55,7 @@ def paste_masks(
     border, side = whole("padding", padding, 0), masks.shape[1]
     scale = (side + 2 * border) / side
     centres, halves = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
-    first, last = (centres - halves).long(), (centres + halves).long()
-    last = first + (last - first + 1).clamp(min=1)
+    first, last = (centres - halves).long(), (centres + halves).long() + 1
     found = mask_binarize(
         F.pad(masks, (border,) * 4)[None],
         size_pair("size", size),

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._autograd import first_derivative_only, transformed, without_autocast
-from segvit_kernels.ops._checks import number, whole
+from segvit_kernels.ops._checks import can_read, number, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _BUDGETS = {"cpu": 2**25}  # bytes of masks and candidates that exist at a time
@@ -188,8 +188,8 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
     return given
 
 
-def _checked_indices(
-    indices: Indices, mask_logits: Tensor, targets: list[Tensor] | None
+def checked_indices(
+    indices: Indices, mask_logits: Tensor, targets: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Image and query of every pair."""
     batch = len(mask_logits)
@@ -215,6 +215,14 @@ def _checked_indices(
         chosen.append(queries.long())
     device = mask_logits.device
     return torch.cat(images).to(device), torch.cat(chosen).to(device)
+
+
+def _check_read(targets: Tensor) -> None:
+    """Refuse masks that hold something else than numbers in [0, 1], as far as was read."""
+    if can_read(targets) and targets.numel():
+        low, high = (x.item() for x in targets.aminmax())
+        if not -1e-3 <= low <= high <= 1 + 1e-3:  # rounding of weights that sum to 1
+            raise ValueError(f"targets holds masks from {low:g} to {high:g}; expected 0 to 1")
 
 
 def _checked_points(points: Tensor, count: int, what: str, device: torch.device) -> Tensor:
@@ -257,7 +265,7 @@ def uncertain_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     _check_logits(mask_logits)
-    images, queries = _checked_indices(indices, mask_logits, None)
+    images, queries = checked_indices(indices, mask_logits, None)
     return _uncertain(
         mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
     )
@@ -329,7 +337,7 @@ def mask_loss_at_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     given = _checked_masks(mask_logits, targets)
-    images, queries = _checked_indices(indices, mask_logits, given)
+    images, queries = checked_indices(indices, mask_logits, given)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if num_masks is not None and not isinstance(num_masks, Tensor):
@@ -351,6 +359,7 @@ def mask_loss_at_points(
                 picked = chosen[part].to(target.device)
                 t[own] = _read_targets(target, picked, points[own].to(dtype), size)
             first += len(chosen)
+        _check_read(t)
     if transformed():
         x = _read(mask_logits[images, queries][:, None].to(dtype), points)[:, 0]
     else:
@@ -407,6 +416,7 @@ def mask_matching_cost_at_points(
         own = _in_rows(own, target.shape[1:])
         x = _read(masks[:, None].to(dtype), own)[:, 0]  # (Q, P)
         t = _read_every(target, own.to(dtype))
+        _check_read(t)
         outside, p = F.softplus(x, threshold=80.0), x.sigmoid()  # e⁸⁰ is a float32, e⁻⁸⁰ no float64 beside 80
         with without_autocast(x.device):  # sums of thousands, which no float16 holds
             bce = (outside.sum(1)[:, None] - x @ t.mT) / x.shape[1]

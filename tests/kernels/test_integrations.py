@@ -195,6 +195,18 @@ def assert_same_scores(ours: list, theirs: list) -> None:
         torch.testing.assert_close(found, theirs_scores, rtol=budget, atol=budget)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_videomt_is_computed_in_float32_as_by_its_processor(dtype):
+    outputs, sizes = make_outputs("videomt", 2, (13, 18), dtype=dtype), [(37, 51), (26, 70)]
+    theirs = make_processor("videomt").post_process_semantic_segmentation(
+        outputs, sizes, return_segmentation_scores=True
+    )
+    assert_same_maps(post_process_semantic_segmentation(outputs, sizes), [own.segmentation for own in theirs])
+    ours = post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    assert_same_scores(ours, theirs)
+    assert ours[0].segmentation_scores.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_segmentation_scores(name):
     outputs, processor, sizes = make_outputs(name, 2, (13, 18)), make_processor(name), [(37, 51), (26, 70)]
@@ -425,7 +437,7 @@ def test_criterion_is_the_original_at_every_pixel(name, every_pixel):
             class_queries_logits=classes[0],
             auxiliary_predictions=auxiliary,
             **targets,
-            **(more | {"calculate_contrastive_loss": True} if name == "oneformer" else {}),
+            **(more if name == "oneformer" else {}),  # which it computes unless told not to
         )
         gradients = torch.autograd.grad(
             sum(v.sum() for v in losses.values()), leaves, allow_unused=name != "oneformer"
@@ -440,6 +452,19 @@ def test_criterion_is_the_original_at_every_pixel(name, every_pixel):
     assert len(ours[0]) == (10 if name == "oneformer" else 9)
     ours = ({key: ours[0][key] for key in theirs[0]}, ours[1])
     assert_same_step(ours, theirs)
+
+
+def test_oneformers_arguments_stay_in_their_places():
+    _, criterion = criterion_of("oneformer")
+    masks, classes = torch.randn(2, QUERIES, 5, 6), torch.randn(2, QUERIES, CLASSES + 1)
+    tokens, targets = torch.randn(2, QUERIES, 6), TARGETS["two images"]
+    labels = [m.float() for m in targets["mask_labels"]]
+    given = masks, classes, tokens, labels, targets["class_labels"], tokens.roll(1, 0)
+    theirs = criterion.float()(*given)
+    use_fused_loss(torch.nn.ModuleList([criterion]), points=True)
+    ours = criterion(*given)
+    assert set(ours) == set(theirs) and torch.equal(ours["loss_contrastive"], theirs["loss_contrastive"])
+    assert "loss_contrastive" not in criterion(*given, None, False)
 
 
 def test_the_sampled_loss_estimates_this_one():
@@ -485,6 +510,33 @@ def test_a_criterion_that_overrides_what_is_replaced_is_refused(method):
     if part is not model.criterion:
         use_fused_loss(model, matcher=False)
         assert "forward" in model.criterion.__dict__ and "forward" not in part.__dict__
+
+
+@pytest.mark.parametrize("part", ["criterion", "matcher"])
+def test_a_forward_of_the_object_is_not_replaced(part):
+    model = make_model("mask2former")
+    module = model.criterion if part == "criterion" else model.criterion.matcher
+    module.forward = hook = lambda *args, **options: None
+    with pytest.raises(
+        ValueError, match=f"a {type(module).__name__} with a forward of its own on the object"
+    ):
+        use_fused_loss(model)
+    assert module.forward is hook and (module is model.criterion or "forward" not in vars(model.criterion))
+    del module.forward
+    use_fused_loss(model)
+    module.forward = hook  # around ours: the original cannot be given back
+    if part == "criterion":
+        with pytest.raises(ValueError, match="with a forward of its own on the object"):
+            use_fused_loss(model, enabled=False)
+
+
+def test_the_original_comes_back_beside_a_matcher_of_ones_own():
+    model = make_model("mask2former")
+    matcher = model.criterion.matcher
+    matcher.__class__ = type("Mine", (type(matcher),), {"forward": lambda self, *args: None})
+    use_fused_loss(model, matcher=False, points=True)
+    use_fused_loss(model, points=True, enabled=False)
+    assert "forward" not in model.criterion.__dict__
 
 
 def test_criteria_that_are_not_known_are_refused():

@@ -27,6 +27,7 @@ from test_integrations import (
 from transformers.models.mask2former import modeling_mask2former
 
 from segvit_kernels.integrations import fused_set_criterion, use_fused_loss
+from segvit_kernels.integrations._masks import pixel_sums
 
 POINTS = 77
 
@@ -282,6 +283,73 @@ def test_set_criterion_at_every_pixel():
         fused_set_criterion(outputs, targets, indices[:1])
 
 
+def test_a_target_of_several_queries_at_every_pixel():
+    """Denoising (Mask DINO) and one-to-many matchers give a target to several queries; each pair counts."""
+    targets, (both, _) = dictionaries(TARGETS["other sizes"]), leaves()
+    masks = both[0]
+    indices = [
+        (torch.tensor([5, 0, 3, 1]), torch.tensor([1, 1, 0, 1])),
+        (torch.tensor([2, 4]), torch.tensor([3, 3])),
+    ]
+    size = [max(target["masks"].shape[axis] for target in targets) for axis in (1, 2)]
+    mask = dice = 0
+    for logits, target, (queries, own) in zip(masks, targets, indices, strict=True):
+        x = F.interpolate(logits[queries][None], size, mode="bilinear")[0].flatten(1)
+        t = target["masks"][own]
+        t = F.pad(t, (0, size[1] - t.shape[2], 0, size[0] - t.shape[1])).to(x).flatten(1)
+        mask = mask + F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1).sum()
+        p = x.sigmoid()
+        dice = dice + (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).sum()
+    ours = fused_set_criterion({"pred_masks": masks}, targets, indices, num_masks=1)
+    torch.testing.assert_close(ours["loss_mask"], mask)
+    torch.testing.assert_close(ours["loss_dice"], dice)
+    gradients = [torch.autograd.grad(m + 2 * d, masks)[0] for m, d in ((mask, dice), tuple(ours.values()))]
+    torch.testing.assert_close(*gradients)
+    other = [(torch.arange(n), torch.arange(n).flip(0)) for n in (2, 4)]
+    sums = pixel_sums([masks, both[1]], [t["masks"] for t in targets], [indices, other], "bce")
+    torch.testing.assert_close(sums[0], (mask, dice))
+    alone = fused_set_criterion({"pred_masks": both[1]}, targets, other, num_masks=1)
+    torch.testing.assert_close(sums[1], tuple(alone.values()))
+
+
+@pytest.mark.parametrize("points", [True, False])
+@pytest.mark.parametrize("kind", ["eomt", "detectron2"])
+def test_masks_of_integers(kind, points):
+    """The originals convert them, of whatever dtype they are."""
+    runs = []
+    for dtype in (torch.float32, torch.uint8, torch.int64):
+        targets, (masks, classes) = dictionaries(TARGETS["other sizes"], dtype), (t.float() for t in leaves())
+        torch.manual_seed(3)
+        if kind == "eomt":
+            criterion = eomt_criterion().float()
+            given = masks[0], targets, classes[0]
+        else:
+            criterion = SetCriterion(HungarianMatcher())
+            given = {"pred_masks": masks[0], "pred_logits": classes[0], "aux_outputs": []}, targets
+        use_fused_loss(torch.nn.ModuleList([criterion]), points=points)
+        runs.append(criterion(*given))
+        targets[1]["masks"] = 255 * targets[1]["masks"]
+        with pytest.raises(ValueError, match=r"targets holds masks from 0(\.0)? to .*; expected 0 to 1"):
+            criterion(*given)
+    for own in runs[1:]:
+        torch.testing.assert_close(own, runs[0])
+
+
+@pytest.mark.parametrize("points", [None, 10])
+def test_pairs_out_of_range_are_refused(points):
+    """The second image has no such target; its place would be that of another image's."""
+    targets, (masks, _) = dictionaries(make_targets([3, 2])), leaves()
+    for queries, own, message in (
+        ([0, 1], [2, 0], "has targets 0 to 2; expected 0 to 1"),
+        ([0, 1], [0, -1], "has targets -1 to 0; expected 0 to 1"),
+        ([0, -1], [0, 1], f"has queries -1 to 0; expected 0 to {QUERIES - 1}"),
+        ([0, 1], [0], "has 2 queries and 1 targets"),
+    ):
+        indices = [(torch.arange(0), torch.arange(0)), (torch.tensor(queries), torch.tensor(own))]
+        with pytest.raises(ValueError, match=message):
+            fused_set_criterion({"pred_masks": masks[0]}, targets, indices, num_points=points)
+
+
 def test_criteria_of_other_meanings_are_refused():
     model = torch.nn.ModuleList([SetCriterion(HungarianMatcher())])
     del model[0].num_points
@@ -299,6 +367,20 @@ def test_criteria_of_other_meanings_are_refused():
         use_fused_loss(model, points=True)
     use_fused_loss(model, points=True, matcher=False)
     assert "forward" not in boxes.__dict__ and "loss_masks" in model[0].__dict__
+    use_fused_loss(model, enabled=False)
+    assert "loss_masks" not in model[0].__dict__
+    focal, other = (
+        HungarianMatcher(),
+        type("Mine", (torch.nn.Module,), {"forward": HungarianMatcher.forward})(),
+    )
+    del focal.num_points  # MaskFormer's, whose cost of masks is another
+    other.cost_class = other.cost_mask = other.cost_dice = other.num_points = 1
+    derived = type("Mine", (HungarianMatcher,), {"forward": lambda self, outputs, targets: []})()
+    for matcher in (focal, other, derived):
+        model = torch.nn.ModuleList([SetCriterion(matcher)])
+        with pytest.raises(ValueError, match=r"a matcher other than Mask2Former's Hungarian.*matcher=False"):
+            use_fused_loss(model)
+        assert "loss_masks" not in vars(use_fused_loss(model, matcher=False)[0].matcher)
     with pytest.raises(ValueError, match="points is True; expected False for a MaskFormerLoss"):
         use_fused_loss(make_model("maskformer"), points=True)
     mine = {"calculate_uncertainty": lambda self, logits: logits}

@@ -77,6 +77,15 @@ def test_pool_refusals():
         TypeError, match=r"pool is a Linear without q, kv, .*; expected timm's AttentionPoolLatent"
     ):
         FusedAttentionPool(nn.Linear(2, 2))
+    pool = LatentPool()
+    pool.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(TypeError, match="pool is a LatentPool with hooks"):
+        FusedAttentionPool(pool)
+    pool = LatentPool()
+    pool.gate = nn.Linear(16, 16)
+    pool.bias = nn.Parameter(torch.zeros(16))
+    with pytest.raises(TypeError, match="pool is a LatentPool with bias, gate; expected timm's"):
+        FusedAttentionPool(pool)
     with pytest.raises(ValueError, match="need_weights is 'max'; expected None or 'mean'"):
         FusedAttentionPool(LatentPool())(torch.zeros(1, 2, 16), need_weights="max")
 
@@ -138,6 +147,9 @@ def test_torchvisions_own_paste():
     different = found != (expected > 0.5)
     assert ((expected - 0.5).abs()[different] < 1e-5).all() and found.any()
     assert roi_heads.paste_masks_in_image(masks[:0], BOXES[:0], SIZE).numel() == 0
+    crossed = torch.tensor([[20.0, 30.0, 12.0, 35.0], [20.0, 30.0, 25.0, 22.0], [9.0, 9.0, 5.0, 5.0]])
+    assert not roi_heads.paste_masks_in_image(torch.ones(3, 1, 9, 9), crossed, SIZE).any()
+    assert not paste_masks(torch.ones(3, 1, 9, 9), crossed, SIZE).masks.any()
 
 
 def test_no_masks():

@@ -135,6 +135,30 @@ def test_from_multihead(batch_first, bias, other, padding):
     assert masks is None and output.shape == expected.shape
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["", "no_grad"])
+def test_from_multihead_keeps_frozen_what_is(recorded):
+    attention = nn.MultiheadAttention(DIM, HEADS)
+    attention.in_proj_weight.requires_grad_(False)
+    attention.out_proj.bias.requires_grad_(False)
+    with torch.set_grad_enabled(recorded):
+        layer = FusedATM.from_multihead(attention)
+    frozen = {name for name, parameter in layer.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"q.weight", "k.weight", "v.weight", "proj.bias"}
+    assert all(parameter.is_leaf for parameter in layer.parameters())
+
+
+def test_from_multihead_takes_nothing_but_the_formula():
+    derived = type("Mine", (nn.MultiheadAttention,), {"forward": lambda self, *args: None})
+    with pytest.raises(TypeError, match="attention is a Mine with a forward of its own; expected an"):
+        FusedATM.from_multihead(derived(DIM, HEADS))
+    hooked = nn.MultiheadAttention(DIM, HEADS)
+    hook = hooked.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    with pytest.raises(TypeError, match="attention is a MultiheadAttention with hooks; expected an"):
+        FusedATM.from_multihead(hooked)
+    hook.remove()
+    assert FusedATM.from_multihead(type("Mine", (nn.MultiheadAttention,), {})(DIM, HEADS))
+
+
 def test_from_multihead_copies():
     attention = nn.MultiheadAttention(DIM, HEADS, dropout=0.25)
     layer = FusedATM.from_multihead(attention)

@@ -290,6 +290,11 @@ class RotaryAttention(SeparateAttention):
         (grouped, "has projections q, k, v that do not fit 3 equal heads"),
         (lambda b: setattr(b, "attn", RotaryAttention(24, 3)), "takes rotary positions"),
         (lambda b: setattr(b.attn, "qkv", nn.Tanh()), "has projections qkv without out_features"),
+        (
+            lambda b: b.register_forward_hook(lambda m, x, y: 2 * y),
+            r"block \(Block\) has hooks or a forward on",
+        ),
+        (lambda b: setattr(b.attn, "forward", lambda x: 2 * x), r"block\.attn \(Attention\) has hooks or a"),
     ],
 )
 def test_refuses_what_it_does_not_understand(change, message):

@@ -101,7 +101,8 @@ def post_process_instance_segmentation(
         return_binary_maps: a mask for every instance in place of a map; MaskFormer, Mask2Former and RF-DETR.
         size: EoMT: the ``size`` of its image processor.
         top_k: RF-DETR: how many pairs of query and class are looked at; by default as many as queries.
-        is_demo: OneFormer: leave out what scores ``threshold`` or less.
+        is_demo: OneFormer: leave out what scores ``threshold`` or less. Labels are the model's either way;
+            without it ADE20K's processor gives a thing's place among the things instead.
 
     Returns:
         One dictionary an image, with ``segmentation`` and ``segments_info``, as the processor's, dtypes

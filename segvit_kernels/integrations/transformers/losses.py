@@ -37,9 +37,8 @@ def replacement(module: nn.Module, matcher: bool, points: bool) -> Replacement |
     _check_overrides(module, _CRITERIA, "loss_masks", *(_SAMPLING if points else ()))
     if matcher:
         _check_overrides(module.matcher, _MATCHERS)  # type: ignore[arg-type]
-    return Replacement(
-        module, ("forward", _LOSSES[term]), ("forward", _MATCHES[term]), sampled=term != "focal"
-    )
+    losses = _oneformer_losses if base.__name__ == "OneFormerLoss" else _LOSSES[term]
+    return Replacement(module, ("forward", losses), ("forward", _MATCHES[term]), sampled=term != "focal")
 
 
 def _check_overrides(module: nn.Module, names: Container[str], *methods: str) -> None:
@@ -76,9 +75,6 @@ def _losses(
     auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
     *,
     points: bool = False,
-    contrastive_queries_logits: Tensor | None = None,
-    text_queries: Tensor | None = None,
-    calculate_contrastive_loss: bool = False,
 ) -> dict[str, Tensor]:
     """``criterion.forward``: the unweighted losses by name; those of auxiliary output i end in ``_i``."""
     auxiliary = auxiliary_predictions or ()
@@ -105,6 +101,25 @@ def _losses(
         losses[f"loss_dice{suffix}"] = dice / num_masks
         for key, value in criterion.loss_labels(logits, class_labels, matching).items():
             losses[f"{key}{suffix}"] = value
+    return losses
+
+
+def _oneformer_losses(
+    criterion: Any,
+    masks_queries_logits: Tensor,
+    class_queries_logits: Tensor,
+    contrastive_queries_logits: Tensor | None,
+    mask_labels: Sequence[Tensor],
+    class_labels: Sequence[Tensor],
+    text_queries: Tensor | None,
+    auxiliary_predictions: Sequence[Mapping[str, Tensor]] | None = None,
+    calculate_contrastive_loss: bool = True,
+    *,
+    points: bool = False,
+) -> dict[str, Tensor]:
+    """``criterion.forward`` of OneFormer, which takes more."""
+    outputs = masks_queries_logits, class_queries_logits, mask_labels, class_labels
+    losses = _losses(criterion, "bce", *outputs, auxiliary_predictions, points=points)
     if calculate_contrastive_loss:
         losses.update(criterion.loss_contrastive(contrastive_queries_logits, text_queries))
     return losses

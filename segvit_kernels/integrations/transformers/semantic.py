@@ -24,6 +24,7 @@ _RESIZED: dict[str, tuple[int, int] | str | None] = {
     "EomtDinov3ForUniversalSegmentationOutput": "size",
     "VideomtForUniversalSegmentationOutput": None,
 }
+_IN_FLOAT32 = "VideomtForUniversalSegmentationOutput"  # whatever the dtype of the logits
 
 
 @torch.no_grad()
@@ -94,8 +95,10 @@ def post_process_semantic_segmentation(
             f"outputs is a {name}; expected one of {', '.join(_RESIZED)}, or with direct=True anything that "
             "has class_queries_logits and masks_queries_logits"
         )
-    masks = outputs.masks_queries_logits
-    class_probs = outputs.class_queries_logits.softmax(-1)[..., :-1]
+    masks, classes = outputs.masks_queries_logits, outputs.class_queries_logits
+    if base.__name__ == _IN_FLOAT32:
+        masks, classes = masks.float(), classes.float()
+    class_probs = classes.softmax(-1)[..., :-1]
     windows: list[tuple[int, int, int]] = []
     for image, start, end in getattr(outputs, "patch_offsets", None) or ():
         windows.append((int(image), int(start), int(end)))
