@@ -14,8 +14,10 @@ from pathlib import Path
 from segvit.data.inspection import Facts, colour_text
 from segvit.data.labels import Reading
 
-__all__ = ["Coding", "choose_coding"]
+__all__ = ["FORMS", "Coding", "choose_coding"]
 
+FORMS = frozenset(("number", "palette", "bilevel", "grey", "colour"))
+"""Of label maps: see `segvit.data.pictures.StoredLabel`."""
 _LOOKED_AT = ("bilevel", "grey", "palette")  # forms that are made to be seen
 _Pair = tuple[int, int]  # a number and its colour
 

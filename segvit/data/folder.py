@@ -133,9 +133,11 @@ class SegmentationFolder(Dataset):
                 f"value without class is ignored by --label-mapping, 0 by --reduce-zero-label)"
             )
         self._seen: set[int] | None = None
+        self._coding, self._coding_told = Coding(), False
         if meaning and all((index or 0) < self.num_classes for index in meaning["values"].values()):
             mapping = {int(value): index for value, index in meaning["values"].items()}
             self._seen = set(meaning["seen"])
+            self._coding, self._coding_told = Coding(frozenset(meaning["by_colour"]), meaning["white"]), True
         self._mapping, self._wanted = mapping, reduce_zero_label
         self._zero = "ignored" if classes is not None and classes.ade20k else self.layout.zero
         self._colours: dict[int, int | None] = {}
@@ -145,7 +147,6 @@ class SegmentationFolder(Dataset):
         elif self._seen is not None and meaning:
             self._colours = {int(code, 16): index for code, index in meaning["colours"].items()}
         self._summary: Summary | None = None
-        self._coding = Coding()
         if self._needs_all or (mapping is None and reduce_zero_label == "auto"):
             self._decide()
         else:
@@ -184,9 +185,12 @@ class SegmentationFolder(Dataset):
         return self.reading.reduce_zero_label
 
     def meaning(self) -> dict[str, Any]:
-        """What stored values ("values") and colours ("colours", hexadecimal) mean, a class or None, and which
-        values there are ("seen", once they were looked at): of JSON's types, for another folder."""
+        """What stored values ("values") and colours ("colours", hexadecimal) mean, a class or None, which of
+        both counts ("by_colour" and "white", of a `Coding`), and which values there are ("seen", once they
+        were looked at): of JSON's types, for another folder."""
         return {
+            "by_colour": sorted(self._coding.by_colour),
+            "white": self._coding.white,
             "values": {str(value): index for value, index in sorted(self.reading.table.items())},
             "colours": {f"{code:06x}": index for code, index in self._colours.items()},
             "seen": sorted(self._summary.values) if self._summary else [],
@@ -200,12 +204,13 @@ class SegmentationFolder(Dataset):
             own = self._decided(summary, None).table
         except ValueError:  # they do not say anything
             own = self._mapping
+        before = spans(sorted(self._seen)) if self._seen else "colours"
         for value in sorted(summary.values.keys() - self._seen):
             if value not in self._mapping or own.get(value) != self._mapping[value]:
                 raise ValueError(
                     f"{summary.where.get(value, self.root)}: label value {value} was not in the data that "
-                    f"the model was trained with ({spans(sorted(self._seen))}); say what the values "
-                    "mean here: --reduce-zero-label, --no-reduce-zero-label or --label-mapping"
+                    f"the model was trained with ({before}); say what the values mean here: "
+                    "--reduce-zero-label, --no-reduce-zero-label or --label-mapping"
                 )
 
     @property
@@ -253,14 +258,15 @@ class SegmentationFolder(Dataset):
         if all(one.problem for some in facts.values() for one in some):
             raise ValueError(self._problem)
         labels = {split: [label for _, label in pairs] for split, pairs in groups.items()}
-        self._coding = choose_coding(
-            [one for some in facts.values() for one in some],
-            [label for some in labels.values() for label in some],
-            self._colours,
-            self.num_classes,
-            mapping=self._mapping,
-            reduced=self._wanted is True,
-        )
+        if not self._coding_told:
+            self._coding = choose_coding(
+                [one for some in facts.values() for one in some],
+                [label for some in labels.values() for label in some],
+                self._colours,
+                self.num_classes,
+                mapping=self._mapping,
+                reduced=self._wanted is True,
+            )
         summaries = {split: summarize(facts[split], labels[split], self._coding.code) for split in groups}
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:

@@ -27,6 +27,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from segvit.data.coding import FORMS
 from segvit.options import TrainConfig
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
@@ -90,8 +91,11 @@ def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
         tables = [(found["values"], 10), (found["colours"], 16)]
         keys = [int(key, base) for table, base in tables for key in table]
         classes = [index for table, _ in tables for index in table.values() if index is not None]
-        if not all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in (*keys, *classes, *found["seen"])):
+        numbers = [*keys, *classes, *found["seen"], found["white"]]
+        if not all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in numbers):
             raise TypeError
+        if not set(found["by_colour"]) <= FORMS:
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
             f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote"
@@ -230,6 +234,11 @@ def _compare_labels(before: dict[str, Any], now: dict[str, Any]) -> None:
             return "unknown"
         return "ignored" if table[key] is None else f"class {table[key]}"
 
+    if (before["by_colour"], before["white"]) != (now["by_colour"], now["white"]):
+        raise ValueError(
+            "resume: the label maps count by colour or by number otherwise than when the run began: "
+            f"{', '.join(now['by_colour'])} by colour, was {', '.join(before['by_colour'])}"
+        )
     for part in ("values", "colours"):
         was, has = before[part], now[part]
         for key in (*was, *has):

@@ -290,6 +290,30 @@ def test_colours_mean_what_they_did_in_training(tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["grey levels", "palette", "bit"])
+def test_forms_count_as_they_did_in_training(tmp_path, form):
+    """By colour or by number, also where the names file is not there or alone would decide otherwise."""
+    values = np.zeros((8, 8), np.uint8)
+    values[:2], names = 1, "white 255 255 255\nblack 0 0 0\n"
+    picture = Image.fromarray(values, "P")
+    picture.putpalette([0, 0, 0, 255, 255, 255, 9, 9, 9])
+    picture = {"grey levels": Image.fromarray(255 * values), "bit": Image.fromarray(values > 0)}.get(
+        form, picture
+    )
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            picture.save(tmp_path / kind / split / "a.png")
+    (tmp_path / "names.txt").write_text(names)
+    training = SegmentationFolder(tmp_path)
+    training.check()
+    meaning = json.loads(json.dumps(training.meaning()))
+    (tmp_path / "names.txt").write_text("white\nblack\n")
+    held = SegmentationFolder(tmp_path, "validation", meaning=meaning)
+    held.check()
+    assert torch.equal(held[0]["label"], training[0]["label"]) and held[0]["label"][0, 0] == 0
+
+
 def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     pytest.importorskip("lightning_fabric", reason="needs the extra train")
     from segvit import BackboneConfig, SegViT, SegViTConfig
@@ -300,6 +324,7 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     SegViT(config).save_pretrained(tmp_path / "model")
     write_labels(tmp_path / "data", [0, 1, 2], "validation")
     meaning = {"values": {"0": 2, "1": 0, "2": None}, "colours": {}, "seen": [0, 1, 2]}
+    meaning |= {"by_colour": ["colour"], "white": 1}
     (tmp_path / "model/data.json").write_text(json.dumps({"labels": meaning}))
 
     def pixels(*words):

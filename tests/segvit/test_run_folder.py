@@ -108,6 +108,7 @@ def test_evaluation_takes_pictures_one_by_one_where_memory_is_too_small():
 
 
 MEANING = {"values": {"0": None, "1": 0, "255": None}, "colours": {}, "seen": [0, 1]}
+MEANING |= {"by_colour": ["colour"], "white": 1}
 
 
 def test_another_meaning_of_the_labels(run):
@@ -123,6 +124,11 @@ def test_another_meaning_of_the_labels(run):
     with pytest.raises(ValueError, match=r"began: ff0000 is class 1, was unknown$"):
         colours = {"labels": {**MEANING, "colours": {"ff0000": 1}}}
         go_on(run, {**SAMPLES, **colours}, label_mapping="moved.json")
+    with pytest.raises(
+        ValueError, match=r"otherwise than when the run began: colour, grey by colour, was colour$"
+    ):
+        forms = {"labels": {**MEANING, "by_colour": ["colour", "grey"]}}
+        go_on(run, {**SAMPLES, **forms}, label_mapping="moved.json")
     # Every checkpoint has it.
     Checkpoints(run.out).save(3, lambda folder: (folder / "trainer.pt").write_text("state"))
     assert meaning_of(Checkpoints(run.out).newest()) == MEANING
