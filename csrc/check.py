@@ -18,8 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-import build
 import sanitizer
+
+import build
 
 SOURCES = [p.stem for p in sorted((build.HERE / "cuda").iterdir()) if p.suffix in (".cu", ".cpp")]
 TESTS = [f"tests/kernels/test_{stem}.py" for stem in SOURCES if stem in build.OPERATORS]

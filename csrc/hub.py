@@ -19,8 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import build as native
 import wheels
+
+import build as native
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = 1  # of the interface: grows when a name or an argument goes
