@@ -108,8 +108,8 @@ class InferenceEngine:
     def __call__(self, images: Tensor) -> Tensor:
         """Label maps (B, H, W) of uint8 images (B, 3, H, W): uint8, int16 for more than 256 classes.
 
-        The result is the caller's own; a later call does not change it. Calls of one engine belong on one
-        stream at a time: a CUDA graph has one set of buffers.
+        The result is the caller's own; a later call does not change it. Threads and streams may share an
+        engine: a CUDA graph has one set of buffers, at which they take turns.
 
         Raises:
             ValueError: images of another shape, dtype or device than the engine was made for.
