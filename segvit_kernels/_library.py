@@ -84,7 +84,8 @@ def backend(name: str) -> Iterator[None]:
 def record_backends() -> Iterator[dict[str, set[str]]]:
     """Collect, for every operator that runs inside the ``with`` block, the backends that it took.
 
-    Process wide, like :func:`backend`. Yields a dict that fills: operator name -> names of backends.
+    Process wide, like :func:`backend`; of blocks within each other the inner one. Yields a dict that fills:
+    operator name -> names of backends.
     """
     record: dict[str, set[str]] = {}
     _records.append(record)
@@ -234,7 +235,7 @@ class Operator:
     def __call__(self, args: Sequence[Any], argument: str | None) -> Any:
         device = _device(args)
         name = self.select(device, args, argument)
-        for record in _records:
+        for record in _records[-1:]:
             record.setdefault(self.name, set()).add(name)
         if name != "eager":
             kernel = self.kernels.get(name) or self.kernel(name, device)

@@ -178,8 +178,10 @@ def test_checkpoints_and_their_earlier_form(model, tmp_path):
     new, notes = init_from(tmp_path / "v2", 6, {"class_names": names, "decoder": "segvitv2"})
     assert notes == ["5 of 6 classes taken over by name; fresh: x"]
     assert torch.equal(new.decoder.class_tokens[:5], model.decoder.class_tokens[1:].flip(0))
-    new, notes = init_from(tmp_path / "v2", 6, {})
-    assert notes == ["backbone taken, not the decoder segvitv2"] and new.config.decoder == "atm"
+    assert init_from(tmp_path / "v2", 6, {})[0].config.decoder == "segvitv2"
+    new, notes = init_from(tmp_path / "v2", 6, {"decoder": "atm"})
+    assert "backbone taken, not the decoder segvitv2: atm starts afresh" in notes[-1]
+    assert new.config.decoder == "atm"
 
     config = SegViTConfig.preset("vit_tiny", 3)
     assert "decoder" not in config.to_dict()  # as it was written before there was a choice
