@@ -14,10 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_smoke(parser)
     parser.add_argument("--threads", type=_options.positive, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument(
-        "--seconds", type=float, default=110.0, help="of each run of `bench kernels` (default %(default)s)"
+        "--seconds",
+        type=float,
+        default=240.0,
+        help="of each run of `bench kernels` at most (default %(default)s)",
     )
     parser.add_argument(
-        "--rounds", type=_options.positive, default=9, help="samples of a peer (default %(default)s)"
+        "--rounds", type=_options.positive, default=5, help="samples of a peer (default %(default)s)"
     )
 
 
