@@ -172,7 +172,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, Subject]]:
             _Lookup({int(value): index for value, index in found["values"].items()}, 255)
 
     labels = {"values": {"0": None, "1": 0, "255": None}, "colours": {"ff0000": 0}, "seen": [0, 1]}
-    labels |= {"by_colour": ["colour"], "white": 1}
+    labels |= {"by_colour": ["colour"], "forms": ["colour", "number"], "white": 1}
     yield "meaning", at("data.json", meaning, [_json({"labels": labels})], share=2)
     yield (
         "cache",

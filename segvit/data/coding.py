@@ -29,12 +29,14 @@ class Coding:
     Attributes:
         by_colour: forms of label maps (see `segvit.data.pictures.StoredLabel`) that count by colour; the
             others count by number.
+        forms: those of which this was decided; the data set has no others.
         white: the number that 1 of a bilevel one stands for.
         rivals: numbers that count although the names file has their colours too, each with a label map, where
             it has not all colours; the first that it has not, with a label map, is `lacking`.
     """
 
     by_colour: frozenset[str] = frozenset({"colour"})
+    forms: frozenset[str] = frozenset()
     white: int = 1
     rivals: Mapping[_Pair, Path] = field(default_factory=dict)
     lacking: tuple[int, Path] | None = None
@@ -66,6 +68,7 @@ def choose_coding(
     *,
     mapping: Mapping[int, int | None] | None = None,
     reduced: bool = False,
+    told: Coding | None = None,
 ) -> Coding:
     """By colour where the names file has the colours of all label maps of a form.
 
@@ -76,6 +79,7 @@ def choose_coding(
         num_classes: of which numbers may speak.
         mapping: what the user said that numbers mean: then they are no colours.
         reduced: the user said that 0 means ignore.
+        told: what was decided of other data; forms that these had count as they did there.
 
     Raises:
         ValueError: bilevel label maps whose 1 could be the number 1, or 255 as in others.
@@ -97,30 +101,35 @@ def choose_coding(
     numbers = {number for number, _ in seen.get("number", ())}
     if numbers and known("number") and (by_colour & seen.keys() or max(numbers) > num_classes):
         by_colour.add("number")
+    if told:
+        by_colour = (by_colour - told.forms) | told.by_colour
     # Of numbers in one channel 0 and 255 alone are colours to look at.
     doubtful: list[str] = [form for form in _LOOKED_AT if form in seen.keys() - by_colour]
     if "number" not in by_colour and numbers == {0, 255} and num_classes == 2:
         doubtful.append("number")
-    pairs = {pair: path for form in doubtful for pair, path in seen[form].items()}
+    decided = told.forms if told else frozenset[str]()
+    pairs = {pair: path for form in doubtful if form not in decided for pair, path in seen[form].items()}
     lacking = next(((colour, path) for (_, colour), path in pairs.items() if colour not in colours), None)
     rivals = {pair: path for pair, path in pairs.items() if pair[1] in colours}
     by_number = {form: pairs for form, pairs in seen.items() if form not in by_colour}
     settled = mapping.keys() if mapping is not None else {255} if num_classes == 2 and not reduced else ()
-    return Coding(frozenset(by_colour), _white(by_number, settled), rivals, lacking)
+    white = told.white if told else _white(by_number, settled)
+    return Coding(frozenset(by_colour), decided | seen.keys() | by_colour, white, rivals, lacking)
 
 
 def _white(seen: Mapping[str, Mapping[_Pair, Path]], settled: Collection[int]) -> int:
-    """1 of bilevel label maps as a number: 255 where that is white in all others, which are black else.
-
-    `settled` are numbers that have a meaning then.
+    """1 of bilevel label maps as a number: 255 where that is white in all others, which are black else; also
+    where there is none, for other data. `settled` are numbers that have a meaning then.
     """
     bilevel = dict(seen.get("bilevel", {})).get((1, 0xFFFFFF))
     others = {pair: path for form, pairs in seen.items() if form != "bilevel" for pair, path in pairs.items()}
     white = others.get((255, 0xFFFFFF))
-    if bilevel is None or white is None or others.keys() - {(0, 0), (255, 0xFFFFFF)} or 1 in settled:
+    if white is None or others.keys() - {(0, 0), (255, 0xFFFFFF)} or 1 in settled:
         return 1
     if 255 in settled:
         return 255
+    if bilevel is None:
+        return 1
     raise ValueError(
         f"{bilevel}: one bit a pixel, of which 1 is white, and in {white} white is 255: whether 1 means "
         "class 1 or the same as 255 is unknown; store all label maps alike, or give --label-mapping"

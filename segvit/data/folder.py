@@ -132,19 +132,24 @@ class SegmentationFolder(Dataset):
                 f"ignore_index: got {ignore_index}, which is one of the {self.num_classes} classes (a stored "
                 f"value without class is ignored by --label-mapping, 0 by --reduce-zero-label)"
             )
-        self._seen: set[int] | None = None
-        self._coding, self._coding_told = Coding(), False
-        if meaning and all((index or 0) < self.num_classes for index in meaning["values"].values()):
-            mapping = {int(value): index for value, index in meaning["values"].items()}
+        self._seen: set[int] = set()
+        self._coding = Coding()
+        self._told: Coding | None = None
+        if meaning and any((index or 0) >= self.num_classes for index in meaning["values"].values()):
+            meaning = None  # of other classes, which is for whoever compares them
+        if meaning:
             self._seen = set(meaning["seen"])
-            self._coding, self._coding_told = Coding(frozenset(meaning["by_colour"]), meaning["white"]), True
+            if self._seen:  # else all counted by colour, and no number meant anything
+                mapping = {int(value): index for value, index in meaning["values"].items()}
+            forms = (frozenset(meaning[key]) for key in ("by_colour", "forms"))
+            self._coding = self._told = Coding(*forms, meaning["white"])
         self._mapping, self._wanted = mapping, reduce_zero_label
         self._zero = "ignored" if classes is not None and classes.ade20k else self.layout.zero
         self._colours: dict[int, int | None] = {}
         if classes is not None and classes.colours:
             self._colours = {_packed(colour): index for index, colour in enumerate(classes.colours)}
             self._colours |= {_packed(colour): None for colour in classes.ignored}
-        elif self._seen is not None and meaning:
+        elif meaning:
             self._colours = {int(code, 16): index for code, index in meaning["colours"].items()}
         self._summary: Summary | None = None
         if self._needs_all or (mapping is None and reduce_zero_label == "auto"):
@@ -186,10 +191,11 @@ class SegmentationFolder(Dataset):
 
     def meaning(self) -> dict[str, Any]:
         """What stored values ("values") and colours ("colours", hexadecimal) mean, a class or None, which of
-        both counts ("by_colour" and "white", of a `Coding`), and which values there are ("seen", once they
-        were looked at): of JSON's types, for another folder."""
+        both counts ("by_colour", "forms" and "white", of a `Coding`), and which values there are ("seen",
+        once they were looked at): of JSON's types, for another folder."""
         return {
             "by_colour": sorted(self._coding.by_colour),
+            "forms": sorted(self._coding.forms),
             "white": self._coding.white,
             "values": {str(value): index for value, index in sorted(self.reading.table.items())},
             "colours": {f"{code:06x}": index for code, index in self._colours.items()},
@@ -198,13 +204,13 @@ class SegmentationFolder(Dataset):
 
     def _confirm(self, summary: Summary) -> None:
         """Refuse values that the meaning taken over has not seen and that these files alone give another."""
-        if self._seen is None or self._mapping is None:
+        if not self._seen or self._mapping is None:
             return
         try:
             own = self._decided(summary, None).table
         except ValueError:  # they do not say anything
             own = self._mapping
-        before = spans(sorted(self._seen)) if self._seen else "colours"
+        before = spans(sorted(self._seen))
         for value in sorted(summary.values.keys() - self._seen):
             if value not in self._mapping or own.get(value) != self._mapping[value]:
                 raise ValueError(
@@ -258,15 +264,15 @@ class SegmentationFolder(Dataset):
         if all(one.problem for some in facts.values() for one in some):
             raise ValueError(self._problem)
         labels = {split: [label for _, label in pairs] for split, pairs in groups.items()}
-        if not self._coding_told:
-            self._coding = choose_coding(
-                [one for some in facts.values() for one in some],
-                [label for some in labels.values() for label in some],
-                self._colours,
-                self.num_classes,
-                mapping=self._mapping,
-                reduced=self._wanted is True,
-            )
+        self._coding = choose_coding(
+            [one for some in facts.values() for one in some],
+            [label for some in labels.values() for label in some],
+            self._colours,
+            self.num_classes,
+            mapping=None if self._seen else self._mapping,
+            reduced=self._wanted is True,
+            told=self._told,
+        )
         summaries = {split: summarize(facts[split], labels[split], self._coding.code) for split in groups}
         whole = Summary.of(summaries.values())
         if unknown := [colour for colour in whole.colours if colour not in self._colours]:

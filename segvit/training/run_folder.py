@@ -65,8 +65,12 @@ def samples_of(training: Any, validation: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"classes": list(training.class_names or []), "labels": None}
     meanings = [dataset.meaning() for dataset in (training, validation) if hasattr(dataset, "meaning")]
     if meanings:
-        seen = {value for meaning in meanings for value in meaning["seen"]}
-        result["labels"] = {**meanings[0], "seen": sorted(seen)}
+        labels = dict(meanings[0])
+        for other in meanings[1:]:  # training and validation agree on what they share
+            new = set(other["by_colour"]) - set(labels["forms"])
+            for key, more in (("by_colour", new), ("forms", other["forms"]), ("seen", other["seen"])):
+                labels[key] = sorted({*labels[key], *more})
+        result["labels"] = labels
     for split, dataset in (("training", training), ("validation", validation)):
         digest = None
         if files := getattr(dataset, "files", None):
@@ -88,13 +92,14 @@ def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
     if found is None:
         return None
     try:
+        found = {"forms": sorted(FORMS), **found}
         tables = [(found["values"], 10), (found["colours"], 16)]
         keys = [int(key, base) for table, base in tables for key in table]
         classes = [index for table, _ in tables for index in table.values() if index is not None]
         numbers = [*keys, *classes, *found["seen"], found["white"]]
         if not all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in numbers):
             raise TypeError
-        if not set(found["by_colour"]) <= FORMS:
+        if not {*found["by_colour"], *found["forms"]} <= FORMS:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
@@ -162,20 +167,20 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if config.resume:
             labels, now_labels = meaning_of(folder), samples["labels"]
+            windows = [config.evaluate_window] * 2
             if (folder / "config.yaml").is_file():
                 before = _options(read_text(folder / "config.yaml"), folder / "config.yaml")
                 now = _options(text, "options")
                 places = _PLACES if record.is_file() else set()
                 mapping = {"label_mapping"} if labels and now_labels else set()
                 _compare_options(before, now, folder, places | mapping, say)
-                if before.get("evaluate_window") != now["evaluate_window"]:
-                    _forget_scores(
-                        folder, f"{before.get('evaluate_window')} -> {now['evaluate_window']}", say
-                    )
+                windows = [options.get("evaluate_window") for options in (before, now)]
             if labels and now_labels:
                 _compare_labels(labels, now_labels)
             _compare_samples(record, samples)
             samples = {**samples, "labels": now_labels or labels}  # shards do not say
+            if windows[0] != windows[1]:  # nothing is refused any more
+                _forget_scores(folder, f"{windows[0]} -> {windows[1]}", say)
         elif Checkpoints(folder).newest():
             raise ValueError(f"out: {folder} already holds a run; use --resume, or another folder")
         _write(folder / "config.yaml", text)
@@ -234,10 +239,14 @@ def _compare_labels(before: dict[str, Any], now: dict[str, Any]) -> None:
             return "unknown"
         return "ignored" if table[key] is None else f"class {table[key]}"
 
-    if (before["by_colour"], before["white"]) != (now["by_colour"], now["white"]):
+    def count(labels: dict[str, Any]) -> str:
+        white = f", white of one bit as {labels['white']}" if "bilevel" in now["forms"] else ""
+        return f"{', '.join(labels['by_colour'])} by colour{white}"
+
+    if count(before) != count(now):
         raise ValueError(
             "resume: the label maps count by colour or by number otherwise than when the run began: "
-            f"{', '.join(now['by_colour'])} by colour, was {', '.join(before['by_colour'])}"
+            f"{count(now)}, was {count(before)}"
         )
     for part in ("values", "colours"):
         was, has = before[part], now[part]

@@ -314,6 +314,51 @@ def test_forms_count_as_they_did_in_training(tmp_path, form):
     assert torch.equal(held[0]["label"], training[0]["label"]) and held[0]["label"][0, 0] == 0
 
 
+FORMS = {  # of classes 0 and 1 ("first", "second") as `write_form` draws them
+    "number": lambda values: Image.fromarray(values),
+    "0 and 255": lambda values: Image.fromarray(255 * values),
+    "bit": lambda values: Image.fromarray(values > 0),
+    "colour": lambda values: Image.fromarray(np.stack([255 * values] * 3, -1)),
+    "palette": lambda values: Image.fromarray(1 - values),
+}
+
+
+def write_form(root, form, names):
+    values = np.zeros((8, 8), np.uint8)
+    values[:2] = 1
+    picture = FORMS[form](values)
+    if form == "palette":
+        picture = Image.frombytes("P", picture.size, picture.tobytes())
+        picture.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+            picture.save(root / kind / split / "a.png")
+    (root / "names.txt").write_text(names)
+    return root, values
+
+
+@pytest.mark.parametrize(
+    "form, other, names",
+    [
+        ("number", "palette", "first 0 0 0\nsecond 255 255 255\n"),
+        ("number", "colour", "first 0 0 0\nsecond 255 255 255\n"),
+        ("colour", "palette", "first 0 0 0\nsecond 255 255 255\n"),
+        ("bit", "0 and 255", "first 0 0 0\nsecond 255 255 255\n"),
+        ("0 and 255", "bit", "first\nsecond\n"),
+        ("0 and 255", "colour", "first\nsecond\n"),
+    ],
+)
+def test_forms_that_training_had_not_count_as_their_folder_says(tmp_path, form, other, names):
+    training = SegmentationFolder(write_form(tmp_path / "training", form, names)[0])
+    training.check()
+    meaning = json.loads(json.dumps(training.meaning()))
+    root, values = write_form(tmp_path / "held", other, names)
+    held = SegmentationFolder(root, "validation", meaning=meaning)
+    held.check()
+    assert (held[0]["label"].numpy() == values).all()
+
+
 def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     pytest.importorskip("lightning_fabric", reason="needs the extra train")
     from segvit import BackboneConfig, SegViT, SegViTConfig

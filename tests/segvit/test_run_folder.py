@@ -81,6 +81,9 @@ def test_another_evaluation_window_begins_scores_anew(run):
     score = {"result": {"step": 2, "miou": 0.5}, "best": 0.5, "best_step": 2, "since_best": 0}
     Checkpoints(run.out).evaluated(2, score)
     assert go_on(run) == [] and json.loads((folder / "evaluation.json").read_text()) == score
+    with pytest.raises(ValueError, match="the classes of the data are not those"):
+        go_on(run, {**SAMPLES, "classes": ["other"]}, evaluate_window=64)
+    assert json.loads((folder / "evaluation.json").read_text()) == score
     assert go_on(run, evaluate_window=64) == [
         "evaluate_window None -> 64: best and patience count from here on"
     ]
@@ -108,7 +111,7 @@ def test_evaluation_takes_pictures_one_by_one_where_memory_is_too_small():
 
 
 MEANING = {"values": {"0": None, "1": 0, "255": None}, "colours": {}, "seen": [0, 1]}
-MEANING |= {"by_colour": ["colour"], "white": 1}
+MEANING |= {"by_colour": ["colour"], "forms": ["colour", "number"], "white": 1}
 
 
 def test_another_meaning_of_the_labels(run):
@@ -125,10 +128,18 @@ def test_another_meaning_of_the_labels(run):
         colours = {"labels": {**MEANING, "colours": {"ff0000": 1}}}
         go_on(run, {**SAMPLES, **colours}, label_mapping="moved.json")
     with pytest.raises(
-        ValueError, match=r"otherwise than when the run began: colour, grey by colour, was colour$"
+        ValueError, match=r"otherwise than when the run began: colour, grey by colour, was colour by colour$"
     ):
         forms = {"labels": {**MEANING, "by_colour": ["colour", "grey"]}}
         go_on(run, {**SAMPLES, **forms}, label_mapping="moved.json")
+    # White of one bit is compared where there is such a label map.
+    white = {"labels": {**MEANING, "white": 255}}
+    assert go_on(run, {**SAMPLES, **white}, label_mapping="moved.json") == []
+    white["labels"]["forms"] = ["bilevel", "colour", "number"]
+    assert go_on(run, {**SAMPLES, **white}, label_mapping="moved.json") == []
+    with pytest.raises(ValueError, match=r"white of one bit as 1, was colour by colour, .* as 255$"):
+        go_on(run, {**SAMPLES, "labels": {**white["labels"], "white": 1}}, label_mapping="moved.json")
+    assert go_on(run, {**SAMPLES, "labels": MEANING}, label_mapping="moved.json") == []
     # Every checkpoint has it.
     Checkpoints(run.out).save(3, lambda folder: (folder / "trainer.pt").write_text("state"))
     assert meaning_of(Checkpoints(run.out).newest()) == MEANING
