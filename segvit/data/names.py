@@ -18,6 +18,8 @@ _COLOUR = re.compile(r"(?<![\s,;])[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3
 _HEADER = re.compile(r"^name[\s,;]+r\w*[\s,;]+g\w*[\s,;]+b\w*$", re.IGNORECASE)
 _IGNORE = "ignore"
 _SIDE = re.compile(r"(?<![A-Za-z])([Ll]eft|LEFT|[Rr]ight|RIGHT)(?![a-z])|(?<=[a-z])(Left|Right)(?![a-z])")
+_OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+_OTHER_SIDE |= {right: left for left, right in _OTHER_SIDE.items()}
 
 
 class ClassList(NamedTuple):
@@ -92,15 +94,17 @@ def read_classes(path: str | Path) -> ClassList:
 def mirrored_classes(names: Sequence[str] | None) -> list[tuple[int, int]]:
     """Pairs of classes that mirroring exchanges: their names differ in the words left and right alone.
 
-    ("left arm", "head", "right arm") -> [(0, 2)]; also Left-arm and leftArm.
+    ("left arm", "head", "right arm") -> [(0, 2)]; also Left-arm and leftArm. A class is in one pair at most.
     """
-    places = {name.casefold(): index for index, name in enumerate(names or ())}
-    pairs = []
-    for index, name in enumerate(names or ()):
-        other = _SIDE.sub(lambda word: "right" if word[0].lower() == "left" else "left", name)
-        if index < places.get(other.casefold(), -1):
-            pairs.append((index, places[other.casefold()]))
-    return pairs
+    places = {name: index for index, name in enumerate(names or ())}
+    alike = {name.casefold(): index for name, index in places.items()}
+    partners: dict[int, int] = {}
+    for name, index in places.items():
+        other = _SIDE.sub(lambda word: _OTHER_SIDE[word[0]], name)
+        place = places.get(other, alike.get(other.casefold(), index)) if other != name else index
+        if index < place and not {index, place} & {*partners, *partners.values()}:
+            partners[index] = place
+    return list(partners.items())
 
 
 def _refuse_twice(path: Path, what: str, items: list[str]) -> None:

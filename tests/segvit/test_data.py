@@ -388,7 +388,9 @@ def test_classes_that_mirroring_exchanges():
     names = ["Left-arm", "head", "right-arm", "leftShoe", "rightShoe", "shoe (left)", "copyright", "copyleft"]
     names += ["left of the right eye", "right of the left eye", "bright", "left knee", "shoe (Right)"]
     assert mirrored_classes(names) == [(0, 2), (3, 4), (5, 12), (8, 9)]
-    assert mirrored_classes(None) == mirrored_classes(["a", "b"]) == []
+    assert mirrored_classes(None) == mirrored_classes(["a", "b"]) == mirrored_classes(["Car", "car"]) == []
+    assert mirrored_classes(["left", "Left", "right"]) == [(0, 2)]
+    assert mirrored_classes(["Left", "left", "right", "Right"]) == [(0, 3), (1, 2)]
 
 
 def test_mirrored_labels_have_left_and_right_exchanged():
