@@ -15,6 +15,9 @@ __all__ = ["Samples", "is_deep_tiff", "is_reduced", "png_samples", "pnm_samples"
 
 _BITS, _PHOTOMETRIC, _EXTRA_SAMPLES = 258, 262, 338
 _RGB, _PREMULTIPLIED = 2, 1
+# Where formats that Pillow decodes to 8 or 16 bits say how many they have: a byte in the head.
+_DEPTHS = {"JPEG2000": rb"\A\xffO\xffQ.{38}(.)|ihdr.{10}(.)", "AVIF": rb"av1C..(.)"}
+_HEAD = 1 << 16
 
 
 class Samples(NamedTuple):
@@ -26,12 +29,26 @@ class Samples(NamedTuple):
 
 def is_reduced(image: Any) -> bool:
     """Whether Pillow would keep 8 bits of more, or scale samples; of pictures that it has not read yet."""
-    if not getattr(image, "tile", None):
+    if not getattr(image, "tile", None) or image.mode == "1":
         return False
+    if image.format in _DEPTHS:
+        return (bits := _coded_bits(image)) > 8 and (bits, image.mode[0]) != (16, "I")
     codec, _, _, layout = image.tile[0]
     if codec in ("ppm", "ppm_plain"):
         return layout[1] != 255
     return image.mode[0] not in "IF" and (codec == "SGI16" or ";16" in str(layout))
+
+
+def _coded_bits(image: Any) -> int:
+    """Of each sample of an opened JPEG 2000 or AVIF; of the latter 10 stands for 10 and 12."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    found = re.search(_DEPTHS[image.format], image.fp.read(_HEAD), re.DOTALL)
+    image.fp.seek(place)
+    byte = ord(found[found.lastindex or 0]) if found else 0
+    if image.format == "AVIF":
+        return 10 if byte & 0x40 else 8
+    return (byte & 0x7F) + 1
 
 
 def is_deep_tiff(image: Any) -> bool:
@@ -77,14 +94,15 @@ def png_samples(image: Any) -> Samples | None:
 
 
 def pnm_samples(image: Any) -> Samples | None:
-    """Of an opened PGM or PPM with another largest value than 255 or 65535; None for all others.
+    """Of an opened PGM or PPM with another largest value than 255 or 65535; None for all others, of Pillow's
+    own kinds with transparency or CMYK too.
 
     A largest value of 1 makes them black and white, dtype bool.
 
     Raises:
         ValueError: it is damaged.
     """
-    if image.format != "PPM" or not is_reduced(image):
+    if image.format != "PPM" or len(image.getbands()) == 4 or not is_reduced(image):
         return None
     codec, _, offset, (mode, white) = image.tile[0]
     shape = (*image.size[::-1], 3 if mode == "RGB" else 1)

@@ -414,7 +414,7 @@ def _label_samples(image: Any, path: Path) -> tuple[np.ndarray, np.ndarray | Non
         return values[..., 0] if values.shape[-1] == 1 else values, None
     if is_reduced(image):
         raise _WholeMessageError(
-            f"{path}: a {image.format} label map of more than 8 bits of a kind of which 8 are read; store PNG"
+            f"{path}: a {image.format} label map of a kind whose samples are not read in full; store PNG"
         )
     _load(image)
     turn = _orientation(image)
@@ -546,8 +546,8 @@ def _from_pil(image: Any, channels: int, value_range: Range, name: Any) -> np.nd
         return _fit_channels(_on_white(stored.values, channels, full), channels, name)
     if value_range is not None and is_reduced(image):
         raise _WholeMessageError(
-            f"{name}: value_range: got a {image.format} of more than 8 bits of a kind of which 8 are read, "
-            "expected PNG, or TIFF of grey or RGB"
+            f"{name}: value_range: got a {image.format} of more than 8 bits of a kind that is not read in "
+            "full, expected PNG, or TIFF of grey or RGB"
         )
     _load(image)
     turn = _orientation(image)

@@ -416,8 +416,48 @@ def test_a_range_is_refused_where_depth_is_lost(tmp_path):
     assert read_image(file).shape == (3, 6, 9)
     with pytest.raises(ValueError, match=r"a\.tif: value_range: got a TIFF of more than 8 bits"):
         read_image(file, 3, (0, 4095))
-    with pytest.raises(ValueError, match=r"a\.tif: a TIFF label map of more than 8 bits of a kind"):
+    with pytest.raises(ValueError, match=r"a\.tif: a TIFF label map of a kind whose samples"):
         read_label(file)
+
+
+@pytest.mark.parametrize("kind", ["a.jp2", "grey.jp2", "a.j2k", "a.avif"])
+def test_a_range_is_refused_where_a_codec_loses_depth(tmp_path, kind):
+    codecs = pytest.importorskip("imagecodecs")
+    samples, file = TWELVE[..., 0].copy() if "grey" in kind else TWELVE[..., :3].copy(), tmp_path / kind
+    for bits in (12, 8):
+        if kind == "a.avif":
+            if not (features.check("avif") and codecs.AVIF.available):
+                pytest.skip("no AVIF here")
+            data = codecs.avif_encode(samples, level=100, bitspersample=bits)
+        else:
+            codec = "j2k" if kind == "a.j2k" else "jp2"
+            data = codecs.jpeg2k_encode(samples, level=0, bitspersample=bits, codecformat=codec)
+        file.write_bytes(data)
+        assert read_image(file).shape == (3, 6, 9)
+        if bits == 8:
+            assert read_image(file, 3, (0, 99)).shape == (3, 6, 9)
+        else:
+            with pytest.raises(ValueError, match=r"value_range: got a (JPEG2000|AVIF) of more than 8 bits"):
+                read_image(file, 3, (0, 4095))
+        samples = (samples >> 4).astype(np.uint8)
+
+
+def test_bitmaps_and_kinds_of_pillows_own(tmp_path):
+    """PBM, plain or not, under a name of PGM; RGBA and CMYK, of which Pillow makes 8 bits."""
+    bits = np.array([[0, 1, 0, 1], [1, 1, 0, 0]])
+    plain = tmp_path / "plain.pgm"
+    plain.write_bytes(b"P1\n4 2\n" + b" ".join(b"%d" % bit for bit in bits.ravel()))
+    packed = tmp_path / "packed.pgm"
+    packed.write_bytes(b"P4\n4 2\n" + np.packbits(bits, -1).tobytes())
+    for file in (plain, packed):
+        assert np.array_equal(pixels(read_image(file, 1))[..., 0], 255 * (1 - bits))
+        found = stored_label(file)
+        assert found.form == "bilevel" and np.array_equal(found.values, 1 - bits)
+    rgba = tmp_path / "rgba.ppm"
+    rgba.write_bytes(b"PyRGBA\n2 1\n15\n" + bytes([1, 2, 3, 15, 4, 5, 6, 15]))
+    assert pixels(read_image(rgba)).tolist() == [[[17, 34, 51], [68, 85, 102]]]
+    with pytest.raises(ValueError, match=r"rgba\.ppm: value_range: got a PPM"):
+        read_image(rgba, 3, (0, 15))
 
 
 def test_deep_label_files(tmp_path):
