@@ -25,6 +25,11 @@ def run(config: ServeConfig) -> int:
     from segvit.serve.http import local_names
     from segvit.serve.server import bind, serve
 
+    if config.short_side is not None and config.short_side**2 > config.max_pixels:
+        smallest = f"whose pictures have {config.short_side**2} pixels at least"
+        raise ValueError(
+            f"short_side: got {config.short_side}, {smallest}; --max-pixels {config.max_pixels} is less"
+        )
     device = pick_device(config.accelerator)
     choice = pick_backend(config.backend, device)
     check_precision(device, config.dtype, config.backend)

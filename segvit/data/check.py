@@ -40,7 +40,7 @@ def look(layout: Layout, config: DataConfig) -> tuple[list[Split], dict[str, lis
     for name in names:
         try:
             listing = layout.listing(name)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             problems["cannot be used"].append(str(error))
             continue
         facts = inspect(

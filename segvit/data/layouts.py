@@ -177,7 +177,10 @@ class Layout:
                 order = LABEL_SUFFIXES + _LOSSY
                 label = min(found, key=lambda path: order.index(path.suffix.lower()))
                 if twin := used.get(captured):
-                    raise ValueError(f"{picture}: and {twin} are two pictures with one label map, {label}")
+                    raise ValueError(
+                        f"{picture}: and {twin} are two pictures with one label map, {label}; move one "
+                        "away, or say which are meant with --image-pattern and --label-pattern"
+                    )
                 used[captured] = picture
                 pairs.append((picture, label))
             else:

@@ -265,6 +265,16 @@ def test_names_with_colours(tmp_path):
 # Files that cannot be used
 
 
+def test_one_split_that_cannot_be_listed_hides_no_other(tmp_path, capsys):
+    root = folder(tmp_path, SKY)
+    Image.new("RGB", (3, 2)).save(root / "images/validation/0.jpg")
+    patterns = ["--image-pattern", "images/{split}/*", "--label-pattern", "annotations/{split}/*"]
+    assert main(["data", "check", str(root), *patterns, "--no-progress"]) == 2
+    out, err = capsys.readouterr()
+    assert "training  1" in out and "cannot be used:" in out
+    assert err.count("two pictures with one label map") == 1 and "with --image-pattern" in err
+
+
 def test_problems_are_found_before_training(tmp_path):
     root = folder(tmp_path, SKY, SKY)
     for place, content, message in (

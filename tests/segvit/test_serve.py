@@ -685,6 +685,10 @@ def fill_and_end(server: Server) -> None:
         (["CHECKPOINT", "--port", "70000"], "port: got 70000, expected"),
         (["CHECKPOINT", "--window", "7"], "window: got 7, expected a multiple of the patch size 8"),
         (["CHECKPOINT", "--backend", "abacus"], "backend: got 'abacus'"),
+        (
+            ["CHECKPOINT", "--short-side", "64", "--max-pixels", "4000"],
+            "short_side: got 64, whose pictures have 4096 pixels at least; --max-pixels 4000",
+        ),
         ([], "missing: CHECKPOINT"),
     ],
 )
