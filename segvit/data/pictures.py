@@ -261,13 +261,16 @@ def probe(path: str | os.PathLike | PictureBytes, *, decode: bool = False) -> tu
             return (height, width) if _tiff_orientation(series) >= 5 else (width, height)
     with image:
         width, height = image.size
+        if image.format == "TIFF":  # which some Pillows turn as they open it, and some as they read it
+            width, height = image.tag_v2[256], image.tag_v2[257]
+            if image.tag_v2.get(_ORIENTATION) in range(5, 9):
+                width, height = height, width
         if not decode:
             return width, height
         with _named(path):
             # A quarter of the work for JPEGs, and all of their data is looked at.
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             _load(image)
-        # Pillow turns TIFFs itself, and says so in their size from the start.
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
