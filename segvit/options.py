@@ -378,6 +378,13 @@ class EvaluateConfig(DataOptions, PrecisionOptions, InferenceOptions, MachineOpt
         ..., "a run's folder (its best), a checkpoint's, owner/name on the Hub, or a file of `segvit export`"
     )
     split: str = option("validation", "which split of the data")
+    validation_share: float | None = option(  # type: ignore[assignment]
+        None,
+        "share of the training pictures, chosen by their names, that is the validation split where there is "
+        "none; that of the checkpoint's training, else 0.1, when not given",
+        at_least=0,
+        less_than=1,
+    )
     json: str | None = option(None, "also write the result, confusion matrix included, to this JSON file")
     csv: str | None = option(None, "also write a table of the classes to this CSV file")
     confusion: list[str] = option(

@@ -18,13 +18,13 @@ from segvit.exporting.exported import ExportedModel
 from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.model.checkpoint import find_checkpoint
-from segvit.options import EvaluateConfig
+from segvit.options import EvaluateConfig, LabelOptions
 from segvit.pictures.visualize import MADE_HERE, confusion_picture, save_picture
 from segvit.system.files import atomic_write, check_result_file
 from segvit.system.progress import progress_bar
 from segvit.training.evaluation import evaluate, without_nan
 from segvit.training.launch import launch, make_fabric
-from segvit.training.run_folder import meaning_of
+from segvit.training.run_folder import meaning_of, share_of
 
 
 def run(config: EvaluateConfig) -> int:
@@ -43,10 +43,18 @@ def run(config: EvaluateConfig) -> int:
     else:
         check_precision(fabric.device, config.dtype, config.backend)
     checkpoint = None if isinstance(model, ExportedModel) else find_checkpoint(config.checkpoint)
+    share = config.validation_share
+    if share is None:
+        share = share_of(checkpoint) if checkpoint else None
+    options = {
+        **folder_options(config),
+        "value_range": config.value_range or model_config.value_range or (),
+        "validation_share": LabelOptions.validation_share if share is None else share,
+    }
     dataset = open_dataset(
         config.data,
         config.split,
-        **{**folder_options(config), "value_range": config.value_range or model_config.value_range or ()},
+        **options,
         num_classes=model_config.num_classes,
         default_names=model_config.class_names,
         channels=model_config.backbone.in_channels,

@@ -303,9 +303,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     hints = typing.get_type_hints(options)
     fields = {field.name: field for field in dataclasses.fields(options)}
+    shown: set[str] = set()
     for owner in filter(dataclasses.is_dataclass, options.__mro__):
         group = parser.add_argument_group(owner.__doc__)
-        for name in inspect.get_annotations(owner):
+        own = [name for name in inspect.get_annotations(owner) if name not in shown]
+        shown.update(own)
+        for name in own:
             field, kind = fields[name], hints[name]
             flag = f"--{name.replace('_', '-')}"
             arguments: dict[str, Any] = {"help": _help_of(field).replace("%", "%%")}

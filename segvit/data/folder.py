@@ -141,8 +141,8 @@ class SegmentationFolder(Dataset):
             self._seen = set(meaning["seen"])
             if self._seen:  # else all counted by colour, and no number meant anything
                 mapping = {int(value): index for value, index in meaning["values"].items()}
-            forms = (frozenset(meaning[key]) for key in ("by_colour", "forms"))
-            self._coding = self._told = Coding(*forms, meaning["white"])
+            by_colour, forms = (frozenset(meaning[key]) for key in ("by_colour", "forms"))
+            self._coding = self._told = Coding(by_colour, forms, meaning["white"])
         self._mapping, self._wanted = mapping, reduce_zero_label
         self._zero = "ignored" if classes is not None and classes.ade20k else self.layout.zero
         self._colours: dict[int, int | None] = {}

@@ -1,8 +1,8 @@
 """The folder of a training run: its options, its log, its checkpoints, and whether it can be continued.
 
     config.yaml              the options
-    data.json                which samples and classes it trains on, wherever they lie, and what label values
-                             mean
+    data.json                which samples and classes it trains on, wherever they lie, what label values
+                             mean, and which share is kept for validation
     metrics.csv              one line every `log_every` steps, and one for each evaluation
     checkpoints/STEP/        model.safetensors, config.json (see `SegViT.from_pretrained`), trainer.pt, a copy
                              of data.json, and evaluation.json: the last evaluation, and the best until then;
@@ -34,7 +34,7 @@ from segvit.system.files import atomic_write, discard, follow, locked, point, re
 from segvit.system.text import parse_yaml, read_json, read_text, shown, yaml_value
 from segvit.training.score import no_score
 
-__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of"]
+__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of", "share_of"]
 
 DATA_FILE = "data.json"
 TRAINER_FILE = "trainer.pt"
@@ -60,9 +60,10 @@ _PLACES = {"data", "names"}
 
 
 def samples_of(training: Any, validation: Any) -> dict[str, Any]:
-    """What tells two data sets apart, wherever they lie: number and names of the samples, the classes, and
-    what label values mean (`SegmentationFolder.meaning`; None: nobody says)."""
+    """What tells two data sets apart, wherever they lie: number and names of the samples, the classes, what
+    label values mean (`SegmentationFolder.meaning`; None: nobody says), and the share kept for validation."""
     result: dict[str, Any] = {"classes": list(training.class_names or []), "labels": None}
+    result["validation_share"] = getattr(validation, "validation_share", None)
     meanings = [dataset.meaning() for dataset in (training, validation) if hasattr(dataset, "meaning")]
     if meanings:
         labels = dict(meanings[0])
@@ -106,6 +107,21 @@ def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
             f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote"
         ) from None
     return found
+
+
+def share_of(checkpoint: Path) -> float | None:
+    """Which share of the pictures was kept for validation in the training of a checkpoint; None: not said.
+
+    Raises:
+        ValueError: its data.json is of another form.
+    """
+    path = checkpoint / DATA_FILE
+    share = read_json(path, dict).get("validation_share") if path.is_file() else None
+    if share is not None and not (type(share) in (int, float) and 0 <= share < 1):
+        raise ValueError(
+            f"{path}: got {shown(share)} for validation_share, expected what `segvit train` wrote"
+        )
+    return share
 
 
 def _name_of(image: Path, root: Path | None) -> str:

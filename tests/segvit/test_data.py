@@ -363,6 +363,7 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     pytest.importorskip("lightning_fabric", reason="needs the extra train")
     from segvit import BackboneConfig, SegViT, SegViTConfig
     from segvit.cli import main
+    from segvit.training.run_folder import share_of
 
     backbone = BackboneConfig(width=16, depth=1, heads=1, patch_size=8)
     config = SegViTConfig(backbone, 3, (0,), decoder_depth=1, image_size=16)
@@ -382,6 +383,25 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     assert pixels() == [16, 0, 16, 16]
     assert pixels("--no-reduce-zero-label") == [16, 16, 16, 0]
     assert pixels("--label-mapping", '{"0": 0, "1": 0, "2": 1}') == [32, 16, 0, 0]
+    # And the pictures that were kept for validation, where there is no such split.
+    for number in range(20):
+        write_pair(tmp_path / "share", str(number), np.array([[0, 1, 2]] * 16), suffix=".png")
+    (tmp_path / "share/names.txt").write_text("red\ngreen\nblue\n")
+
+    def images(*words):
+        pixels("--data", str(tmp_path / "share"), *words)
+        return json.loads((tmp_path / "result.json").read_text())["images"]
+
+    kept = {
+        share: len(SegmentationFolder(tmp_path / "share", "validation", validation_share=share))
+        for share in (0.1, 0.4, 0.7)
+    }
+    assert len(set(kept.values())) == 3 and images() == kept[0.1]
+    (tmp_path / "model/data.json").write_text('{"validation_share": 0.4}')
+    assert images() == kept[0.4] and images("--validation-share", "0.7") == kept[0.7]
+    (tmp_path / "model/data.json").write_text('{"validation_share": 7}')
+    with pytest.raises(ValueError, match=r"data\.json: got 7 for validation_share, expected what"):
+        share_of(tmp_path / "model")
 
 
 def test_classes_that_mirroring_exchanges():
