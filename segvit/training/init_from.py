@@ -118,8 +118,8 @@ def match_classes(
         num_old, num_new: numbers of classes.
     """
     if old and new:
-        place = {_plain(name): index for index, name in enumerate(old)}
-        rows, how = [place.get(_plain(name)) for name in new], "by name"
+        alike, same = ({key(name): i for i, name in enumerate(old)} for key in (_plain, str))
+        rows, how = [same.get(name, alike.get(_plain(name))) for name in new], "by name"
     elif num_old == num_new:
         rows, how = list(range(num_new)), "by index, as one side has no names"
     else:

@@ -14,7 +14,7 @@ from segvit.model.eomt import EoMT
 from segvit.model.linear_head import LinearSegmenter
 from segvit.options import TrainConfig
 from segvit.training.build import build_model, settled
-from segvit.training.init_from import init_from
+from segvit.training.init_from import init_from, match_classes
 from segvit.training.run_folder import Checkpoints
 
 pytest.importorskip("safetensors", reason="needs the extra train")
@@ -82,6 +82,10 @@ def test_classes_by_name(tmp_path):
     new, notes = init_from(tmp_path / "atm", 3, {"class_names": NAMES}, "linear")
     assert notes == ["backbone taken, not the decoder atm: linear starts afresh"]
     assert isinstance(new, LinearSegmenter)
+
+
+def test_names_that_differ_in_capital_letters_alone():
+    assert match_classes(["Car", "car", "Bus"], ["car", "Car", "bus"], 3, 3)[0] == [1, 0, 2]
 
 
 @torch.no_grad()
