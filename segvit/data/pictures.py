@@ -572,6 +572,13 @@ def _stored_samples(image: Any, name: Any) -> Samples | None:
         image.fp.seek(0)
         values = _read_tiff(name, image.fp)
         return Samples(values[..., :3] if image.mode == "RGBX" else values)
+    if image.format == "PNG" and is_reduced(image):
+        # A copy is read: the next time there is as much in what was given.
+        place = image.fp.tell()
+        image.fp.seek(0)
+        copy = type(image)(io.BytesIO(image.fp.read()))
+        image.fp.seek(place)
+        image = copy
     stored = png_samples(image) or pnm_samples(image)
     return None if stored is None else stored._replace(values=_turned(stored.values, _orientation(image)))
 
