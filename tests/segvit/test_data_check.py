@@ -269,7 +269,8 @@ def test_one_split_that_cannot_be_listed_hides_no_other(tmp_path, capsys):
     root = folder(tmp_path, SKY)
     Image.new("RGB", (3, 2)).save(root / "images/validation/0.jpg")
     patterns = ["--image-pattern", "images/{split}/*", "--label-pattern", "annotations/{split}/*"]
-    assert main(["data", "check", str(root), *patterns, "--no-progress"]) == 2
+    sheet = ["--sheet", str(tmp_path / "sheet.png"), "--no-progress"]
+    assert main(["data", "check", str(root), *patterns, *sheet]) == 2
     out, err = capsys.readouterr()
     assert "training  1" in out and "cannot be used:" in out
     assert err.count("two pictures with one label map") == 1 and "with --image-pattern" in err
