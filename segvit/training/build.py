@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,15 @@ def settled(config: TrainConfig) -> TrainConfig:
     if source is None and config.init_from:
         source = find_checkpoint(config.init_from)
     old = read_config(source) if source else None
-    model, value_range = dict(config.model), config.value_range or config.model.get("value_range")
+    model: dict[str, Any] = dict(config.model)
+    value_range: Sequence[float] | None = config.value_range
+    if (given := model.get("value_range")) is not None:
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"model: got value_range {shown(given)}, expected a list of numbers")
+        if value_range and list(value_range) != list(given):
+            got = f"got {list(value_range)}, and model says {list(given)}"
+            raise ValueError(f"value_range: {got}; expected one")
+        value_range = list(given)
     if old and config.init_from:
         value_range = value_range or old.value_range
         if old.backbone.in_channels != 3:

@@ -143,6 +143,18 @@ def test_an_image_size_is_the_presets_where_no_option_says_it(tmp_path):
         of(model={"image_size": [64, 48]})
 
 
+def test_one_value_range(tmp_path):
+    config = TrainConfig(data="x", out=str(tmp_path), value_range=[0, 200])
+    for model in ({}, {"value_range": [0, 200]}, {"value_range": None}):
+        assert settled(dataclasses.replace(config, model=model)).value_range == [0, 200]
+    for given, message in (
+        ([0, 100], r"value_range: got \[0, 200\], and model says \[0, 100\]"),
+        (5, "got value_range 5, expected a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settled(dataclasses.replace(config, model={"value_range": given}))
+
+
 def test_another_decoder_has_the_usual_taps_and_a_norm_of_its_own(tmp_path):
     for decoder in ("atm", "eomt", "linear"):
         backbone = BackboneConfig(width=32, depth=12, heads=2, patch_size=8)
