@@ -32,6 +32,10 @@ _PAIR_FOLDERS = (("images", "annotations"), ("images", "masks"), ("images", "lab
 _ENDINGS = ("", "_mask", "_label", "_labels", "_gt", "_seg")
 
 
+class _TwinsError(ValueError):
+    """Two pictures have one label map."""
+
+
 class Listing(NamedTuple):
     """The files of a split.
 
@@ -177,7 +181,7 @@ class Layout:
                 order = LABEL_SUFFIXES + _LOSSY
                 label = min(found, key=lambda path: order.index(path.suffix.lower()))
                 if twin := used.get(captured):
-                    raise ValueError(
+                    raise _TwinsError(
                         f"{picture}: and {twin} are two pictures with one label map, {label}; move one "
                         "away, or say which are meant with --image-pattern and --label-pattern"
                     )
@@ -376,6 +380,8 @@ def _has_pairs(layout: Layout) -> bool:
                 return True
         except FileNotFoundError:
             continue
+        except _TwinsError:  # of a split that need not be the one that is asked for
+            return True
     return False
 
 

@@ -224,3 +224,12 @@ def test_two_pictures_of_one_label_map(tmp_path, label):
         pairs(tmp_path)
     (tmp_path / "images/a.png").unlink()
     assert len(pairs(tmp_path)) == 2
+
+
+def test_two_pictures_of_one_label_map_in_another_split(tmp_path):
+    for split in ("test", "training"):
+        write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png")
+    write(tmp_path, "images/test/a.png")
+    assert len(pairs(tmp_path)) == 1
+    with pytest.raises(ValueError, match=r"a\.png: and .*a\.jpg are two pictures with one label map"):
+        pairs(tmp_path, "test")
