@@ -4,7 +4,7 @@
 // softmax are vectors too, and every product, of two in the forward and five in the backward, is one
 // microkernel that takes one factor element by element from rows as they are and the other in vectors:
 //   S^T = K Q^T    O^T += V^T P^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q    dQ^T += K^T dS^T
-// It keeps 8 rows by up to 3 vectors (AVX-512; 4 rows elsewhere) in registers, and runs at 95 to 100 % of the
+// It keeps 8 rows by up to 3 vectors (AVX-512; 4 rows elsewhere, 8 by 2 with NEON) in registers, and runs at 95 to 100 % of the
 // FMA rate with data in the first-level cache and two vectors or more.
 //
 // A tile of scores, 64 keys by 48 queries, takes 12 KB, as much as each of the tile's keys and values with 48
@@ -20,9 +20,11 @@ namespace segvit::SEGVIT_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kRows = 8;
+constexpr int kRows = 8, kMostVectors = 3;
+#elif defined(SEGVIT_NEON)
+constexpr int kRows = 8, kMostVectors = 2;
 #else
-constexpr int kRows = 4;
+constexpr int kRows = 4, kMostVectors = 3;
 #endif
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kUnseen = -1e38f;  // the largest score of a query that has seen none
@@ -55,6 +57,22 @@ SEGVIT_INLINE Vec vexp2(Vec v) {
 
 enum class Start { zero, sum, rescaled };  // what a product is added to: nothing, c, or c · factor
 
+#if defined(SEGVIT_NEON)
+template <int kElement>
+SEGVIT_INLINE void add_product(Vec& sum, Vec right, Vec left) {
+  sum = (Vec)vfmaq_laneq_f32((float32x4_t)sum, (float32x4_t)right, (float32x4_t)left, kElement);
+}
+
+template <int kElement>
+struct Element {
+  constexpr operator int() const { return kElement; }
+};
+
+// f of each element of a register, known to the compiler.
+template <class F>
+SEGVIT_INLINE void for_elements(const F& f) { f(Element<0>{}), f(Element<1>{}), f(Element<2>{}), f(Element<3>{}); }
+#endif
+
 // kRows rows of c (+)= a b; vectors along the columns of b and c, whose rows are ld apart. `a` has a row of c
 // a row, or, if kTransposed, a row of c a column.
 template <int kVectors, bool kTransposed, Start kStart>
@@ -63,7 +81,25 @@ SEGVIT_INLINE void product_block(const float* a, int64_t lda, const float* b, fl
   Vec sums[kRows][kVectors] = {};
   const float* rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i] = kTransposed ? a + i : a + i * lda;
-  for (int64_t k = 0; k < depth; ++k) {
+  int64_t k = 0;
+#if defined(SEGVIT_NEON)
+  // Four factors a load: elements of a register are rows of c, or as many columns of `a`.
+  constexpr int kSteps = kTransposed ? 1 : 4, kLefts = kTransposed ? kRows / 4 : kRows;
+  for (; k + kSteps <= depth; k += kSteps) {
+    Vec left[kLefts], right[kVectors];
+    for (int i = 0; i < kLefts; ++i) left[i] = load(kTransposed ? a + k * lda + i * 4 : rows[i] + k);
+    for_elements([&](auto element) {
+      if (!kTransposed || element == 0) {
+        for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kWidth);
+        b += ld;
+      }
+      for (int i = 0; i < kLefts; ++i)
+        for (int j = 0; j < kVectors; ++j)
+          add_product<element>(sums[kTransposed ? i * 4 + element : i][j], right[j], left[i]);
+    });
+  }
+#endif
+  for (; k < depth; ++k) {
     Vec right[kVectors];
     for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * kWidth);
     b += ld;
@@ -103,8 +139,8 @@ void product(int64_t rows, int64_t columns, const float* a, int64_t lda, const f
   }
   int64_t left = (columns + kWidth - 1) / kWidth;
   while (left > 0) {
-    int64_t n = left == 4 ? 2 : min_of<int64_t>(left, 3);
-    auto* columns_of = n == 3   ? &product_columns<3, kTransposed, kStart>
+    int64_t n = left == 4 ? 2 : min_of<int64_t>(left, kMostVectors);
+    auto* columns_of = n == 3   ? &product_columns<kMostVectors, kTransposed, kStart>
                        : n == 2 ? &product_columns<2, kTransposed, kStart>
                                 : &product_columns<1, kTransposed, kStart>;
     columns_of(rows, a, lda, b, c, ld, depth, factor);

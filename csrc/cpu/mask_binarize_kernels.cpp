@@ -21,16 +21,9 @@ constexpr int kRows = kBinaryRows, kBlock = kBinaryBlock;
 SEGVIT_INLINE uint32_t above(const Vec* v, float least) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)v[0], _mm512_set1_ps(least), _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  __m256 bound = _mm256_set1_ps(least);
-  uint32_t low = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v[0], bound, _CMP_GT_OQ));
-  return low | static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v[1], bound, _CMP_GT_OQ))) << 8;
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < kBlock / kWidth; ++i) {
-    IVec set = v[i] > least;
-    for (int j = 0; j < kWidth; ++j) bits |= (set[j] & 1u) << (i * kWidth + j);
-  }
+  for (int i = 0; i < kBlock / kWidth; ++i) bits |= bits_of(v[i] > least) << (i * kWidth);
   return bits;
 #endif
 }

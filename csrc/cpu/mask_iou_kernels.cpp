@@ -61,15 +61,28 @@ const uint8_t* booleans(const Work& work, const IouMasks& masks, int64_t mask, i
          mask * masks.mask_stride + y * masks.row_stride;
 }
 
-// Bits of the lanes of a mask, lowest first.
-SEGVIT_INLINE uint64_t bits_of(IVec mask) {
+// Which of 64 bytes are not zero, a bit each.
+SEGVIT_INLINE uint64_t set_of(const uint8_t* bytes) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
+  __m512i v = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(v, v);
 #elif defined(__AVX2__)
-  return static_cast<uint64_t>(_mm256_movemask_ps((__m256)mask));
+  uint64_t unset = 0;
+  for (int i = 0; i < 64; i += 32) {
+    __m256i v = _mm256_loadu_si256((const __m256i*)(bytes + i));
+    v = _mm256_cmpeq_epi8(v, _mm256_setzero_si256());
+    unset |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(v))) << i;
+  }
+  return ~unset;
 #else
   uint64_t bits = 0;
-  for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t eight;
+    __builtin_memcpy(&eight, bytes + i, 8);
+    eight |= eight >> 4, eight |= eight >> 2, eight |= eight >> 1;
+    // Bit 8 k to bit 56 + k.
+    bits |= (eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56 << i;
+  }
   return bits;
 #endif
 }
@@ -82,19 +95,14 @@ void make_bits(const Work& work, const IouMasks& masks, int64_t mask, int64_t y,
   if (masks.boolean) {
     const uint8_t* row = booleans(work, masks, mask, y) + x0;
     int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 64 <= count; i += 64) {
-      __m512i bytes = _mm512_loadu_si512(row + i);
-      words[i / 64] = _mm512_test_epi8_mask(bytes, bytes);
-    }
-#endif
+    for (; i + 64 <= count; i += 64) words[i / 64] = set_of(row + i);
     for (; i < count; ++i) words[i / 64] |= static_cast<uint64_t>(row[i] != 0) << (i % 64);
     return;
   }
   Vec threshold = splat(work.args.threshold);
   each_of(work, masks, mask, y, x0, x1, [&](int64_t i, Vec v) {
     IVec above = (v > threshold) & (iota() < static_cast<int32_t>(min_of<int64_t>(kWidth, count - i)));
-    words[i / 64] |= bits_of(above) << (i % 64);
+    words[i / 64] |= uint64_t{bits_of(above)} << (i % 64);
   });
 }
 
@@ -133,6 +141,13 @@ SEGVIT_INLINE int32_t common(const uint64_t* a, const uint64_t* b, int64_t words
     total = _mm512_add_epi64(
         total, count_bytes(_mm512_and_si512(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i))));
   return static_cast<int32_t>(_mm512_reduce_add_epi64(total));
+#elif defined(SEGVIT_NEON)
+  uint32x4_t total = vdupq_n_u32(0);
+  for (int64_t i = 0; i < words; i += 2) {
+    uint8x16_t both = vandq_u8(vld1q_u8((const uint8_t*)(a + i)), vld1q_u8((const uint8_t*)(b + i)));
+    total = vpadalq_u16(total, vpaddlq_u8(vcntq_u8(both)));
+  }
+  return static_cast<int32_t>(vaddvq_u32(total));
 #else
   int64_t total[4] = {};
   for (int64_t i = 0; i < words; i += 4)

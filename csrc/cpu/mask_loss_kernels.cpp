@@ -22,11 +22,7 @@ typedef IVec Mask;
 SEGVIT_INLINE Mask equal(IVec a, IVec b) { return a == b; }
 SEGVIT_INLINE Mask positive(Vec v) { return v > 0; }
 SEGVIT_INLINE Mask first_lanes(int64_t n) { return iota() < static_cast<int32_t>(n); }
-SEGVIT_INLINE bool all(Mask mask) {
-  int32_t every = -1;
-  for (int i = 0; i < kWidth; ++i) every &= mask[i];
-  return every;
-}
+SEGVIT_INLINE bool all(Mask mask) { return bits_of(mask) == (1u << kWidth) - 1; }
 SEGVIT_INLINE Vec select(Mask mask, Vec a, Vec b) { return mask ? a : b; }
 #endif
 SEGVIT_INLINE Mask differ(Mask a, Mask b) { return a ^ b; }

@@ -25,17 +25,7 @@ struct Work {
   int64_t held[2];                   // which rows the scratch memory holds
 };
 
-SEGVIT_INLINE int32_t count_of(IVec mask) {
-#if defined(__AVX512F__)
-  return __builtin_popcount(_mm512_movepi32_mask((__m512i)mask));
-#elif defined(__AVX2__)
-  return __builtin_popcount(_mm256_movemask_ps((__m256)mask));
-#else
-  int32_t count = 0;
-  for (int i = 0; i < kWidth; ++i) count -= mask[i];
-  return count;
-#endif
-}
+SEGVIT_INLINE int32_t count_of(IVec mask) { return __builtin_popcount(bits_of(mask)); }
 
 SEGVIT_INLINE float smallest(Vec v) { return -largest(-v); }
 

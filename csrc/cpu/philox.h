@@ -18,6 +18,11 @@ SEGVIT_INLINE void multiply(UVec a, uint32_t b, UVec& high, UVec& low) {
   __m256i even = _mm256_mul_epu32((__m256i)a, factor);
   __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
   high = (UVec)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#elif defined(SEGVIT_NEON)
+  uint32x4_t factor = vdupq_n_u32(b);
+  uint64x2_t first = vmull_u32(vget_low_u32((uint32x4_t)a), vget_low_u32(factor));
+  uint64x2_t second = vmull_high_u32((uint32x4_t)a, factor);
+  high = (UVec)vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(second));
 #else
   for (int i = 0; i < kWidth; ++i) high[i] = static_cast<uint32_t>(uint64_t{a[i]} * b >> 32);
 #endif

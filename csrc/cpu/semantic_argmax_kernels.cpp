@@ -28,12 +28,8 @@ static_assert(kTile % (kVectors * kWidth) == 0);
 SEGVIT_INLINE bool any_reaches(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #else
-  bool any = false;
-  for (int i = 0; i < kWidth; ++i) any |= a[i] >= b[i];
-  return any;
+  return bits_of(a >= b);
 #endif
 }
 
@@ -41,12 +37,8 @@ SEGVIT_INLINE bool any_reaches(Vec a, Vec b) {
 SEGVIT_INLINE bool any_exceeds(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
 #else
-  bool any = false;
-  for (int i = 0; i < kWidth; ++i) any |= a[i] > b[i];
-  return any;
+  return bits_of(a > b);
 #endif
 }
 

@@ -11,6 +11,9 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define SEGVIT_NEON 1  // a part of every such processor: what "portable" is there
 #endif
 
 #define SEGVIT_ALWAYS_INLINE inline __attribute__((always_inline))
@@ -91,6 +94,8 @@ SEGVIT_INLINE Vec to_float(HalfBits bits, f16) {
   return (Vec)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps((__m128i)bits);
+#elif defined(SEGVIT_NEON)
+  return (Vec)vcvt_f32_f16((float16x4_t)bits);
 #else
   // Move exponent and mantissa into place; a product mends the exponent's bias, subnormals included.
   UVec wide = __builtin_convertvector(bits, UVec);
@@ -107,6 +112,8 @@ SEGVIT_INLINE HalfBits to_half(Vec v, f16) {
   return (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
   return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(SEGVIT_NEON)
+  return (HalfBits)vcvt_f16_f32((float32x4_t)v);
 #else
   UVec bits = (UVec)v, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   UVec normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -164,6 +171,8 @@ SEGVIT_INLINE Vec permute(Vec table, IVec index) {
   return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
 #elif defined(__AVX2__)
   return (Vec)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index);
+#elif defined(SEGVIT_NEON)
+  return (Vec)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)((UVec)index * 0x04040404u + 0x03020100u));
 #else
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = table[index[i]];
@@ -199,8 +208,27 @@ SEGVIT_INLINE Vec vmin(Vec a, Vec b) {
 }
 SEGVIT_INLINE Vec vabs(Vec v) { return (Vec)((UVec)v & 0x7fffffff); }
 SEGVIT_INLINE Vec vsqrt(Vec v) {
+#if defined(SEGVIT_NEON)
+  return (Vec)vsqrtq_f32((float32x4_t)v);
+#else
   for (int i = 0; i < kWidth; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
+#endif
+}
+
+// A bit for each element of a mask, the first lowest.
+SEGVIT_INLINE uint32_t bits_of(IVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(SEGVIT_NEON)
+  return vaddvq_u32((uint32x4_t)((UVec)mask & UVec{1, 2, 4, 8}));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+#endif
 }
 
 // To the nearest integer; |v| below 2^22.
@@ -209,6 +237,8 @@ SEGVIT_INLINE Vec vround(Vec v) {
   return (Vec)_mm512_roundscale_ps((__m512)v, 8);
 #elif defined(__AVX2__)
   return (Vec)_mm256_round_ps((__m256)v, 8);
+#elif defined(SEGVIT_NEON)
+  return (Vec)vrndnq_f32((float32x4_t)v);
 #else
   IVec nearest = __builtin_convertvector(v + (v < 0 ? splat(-0.5f) : splat(0.5f)), IVec);
   return __builtin_convertvector(nearest, Vec);
@@ -218,6 +248,8 @@ SEGVIT_INLINE Vec vround(Vec v) {
 SEGVIT_INLINE float sum(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(SEGVIT_NEON)
+  return vaddvq_f32((float32x4_t)v);
 #else
   float total = 0;
   for (int i = 0; i < kWidth; ++i) total += v[i];
@@ -231,6 +263,8 @@ SEGVIT_INLINE float inverse_deviation(float variance) {
 SEGVIT_INLINE float largest(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
+#elif defined(SEGVIT_NEON)
+  return vmaxvq_f32((float32x4_t)v);
 #else
   float m = v[0];
   for (int i = 1; i < kWidth; ++i) m = max_of(m, v[i]);
