@@ -27,7 +27,7 @@ from PIL import Image
 import segvit_kernels
 from segvit.commands.parser import _Options
 from segvit.config import SegViTConfig
-from segvit.data import find, inspection, known, pack, pictures, shards
+from segvit.data import find, inspection, known, pack, pictures, shards, stored
 from segvit.data.folder import _Lookup
 from segvit.data.labels import read_mapping
 from segvit.data.names import read_classes
@@ -383,8 +383,8 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Subject]]:
         path = folder / f"label{ending}"
         path.write_bytes(data)
         with _max_pixels():
-            stored = pictures.stored_label(path)
-        assert stored.values.ndim == 2 and stored.values.dtype.kind in "ui"
+            label = stored.stored_label(path)
+        assert label.values.ndim == 2 and label.values.dtype.kind in "ui"
 
     yield (
         "label",

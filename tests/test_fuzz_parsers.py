@@ -21,8 +21,8 @@ import segvit_kernels
 from segvit.config import SegViTConfig
 from segvit.data.matlab import variables
 from segvit.data.names import read_classes
-from segvit.data.pictures import stored_label
 from segvit.data.shards import Shards, read_index
+from segvit.data.stored import stored_label
 from segvit.exporting import metadata, open_model
 from segvit.inference.record import Record
 from segvit.model.convert import infer_config

@@ -5,7 +5,8 @@
 
 from segvit.data.folder import SegmentationFolder, check_data, folder_options, open_dataset
 from segvit.data.names import read_names
-from segvit.data.pictures import read_image, read_label
+from segvit.data.pictures import read_image
+from segvit.data.stored import read_label
 
 __all__ = [
     "SegmentationFolder",

@@ -17,7 +17,7 @@ from segvit.data.labels import Reading
 __all__ = ["FORMS", "Coding", "choose_coding"]
 
 FORMS = frozenset(("number", "palette", "bilevel", "grey", "colour"))
-"""Of label maps: see `segvit.data.pictures.StoredLabel`."""
+"""Of label maps: see `segvit.data.stored.StoredLabel`."""
 _LOOKED_AT = ("bilevel", "grey", "palette")  # forms that are made to be seen
 _Pair = tuple[int, int]  # a number and its colour
 
@@ -27,7 +27,7 @@ class Coding:
     """How the label maps of a data set count.
 
     Attributes:
-        by_colour: forms of label maps (see `segvit.data.pictures.StoredLabel`) that count by colour; the
+        by_colour: forms of label maps (see `segvit.data.stored.StoredLabel`) that count by colour; the
             others count by number.
         forms: those of which this was decided; the data set has no others.
         white: the number that 1 of a bilevel one stands for.

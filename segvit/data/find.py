@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from segvit.data.pictures import OWN_FORMATS, PICTURE_SUFFIXES, PictureBytes, probe
+from segvit.data.decoding import OWN_FORMATS, PICTURE_SUFFIXES
+from segvit.data.pictures import PictureBytes, probe
 from segvit.data.videos import VIDEO_SUFFIXES, count_frames, read_frame
 from segvit.system.failures import one_line
 from segvit.system.text import read_lines

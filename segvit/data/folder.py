@@ -25,8 +25,9 @@ from segvit.data.known import Form, Known
 from segvit.data.labels import Reading, Zero, decide, read_mapping, spans
 from segvit.data.layouts import Listing, find_layout
 from segvit.data.names import ClassList, read_classes
-from segvit.data.pictures import StoredLabel, colours_problem, read_image
+from segvit.data.pictures import read_image
 from segvit.data.shards import Shards, are_shards
+from segvit.data.stored import StoredLabel, colours_problem
 from segvit.data.synthetic import SyntheticShapes
 from segvit.options import LabelOptions
 
@@ -221,7 +222,7 @@ class SegmentationFolder(Dataset):
 
     @property
     def by_colour(self) -> frozenset[str]:
-        """The forms of label maps that count by colour, see `segvit.data.pictures.StoredLabel`."""
+        """The forms of label maps that count by colour, see `segvit.data.stored.StoredLabel`."""
         return self._coding.by_colour
 
     def _read(self, summary: Summary | None) -> Reading:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from segvit.data.pictures import GREY, StoredLabel, probe, read_image, stored_label
+from segvit.data.pictures import probe, read_image
+from segvit.data.stored import GREY, StoredLabel, stored_label
 from segvit.system.progress import progress_bar
 
 __all__ = ["Facts", "Summary", "inspect", "state_of", "summarize"]

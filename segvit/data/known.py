@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from segvit.data.matlab import read_matlab
 from segvit.data.names import ClassList, read_classes
-from segvit.data.pictures import StoredLabel, read_matlab, stored_label, whole_numbers
+from segvit.data.stored import StoredLabel, stored_label, whole_numbers
 from segvit.system.text import read_json, read_lines, shown
 
 __all__ = ["KNOWN", "Form", "Known", "known_folder"]

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from segvit.data.decoding import PICTURE_SUFFIXES
 from segvit.data.inspection import state_of
 from segvit.data.known import KNOWN, Form, Known, known_folder
-from segvit.data.pictures import LABEL_SUFFIXES, PICTURE_SUFFIXES, StoredLabel, stored_label
+from segvit.data.stored import LABEL_SUFFIXES, StoredLabel, stored_label
 from segvit.system.text import read_lines
 from segvit.system.zips import ZipPath, path_at
 

@@ -1,4 +1,4 @@
-"""The structure of a MATLAB file, looked at before SciPy reads it: its reader can crash on damaged ones.
+"""MATLAB files; their structure is looked at before SciPy reads them: its reader can crash on damaged ones.
 
 Of the format ("MAT-File Level 5", MathWorks) what label maps need: numbers, texts and cells of them.
 Variables of other kinds may be in a file, and are not to be read.
@@ -6,11 +6,19 @@ Variables of other kinds may be in a file, and are not to be read.
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["variables"]
+from segvit.data.decoding import WholeMessageError, named
+from segvit.system.extras import require
+from segvit.system.text import shown
+
+__all__ = ["read_matlab", "variables"]
 
 _WIDTHS = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 4, 9: 8, 12: 8, 13: 8}  # bytes of numbers, by type
 _TEXTS = {1, 2, 3, 4, 16, 17, 18}
@@ -111,3 +119,31 @@ def _matrix(data: bytes, order: str, depth: int) -> tuple[str, bool]:
     else:
         readable = False
     return name, readable
+
+
+def read_matlab(path: Path, *names: str, one_of: Sequence[str] = ()) -> dict[str, Any]:
+    """Variables of a MATLAB file: those named, and the first that is there of `one_of`.
+
+    Raises:
+        ValueError: it is damaged, of version 7.3, or has one not.
+        ImportError: SciPy is not installed.
+    """
+    scipy_io: Any = require("scipy.io", extra="mat")
+    with named(path):
+        try:
+            data = path.read_bytes()
+            there = variables(data)
+            if missing := [name for name in names if name not in there]:
+                raise WholeMessageError(f"{path}: has no variable {missing[0]}")
+            if one_of and there.keys().isdisjoint(one_of):
+                listed = shown(", ".join(there)) if there else "nothing"
+                raise WholeMessageError(f"{path}: has no {' and no '.join(one_of)}, but {listed}")
+            wanted = [*names, *[name for name in one_of if name in there][:1]]
+            if unread := [name for name in wanted if not there[name]]:
+                raise WholeMessageError(f"{path}: {unread[0]} is no array of numbers and no list of texts")
+            found = scipy_io.loadmat(io.BytesIO(data), variable_names=wanted)
+        except NotImplementedError:
+            raise WholeMessageError(
+                f"{path}: a MATLAB 7.3 file, which is not read; save it in MATLAB with '-v7'"
+            ) from None
+    return {name: found[name] for name in wanted}

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from segvit.data.pictures import OWN_FORMATS, PictureBytes, read_image
+from segvit.data.decoding import OWN_FORMATS
+from segvit.data.pictures import PictureBytes, read_image
 from segvit.system.addresses import Address, File, file_at, is_address, read_part, size_of
 from segvit.system.extras import require
 from segvit.system.failures import one_line

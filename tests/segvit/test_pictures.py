@@ -13,16 +13,10 @@ from PIL import Image, ImageCms, ImageOps, features
 
 from segvit import SegViT, SegViTConfig
 from segvit.data import SegmentationFolder, read_image, read_label
+from segvit.data.decoding import PICTURE_SUFFIXES
 from segvit.data.find import find_pictures
-from segvit.data.pictures import (
-    PICTURE_SUFFIXES,
-    PictureBytes,
-    as_rgb,
-    image_tensor,
-    probe,
-    stored_label,
-    to_bytes,
-)
+from segvit.data.pictures import PictureBytes, as_rgb, image_tensor, probe, to_bytes
+from segvit.data.stored import stored_label
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
