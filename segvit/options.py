@@ -84,7 +84,7 @@ def _kinds(options: type) -> dict[str, tuple[type | None, tuple[Any, ...], bool]
             origin, arguments = typing.get_origin(member), typing.get_args(member)
             if origin is Literal:
                 words += arguments
-            elif member is bool and len(members) > 1:
+            elif member is bool:
                 words += (True, False)
             else:
                 numbers |= {arguments[0] if origin in (list, tuple) else member} & {int, float}
@@ -104,7 +104,7 @@ def check_ranges(options: Any) -> None:
             continue
         limits, several = item.metadata["range"], isinstance(value, (list, tuple))
         shown = tuple(value) if several else value
-        choices = [*words, *([str(limits)] if number else []), *(["null"] if optional else [])]
+        choices = [*map(str, words), *([str(limits)] if number else []), *(["null"] if optional else [])]
         got, expected = f"{item.name}: got {shown!r}, expected", " or ".join(choices)
         for part in value if several else [value]:
             if number is None or (words and isinstance(part, str)):

@@ -300,8 +300,8 @@ def semantic_argmax(
     Args:
         mask_logits: (V, Q, h, w), or a list of such with grids of different sizes but one Q and one dtype;
             float32, float16, bfloat16 or float64 (eager only).
-        class_probs: (V, Q, C) in the order of the masks, non-negative, any of these dtypes, C at most 32768; or
-            (V, Q), the diagonal of a matrix whose other entries are 0, with C = Q.
+        class_probs: (V, Q, C) in the order of the masks, non-negative, any of these dtypes; or (V, Q), the
+            diagonal of a matrix whose other entries are 0, with C = Q. C is at most 32768.
         size: (H, W) of the output.
         views: how the V predictions map to the outputs; without it prediction i is image i, stretched over
             the whole output.
