@@ -204,6 +204,12 @@ class InferenceOptions(_Checked):
     )
     short_side: int | None = option(None, "resize the image to this short side first", at_least=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.scales, (list, tuple)):
+            raise TypeError(f"scales: got {self.scales!r}, expected a list of numbers")
+        self.scales = list(self.scales)  # which is compared with those of exported files
+
     def inference_fields(self) -> dict[str, Any]:
         """These options by name, without those of the command that has them."""
         return {item.name: getattr(self, item.name) for item in dataclasses.fields(InferenceOptions)}

@@ -78,6 +78,9 @@ def test_none_and_words_where_they_may_be():
         InferenceOptions(flip="no")
     with pytest.raises(ValueError, match=r"^reduce_zero_label: got 'no', expected True or False or auto$"):
         TrainConfig(data="x", out="x", reduce_zero_label="no")
+    assert InferenceOptions(scales=(1.0,)) == InferenceOptions()
+    with pytest.raises(TypeError, match=r"^scales: got 1\.0, expected a list of numbers"):
+        InferenceOptions(scales=1.0)
     config = TrainConfig(data="x", out="x")
     config.lr = -1.0  # after it was made: training looks again
     with pytest.raises(ValueError, match=r"lr: got -1\.0"):
