@@ -227,8 +227,8 @@ class SegViTConfig:
             tap, which must come before the block that shrinks; see `segvit_kernels.QueryUpsample`.
         queries: EoMT's number of queries.
         query_blocks: blocks that they run through, the last ones; None: 3 of up to 12, 4 of up to 24, else 5.
-        upscale_blocks: how often EoMT's features get twice the rows and columns; None: to a quarter of the
-            image's size, once at least.
+        upscale_blocks: how often EoMT's features get twice the rows and columns; None: as often as leaves
+            cells of 4 pixels a side or more, once at least.
         image_size: height and width of training crops; the position embedding is stored for this size.
         mean, std: of each channel on the 0..1 scale.
         value_range: stored values of pictures that become black and white, one pair or one for each channel;

@@ -84,7 +84,7 @@ def _kinds(options: type) -> dict[str, tuple[type | None, tuple[Any, ...], bool]
             origin, arguments = typing.get_origin(member), typing.get_args(member)
             if origin is Literal:
                 words += arguments
-            elif member is bool and len(members) > 1:
+            elif member is bool:
                 words += (True, False)
             else:
                 numbers |= {arguments[0] if origin in (list, tuple) else member} & {int, float}
@@ -104,7 +104,7 @@ def check_ranges(options: Any) -> None:
             continue
         limits, several = item.metadata["range"], isinstance(value, (list, tuple))
         shown = tuple(value) if several else value
-        choices = [*words, *([str(limits)] if number else []), *(["null"] if optional else [])]
+        choices = [*map(str, words), *([str(limits)] if number else []), *(["null"] if optional else [])]
         got, expected = f"{item.name}: got {shown!r}, expected", " or ".join(choices)
         for part in value if several else [value]:
             if number is None or (words and isinstance(part, str)):
@@ -203,6 +203,12 @@ class InferenceOptions(_Checked):
         False, "average with the scores of the mirrored image; not with classes 'left ...' and 'right ...'"
     )
     short_side: int | None = option(None, "resize the image to this short side first", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.scales, (list, tuple)):
+            raise TypeError(f"scales: got {self.scales!r}, expected a list of numbers")
+        self.scales = list(self.scales)  # which is compared with those of exported files
 
     def inference_fields(self) -> dict[str, Any]:
         """These options by name, without those of the command that has them."""

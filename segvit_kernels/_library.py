@@ -37,6 +37,7 @@ from segvit_kernels import _native
 
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 _PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # by type of device
+_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx")
 ENVIRONMENT_VARIABLE = "SEGVIT_KERNELS_BACKEND"
 _ENVIRONMENT_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
@@ -123,11 +124,21 @@ def _compute_capability(index: int) -> tuple[int, int]:
 
 
 def why_not(name: str, device: torch.device | str) -> str | None:
-    """Why backend ``name`` cannot run on tensors of ``device``, with what mends it; ``None`` if it can."""
+    """Why backend ``name`` cannot run on tensors of ``device``, with what mends it; ``None`` if it can.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+    """
+    _checked(name, "backend")
     device = torch.device(device)
     if name == "eager":
         return None
-    capability = _compute_capability(device.index or 0) if device.type == "cuda" else None
+    capability = None
+    if device.type == "cuda":
+        try:
+            capability = _compute_capability(device.index or 0)
+        except (RuntimeError, AssertionError) as error:  # no driver, no such GPU, or a torch without CUDA
+            return f"there is no device {device}: {str(error).partition(chr(10))[0]}"
     if name != "triton":
         return _native.why_not(name, device, capability)
     if not _triton_installed():
@@ -148,7 +159,12 @@ def runs_isa(isa: str) -> bool:
 
     Args:
         isa: "portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16" or "amx".
+
+    Raises:
+        ValueError: ``isa`` is none of these.
     """
+    if isa not in _ISAS:
+        raise ValueError(f"isa is {isa!r}; expected one of {', '.join(_ISAS)}")
     return _native.runs_isa(isa)
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 # Facts about data folders are found anew.
@@ -44,7 +44,26 @@ def interpreted(given: str | None, device: bool, markers: str) -> bool:
     return not (device and asked)
 
 
+CHOICES = {
+    "SEGVIT_DTYPES": {"all"},
+    "SEGVIT_GATE": {"quick", "all"},
+    "SEGVIT_PTX": {"sm_80", "sm_90"},
+    "SEGVIT_PTX_DTYPES": {"turns", "all"},
+}
+
+
+def unknown_choices(variables: Mapping[str, str]) -> list[str]:
+    """Of variables that choose what is run those with another word, which would run less unseen."""
+    return [
+        f"{name} is {variables[name]!r}; expected {' or '.join(sorted(known))}"
+        for name, known in CHOICES.items()
+        if variables.get(name) and variables[name] not in known
+    ]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if unknown := unknown_choices(os.environ):
+        raise pytest.UsageError("; ".join(unknown))
     if "SEGVIT_PTX" in os.environ:  # sm_80, sm_90: the PTX machine in place of the interpreter
         os.environ["TRITON_INTERPRET"] = "0"
         os.environ.setdefault("SEGVIT_KERNELS_BACKEND", "eager")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.commands import COMMANDS
 from segvit_kernels import __version__
 from segvit_kernels.testing import launches
 
@@ -35,6 +36,22 @@ def test_the_recipe_is_the_projects():
     points = [f"{name} = {place}" for name, place in PROJECT["scripts"].items()]
     assert recipe["build"]["python"]["entry_points"] == points
     assert recipe["about"]["license"] == PROJECT["license"]
+
+
+def test_every_extra_is_on_the_first_page():
+    rows = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`([\w-]+)`", " ".join(rows))) == set(PROJECT["optional-dependencies"])
+
+
+def test_every_benchmark_is_in_its_readme():
+    text = (ROOT / "bench" / "README.md").read_text()
+    assert set(re.findall(r"^.*python -m bench (\w+)", text, re.MULTILINE)) == set(COMMANDS)
+
+
+def test_compose_takes_a_folder():
+    """In one line `runs/a:/checkpoint` is a volume of that name, which there is not."""
+    (service,) = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"].values()
+    assert [volume["type"] for volume in service["volumes"]] == ["bind"]
 
 
 def test_the_support_table_names_what_is_pinned_and_asked_for():

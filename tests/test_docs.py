@@ -54,6 +54,12 @@ def test_every_public_name_is_in_the_reference(site):
         assert set(package.__all__) - {"__version__"} <= shown
 
 
+def test_every_operator_has_its_formulas_there():
+    """To which docstrings send their readers: 'at the top of this module'."""
+    named = re.findall(r"^::: segvit_kernels\.ops\.(\w+)$", (ROOT / "docs/api/formulas.md").read_text(), re.M)
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "segvit_kernels/ops").glob("[a-z]*.py"))
+
+
 def test_docstrings_left_no_markup_of_another_kind(site):
     for name, text in site.items():
         if name.startswith("api/"):

@@ -158,11 +158,13 @@ def _settings(outcome: Outcome) -> list[tuple[str, str]]:
         f"{options.lr:g} with linear warm-up and decay to 0, weight decay {options.weight_decay:g}"
     )
     device = next(outcome.model.parameters()).device
-    return [("Model", model), ("Data", data), ("Training", training), *_machine(device)]
+    with segvit_kernels.record_backends() as taken:
+        outcome.model.predict(outcome.test.items[0]["image"])
+    backends = ("Kernel backend", ", ".join(sorted(set().union(*taken.values()))))
+    return [("Model", model), ("Data", data), ("Training", training), *_machine(device), backends]
 
 
 def _machine(device: torch.device) -> list[tuple[str, str]]:
-    fused = device.type == "cuda" and segvit_kernels.why_not("triton", device) is None
     cores = f"{os.cpu_count()} logical cores, PyTorch uses {torch.get_num_threads()}"
     versions = {
         "segvit-kernels": segvit_kernels.__version__,
@@ -175,7 +177,6 @@ def _machine(device: torch.device) -> list[tuple[str, str]]:
         *([("GPU", torch.cuda.get_device_name(device))] if device.type == "cuda" else []),
         ("System", platform.platform(terse=True)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("Kernel backend", os.environ.get("SEGVIT_KERNELS_BACKEND") or ("triton" if fused else "eager")),
     ]
 
 

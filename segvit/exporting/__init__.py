@@ -105,10 +105,12 @@ def export(
             probabilities in place of labels.
         dtype: of the network: "float32", "float16", "bfloat16", or "int8" for the backbone's projections.
         options: windows, scales and mirroring, inside the graph; need a size.
-        calibration: uint8 pictures (B, channels, H, W) of the data that the model is for, for int8.
+        calibration: uint8 pictures (B, channels, H, W) of the data that the model is for, for int8, of the
+            size and as many as a call takes.
         source: where the model comes from, for the file's metadata.
 
     Raises:
+        TypeError: pictures of `calibration` that are not uint8.
         ValueError: an argument is out of range, they do not go together, or `path` is a file of others.
         ImportError: the format's packages are not installed.
         OSError: the file cannot be written.
@@ -130,6 +132,7 @@ def export(
         options or InferenceOptions(),
     )
     plan.check(model.config.backbone.patch_size, model.config.class_names)
+    plan.check_pictures(model.config.backbone.in_channels)
     _check_out(path, path.with_suffix(".bin") if name == "openvino" else path)
     module = FORMATS[name].load()
     module.check(plan)

@@ -94,15 +94,35 @@ class Plan:
             raise ValueError(f"{several[0]}: is laid out in the graph for one batch; expected batch too")
         if several and self.outputs == "logits":
             raise ValueError(f"{several[0]}: logits are of one pass over the picture; expected labels")
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+        sides = self.size if isinstance(self.size, (tuple, list)) else ()
+        if self.size is not None and (len(sides) != 2 or not all(map(_positive, sides))):
             raise ValueError(f"size: got {self.size}, expected height and width in pixels")
-        if self.batch is not None and self.batch < 1:
+        if self.batch is not None and not _positive(self.batch):
             raise ValueError(f"batch: got {self.batch}, expected at least 1")
+
+    def check_pictures(self, channels: int) -> None:
+        """Raise TypeError or ValueError for pictures to calibrate on that the graph does not take; some
+        runtimes would convert them, and find other ranges."""
+        wanted = (self.batch, channels, *(self.size or (None, None)))
+        for pictures in self.calibration:
+            if not isinstance(pictures, Tensor) or pictures.dtype != torch.uint8:
+                got = getattr(pictures, "dtype", type(pictures).__name__)
+                raise TypeError(f"calibration: got {got}, expected uint8 pictures")
+            shape = tuple(pictures.shape)
+            if len(shape) != 4 or any(
+                want not in (None, got) for want, got in zip(wanted, shape, strict=True)
+            ):
+                sides = ", ".join(str(want or name) for want, name in zip(wanted, "BCHW", strict=True))
+                raise ValueError(f"calibration: got shape {shape}, expected ({sides})")
 
     def check_calibration(self) -> None:
         """Raise ValueError for int8 without pictures, for a format that finds ranges by them."""
         if self.int8 and not self.calibration:
             raise ValueError("calibrate: expected pictures, to find the ranges that int8 stands for")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class LabelGraph(nn.Module):

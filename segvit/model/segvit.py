@@ -320,14 +320,14 @@ class SegViT(nn.Module):
             size: height and width of the images, any; one number for squares.
             batch: images of a call.
             dtype: of the network; by default bfloat16 for a float32 model where that is faster (GPUs that
-                have it; CPUs with AMX, or AVX512-FP16 and the native library), otherwise the model's.
+                have it; CPUs with AMX, or AVX512-BF16 and the native library), otherwise the model's.
             method: "eager" runs layer by layer; "graph" replays a CUDA graph of that; "compile" is
                 torch.compile (minutes, needs a compiler), in a CUDA graph on GPUs. "auto": "graph" on GPUs,
                 "eager" elsewhere.
             fp8: the backbone's projections in fp8, by torchao, best with "compile", its default method; on
                 GPUs of compute capability 8.9 or more.
             int8: the backbone's projections in int8, weights by output and activations by token as they
-                come; on CPUs with AMX and the native library, dtype bfloat16.
+                come; on x86 CPUs with AVX2 and the native library.
             options: sliding window, scales, mirroring; by default the whole image at once.
 
         Raises:

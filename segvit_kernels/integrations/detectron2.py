@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from segvit_kernels.integrations._kinds import known_base, overridden
 from segvit_kernels.integrations._masks import Matching, Replacement, match, pixel_sums
+from segvit_kernels.ops._checks import count
 from segvit_kernels.ops.mask_points import mask_loss_at_points
 
 _TAKES = ("outputs", "targets", "indices", "num_masks")
@@ -138,6 +139,8 @@ def fused_set_criterion(
             importance_sample_ratio=importance_sample_ratio, reduction="sum", generator=generator,
         )  # fmt: skip
         mask, dice = found.bce, found.dice
-    if num_masks is None:
+    if num_masks is not None:
+        num_masks = count("num_masks", num_masks)
+    else:
         num_masks = max(1, sum(len(queries) for queries, _ in indices))
     return {"loss_mask": mask / num_masks, "loss_dice": dice / num_masks}

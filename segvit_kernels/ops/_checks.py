@@ -51,6 +51,20 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     return value
 
 
+def count(name: str, value: Any) -> Any:
+    """A number, at least 0, or the one that a tensor holds, as a tensor without axes.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a negative number or one that is not finite, or a tensor of several.
+    """
+    if not isinstance(value, torch.Tensor):
+        return number(name, value, 0)
+    if value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a single number")
+    return value.reshape(())
+
+
 def size_pair(name: str, value: Any) -> tuple[int, int]:
     """A (height, width) of at least 1 × 1.
 

@@ -58,8 +58,8 @@ def checked(
             raise ValueError(f"matches holds {low} to {high}; expected -1 to {classes - 1}")
     if pair_weights is not None:
         _expect_pairs("pair_weights", pair_weights, entries[0])
-    if num_masks is not None and not isinstance(num_masks, Tensor):
-        _checks.number("num_masks", num_masks, 0)
+    if num_masks is not None:
+        num_masks = _checks.count("num_masks", num_masks)
     if _checks.flag("mask_ignored", mask_ignored) and targets.ndim == 4:
         raise ValueError("mask_ignored is True with masks; expected labels: masks have no ignored pixels")
     if reduction not in ("mean", "sum", "none"):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from segvit_kernels.ops._checks import whole
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -96,6 +98,7 @@ class Views:
             ``affine`` (V, 4) float32; the latter two sorted by image, then group.
 
     Raises:
+        TypeError: a view's image, group or an edge of its rectangle is no whole number.
         ValueError: a view's image, rectangle or map is out of range, or an output pixel is not covered.
     """
 
@@ -142,6 +145,9 @@ class Views:
 
 
 def _check_view(index: int, view: View, batch: int, size: tuple[int, int]) -> None:
+    for name, values in (("image", [view.image]), ("group", [view.group]), ("rectangle", view.rectangle)):
+        for value in values:
+            whole(f"{name} of view {index}", value)
     top, left, bottom, right = view.rectangle
     if not 0 <= view.image < batch:
         raise ValueError(f"view {index} has image {view.image}; expected 0 to {batch - 1}")

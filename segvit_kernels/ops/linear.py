@@ -344,6 +344,8 @@ def linear(
         input.dtype not in packed.dtypes and torch.float32 in (input.dtype, packed.panels.dtype)
     )
     if backend is None and (plain or autograd or autocast):
+        if not autocast:  # which makes the dtypes alike
+            _validate(input, weight, bias, None, **around)
         return linear_reference(input, whole_weight(weight, packed), bias, gelu=gelu, **around)
     _validate(input, weight, bias, packed, **around)
     if autograd and backend == "eager":

@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels.ops._autograd import first_derivative_only, transformed, without_autocast
-from segvit_kernels.ops._checks import can_read, number, whole
+from segvit_kernels.ops._checks import can_read, count, number, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _BUDGETS = {"cpu": 2**25}  # bytes of masks and candidates that exist at a time
 _BUDGET = 2**28  # on other devices
 
@@ -208,6 +209,9 @@ def checked_indices(
         if targets is not None:
             limits["targets"] = (masks, len(targets[i]))
         for name, (index, most) in limits.items():
+            if not isinstance(index, Tensor) or (len(index) and index.dtype not in _INDEX_DTYPES):
+                kind = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}"
+                raise TypeError(f"indices[{i}] has {name} of {kind}; expected a tensor of torch.int64")
             if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < most:
                 got = f"{int(index.min())} to {int(index.max())}"
                 raise ValueError(f"indices[{i}] has {name} {got}; expected 0 to {most - 1}")
@@ -340,8 +344,8 @@ def mask_loss_at_points(
     images, queries = checked_indices(indices, mask_logits, given)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-    if num_masks is not None and not isinstance(num_masks, Tensor):
-        number("num_masks", num_masks, 0)
+    if num_masks is not None:
+        num_masks = count("num_masks", num_masks)
     with torch.no_grad():
         if points is None:
             points = _uncertain(

@@ -228,7 +228,7 @@ def panoptic_argmax(
     differentiable.
 
     Args:
-        mask_logits: (B, Q, h, w), float32, float16, bfloat16 or float64 (eager only).
+        mask_logits: (B, Q, h, w), float32, float16, bfloat16 or float64 (eager only); Q at most 16384.
         scores: (B, Q) of any of these dtypes; a query with a negative one takes no part.
         size: (H, W) of the output.
         resized: the size to which the masks are interpolated first; without it they stay as they are.

@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from segvit_kernels import _library
 from segvit_kernels.ops._attention import unit_stride
 from segvit_kernels.ops._autograd import without_autocast
-from segvit_kernels.ops._checks import flag, number, size_pair, tensors, whole
+from segvit_kernels.ops._checks import can_read, flag, number, size_pair, tensors, whole
 from segvit_kernels.ops._class_scores import (
     Part,
     block_scores,
@@ -301,7 +301,7 @@ def semantic_argmax(
         mask_logits: (V, Q, h, w), or a list of such with grids of different sizes but one Q and one dtype;
             float32, float16, bfloat16 or float64 (eager only).
         class_probs: (V, Q, C) in the order of the masks, non-negative, any of these dtypes; or (V, Q), the
-            diagonal of a matrix whose other entries are 0, with C = Q.
+            diagonal of a matrix whose other entries are 0, with C = Q. C is at most 32768.
         size: (H, W) of the output.
         views: how the V predictions map to the outputs; without it prediction i is image i, stretched over
             the whole output.
@@ -447,6 +447,10 @@ def _validate(
             f"class_probs has shape {shape}; expected ({count}, {queries}, classes) or the diagonal "
             f"({count}, {queries}), as mask_logits has views and queries, and 1 to 32768 classes"
         )
+    # A matrix may hold any numbers; on the diagonal a query with a negative one has no pixel.
+    if class_probs.ndim == 2 and can_read(class_probs) and bool((class_probs < 0).any()):
+        lowest = class_probs.min().item()
+        raise ValueError(f"class_probs holds {lowest:g} on its diagonal; expected at least 0")
     height, width = size_pair("size", size)
     if views is not None:
         if not isinstance(views, Views):

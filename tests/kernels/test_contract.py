@@ -10,7 +10,7 @@ from attention import BAD_ARGUMENTS, tensors
 from imports import imports_of
 
 import segvit_kernels
-from segvit_kernels import BackendUnavailableError, backend, fused_atm, record_backends
+from segvit_kernels import BackendUnavailableError, _library, backend, fused_atm, record_backends
 from segvit_kernels._library import ENVIRONMENT_VARIABLE, operators, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +42,22 @@ def test_an_unavailable_backend_raises_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
         fused_atm(**tensors(), backend="triton")
+
+
+def test_what_is_no_backend_instruction_set_or_device_is_said(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cutlass'; expected one of eager"):
+        segvit_kernels.why_not("cutlass", "cpu")
+    with pytest.raises(ValueError, match="isa is 'sse'; expected one of portable, avx2"):
+        segvit_kernels.runs_isa("sse")
+
+    def without_driver(index):
+        raise RuntimeError("Found no NVIDIA driver on your system.\nInstall one")
+
+    monkeypatch.setattr(_library, "_compute_capability", without_driver)
+    reason = "there is no device cuda: Found no NVIDIA driver on your system."
+    assert {segvit_kernels.why_not(name, "cuda") for name in ("triton", "cuda", "cpu")} == {reason}
+    with pytest.raises(BackendUnavailableError, match=reason):
+        segvit_kernels.native_library("cuda")
 
 
 def test_argument_outranks_context_outranks_environment(monkeypatch):

@@ -198,8 +198,10 @@ def _tensors(**changes):
     ],
 )
 def test_bad_arguments(changes, error, message):
-    with pytest.raises(error, match=message):
-        linear(**_tensors(**changes))
+    """PyTorch's layer, which runs without a packed weight, would broadcast and promote."""
+    for packing in ({},) if "packed" in changes else ({}, {"packed": None}):
+        with pytest.raises(error, match=message):
+            linear(**_tensors(**changes, **packing))
 
 
 def test_gradients_are_those_of_the_plain_layer():

@@ -841,10 +841,18 @@ def test_num_masks():
     logits, labels = torch.randn(1, 6, 4, 5), torch.randint(0, 6, (1, 21, 17))
     total, own = mask_loss(logits, labels, reduction="sum"), mask_loss(logits, labels)
     assert own.num_masks == 6
-    for given_as, divisor in ((10, 10), (torch.tensor(2.5), 2.5), (0.25, 1), (torch.tensor(0), 1)):
+    for given_as, divisor in (
+        (10, 10),
+        (torch.tensor(2.5), 2.5),
+        (torch.tensor([3]), 3),
+        (0.25, 1),
+        (torch.tensor(0), 1),
+    ):
         result = mask_loss(logits, labels, num_masks=given_as)
         torch.testing.assert_close(stacked(result), stacked(total) / divisor)
         assert result.num_masks == 6
+    with pytest.raises(ValueError, match=r"num_masks has shape \(2,\); expected a single number"):
+        mask_loss(logits, labels, num_masks=torch.tensor([2.0, 4.0]))  # the first alone counted
 
 
 def test_weights_of_inactive_pairs_do_not_matter():

@@ -243,6 +243,10 @@ LOGITS, TARGETS = torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 8, 8)
         ({"importance_sample_ratio": 1.5}, ValueError, "importance_sample_ratio is 1.5; expected 0 to 1"),
         ({"reduction": "max"}, ValueError, "reduction is 'max'"),
         ({"num_masks": -1}, ValueError, "num_masks is -1; expected at least 0"),
+        ({"num_masks": torch.ones(2)}, ValueError, r"num_masks has shape \(2,\); expected a single number"),
+        ({"indices": [([0], [0])]}, TypeError, r"indices\[0\] has queries of a list; expected a tensor of t"),
+        ({"indices": [(torch.tensor([0.5]), torch.tensor([0]))]}, TypeError, "has queries of torch.float32"),
+        ({"indices": [(torch.tensor([0]), torch.tensor([True]))]}, TypeError, "has targets of torch.bool"),
     ],
 )  # fmt: skip
 def test_refusals(changes, error, message):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import assert_compiled, interpreted
+from conftest import assert_compiled, interpreted, unknown_choices
 
 TESTS = Path(__file__).resolve().parents[1]
 PROBE = """
@@ -82,6 +82,11 @@ def test_with_a_gpu(options, expected, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
+
+
+def test_a_choice_that_is_none_is_said():
+    assert unknown_choices({"SEGVIT_GATE": "quick", "SEGVIT_PTX_DTYPES": "", "SEGVIT_DTYPES": "all"}) == []
+    assert unknown_choices({"SEGVIT_GATE": "All"}) == ["SEGVIT_GATE is 'All'; expected all or quick"]
 
 
 def test_kernels_of_the_interpreter_are_noticed():

@@ -85,3 +85,5 @@ def test_refusals():
     masks, factors = inputs(torch.float32)
     with pytest.raises(ValueError, match=r"class_probs has shape \(2, 8\); expected .* diagonal \(2, 9\)"):
         semantic_argmax(masks, factors[:, :8], SIZE)
+    with pytest.raises(ValueError, match=r"class_probs holds -0\.5 on its diagonal; expected at least 0"):
+        semantic_argmax(masks, factors.index_fill(1, torch.tensor([3]), -0.5), SIZE)

@@ -158,6 +158,11 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             Views([whole, view], 1, size)
+    for changes in ({"image": 0.0}, {"group": 0.5}, {"rectangle": (0, 0, 8.0, 9)}):
+        with pytest.raises(
+            TypeError, match=f"{next(iter(changes))} of view 1 is .*; expected a whole number"
+        ):
+            Views([whole, dataclasses.replace(whole, **changes)], 1, size)
     hole = [(0, 0, 8, 4), (0, 4, 3, 9), (4, 4, 8, 9), (2, 5, 6, 9)]
     pieces = [dataclasses.replace(whole, rectangle=r) for r in hole]
     with pytest.raises(ValueError, match=r"image 0 do not cover pixel \(3, 4\)"):

@@ -21,6 +21,7 @@ from segvit.model.segvit import SegViT
 from segvit.options import DemoConfig
 from segvit.pictures import report
 from segvit.training.evaluation import evaluate
+from segvit_kernels import record_backends
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def small(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_demo_from_seed_to_report(small, tmp_path, capsys):
+def test_demo_from_seed_to_report(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SEGVIT_KERNELS_BACKEND", raising=False)
     out = tmp_path / "demo"
     weights = []
     for _ in range(2):  # the second takes the place of the first, and is the same
@@ -52,7 +54,10 @@ def test_demo_from_seed_to_report(small, tmp_path, capsys):
 def check_figures(html: str, out: Path) -> None:
     """What the page says is what the saved model does on pictures that no seed of the training drew."""
     model, test = load_model(out / "run"), SyntheticShapes("validation", 6, task.IMAGE_SIZE, seed=1)
-    score = evaluate(model, test)
+    with record_backends() as taken:
+        score = evaluate(model, test)
+    (backend,) = set().union(*taken.values())  # the one of this machine
+    assert re.search(rf"Kernel backend</\w+>\s*<\w+[^>]*>{backend}<", html)
     assert f">{100 * score['miou']:.1f} %<" in html and f">{100 * score['accuracy']:.1f} %<" in html
     for index in range(4):
         right = (model.predict(test[index]["image"]) == test[index]["label"]).double().mean()

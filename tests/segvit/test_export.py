@@ -295,6 +295,31 @@ def test_pictures_of_other_types_are_refused(model, images):
             one.predict(images)
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"size": 32}, ValueError, "size: got 32, expected height and width"),
+        ({"size": (32.0, 32)}, ValueError, r"size: got \(32.0, 32\), expected height and width"),
+        ({"batch": 1.5}, ValueError, "batch: got 1.5, expected at least 1"),
+        ({"calibration": [torch.rand(1, 3, 32, 48)]}, TypeError, "calibration: got torch.float32, expected"),
+        ({"calibration": [torch.zeros(3, 32, 48).byte()]}, ValueError, r"got shape \(3, 32, 48\), expected"),
+        (
+            {"calibration": [torch.zeros(1, 3, 48, 32).byte()]},
+            ValueError,
+            r"calibration: got shape \(1, 3, 48, 32\), expected \(1, 3, 32, 48\)",
+        ),
+        (
+            {"calibration": [torch.zeros(1, 4, 48, 32).byte()], "size": None, "batch": None},
+            ValueError,
+            r"calibration: got shape \(1, 4, 48, 32\), expected \(B, 3, H, W\)",
+        ),
+    ],
+)
+def test_what_is_refused_before_a_file_is_made(given, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        segvit.export(tiny_model(), tmp_path / "x.onnx", **{"size": (32, 48), "dtype": "int8", **given})
+
+
 def test_evaluate_says_how_a_file_predicts(monkeypatch, tmp_path):
     """Its windows, its precision: not the options that the command was left with."""
     from segvit.commands import evaluate

@@ -9,7 +9,7 @@ import pytest
 
 from segvit import commands
 from segvit.cli import COMMANDS
-from segvit.options import Range, TrainConfig, check_ranges
+from segvit.options import InferenceOptions, Range, TrainConfig, check_ranges
 
 CLASSES = [options for options, _ in COMMANDS.values()]
 
@@ -74,6 +74,13 @@ def test_none_and_words_where_they_may_be():
         TrainConfig(data="x", out="x", precision="fp8")
     with pytest.raises(ValueError, match=r"^class_weights: got \(1.0, -1.0\)"):
         TrainConfig(data="x", out="x", class_weights=[1.0, -1.0])
+    with pytest.raises(ValueError, match=r"^flip: got 'no', expected True or False$"):  # it would be true
+        InferenceOptions(flip="no")
+    with pytest.raises(ValueError, match=r"^reduce_zero_label: got 'no', expected True or False or auto$"):
+        TrainConfig(data="x", out="x", reduce_zero_label="no")
+    assert InferenceOptions(scales=(1.0,)) == InferenceOptions()
+    with pytest.raises(TypeError, match=r"^scales: got 1\.0, expected a list of numbers"):
+        InferenceOptions(scales=1.0)
     config = TrainConfig(data="x", out="x")
     config.lr = -1.0  # after it was made: training looks again
     with pytest.raises(ValueError, match=r"lr: got -1\.0"):

@@ -44,7 +44,10 @@ def labels_of(row) -> np.ndarray:
 
 def test_rows_of_label_maps(checkpoint):
     files = [picture(0), picture(1, (9, 30)), b"no picture", picture(2)]
-    found = Labeller(str(checkpoint), "cpu", flip=True)({"path": ["a", "b", "c", "d"], "bytes": files})
+    label = Labeller(str(checkpoint), "cpu", flip=True)
+    found = label({"path": ["a", "b", "c", "d"], "bytes": files})
+    nothing = label({"path": [], "bytes": []})
+    assert nothing["counts"].shape == (0, 3) and {len(column) for column in nothing.values()} == {0}
     assert list(found["width"]) == [24, 9, 0, 24] and list(found["height"]) == [16, 30, 0, 16]
     assert list(found["path"]) == ["a", "b", "c", "d"]
     assert found["error"][2].startswith("not a picture") and found["labels"][2] == b""
