@@ -234,11 +234,12 @@ def _time_group(context: Context, op: operators.Operator, key: dict, kind: str) 
 
 
 def _lost(device: torch.device | None) -> bool:
-    """Whether the CUDA context is unusable, as after an illegal address: no later row could succeed."""
+    """Whether the CUDA context is unusable, as after an illegal address, or its random numbers, as after a
+    capture that failed: no later row could succeed."""
     if device is None or device.type != "cuda":
         return False
     try:
-        return torch.ones(1, device=device).add_(1).item() != 2
+        return not 1 <= torch.rand(1, device=device).add_(1).item() <= 2
     except Exception:
         return True
 

@@ -73,7 +73,7 @@ def work(
     for index, task in enumerate(SECTIONS[section](plan)[start:], start):
         if printed:
             os.truncate(printed, 0)
-        begun, lost = time.time(), False
+        begun = time.time()
         key = {"table": task.table, **task.key}
         rows.write(begin=index)
         try:
@@ -90,9 +90,8 @@ def work(
         except Exception as error:
             rows.write(**key, status="failed", passed=False, reason=timing.one_line(error))
             _log(folder, key, traceback.format_exc(limit=-6), printed)
-            lost = _lost(context and context.device)
         rows.write(end=index, seconds=round(time.time() - begun, 3), **compiled.take())
-        if lost:
+        if _lost(context and context.device):  # perhaps by what a row already tells
             return 3
     rows.close()
     return 0

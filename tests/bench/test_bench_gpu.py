@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from bench.report import targets
 from bench.subjects import operators, parameters
 from bench.suites import _gpu_rows, _gpu_tasks, cache, gpu, tune
 from bench.suites._gpu_tasks import sanitizer
+from segvit_kernels.testing.stub.torch_cuda import pretended
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "segvit_kernels" / "triton" / "configs" / "sm_90.json"
@@ -367,11 +369,17 @@ def test_what_a_failing_task_printed_stands_in_the_log(tmp_path, monkeypatch):
     assert '"name": "b"' in log and "no such luck" in log and "left over" not in log
 
 
-def test_a_lost_context_ends_the_worker(tmp_path, monkeypatch):
-    def broken(context):
-        raise RuntimeError("an illegal memory access was encountered")
-        yield
+def raises(context):
+    raise RuntimeError("an illegal memory access was encountered")
+    yield
 
+
+def tells(context):
+    yield {"status": "failed", "reason": "an illegal memory access was encountered"}
+
+
+@pytest.mark.parametrize("broken", [raises, tells])
+def test_a_lost_context_ends_the_worker(tmp_path, monkeypatch, broken):
     tasks = [_gpu_tasks.Task("checks", {"name": str(n)}, broken) for n in range(2)]
     monkeypatch.setitem(gpu.SECTIONS, "machine", lambda plan: tasks)
     monkeypatch.setattr(gpu, "_lost", lambda device: True)
@@ -380,6 +388,16 @@ def test_a_lost_context_ends_the_worker(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert gpu._lost(torch.device("cuda", 0)) is not torch.cuda.is_available()
     assert not gpu._lost(torch.device("cpu")) and not gpu._lost(None)
+
+
+def test_random_numbers_that_a_failed_capture_left_behind_are_a_loss(monkeypatch):
+    def rand(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    with pretended(SimpleNamespace()):
+        assert not gpu._lost(torch.device("cuda", 0))
+        monkeypatch.setattr(torch, "rand", rand)
+        assert gpu._lost(torch.device("cuda", 0))
 
 
 def test_rows_are_read_to_the_last_whole_line(tmp_path):
