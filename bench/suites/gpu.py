@@ -78,7 +78,7 @@ def work(
         rows.write(begin=index)
         try:
             context = context or _context(plan, deadline)
-            if context.left() <= 0 and task.table != "environment":  # without it no row says what it is of
+            if context.left() <= 0 and task.table != "environment":
                 rows.write(**key, status="skipped", reason="time budget")
             else:
                 for row in task.run(context):
@@ -206,7 +206,8 @@ def run(
         for stage in stages:
             passed += STAGES[stage] / whole
             deadline = begun + budget_s * passed
-            names = sections(stage, plan)
+            # Without the environment no row says what it is of.
+            names = [*(["environment"] if stage == stages[0] else []), *sections(stage, plan)]
             running = [_Section(name, folder, Path(scratch), plan, deadline) for name in names]
             try:
                 for section in running:

@@ -324,8 +324,9 @@ def test_a_hanging_worker_is_killed_and_the_rest_skipped(tmp_path, monkeypatch):
     assert [r["status"] for r in gpu.latest(gpu.read(tmp_path))] == ["failed", "skipped"]
 
 
-def test_workers_of_a_section_append_to_one_file(tmp_path):
+def test_workers_of_a_section_append_to_one_file(tmp_path, monkeypatch):
     """A worker process as the command starts it: rows, beginnings and ends, and what it printed."""
+    monkeypatch.setattr(gpu, "GRACE_S", 600.0)  # of a busy machine
     plan = gpu.Plan(smoke=True, dtypes=("float32",))
     own = gpu._Section("timings", tmp_path, tmp_path, plan, time.time() - 1)
     own.start()
@@ -337,6 +338,11 @@ def test_workers_of_a_section_append_to_one_file(tmp_path):
     modes = sum(len(op.modes) for op in operators.by_name().values())
     assert len(rows) == modes and {r["reason"] for r in rows} == {"time budget"}
     assert len([line for line in lines if "begin" in line]) >= len(rows)
+
+
+def test_some_of_the_stages_have_a_result_too(tmp_path):
+    found = gpu.run(tmp_path, gpu.Plan(True), budget_s=60, stages=["candidates"], in_process=True)
+    assert [result["environment"]["torch"] for result in found] == [torch.__version__]
 
 
 def test_what_a_failing_task_printed_stands_in_the_log(tmp_path, monkeypatch):
@@ -443,6 +449,7 @@ def test_bad_options_of_the_command_are_one_line(tmp_path, capsys):
             ["gpu", "--smoke", "--out", here["out"], "--stages", "all"],
             "no such stage; expected some of machine",
         ),
+        (["gpu", "--smoke", "--out", here["out"], "--stages", "timings"], "expected checks too"),
         (["gpu", "--smoke", "--out", here["out"], "--candidates", str(broken)], "x.tar.gz: not JSON"),
         (["gpu", "--smoke", "--out", here["out"], "--cache", str(broken)], "expected an archive of"),
         (["gpu", "--assemble", "--out", str(full)], "rows.jsonl does not exist"),
