@@ -219,7 +219,16 @@ def test_speeds_are_refused_without_proof(checks):
     assert result["correct"] == any(c["status"] == "ok" for c in checks if len(checks) == 1)
     text = report.document(result, "x")
     assert "20 µs" not in text and "invalid" in text
+    assert "`atm`, ade_vit_l, batch 16, forward | invalid: refused: " in tables.tables(result)["summary"]
     assert all(e["met"] is None for e in comparison.targets(result, atm.OPERATOR))
+
+
+def test_what_is_ours_is_no_peer_and_one_sample_has_no_spread():
+    result = assembled([check_row()])
+    assert "| 2.50× (sdpa) |" in tables.tables(result)["summary"]
+    result["timings"][1] |= {"peer": "packed"} | timing.summary([10e-6])
+    found = tables.tables(result)
+    assert "| 2.50× (sdpa) |" in found["summary"] and "| 10 µs, one sample |" in found["atm-speed"]
 
 
 # ------------------------------------------------------------------------------ planted bugs
