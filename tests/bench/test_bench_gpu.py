@@ -19,6 +19,7 @@ import torch
 
 from bench import report
 from bench.__main__ import main
+from bench.measure import results as files
 from bench.measure import timing
 from bench.report import targets
 from bench.subjects import operators, parameters
@@ -251,6 +252,27 @@ def test_whole_models_are_held_against_their_targets():
     assert targets._step({"rows": rows}) == 1.5 and targets._step_memory({"rows": rows}) == 0.5
     slower = [rows[0] | {"median_s": 6.0}, rows[1]]
     assert targets._step({"rows": slower}) == 0.5, "not the published formula's own time"
+    image = row | {"mode": "inference", "way": "engine, graph", "batch": 1, "median_s": 1.0}
+    rows = [image, image | {"way": "published", "dtype": "float32", "batch": 8, "median_s": 40.0}]
+    assert targets._inference("published", dtype="float32")({"rows": rows}) is None, "of another batch"
+
+
+def test_a_target_is_judged_where_it_is_furthest_from_being_met(tmp_path):
+    """And says which of the machines that is."""
+    key = {"operator": "atm", "shape": "ade_vit_b", "batch": 1, "dtype": "float32", "mode": "forward"}
+    rows = [key | {"method": "wall", "status": "ok", "peer": peer} for peer in ("fused", "plain")]
+    for index, (name, ratio) in enumerate((("Quick", 3.0), ("Other", 1.5))):
+        result = {"schema": 1, "kind": "cpu", "measurement": True, "correct": True}
+        result |= {table: [] for table in ("checks", "memory", "ceilings", "costs")}
+        result["timings"] = [rows[0] | {"median_s": 1.0}, rows[1] | {"median_s": ratio}]
+        result["environment"] = {"cpu": name, "instruction_set": "avx2", "threads": 2, "commit": None}
+        files.dump(tmp_path / f"{index}.json", result)
+    text = targets.table(tmp_path)
+    assert (
+        "forward against the plain formula (ade_vit_b, batch 1, float32) | CPU 1 | ≥ 2× | 1.50× | missed"
+        in text
+    )
+    assert "<sub>1: Other (avx2), 2 threads" in text and "Quick" not in text
 
 
 # ------------------------------------------------------------------------------ workers
