@@ -88,8 +88,17 @@ def test_rows(here, tmp_path):
     assert (tmp_path / TINY.name / subjects.REFERENCE.format("float32")).exists()
     table = model_tables.tables({"rows": rows})["engines"]
     assert "skipped: not installed: no_such_package" in table and "| 1.00× |" in table
-    best = model_tables.tables({"rows": rows})["engines-best"].splitlines()[2:]
-    assert [line.count(" (same) | 1.00× |") for line in best] == [1]  # int8 has no engine of ours here
+    samples = OPTIONS["rounds"]
+    assert f"Times: medians of {samples} calls." in table and "| largest |" in table  # of so few no percentile
+    best = model_tables.tables({"rows": rows})["engines-best"]
+    assert best.count(" (same) | 1.00× |") == 1  # int8 has no engine of ours here
+    assert "*absent*: skipped: not installed: no_such_package." in best
+    assert "*wrong*: invalid: " in best
+    lost = [row | {"status": "failed", "reason": "boom"} if "SegViT" in row["way"] else row for row in rows]
+    best = model_tables.tables({"rows": lost})["engines-best"]
+    assert "| tiny, float32 | failed: boom | 1 s (same) | – |" in best
+    many = model_tables.tables({"rows": [row | {"samples": 100} for row in rows]})["engines"]
+    assert "| 99th percentile |" in many
     assert not model_tables.sound({"rows": rows})  # a peer's labels are wrong
 
 
