@@ -136,6 +136,29 @@ def test_a_budget_that_is_used_up_skips_with_a_reason(monkeypatch):
     assert not result["correct"] and "skipped" in report.document(result, "x")
 
 
+def test_a_failure_costs_its_operator_alone(monkeypatch):
+    def fail(*_: object) -> list:
+        raise RuntimeError("boom")
+
+    chosen = {name: operators.by_name()[name] for name in ("mask_iou", "semantic_topk")}
+    monkeypatch.setattr(operators, "by_name", lambda: chosen)
+    checks = cpu._checks
+    monkeypatch.setattr(
+        cpu, "_checks", lambda op, *where: (fail if op.name == "mask_iou" else checks)(op, *where)
+    )
+    options = {
+        "threads": torch.get_num_threads(),
+        "rounds": 3,
+        "smoke": True,
+        "main": True,
+        "names": ["fused"],
+    }
+    result = cpu.run(**options, progress=lambda line: None)
+    rows = {row["operator"]: (row["status"], row.get("reason")) for row in result["timings"]}
+    assert rows == {"mask_iou": ("failed", "RuntimeError: boom"), "semantic_topk": ("ok", None)}
+    assert not report.sound(result)
+
+
 def test_static_evidence_of_one_operator(tmp_path, monkeypatch):
     """For one architecture: another is another argument of the same compiler and PTX machine."""
     monkeypatch.setattr(static, "ARCHITECTURES", ("sm_90",))

@@ -41,6 +41,7 @@ def here(monkeypatch):
 
     class Worker:
         def __init__(self, module, function, *values, threads):
+            self.name = values[0]
             self.info, self.call = subjects.serve(*values)
 
         def __call__(self):
@@ -70,6 +71,7 @@ def here(monkeypatch):
     monkeypatch.setattr(engines, "TABLES", {"engines": found})
     monkeypatch.setattr(subjects, "ENGINES", found)
     monkeypatch.setattr(workers, "Worker", Worker)
+    monkeypatch.setattr(engines, "PAUSE_S", 0.0)
     monkeypatch.setattr(peaks, "isolated", lambda _, function, *values: getattr(subjects, function)(*values))
 
 
@@ -100,6 +102,22 @@ def test_rows(here, tmp_path):
     many = model_tables.tables({"rows": [row | {"samples": 100} for row in rows]})["engines"]
     assert "| 99th percentile |" in many
     assert not model_tables.sound({"rows": rows})  # a peer's labels are wrong
+
+
+@pytest.mark.parametrize("method", ["__call__", "held"])
+def test_an_engine_that_dies_while_it_is_timed_costs_its_row_alone(here, monkeypatch, tmp_path, method):
+    ask = getattr(workers.Worker, method)
+
+    def killed(worker):
+        if worker.name == "same":
+            raise RuntimeError("no message")
+        return ask(worker)
+
+    monkeypatch.setattr(workers.Worker, method, killed)
+    rows = list(engines.rows(TINY, dtypes=("float32",), graphs=tmp_path, busy=True, **OPTIONS))
+    by = {row["way"]: row for row in rows}
+    assert (by["same"]["status"], by["same"]["reason"]) == ("failed", "RuntimeError: no message")
+    assert by["SegViT engine"]["status"] == "ok" and by["SegViT engine"]["busy_median_s"] == 1.0
 
 
 def test_exported_files_are_rows(here, monkeypatch, tmp_path):
