@@ -15,12 +15,14 @@ from bench.suites import engines
 OPTIONS = {"threads": 1, "rounds": 2, "deadline": float("inf")}
 
 
-def made(size):
-    """What a worker calls: a block of memory of ``size`` bytes."""
+def made(size, library=0):
+    """What a worker calls: a block of memory of ``size`` bytes, behind a library of so many."""
     print("a library that prints")
     if size < 0:
         raise ValueError("size is negative")
-    return {"size": size}, lambda: np.ones(size, np.uint8)
+    loaded = np.ones(library, np.uint8)
+    info = {"size": size} | ({"resident": peaks.resident()} if library else {})
+    return info, lambda: (np.ones(size, np.uint8), loaded)
 
 
 def test_a_call_in_a_process_of_its_own(monkeypatch):
@@ -30,6 +32,10 @@ def test_a_call_in_a_process_of_its_own(monkeypatch):
     assert 0 < worker() < 60
     held = worker.held()
     assert held is None or held >= 50_000_000
+    worker.close()
+    worker = workers.Worker("test_bench_engines", "made", 50_000_000, 200_000_000)
+    held = worker.held()
+    assert worker.info == {"size": 50_000_000} and (held is None or 50_000_000 <= held < 200_000_000)
     worker.close()
     with pytest.raises(RuntimeError, match="ValueError: size is negative"):
         workers.Worker("test_bench_engines", "made", -1)
