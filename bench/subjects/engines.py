@@ -297,7 +297,7 @@ def serve(name: str, size: dict, dtype: str, folder: str, threads: int) -> tuple
     """For `bench.measure.workers`: the call, and the shares of its labels that are the references' (and of
     the reference in bfloat16 that are those in float32)."""
     engine = next(engine for table in TABLES.values() for engine in table if engine.name == name)
-    if engine.packages:  # as torch is already: what the library takes for itself is no part of an engine's memory
+    if engine.packages:  # as torch is already: a library is no part of an engine's memory
         importlib.import_module(engine.packages[0])
     resident = peaks.resident()
     call = engine.load(Model(**size), dtype, Path(folder), threads)
