@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     folder = options.out
     _options.check_names("--stages", options.stages, list(gpu.STAGES), "stage")
+    if "timings" in (options.stages or ()) and "checks" not in options.stages:
+        raise OptionError("--stages timings: expected checks too: times of what was not checked are refused")
     if options.assemble:
         if not (folder / _gpu_rows.ROWS).is_file():
             raise OptionError(

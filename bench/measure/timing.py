@@ -165,12 +165,22 @@ def graph_sampler(
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``work``, warmed up on a side stream first."""
+    """A CUDA graph of ``work``, warmed up on a side stream first.
+
+    Raises:
+        RuntimeError: ``work`` waits for the device. It is found before the capture: one that fails leaves
+            torch's random numbers, allocator and current stream unusable in this process.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):
+        work()
+        usual = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             work()
+        finally:
+            torch.cuda.set_sync_debug_mode(usual)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

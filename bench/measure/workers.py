@@ -48,8 +48,8 @@ class Worker:
         return self._ask("time")
 
     def held(self) -> int | None:
-        """Most bytes resident during a call beyond those before ``function``; ``None`` where Linux does not
-        say."""
+        """Most bytes resident during a call beyond those before ``function``, or beyond ``resident`` of its
+        plain data; ``None`` where Linux does not say."""
         return self._ask("memory")
 
     def _ask(self, what: str) -> Any:
@@ -80,6 +80,7 @@ def serve(module: str, function: str, values: list) -> int:
     os.dup2(2, 1)
     before = peaks.resident()
     info, call = getattr(importlib.import_module(module), function)(*values)
+    before = info.pop("resident", before)
     print(json.dumps(info), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_answer(line.strip(), call, before)), file=answers, flush=True)

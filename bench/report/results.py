@@ -91,11 +91,19 @@ def verdict(result: dict) -> str:
     return ", ".join(f"{count[s]} rows {word}" for s, word in words.items() if count[s]) + elapsed
 
 
+def device(result: dict) -> str:
+    """The GPU, or the processor and its instruction set, in which machines of one name differ."""
+    e = result["environment"]
+    isa = f" ({e['instruction_set']})" if e.get("instruction_set") else ""
+    return e.get("gpu") or f"{e.get('cpu')}{isa}"
+
+
 def machine(result: dict) -> str:
     """Device, driver, versions and commit of a result: what every number of it was measured with."""
     e = result["environment"]
     parts = [
-        e.get("gpu") or f"{e.get('cpu')}, {e.get('threads')} threads",
+        device(result),
+        None if e.get("gpu") else f"{e.get('threads')} threads",
         f"driver {e['driver']}" if e.get("driver") else None,
         f"torch {e.get('torch')}",
         f"Triton {e['triton']}" if e.get("triton") else None,

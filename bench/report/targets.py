@@ -49,8 +49,9 @@ _HALF = {**_L640, "dtype": "bfloat16"}
 
 def _inference(peer: str, **where: object) -> Callable[[dict], float | None]:
     def measure(result: dict) -> float | None:
-        theirs = _least(result, "median_s", "way", (peer,), mode="inference", **_L640, **where)
-        return _ratio(theirs, _least(result, "median_s", "way", _OURS, mode="inference", **_HALF))
+        one: dict[str, object] = {"mode": "inference", "batch": 1}
+        theirs = _least(result, "median_s", "way", (peer,), **one, **_L640, **where)
+        return _ratio(theirs, _least(result, "median_s", "way", _OURS, **one, **_HALF))
 
     return measure
 
@@ -117,7 +118,8 @@ MODELS = (
 
 
 def found(results: Path) -> list[dict]:
-    """Every target: ``what, device, wanted, measured`` (text), ``verdict``, ``reason``."""
+    """Every target: ``what, device, wanted, measured`` (text), ``verdict``, ``reason``, and the ``result`` in
+    which it was measured, of several the one where it is furthest from being met."""
     loaded = [load(path) for path in sorted(results.glob("*.json")) if _relevant(path)]
     rows = []
     for kind, device in (("cpu", "CPU"), ("gpu", "GPU")):
@@ -127,13 +129,14 @@ def found(results: Path) -> list[dict]:
                 rows.append(_operator_row(op, target, own, device))
     for target in MODELS:
         own = [r for r in loaded if r["kind"] == target.kind and r["environment"].get("gpu")]
-        value = next((v for v in map(target.measure, own) if v is not None), None)
+        measured = [(value, r) for r in own if (value := target.measure(r)) is not None]
         row = {"what": target.what, "device": "GPU", "wanted": target.wanted}
-        if value is None:
-            row |= {"measured": "–", "verdict": "not measured", "reason": "" if own else NO_GPU}
-        else:
+        if measured:
+            value, result = min(measured, key=lambda pair: target.met(pair[0]))
             verdict = "met" if target.met(value) else "missed"
-            row |= {"measured": target.show.format(value), "verdict": verdict, "reason": ""}
+            row |= {"measured": target.show.format(value), "verdict": verdict, "reason": "", "result": result}
+        else:
+            row |= {"measured": "–", "verdict": "not measured", "reason": "" if own else NO_GPU}
         rows.append(row)
     return rows
 
@@ -146,19 +149,24 @@ def _relevant(path: Path) -> bool:
 
 
 def _operator_row(op: operators.Operator, target: operators.Target, results: list[dict], device: str) -> dict:
-    entries = [e for r in results for e in comparison.targets(r, op) if e["target"] == target]
-    entry = next((e for e in entries if e["measured"] is not None), None)
+    measured = [
+        (entry["measured"], entry["met"], result)
+        for result in results
+        for entry in comparison.targets(result, op)
+        if entry["target"] == target and entry["measured"] is not None
+    ]
     where = f"{target.shape}, batch {target.batch}, {target.dtype}"
     row = {"what": f"`{op.name}` {target.name} ({where})", "device": device}
     row["wanted"] = f"≥ {target.at_least:g}×" if target.at_least else f"≤ {target.at_most:.0%}"
-    if entry is None:
+    if not measured:
         none = NO_GPU if device == "GPU" and not results else "not in the result"
         return row | {"measured": "–", "verdict": "not measured", "reason": none}
-    value = entry["measured"]
+    value, met, result = min(measured, key=lambda found: found[0] if target.at_least else -found[0])
     row["measured"] = f"{value:.2f}×" if target.at_least else f"{value:.0%}"
     return row | {
-        "verdict": "met" if entry["met"] else "missed",
-        "reason": "" if entry["met"] else target.why,
+        "verdict": "met" if met else "missed",
+        "reason": "" if met else target.why,
+        "result": result,
     }
 
 
@@ -167,10 +175,14 @@ def table(results: Path) -> str:
     rows = found(results)
     header = ["target", "device", "wanted", "measured", "verdict"]
     lines = []
+    machines: dict[str, int] = {}
     for row in rows:
         verdict = row["verdict"] + (f": {row['reason']}" if row["reason"] else "")
-        lines.append([row["what"], row["device"], row["wanted"], row["measured"], verdict])
+        place = row["device"]
+        if "result" in row:
+            place += f" {machines.setdefault(machine(row['result']), len(machines) + 1)}"
+        lines.append([row["what"], place, row["wanted"], row["measured"], verdict])
     count = {v: sum(r["verdict"] == v for r in rows) for v in ("met", "missed", "not measured")}
     summary = ", ".join(f"{n} {verdict}" for verdict, n in count.items())
-    machines = [machine(load(p)) for p in sorted(results.glob("*.json")) if _relevant(p)]
-    return f"{summary}.\n\n{markdown(header, lines)}\n\n<sub>{'; '.join(dict.fromkeys(machines))}</sub>"
+    named = "; ".join(f"{number}: {name}" for name, number in machines.items())
+    return f"{summary}.\n\n{markdown(header, lines)}" + (f"\n\n<sub>{named}</sub>" if named else "")

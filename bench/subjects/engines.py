@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import segvit
-from bench.measure import environment
+from bench.measure import environment, peaks
 from bench.subjects import counts, models
 from bench.subjects.published import Model
 from segvit.exporting import open_model
@@ -297,6 +297,9 @@ def serve(name: str, size: dict, dtype: str, folder: str, threads: int) -> tuple
     """For `bench.measure.workers`: the call, and the shares of its labels that are the references' (and of
     the reference in bfloat16 that are those in float32)."""
     engine = next(engine for table in TABLES.values() for engine in table if engine.name == name)
+    if engine.packages:  # as torch is already: a library is no part of an engine's memory
+        importlib.import_module(engine.packages[0])
+    resident = peaks.resident()
     call = engine.load(Model(**size), dtype, Path(folder), threads)
     labels = np.asarray(call())
     expected, lower = (np.load(Path(folder) / REFERENCE.format(d)) for d in ("float32", "bfloat16"))
@@ -306,6 +309,7 @@ def serve(name: str, size: dict, dtype: str, folder: str, threads: int) -> tuple
     info = {
         "agreement": float((labels == expected).mean()),
         "bfloat16": float((lower == expected).mean()),
+        "resident": resident,
     }
     if engine.suffix:  # OpenVINO's weights lie beside
         files = Path(folder).glob(Path(EXPORT.format(dtype, engine.suffix)).stem + ".*")

@@ -102,12 +102,18 @@ def _check(op: operators.Operator, kind: str, case: Any, dtype: str) -> Task:
     return Task("checks", key, run)
 
 
-def _machine_tasks(plan: Plan) -> list[Task]:
-    """The machine; every operator in every dtype on its tiny case; the rates that floors are made of."""
-    names = [name for name, _ in ceilings.rates(torch.device("cpu"), tiny=True)]
+def _environment_tasks(plan: Plan) -> list[Task]:
+    """What the rows of all sections are of."""
 
     def describe(context: Context) -> Iterator[dict]:
         yield environment.describe(context.device) | {"backend": context.backend}
+
+    return [Task("environment", {"name": "environment"}, describe)]
+
+
+def _machine_tasks(plan: Plan) -> list[Task]:
+    """Every operator in every dtype on its tiny case; the rates that floors are made of."""
+    names = [name for name, _ in ceilings.rates(torch.device("cpu"), tiny=True)]
 
     def measure(name: str) -> Callable[[Context], Iterator[dict]]:
         def run(context: Context) -> Iterator[dict]:
@@ -117,7 +123,6 @@ def _machine_tasks(plan: Plan) -> list[Task]:
 
     found = operators.by_name().values()
     return [
-        Task("environment", {"name": "environment"}, describe),
         *(_check(op, "values", op.tiny, dtype) for dtype in plan.dtypes for op in found),
         *(Task("ceilings", {"name": name}, measure(name)) for name in names),
     ]
@@ -234,11 +239,12 @@ def _time_group(context: Context, op: operators.Operator, key: dict, kind: str) 
 
 
 def _lost(device: torch.device | None) -> bool:
-    """Whether the CUDA context is unusable, as after an illegal address: no later row could succeed."""
+    """Whether the CUDA context is unusable, as after an illegal address, or its random numbers, as after a
+    capture that failed: no later row could succeed."""
     if device is None or device.type != "cuda":
         return False
     try:
-        return torch.ones(1, device=device).add_(1).item() != 2
+        return not 1 <= torch.rand(1, device=device).add_(1).item() <= 2
     except Exception:
         return True
 
@@ -376,6 +382,7 @@ def _native_tasks(plan: Plan) -> list[Task]:
 
 
 SECTIONS: dict[str, Callable[[Plan], list[Task]]] = {
+    "environment": _environment_tasks,
     "machine": _machine_tasks,
     **{f"checks:{dtype}": (lambda plan, dtype=dtype: _check_tasks(plan, dtype)) for dtype in DTYPES},
     "timings": _timing_tasks,

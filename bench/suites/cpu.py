@@ -204,9 +204,14 @@ def run(
         if started - begun > budget_s:
             rows.append({**key, "status": "skipped", "reason": "time budget"})
             return
-        rows.extend(work())
+        ended = "ok"
+        try:
+            rows.extend(work())
+        except Exception as error:  # what was measured before it stays
+            ended = timing.one_line(error)
+            rows.append({**key, "status": "failed", "reason": ended})
         seconds = round(time.time() - started, 1)
-        sections.append({"name": name, "seconds": seconds, "ended": "ok"})
+        sections.append({"name": name, "seconds": seconds, "ended": ended})
         progress(f"{name}: {seconds:.0f} s")
 
     def time_all(op: operators.Operator, shape: str, batch: int) -> None:

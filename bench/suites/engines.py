@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.measure import peaks, timing, workers
 from bench.subjects.engines import TABLES, Engine
@@ -84,12 +85,25 @@ def rows(
                 row |= {"status": "invalid", "reason": f"{reason}, expected at least {100 * share:.2f} %"}
                 continue
             running[len(found) - 1] = worker
-        calls = {index: functools.partial(_rested, worker) for index, worker in running.items()}
+
+        def kept(index: int, ask: Callable[[], Any]) -> Any:
+            """What a worker answers; its row fails where it has ended, and the others go on."""
+            try:
+                return ask()
+            except RuntimeError as error:
+                found[index] |= {"status": "failed", "reason": timing.one_line(error)}
+                return math.nan
+
+        rest = {index: functools.partial(_rested, worker) for index, worker in running.items()}
+        calls = {index: functools.partial(kept, index, call) for index, call in rest.items()}
         for index, samples in timing.interleave(calls, rounds=rounds, seconds_per_peer=60.0).items():
-            found[index] |= {"status": "ok", **timing.summary(samples), "p99_s": _percentile(samples, 99)}
-            found[index]["held_bytes"] = running[index].held()
+            values = {**timing.summary(samples), "p99_s": _percentile(samples, 99)}
+            values["held_bytes"] = kept(index, running[index].held)
+            if "status" not in found[index]:
+                found[index] |= {"status": "ok", **values}
+        left = {index: call for index, call in calls.items() if busy and found[index]["status"] == "ok"}
         with _busy_cores() if busy else contextlib.nullcontext():
-            beside = timing.interleave(calls if busy else {}, rounds=rounds, seconds_per_peer=60.0)
+            beside = timing.interleave(left, rounds=rounds, seconds_per_peer=60.0)
         for index, samples in beside.items():
             found[index] |= {
                 "busy_median_s": _percentile(samples, 50),

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench.measure import environment
+from bench.measure import csrc, environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +83,10 @@ def run(
 def _call(arguments: list[str], timeout_s: float) -> int | None:
     path = os.pathsep.join(filter(None, (str(environment.ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bench", *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=environment.ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=max(timeout_s, 1.0)
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    return done.returncode
+    with subprocess.Popen(command, cwd=environment.ROOT, env={**os.environ, "PYTHONPATH": path}) as process:
+        try:
+            return process.wait(max(timeout_s, 1.0))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # what it started would run beside the next part
+            csrc.module("sanitizer").stop(process)

@@ -73,12 +73,12 @@ def work(
     for index, task in enumerate(SECTIONS[section](plan)[start:], start):
         if printed:
             os.truncate(printed, 0)
-        begun, lost = time.time(), False
+        begun = time.time()
         key = {"table": task.table, **task.key}
         rows.write(begin=index)
         try:
             context = context or _context(plan, deadline)
-            if context.left() <= 0 and task.table != "environment":  # without it no row says what it is of
+            if context.left() <= 0 and task.table != "environment":
                 rows.write(**key, status="skipped", reason="time budget")
             else:
                 for row in task.run(context):
@@ -90,9 +90,8 @@ def work(
         except Exception as error:
             rows.write(**key, status="failed", passed=False, reason=timing.one_line(error))
             _log(folder, key, traceback.format_exc(limit=-6), printed)
-            lost = _lost(context and context.device)
         rows.write(end=index, seconds=round(time.time() - begun, 3), **compiled.take())
-        if lost:
+        if _lost(context and context.device):  # perhaps by what a row already tells
             return 3
     rows.close()
     return 0
@@ -207,7 +206,8 @@ def run(
         for stage in stages:
             passed += STAGES[stage] / whole
             deadline = begun + budget_s * passed
-            names = sections(stage, plan)
+            # Without the environment no row says what it is of.
+            names = [*(["environment"] if stage == stages[0] else []), *sections(stage, plan)]
             running = [_Section(name, folder, Path(scratch), plan, deadline) for name in names]
             try:
                 for section in running:

@@ -125,12 +125,8 @@ def run(
         _, side, count = (TINY if smoke else SUBJECTS)[name]
         calls = {form: call(name, form, smoke) for form in FORMS}
         values = {form: calls[form]() for form in FORMS}  # a warm-up
-        times: dict[str, list[float]] = {form: [] for form in FORMS}
-        for _ in range(rounds):
-            for form in FORMS:
-                start = time.perf_counter()
-                calls[form]()
-                times[form].append(time.perf_counter() - start)
+        samplers = {form: timing.call_sampler(lambda run: run(), [run]) for form, run in calls.items()}
+        times = timing.interleave(samplers, rounds=rounds, seconds_per_peer=float("inf"))
         loss, gradients = values["transformers"]
         for form in FORMS:
             row = {"subject": name, "side": side, "targets": count, "form": form, "status": "ok"}

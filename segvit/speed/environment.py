@@ -24,6 +24,9 @@ def usable_cores() -> int:
     return min(allowed, torch.cpu.get_capabilities().get("num_physical_cores") or allowed)
 
 
+_ISAS = ("amx", "avx512_fp16", "avx512_bf16", "avx512", "avx2", "portable")
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine and versions."""
     found: dict[str, Any] = {
@@ -35,6 +38,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": processor_name(),
+        # Machines with one name of a processor differ in it; None without the native library.
+        "isa": next((isa for isa in _ISAS if segvit_kernels.runs_isa(isa)), None),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

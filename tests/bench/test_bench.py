@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,29 @@ def test_a_budget_that_is_used_up_skips_with_a_reason(monkeypatch):
     assert not result["correct"] and "skipped" in report.document(result, "x")
 
 
+def test_a_failure_costs_its_operator_alone(monkeypatch):
+    def fail(*_: object) -> list:
+        raise RuntimeError("boom")
+
+    chosen = {name: operators.by_name()[name] for name in ("mask_iou", "semantic_topk")}
+    monkeypatch.setattr(operators, "by_name", lambda: chosen)
+    checks = cpu._checks
+    monkeypatch.setattr(
+        cpu, "_checks", lambda op, *where: (fail if op.name == "mask_iou" else checks)(op, *where)
+    )
+    options = {
+        "threads": torch.get_num_threads(),
+        "rounds": 3,
+        "smoke": True,
+        "main": True,
+        "names": ["fused"],
+    }
+    result = cpu.run(**options, progress=lambda line: None)
+    rows = {row["operator"]: (row["status"], row.get("reason")) for row in result["timings"]}
+    assert rows == {"mask_iou": ("failed", "RuntimeError: boom"), "semantic_topk": ("ok", None)}
+    assert not report.sound(result)
+
+
 def test_static_evidence_of_one_operator(tmp_path, monkeypatch):
     """For one architecture: another is another argument of the same compiler and PTX machine."""
     monkeypatch.setattr(static, "ARCHITECTURES", ("sm_90",))
@@ -177,6 +201,22 @@ def test_everything_keeps_to_the_budget(capsys):
     assert len(budgets) == 3 and sum(budgets) < 300
     out = capsys.readouterr().out
     assert code == 1 and "whole models: exit code 1" in out and "memory of whole models: stopped" in out
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux")
+def test_a_part_that_is_stopped_leaves_nothing_running(monkeypatch, tmp_path):
+    """A process of memory, for one, would compute beside what the next part measures."""
+    script = tmp_path / "part"
+    script.write_text(f"#!/bin/sh\nsleep 600 & echo $! > {tmp_path}/left; wait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(everything.sys, "executable", str(script))
+    assert everything._call(["memory"], 1.0) is None
+    left = Path(f"/proc/{(tmp_path / 'left').read_text().strip()}/stat")
+    for _ in range(1000):  # it dies in its own time
+        if not left.exists() or left.read_text().rpartition(")")[2].split()[0] in "ZX":
+            return
+        time.sleep(0.01)
+    pytest.fail("it still runs")
 
 
 def test_the_plan_is_printed_and_nothing_runs(capsys):

@@ -15,12 +15,14 @@ from bench.suites import engines
 OPTIONS = {"threads": 1, "rounds": 2, "deadline": float("inf")}
 
 
-def made(size):
-    """What a worker calls: a block of memory of ``size`` bytes."""
+def made(size, library=0):
+    """What a worker calls: a block of memory of ``size`` bytes, behind a library of so many."""
     print("a library that prints")
     if size < 0:
         raise ValueError("size is negative")
-    return {"size": size}, lambda: np.ones(size, np.uint8)
+    loaded = np.ones(library, np.uint8)
+    info = {"size": size} | ({"resident": peaks.resident()} if library else {})
+    return info, lambda: (np.ones(size, np.uint8), loaded)
 
 
 def test_a_call_in_a_process_of_its_own(monkeypatch):
@@ -30,6 +32,10 @@ def test_a_call_in_a_process_of_its_own(monkeypatch):
     assert 0 < worker() < 60
     held = worker.held()
     assert held is None or held >= 50_000_000
+    worker.close()
+    worker = workers.Worker("test_bench_engines", "made", 50_000_000, 200_000_000)
+    held = worker.held()
+    assert worker.info == {"size": 50_000_000} and (held is None or 50_000_000 <= held < 200_000_000)
     worker.close()
     with pytest.raises(RuntimeError, match="ValueError: size is negative"):
         workers.Worker("test_bench_engines", "made", -1)
@@ -41,6 +47,7 @@ def here(monkeypatch):
 
     class Worker:
         def __init__(self, module, function, *values, threads):
+            self.name = values[0]
             self.info, self.call = subjects.serve(*values)
 
         def __call__(self):
@@ -70,6 +77,7 @@ def here(monkeypatch):
     monkeypatch.setattr(engines, "TABLES", {"engines": found})
     monkeypatch.setattr(subjects, "ENGINES", found)
     monkeypatch.setattr(workers, "Worker", Worker)
+    monkeypatch.setattr(engines, "PAUSE_S", 0.0)
     monkeypatch.setattr(peaks, "isolated", lambda _, function, *values: getattr(subjects, function)(*values))
 
 
@@ -88,9 +96,34 @@ def test_rows(here, tmp_path):
     assert (tmp_path / TINY.name / subjects.REFERENCE.format("float32")).exists()
     table = model_tables.tables({"rows": rows})["engines"]
     assert "skipped: not installed: no_such_package" in table and "| 1.00× |" in table
-    best = model_tables.tables({"rows": rows})["engines-best"].splitlines()[2:]
-    assert [line.count(" (same) | 1.00× |") for line in best] == [1]  # int8 has no engine of ours here
+    assert f"Times: medians of {OPTIONS['rounds']} calls." in table
+    assert "| largest |" in table, "of so few calls there is no percentile"
+    best = model_tables.tables({"rows": rows})["engines-best"]
+    assert best.count(" (same) | 1.00× |") == 1  # int8 has no engine of ours here
+    assert "*absent*: skipped: not installed: no_such_package." in best
+    assert "*wrong*: invalid: " in best
+    lost = [row | {"status": "failed", "reason": "boom"} if "SegViT" in row["way"] else row for row in rows]
+    best = model_tables.tables({"rows": lost})["engines-best"]
+    assert "| tiny, float32 | failed: boom | 1 s (same) | – |" in best
+    many = model_tables.tables({"rows": [row | {"samples": 100} for row in rows]})["engines"]
+    assert "| 99th percentile |" in many
     assert not model_tables.sound({"rows": rows})  # a peer's labels are wrong
+
+
+@pytest.mark.parametrize("method", ["__call__", "held"])
+def test_an_engine_that_dies_while_it_is_timed_costs_its_row_alone(here, monkeypatch, tmp_path, method):
+    ask = getattr(workers.Worker, method)
+
+    def killed(worker):
+        if worker.name == "same":
+            raise RuntimeError("no message")
+        return ask(worker)
+
+    monkeypatch.setattr(workers.Worker, method, killed)
+    rows = list(engines.rows(TINY, dtypes=("float32",), graphs=tmp_path, busy=True, **OPTIONS))
+    by = {row["way"]: row for row in rows}
+    assert (by["same"]["status"], by["same"]["reason"]) == ("failed", "RuntimeError: no message")
+    assert by["SegViT engine"]["status"] == "ok" and by["SegViT engine"]["busy_median_s"] == 1.0
 
 
 def test_exported_files_are_rows(here, monkeypatch, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from bench.subjects.operators import atm, comparison, mask_matching
 from bench.suites import cpu, kernels, scaling, tune
 from segvit_kernels import _native, mask_matching_cost_reference
 from segvit_kernels.testing.mask_loss import MaskLossCase
+from segvit_kernels.testing.stub.torch_cuda import pretended
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,6 +105,20 @@ def test_every_operator_passes_its_tiny_checks_on_the_eager_backend(name, dtype)
         check = operators.Check(kind, case, dtype)
         rows = operators.checked(op, check, torch.device("cpu"), "eager")
         assert all(row["status"] in ("ok", "skipped") for row in rows), rows
+
+
+@pytest.mark.parametrize("name", operators.by_name())
+def test_peers_do_the_same_work(name):
+    """Those of the formula itself; others post-process whole outputs, or take random points."""
+    torch.manual_seed(0)
+    op = operators.by_name()[name]
+    given = op.inputs(op.tiny, torch.float32, torch.device("cpu"))
+    ours, *peers = operators.select(op.peers("eager"), ("fused", "plain", "reference", "sdpa"))
+    assert peers
+    for mode in op.modes:
+        expected = operators.runner(ours, mode)(*given)
+        for peer in peers:
+            assert scaling.difference(operators.runner(peer, mode)(*given), expected, "float32") <= 1
 
 
 def test_oracles_cut_a_batch_into_images():
@@ -202,7 +219,16 @@ def test_speeds_are_refused_without_proof(checks):
     assert result["correct"] == any(c["status"] == "ok" for c in checks if len(checks) == 1)
     text = report.document(result, "x")
     assert "20 µs" not in text and "invalid" in text
+    assert "`atm`, ade_vit_l, batch 16, forward | invalid: refused: " in tables.tables(result)["summary"]
     assert all(e["met"] is None for e in comparison.targets(result, atm.OPERATOR))
+
+
+def test_what_is_ours_is_no_peer_and_one_sample_has_no_spread():
+    result = assembled([check_row()])
+    assert "| 2.50× (sdpa) |" in tables.tables(result)["summary"]
+    result["timings"][1] |= {"peer": "packed"} | timing.summary([10e-6])
+    found = tables.tables(result)
+    assert "| 2.50× (sdpa) |" in found["summary"] and "| 10 µs, one sample |" in found["atm-speed"]
 
 
 # ------------------------------------------------------------------------------ planted bugs
@@ -326,6 +352,29 @@ def test_a_slow_peer_stops_early_but_not_before_three_samples(monkeypatch):
         {"quick": machine.peer(1e-3), "slow": machine.peer(10.0)}, rounds=9, seconds_per_peer=1.0
     )
     assert [len(samples[name]) for name in ("quick", "slow")] == [9, 3]
+
+
+def test_what_waits_for_the_device_is_refused_before_its_capture(monkeypatch):
+    """A capture that fails would leave torch's random numbers unusable in the process."""
+    modes, captured = [0], []
+
+    def work(waits: bool) -> None:
+        if waits and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def graph(_: object) -> contextlib.AbstractContextManager:
+        captured.append(modes[-1])
+        return contextlib.nullcontext()
+
+    with pretended(SimpleNamespace()):
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        timing.capture(lambda: work(False))
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            timing.capture(lambda: work(True))
+        monkeypatch.undo()
+    assert modes == [0, "error", 0, "error", 0] and captured == [0]
 
 
 def test_inputs_rotate_beyond_the_cache():

@@ -169,6 +169,8 @@ def test_a_checkpoint(checkpoint, tmp_path, capsys):
     assert result["images"] == {"batch": 2, "height": 40, "width": 36, "source": "random"}
     assert result["model"]["trained"] and result["model"]["classes"] == 5 and "random weights" not in out
     assert result["environment"]["threads"] == 1 and result["environment"]["torch"] == torch.__version__
+    isa = result["environment"]["isa"]
+    assert segvit_kernels.runs_isa(isa) if isa else segvit_kernels.why_not("cpu", CPU)
     assert all(line in out for line in result["advice"]) and "Shrunk" not in out
     assert torch.get_num_threads() == 1 or os.environ.get("OMP_NUM_THREADS") != "1"
 

@@ -39,10 +39,12 @@ def schema_problem(result: dict) -> str | None:
 
 
 def _our_own(peer: str) -> bool:
-    return peer in ("fused", "eager") or peer.startswith("plan ")
+    return peer in ("fused", "eager", "drop-in", "packed", "rle", "points") or peer.startswith("plan ")
 
 
 def _spread(row: dict) -> str:
+    if row["samples"] == 1:
+        return f"{seconds(row['median_s'])}, one sample"
     return f"{seconds(row['median_s'])} ±{50 * (row['p75_s'] - row['p25_s']) / row['median_s']:.0f} %"
 
 
@@ -132,13 +134,17 @@ def _summary(result: dict) -> str:
     for op in operators.by_name().values():
         for mode in op.modes:
             group = summary_group(result, op, mode)
-            rows = measured(result, "timings", op.name, group)
-            if "fused" not in rows:
+            own = [r for r in result["timings"] if r["operator"] == op.name and group_of(r) == group]
+            line = [f"`{op.name}`, {group[0]}, batch {group[1]}, {mode.replace('_', ' + ')}"]
+            ours = measured(result, "timings", op.name, group).get("fused")
+            if ours is None:
+                lost = [r for r in own if r.get("peer", "fused") == "fused"]
+                lines += [[*line, f"{r['status']}: {r['reason']}", *"––––"] for r in lost[:1]]
                 continue
-            ours = rows["fused"]
-            line = [f"`{op.name}`, {group[0]}, batch {group[1]}, {mode.replace('_', ' + ')}", _spread(ours)]
+            line.append(_spread(ours))
             plain = fastest(result, op.name, group, ("plain",))
-            best = fastest(result, op.name, group, [p for p in rows if not _our_own(p)])
+            others = {r["peer"] for r in own if "peer" in r and not _our_own(r["peer"])}
+            best = fastest(result, op.name, group, sorted(others))
             line.append(f"{plain[1]:.2f}×" if plain else "–")
             line.append(f"{best[1]:.2f}× ({best[0]})" if best else "–")
             held = measured(result, "memory", op.name, group)

@@ -33,6 +33,14 @@ def _not_measured(row: dict) -> str:
     return f"{row['status']}: {row['reason']}"
 
 
+def _calls(rows: list[dict]) -> str:
+    """Of how many calls the times of rows are medians."""
+    counts = sorted({row["samples"] for row in rows if row.get("samples")})
+    if len(counts) > 1:
+        return f"medians of {counts[0]} to {counts[-1]} calls"
+    return "one call" if counts == [1] else f"medians of {counts[0]} calls" if counts else "none"
+
+
 def _models(rows: list[dict]) -> str:
     """Ways to run SegViT and models of libraries, speed against the published formula in float32."""
     published = {
@@ -56,7 +64,7 @@ def _models(rows: list[dict]) -> str:
         lines.append(line)
     header = ["model", "way", "image to labels", "images/s", "against published, float32"]
     header += ["labels as published, float32", "GMACs", "parameters", "memory"]
-    return markdown(header, lines)
+    return f"{markdown(header, lines)}\n\nTimes: {_calls(rows)}."
 
 
 def _decoders(rows: list[dict]) -> str:
@@ -82,7 +90,8 @@ def _decoders(rows: list[dict]) -> str:
         lines.append(line)
     header = ["decoder", "GMACs", "paper", "parameters", "image to labels", "images/s", "memory"]
     header += ["training step", "images/s", "memory"]
-    return markdown(header, lines)
+    of = {mode: _calls([row for row in rows if row["mode"] == mode]) for mode in ("inference", "training")}
+    return f"{markdown(header, lines)}\n\nTimes: {of['inference']}; of a training step {of['training']}."
 
 
 def _steps(rows: list[dict]) -> str:
@@ -99,7 +108,7 @@ def _steps(rows: list[dict]) -> str:
         line.append(f"{row['loss']:.4f}" if "loss" in row else "–")
         lines.append([*line, size(row["extra_bytes"]) if "extra_bytes" in row else "–"])
     header = ["step", "way", "time", "images/s", "against published", "loss", "memory"]
-    return markdown(header, lines)
+    return f"{markdown(header, lines)}\n\nTimes: {_calls(rows)}."
 
 
 def _engines(rows: list[dict]) -> str:
@@ -122,25 +131,33 @@ def _engines(rows: list[dict]) -> str:
         line.append(size(row["held_bytes"]) if row.get("held_bytes") else "–")
         line += [size(row["file_bytes"]) if "file_bytes" in row else "–"] * files
         lines.append(line)
-    header = ["model", "engine", "median", "smallest", "99th percentile", "against the best other"]
-    header += ["median, all cores busy", "99th percentile"] if busy else []
-    header += ["labels as published, float32", "memory, weights included"]
-    return markdown([*header, *["file"] * files], lines)
+    # The 99th percentile, which of fewer calls is the largest.
+    high = "99th percentile" if max((row.get("samples", 0) for row in rows), default=0) >= 100 else "largest"
+    header = ["model", "engine", "median", "smallest", high, "against the best other"]
+    header += ["median, all cores busy", high] if busy else []
+    header += ["labels as published, float32", "memory, weights included", *["file"] * files]
+    return f"{markdown(header, lines)}\n\nTimes: {_calls(rows)}."
 
 
 def _best_engines(rows: list[dict]) -> str:
     """By model and precision: our engine and the fastest of the others."""
     lines = []
     for row in rows:
-        same = [r for r in rows if _key(r) == _key(row) and r["status"] == "ok" and not own(r["way"])]
-        if not own(row["way"]) or row["status"] != "ok" or not same:
+        if not own(row["way"]):
             continue
-        other = min(same, key=lambda r: r["median_s"])
-        line = ["{}, {}".format(row["model"], row["dtype"]), seconds(row["median_s"])]
-        line += [f"{seconds(other['median_s'])} ({other['way']})"]
-        lines.append([*line, f"{other['median_s'] / row['median_s']:.2f}×"])
+        same = [r for r in rows if _key(r) == _key(row) and r["status"] == "ok" and not own(r["way"])]
+        other = min(same, key=lambda r: r["median_s"], default=None)
+        line = ["{}, {}".format(row["model"], row["dtype"])]
+        line.append(seconds(row["median_s"]) if row["status"] == "ok" else _not_measured(row))
+        line.append(f"{seconds(other['median_s'])} ({other['way']})" if other else "–")
+        both = other and row["status"] == "ok"
+        lines.append([*line, f"{other['median_s'] / row['median_s']:.2f}×" if both else "–"])
+    if not lines:
+        return "Nothing was measured."
+    left = {r["way"]: _not_measured(r) for r in rows if r["status"] != "ok" and not own(r["way"])}
+    notes = [f"Times: {_calls(rows)}.", *(f"*{way}*: {why}." for way, why in left.items())]
     header = ["model", "ours", "fastest other", "times as fast"]
-    return markdown(header, lines) if lines else "Nothing was measured."
+    return f"{markdown(header, lines)}\n\n{' '.join(notes)}"
 
 
 def tables(result: dict) -> dict[str, str]:

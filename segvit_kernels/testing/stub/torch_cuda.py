@@ -124,6 +124,8 @@ def pretended(gpu: Stub) -> Iterator[None]:
         "synchronize": nothing,
         "empty_cache": nothing,
         "reset_peak_memory_stats": nothing,
+        "get_sync_debug_mode": zero,
+        "set_sync_debug_mode": nothing,
         **dict.fromkeys(
             ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), zero
         ),
