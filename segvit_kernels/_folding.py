@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from segvit_kernels._autocast import without_autocast
+
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout, nn.Identity)
 HOOKS = (
     "_forward_pre_hooks",
@@ -68,11 +70,15 @@ class Folded:
 
     @classmethod
     def make(cls, parts: Sequence[nn.Module | Tensor], function: Callable[[], Any]) -> Folded | None:
-        """What a function makes of the parts.
+        """What a function makes of the parts, in their own dtype under autocast too.
 
         ``None`` where that is nothing, or where a part is not plain or in training mode.
         """
-        value = None if _states(parts) is None else function()
+        states = _states(parts)
+        if states is None:
+            return None
+        with without_autocast(states[0][0].device if states else torch.device("cpu")):
+            value = function()
         return None if value is None else cls(parts, value)
 
     def get(self, parts: Sequence[nn.Module | Tensor]) -> Any:

@@ -43,7 +43,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transformed
+from segvit_kernels._autocast import autocast_dtype
+from segvit_kernels.ops._autograd import differentiable, transformed
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALVES)

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import first_derivative_only, transformed, without_autocast
+from segvit_kernels._autocast import without_autocast
+from segvit_kernels.ops._autograd import first_derivative_only, transformed
 from segvit_kernels.ops._checks import can_read, number, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

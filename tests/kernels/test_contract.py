@@ -10,7 +10,7 @@ from attention import BAD_ARGUMENTS, tensors
 from imports import imports_of
 
 import segvit_kernels
-from segvit_kernels import BackendUnavailableError, backend, fused_atm, record_backends
+from segvit_kernels import BackendUnavailableError, backend, fused_atm, record_backends, without_autocast
 from segvit_kernels._library import ENVIRONMENT_VARIABLE, operators, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +78,18 @@ def test_blocks_of_two_threads_end_in_any_order(monkeypatch):
     inner.__exit__(None, None, None)
     fused_atm(**tensors())
     assert seen == {} and own == {"atm_fwd": {"eager"}}
+
+
+def test_without_autocast_is_nothing_where_it_is_off():
+    class Product(torch.nn.Module):
+        def forward(self, x):
+            with without_autocast(x.device):
+                return x @ x
+
+    x = torch.randn(2, 2)
+    assert "autocast" not in str(torch.export.export(Product(), (x,)).graph)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Product()(x), Product()(x.clone()).float()) and Product()(x).dtype == x.dtype
 
 
 def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):

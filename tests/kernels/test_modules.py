@@ -278,6 +278,15 @@ def test_constants_of_changed_weights_are_not_used(options):
     assert_close(found.mask_logits, torch.func.functional_call(plain, weights, (images,)).mask_logits)
 
 
+@torch.no_grad()
+@MODELS
+def test_constants_made_under_autocast_are_those_without(options):
+    plain, images = segvit(options), torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = copy.deepcopy(plain).fuse()
+    assert_close(fused(images).mask_logits, plain(images).mask_logits)
+
+
 @MODELS
 @pytest.mark.parametrize("fused", [True, False], ids=["fused optimizer", "optimizer"])
 def test_constants_of_trained_weights_are_not_used(options, fused):
