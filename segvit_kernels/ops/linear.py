@@ -369,7 +369,7 @@ def whole_weight(weight: Tensor, packed: PackedWeight | None) -> Tensor:
     Raises:
         RuntimeError: that is not exact.
     """
-    if packed is None or weight.stride() != (0, 0) or weight.numel() == 1:
+    if packed is None or weight.stride() != (0, 0):
         return weight
     if not packed.exact:
         raise RuntimeError(

@@ -130,7 +130,9 @@ def test_importing_the_kernels_needs_only_torch_and_numpy():
         "new = {m.partition('.')[0] for m in set(sys.modules) - loaded if m[0] != '_'}\n"
         "extra = new - set(sys.stdlib_module_names) - {'segvit_kernels', 'torch', 'numpy', 'triton'}\n"
         "assert not extra, extra\n"
-        "assert not torch.cuda.is_initialized()"
+        "assert not torch.cuda.is_initialized()\n"
+        "from torch.optim.optimizer import _global_optimizer_post_hooks\n"
+        "assert not _global_optimizer_post_hooks"  # before anything is folded
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}
