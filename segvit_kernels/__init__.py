@@ -1,5 +1,6 @@
 """Fused kernels for mask-transformer segmentation on plain Vision Transformers."""
 
+from segvit_kernels._autocast import without_autocast
 from segvit_kernels._folding import Folded, freeze, is_plain
 from segvit_kernels._library import (
     BACKENDS,
@@ -143,4 +144,5 @@ __all__ = [
     "unpack_linears",
     "why_not",
     "why_not_packed",
+    "without_autocast",
 ]

@@ -6,6 +6,7 @@ other wrappers, parametrizations, hooks, quantised weights. So it asks :func:`is
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from segvit_kernels._autocast import without_autocast
 
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Dropout, nn.Identity)
 HOOKS = (
@@ -65,14 +68,19 @@ class Folded:
         self.frozen = False  # after freeze()
         self.value = value
         self._states = _states(parts)
+        _count_steps()
 
     @classmethod
     def make(cls, parts: Sequence[nn.Module | Tensor], function: Callable[[], Any]) -> Folded | None:
-        """What a function makes of the parts.
+        """What a function makes of the parts, in their own dtype under autocast too.
 
         ``None`` where that is nothing, or where a part is not plain or in training mode.
         """
-        value = None if _states(parts) is None else function()
+        states = _states(parts)
+        if states is None:
+            return None
+        with without_autocast(states[0][0].device if states else torch.device("cpu")):
+            value = function()
         return None if value is None else cls(parts, value)
 
     def get(self, parts: Sequence[nn.Module | Tensor]) -> Any:
@@ -85,12 +93,12 @@ class Folded:
             return None
         if torch.compiler.is_exporting():  # parameters are stood in for
             return self.value
+        if any(a[0] is not b[0] or a[1:] != b[1 : len(a)] for a, b in zip(now, then, strict=True)):
+            return None
         if torch.is_grad_enabled() and any(state[0].requires_grad for state in now):
             return None
         if not torch.compiler.is_compiling() and any(state[0].is_inference() for state in now):
             warnings.warn(_UNCOUNTED, stacklevel=2)
-            return None
-        if any(a[0] is not b[0] or a[1:] != b[1 : len(a)] for a, b in zip(now, then, strict=True)):
             return None
         return self.value
 
@@ -108,6 +116,7 @@ class Folded:
         self.frozen, self.value = state["frozen"], state["value"]
         tensors = state["tensors"]
         self._states = None if tensors is None else [_state(t) for t in tensors]
+        _count_steps()
 
 
 _UNCOUNTED = (
@@ -116,16 +125,19 @@ _UNCOUNTED = (
 )
 
 
+@torch._disable_dynamo  # type: ignore[untyped-decorator]
 def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    """After a step: fused optimizers change parameters without counting."""
-    if not torch.compiler.is_compiling():
-        groups = optimizer.param_groups
-        torch.autograd.graph.increment_version(
-            [p for group in groups for p in group["params"] if p.grad is not None]
-        )
+    """After a step: fused optimizers change parameters without counting, compiled or not."""
+    groups = optimizer.param_groups
+    torch.autograd.graph.increment_version(
+        [p for group in groups for p in group["params"] if p.grad is not None]
+    )
 
 
-register_optimizer_step_post_hook(_count_step)
+@functools.cache
+def _count_steps() -> None:
+    """From now on, of every optimizer; a process that folds nothing has no such hook."""
+    register_optimizer_step_post_hook(_count_step)
 
 
 def freeze(model: nn.Module) -> None:

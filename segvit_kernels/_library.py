@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from segvit_kernels import _native
+from segvit_kernels._autocast import without_autocast
 
 BACKENDS = ("eager", "triton", "cuda", "cpu")
 _PREFERRED = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # by type of device
@@ -259,11 +260,8 @@ class Operator:
                 return kernel(*args)
             with torch.cuda.device(device):
                 return kernel(*args)
-        # Autocast is still active in here and would round the float32 statistics.
-        if device.type != "meta" and torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                return self.eager(*args)
-        return self.eager(*args)
+        with without_autocast(device):  # it is still active in here
+            return self.eager(*args)
 
 
 _NUMBERS = frozenset((type(None), bool, int, float))

@@ -54,9 +54,9 @@ FLOORS: dict[str, list[Floor]] = {
         Floor("names", ""),  # lazily, by _EXPORTS
     ],
     "segvit_kernels": [
-        Floor("ground", "_native _version _folding _rotary"),
+        Floor("ground", "_native _version _autocast _folding _rotary"),
         Floor("library", "_library _lowering", "ground"),
-        Floor("ops", "ops", "library"),
+        Floor("ops", "ops", "ground library"),
         Floor("triton", "triton"),
         Floor("layers", "modules integrations", "ground ops"),
         Floor("testing", "testing", "library ops triton"),

@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) subsample_norm_fwd_kernel(Forw
 #pragma unroll
     for (int i = 0; i < V; ++i) sum += (values[i] - mean) * (values[i] - mean);
   });
-  float variance = block_sum(sum, 0, memory + 2 * warps).x / channels, rstd = 1 / sqrtf(variance + args.eps);
+  float variance = block_sum(sum, 0, memory + 2 * warps).x / channels;
+  float rstd = variance < INFINITY ? 1 / sqrtf(variance + args.eps) : NAN;  // as the numbers it is of would be
   if (threadIdx.x == 0) args.mean[blockIdx.x] = mean, args.rstd[blockIdx.x] = rstd;
 
   int kept = kept_index(grid, token);

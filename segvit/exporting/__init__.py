@@ -27,6 +27,7 @@ from segvit.exporting.graph import Plan
 from segvit.model.heads import SegViT, load_model
 from segvit.options import InferenceOptions
 from segvit.system.files import make_folder
+from segvit_kernels import without_autocast
 
 __all__ = ["FORMATS", "PRECISIONS", "export", "format_of", "open_model"]
 
@@ -138,7 +139,8 @@ def export(
     module.check(plan)
     make_folder(path.resolve().parent)
     about = {"format": name, "precision": dtype, "source": source}
-    module.save(module.build(model, plan), path, metadata.describe(model.config, plan, about))
+    with without_autocast(model.mean.device):  # the precision is the file's own
+        module.save(module.build(model, plan), path, metadata.describe(model.config, plan, about))
 
 
 def _check_out(path: Path, beside: Path) -> None:

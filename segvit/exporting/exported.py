@@ -15,7 +15,7 @@ from segvit.exporting.metadata import Description
 from segvit.inference.passes import list_views, passes
 from segvit.model.heads import SegViT
 from segvit.options import InferenceOptions
-from segvit_kernels import Views, semantic_argmax
+from segvit_kernels import Views, semantic_argmax, without_autocast
 
 __all__ = ["ExportedModel"]
 
@@ -70,7 +70,8 @@ class ExportedModel(nn.Module):
         arrays = torch.cat([pictures, *[pictures[-1:]] * (-batch % step)]).cpu().numpy()
         arrays = np.ascontiguousarray(arrays.transpose(0, 2, 3, 1) if plan.channels_last else arrays)
         try:
-            found = [self._run(arrays[i : i + step]) for i in range(0, len(arrays), step)]
+            with without_autocast(torch.device("cpu")):  # the precision is the file's own
+                found = [self._run(arrays[i : i + step]) for i in range(0, len(arrays), step)]
         except Exception as error:  # each runtime has its own classes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(f"{self.path}: failed on {size[1]}x{size[0]} pixels ({reason})") from None

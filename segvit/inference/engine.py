@@ -33,6 +33,7 @@ from segvit_kernels import (
     runs_isa,
     unpack_linears,
     why_not_packed,
+    without_autocast,
 )
 
 __all__ = ["METHODS", "InferenceEngine", "check_precision", "copy_of", "in_precision"]
@@ -79,7 +80,7 @@ class InferenceEngine:
             _check_fp8(self.device, self.dtype)
         if int8:
             _check_int8(self.device, self.dtype, "int8")
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.device):
             self.function = _LabelMaps(model, sides, batch, self.dtype, options or InferenceOptions(), int8)
             if fp8:
                 _quantise_backbone(self.function.network)
@@ -123,11 +124,8 @@ class InferenceEngine:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected {expected}")
         if images.device != self.device:
             raise ValueError(f"images: got device {images.device}, expected {self.device}")
-        kind = self.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):  # the dtype is the engine's own
-                return self._run(images)
-        return self._run(images)
+        with without_autocast(self.device):  # the dtype is the engine's own
+            return self._run(images)
 
     def __repr__(self) -> str:
         return (
@@ -256,7 +254,7 @@ class _Graph:
     def __init__(
         self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: torch.device
     ) -> None:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), without_autocast(device):
             self.images = torch.zeros(shape, dtype=torch.uint8, device=device)
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)

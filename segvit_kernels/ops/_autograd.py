@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, overload
@@ -74,19 +73,6 @@ def transformed(backend: str | None = None) -> bool:
             f"backend {asked!r} is not available under torch.func and forward-mode derivatives: use eager"
         )
     return True
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on a device; ``None`` where it is off."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
-        return None  # in half the time
-    kind = device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """For products in the dtype of their factors, which autocast would round."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

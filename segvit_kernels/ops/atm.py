@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
+from segvit_kernels._autocast import autocast_dtype, without_autocast
 from segvit_kernels.ops._attention import (
     distinct,
     draw_seed,
@@ -39,7 +40,6 @@ from segvit_kernels.ops._attention import (
     validate,
 )
 from segvit_kernels.ops._autograd import (
-    autocast_dtype,
     differentiable,
     first_derivative_only,
     full_precision,
@@ -390,7 +390,8 @@ def fused_atm(
         options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "seed": seed}
         (options["previous_masks"],) = full_precision(previous_masks)
         projected = full_precision(query, key, value)
-        result = atm_reference(*projected, scale=scale, dropout_p=dropout_p, **options)
+        with without_autocast(query.device):
+            result = atm_reference(*projected, scale=scale, dropout_p=dropout_p, **options)
         masks = result.mask_logits if need_masks else None
         return ATMOutput(result.output.to(query.dtype), None if masks is None else masks.to(query.dtype))
     if differentiable(query, key, value, previous_masks):

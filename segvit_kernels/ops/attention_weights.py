@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segvit_kernels._autocast import autocast_dtype, without_autocast
 from segvit_kernels.ops._attention import validate
-from segvit_kernels.ops._autograd import autocast_dtype, first_derivative_only, transformed, without_autocast
+from segvit_kernels.ops._autograd import first_derivative_only, transformed
 from segvit_kernels.ops._checks import number
 
 _BUDGETS = {"cpu": 2**25}  # bytes of one head's weights that exist at a time

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
+from segvit_kernels._autocast import autocast_dtype, without_autocast
 from segvit_kernels.ops import _checks
 from segvit_kernels.ops._autograd import (
-    autocast_dtype,
     differentiable,
     first_derivative_only,
     full_precision,
@@ -243,7 +243,9 @@ def factored_mask_loss(
     )  # fmt: skip
     if transformed(backend):
         features, *entries = full_precision(features, *entries)  # type: ignore[assignment]
-        losses = mask_loss_reference([_product(query, features) for query in entries], **given._asdict())
+        with without_autocast(features.device):
+            products = [_product(query, features) for query in entries]
+        losses = mask_loss_reference(products, **given._asdict())
     else:
         losses = _reduced(*_sums(entries, features, given, budget, backend), given)
     return _only(losses) if isinstance(queries, Tensor) else losses
@@ -311,7 +313,8 @@ def factored_matching_cost(
     (query,), features, stand_ins, budget = _factors(queries.detach(), features.detach(), budget)
     classes = validate(stand_ins, targets, num_classes, focal_alpha, focal_gamma, None)
     if transformed(backend):
-        product = _product(*full_precision(query, features))  # type: ignore[arg-type]
+        with without_autocast(features.device):
+            product = _product(*full_precision(query, features))  # type: ignore[arg-type]
         return mask_matching_cost_reference(
             product, targets, num_classes=classes, focal_alpha=focal_alpha, focal_gamma=focal_gamma
         )

@@ -43,7 +43,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import autocast_dtype, differentiable, transformed
+from segvit_kernels._autocast import autocast_dtype
+from segvit_kernels.ops._autograd import differentiable, transformed
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALVES)
@@ -370,7 +371,7 @@ def whole_weight(weight: Tensor, packed: PackedWeight | None) -> Tensor:
     Raises:
         RuntimeError: that is not exact.
     """
-    if packed is None or weight.stride() != (0, 0) or weight.numel() == 1:
+    if packed is None or weight.stride() != (0, 0):
         return weight
     if not packed.exact:
         raise RuntimeError(

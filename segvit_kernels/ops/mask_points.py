@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
-from segvit_kernels.ops._autograd import first_derivative_only, transformed, without_autocast
+from segvit_kernels._autocast import without_autocast
+from segvit_kernels.ops._autograd import first_derivative_only, transformed
 from segvit_kernels.ops._checks import can_read, count, number, whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -192,7 +193,7 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
 def checked_indices(
     indices: Indices, mask_logits: Tensor, targets: Sequence[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Image and query of every pair."""
+    """Image and query of every pair, where the indices are."""
     batch = len(mask_logits)
     if not isinstance(indices, (list, tuple)) or len(indices) != batch:
         got = (
@@ -215,10 +216,9 @@ def checked_indices(
             if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < most:
                 got = f"{int(index.min())} to {int(index.max())}"
                 raise ValueError(f"indices[{i}] has {name} {got}; expected 0 to {most - 1}")
-        images.append(torch.full((len(queries),), i, dtype=torch.int64))
+        images.append(torch.full_like(queries, i, dtype=torch.int64))
         chosen.append(queries.long())
-    device = mask_logits.device
-    return torch.cat(images).to(device), torch.cat(chosen).to(device)
+    return torch.cat(images), torch.cat(chosen)
 
 
 def _check_read(targets: Tensor) -> None:
@@ -269,7 +269,7 @@ def uncertain_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     _check_logits(mask_logits)
-    images, queries = checked_indices(indices, mask_logits, None)
+    images, queries = (t.to(mask_logits.device) for t in checked_indices(indices, mask_logits, None))
     return _uncertain(
         mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
     )
@@ -341,7 +341,7 @@ def mask_loss_at_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     given = _checked_masks(mask_logits, targets)
-    images, queries = checked_indices(indices, mask_logits, given)
+    images, queries = (t.to(mask_logits.device) for t in checked_indices(indices, mask_logits, given))
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if num_masks is not None:

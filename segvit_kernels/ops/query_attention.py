@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
+from segvit_kernels._autocast import autocast_dtype, without_autocast
 from segvit_kernels.ops import atm
 from segvit_kernels.ops._attention import (
     distinct,
@@ -36,7 +37,6 @@ from segvit_kernels.ops._attention import (
     validate,
 )
 from segvit_kernels.ops._autograd import (
-    autocast_dtype,
     differentiable,
     first_derivative_only,
     full_precision,
@@ -265,7 +265,8 @@ def query_attention(
     if transformed(backend):
         given: dict[str, Any] = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
         given["key_padding_mask"] = key_padding_mask
-        return query_attention_reference(*full_precision(query, key, value), **given).to(query.dtype)
+        with without_autocast(query.device):
+            return query_attention_reference(*full_precision(query, key, value), **given).to(query.dtype)
     if differentiable(query, key, value):
         inputs = distinct(query, key, value)
         options = (key_padding_mask, seed, scale, dropout_p, deterministic, backend)

@@ -47,8 +47,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
+from segvit_kernels._autocast import without_autocast
 from segvit_kernels.ops._attention import unit_stride
-from segvit_kernels.ops._autograd import without_autocast
 from segvit_kernels.ops._checks import can_read, flag, number, size_pair, tensors, whole
 from segvit_kernels.ops._class_scores import (
     Part,

@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from segvit_kernels import _library
+from segvit_kernels._autocast import autocast_dtype
 from segvit_kernels.ops._autograd import (
-    autocast_dtype,
     differentiable,
     first_derivative_only,
     full_precision,

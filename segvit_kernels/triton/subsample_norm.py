@@ -93,7 +93,9 @@ def _subsample_norm_fwd_kernel(
     x32 = x.to(tl.float32)
     mean = tl.sum(x32, 1) * SHARE
     centred = tl.where(c[None, :] < C, x32 - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) * SHARE + eps)
+    variance = tl.sum(centred * centred, 1) * SHARE
+    # Of an infinite one NaN, as the numbers it is of would be: zeros would look as if all were well.
+    rstd = tl.where(variance < float("inf"), 1.0 / tl.sqrt_rn(variance + eps), float("nan"))
     normed = centred * rstd[:, None]
     if weight_ptr is not None:
         normed *= tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]

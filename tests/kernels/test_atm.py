@@ -474,13 +474,18 @@ def test_activation_checkpointing_draws_the_same_dropout():
 
 
 def test_autocast_keeps_float32_statistics():
+    def transformed(query, **others):
+        return torch.func.vmap(lambda q: tuple(fused_atm(q, **others)))(query[None])
+
     case = dataclasses.replace(CASES[3], previous_masks=False)
     inputs = case.inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output, masks = fused_atm(**inputs)
+        mapped = transformed(**inputs)
     assert output.dtype == masks.dtype == torch.bfloat16
-    rounded = fused_atm(**{n: t.bfloat16() for n, t in inputs.items()})
-    torch.testing.assert_close((output, masks), tuple(rounded), rtol=0, atol=0)
+    rounded = {n: t.bfloat16() for n, t in inputs.items()}
+    torch.testing.assert_close((output, masks), tuple(fused_atm(**rounded)), rtol=0, atol=0)
+    torch.testing.assert_close(mapped, transformed(**rounded), rtol=0, atol=0)
     truth = atm_reference(**{n: t.bfloat16().double() for n, t in inputs.items()})
     assert relative_error(output, truth.output) < RELATIVE_NORM[torch.bfloat16]
 

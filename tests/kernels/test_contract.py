@@ -10,7 +10,14 @@ from attention import BAD_ARGUMENTS, tensors
 from imports import imports_of
 
 import segvit_kernels
-from segvit_kernels import BackendUnavailableError, _library, backend, fused_atm, record_backends
+from segvit_kernels import (
+    BackendUnavailableError,
+    _library,
+    backend,
+    fused_atm,
+    record_backends,
+    without_autocast,
+)
 from segvit_kernels._library import ENVIRONMENT_VARIABLE, operators, requested_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +103,18 @@ def test_blocks_of_two_threads_end_in_any_order(monkeypatch):
     assert seen == {} and own == {"atm_fwd": {"eager"}}
 
 
+def test_without_autocast_is_nothing_where_it_is_off():
+    class Product(torch.nn.Module):
+        def forward(self, x):
+            with without_autocast(x.device):
+                return x @ x
+
+    x = torch.randn(2, 2)
+    assert "autocast" not in str(torch.export.export(Product(), (x,)).graph)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Product()(x), Product()(x.clone()).float()) and Product()(x).dtype == x.dtype
+
+
 def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     operator = segvit_kernels._library._operators["atm_fwd"]
@@ -134,7 +153,9 @@ def test_importing_the_kernels_needs_only_torch_and_numpy():
         "new = {m.partition('.')[0] for m in set(sys.modules) - loaded if m[0] != '_'}\n"
         "extra = new - set(sys.stdlib_module_names) - {'segvit_kernels', 'torch', 'numpy', 'triton'}\n"
         "assert not extra, extra\n"
-        "assert not torch.cuda.is_initialized()"
+        "assert not torch.cuda.is_initialized()\n"
+        "from torch.optim.optimizer import _global_optimizer_post_hooks\n"
+        "assert not _global_optimizer_post_hooks"  # before anything is folded
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}

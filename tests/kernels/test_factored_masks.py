@@ -239,6 +239,20 @@ def test_autocast_is_that_of_the_product():
     torch.testing.assert_close(runs[0][:2], runs[1][:2])
 
 
+def test_autocast_of_transforms_is_that_of_the_product():
+    """Sums over more pixels than float16 has numbers for."""
+    queries, features, labels = torch.randn(1, 3, 4), torch.randn(1, 4, 9, 9), torch.zeros(1, 300, 300).long()
+    given = {"targets": labels, "num_classes": 3}
+    for run in (
+        lambda q: torch.stack(factored_mask_loss(q, features, **given)[:3]),
+        lambda q: torch.stack(factored_matching_cost(q, features, **given)),
+    ):
+        with torch.autocast("cpu", dtype=torch.float16):
+            plain, (mapped,) = run(queries), torch.func.vmap(run)(queries[None])
+        assert plain.dtype == mapped.dtype == torch.float32
+        torch.testing.assert_close(mapped, plain, rtol=1e-2, atol=1e-3)
+
+
 def test_empty_batch():
     queries, features = torch.zeros(0, 3, 2, requires_grad=True), torch.zeros(0, 2, 4, 4)
     loss = factored_mask_loss(queries, features, torch.zeros(0, 8, 8, dtype=torch.uint8))

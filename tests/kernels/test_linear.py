@@ -414,13 +414,15 @@ def test_a_released_layer_computes_what_it_did(dtype, isa, packs):
 
 
 @torch.no_grad()
-def test_release_and_conversion_alone(packs):
+@pytest.mark.parametrize("sizes", [(70, 50), (1, 50), (70, 1), (1, 1)], ids=str)
+def test_release_and_conversion_alone(sizes, packs):
     """Without a freeze before, and where the other dtype is packed too."""
-    plain, x = torch.nn.Linear(70, 50).requires_grad_(False), torch.randn(3, 70)
+    plain, x = torch.nn.Linear(*sizes).requires_grad_(False), torch.randn(3, sizes[0])
     layer = PackedLinear(plain)
     layer.release()
     with backend("eager"):
         assert torch.equal(layer(x), plain(x))
+        assert torch.equal(layer._apply(torch.clone)(x), plain(x))  # as share_memory() and others do
         layer.half()
         assert layer.released and layer.packed.value.panels.dtype == torch.float16
         assert torch.equal(layer(x.half()), plain.half()(x.half()))

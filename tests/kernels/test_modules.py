@@ -18,6 +18,7 @@ from segvit import SegViT, SegViTConfig
 from segvit.model.backbone import Block
 from segvit_kernels import (
     BackendUnavailableError,
+    Folded,
     FusedATM,
     PackedLinear,
     QueryDownsample,
@@ -278,6 +279,15 @@ def test_constants_of_changed_weights_are_not_used(options):
     assert_close(found.mask_logits, torch.func.functional_call(plain, weights, (images,)).mask_logits)
 
 
+@torch.no_grad()
+@MODELS
+def test_constants_made_under_autocast_are_those_without(options):
+    plain, images = segvit(options), torch.randn(1, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = copy.deepcopy(plain).fuse()
+    assert_close(fused(images).mask_logits, plain(images).mask_logits)
+
+
 @MODELS
 @pytest.mark.parametrize("fused", [True, False], ids=["fused optimizer", "optimizer"])
 def test_constants_of_trained_weights_are_not_used(options, fused):
@@ -315,6 +325,33 @@ def test_weights_whose_changes_nobody_counts():
         with pytest.warns(UserWarning, match=r"made in torch\.inference_mode"):
             found = model(images).mask_logits
         assert_close(found, model.unfuse()(images).mask_logits)
+
+
+@torch.inference_mode()
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_made_in_each_call_need_no_warning():
+    with torch.inference_mode(False):
+        model = segvit({})
+        parametrize.register_parametrization(model.backbone, "pos_embed", Same())
+        model.fuse()
+    for _ in range(2):
+        model(torch.randn(1, 3, 96, 96))
+
+
+class Same(nn.Module):
+    def forward(self, x):
+        return x.clone()
+
+
+def test_steps_of_compiled_fused_optimizers_count():
+    layer = nn.Linear(2, 2).eval()
+    folded = Folded([layer], "made of it")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, fused=True)
+    layer(torch.ones(2)).sum().backward()
+    with torch.no_grad():
+        assert folded.get([layer]) == "made of it"
+        torch.compile(lambda: optimizer.step(), backend="eager")()
+        assert folded.get([layer]) is None
 
 
 @torch.no_grad()

@@ -509,12 +509,16 @@ def test_activation_checkpointing_draws_the_same_dropout():
 
 
 def test_autocast_keeps_float32_statistics(path):
+    def transformed(query, **others):
+        return torch.func.vmap(lambda q: query_attention(q, **others))(query[None])
+
     inputs = BY_NAME["odd"].inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        output = query_attention(**inputs)
+        output, mapped = query_attention(**inputs), transformed(**inputs)
     rounded = {n: t.bfloat16() for n, t in inputs.items()}
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output, query_attention(**rounded), rtol=0, atol=0)
+    torch.testing.assert_close(mapped, transformed(**rounded), rtol=0, atol=0)
     truth = query_attention_reference(**{n: t.double() for n, t in rounded.items()})
     assert relative_error(output, truth) < RELATIVE_NORM[torch.bfloat16]
 

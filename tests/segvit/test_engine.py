@@ -175,10 +175,14 @@ def test_precision(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_autocast_around_a_call_changes_nothing(dtype):
-    engine, images = tiny_model().compile_for_inference((37, 50), 2, dtype=dtype), pictures((37, 50))
+    """Nor where the engine is made."""
+    model, images = tiny_model(), pictures((37, 50))
+    engine = model.compile_for_inference((37, 50), 2, dtype=dtype)
     expected = engine(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(engine(images), expected)
+        made = model.compile_for_inference((37, 50), 2, dtype=dtype)
+    assert torch.equal(made(images), expected)
 
 
 def test_a_converted_function_is_one_of_that_precision():

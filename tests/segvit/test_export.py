@@ -417,6 +417,11 @@ def test_torchscript(model, folder):
     assert "segvit::" not in str(found._run.script.inlined_graph)
     images = pictures(SIZE)
     assert_same_up_to_ties(found.predict(images), model, images)
+    expected = found.outputs(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # neither the file's nor the run's precision
+        segvit.export(model, folder / "x.torchscript", size=SIZE, outputs="logits")
+        assert all(map(torch.equal, found.outputs(images), expected))
+    assert all(map(torch.equal, open_model(folder / "x.torchscript").outputs(images), expected))
     with pytest.raises(ValueError, match="size"):
         segvit.export(model, folder / "y.torchscript")
     (folder / "broken.torchscript").write_bytes((folder / "x.torchscript").read_bytes()[:999])
