@@ -24,7 +24,7 @@ from segvit.system.files import atomic_write, check_result_file
 from segvit.system.progress import progress_bar
 from segvit.training.evaluation import evaluate, without_nan
 from segvit.training.launch import launch, make_fabric
-from segvit.training.run_folder import meaning_of, share_of
+from segvit.training.run_folder import meaning_of, record_of, share_of
 
 
 def run(config: EvaluateConfig) -> int:
@@ -42,10 +42,14 @@ def run(config: EvaluateConfig) -> int:
         )
     else:
         check_precision(fabric.device, config.dtype, config.backend)
-    checkpoint = None if isinstance(model, ExportedModel) else find_checkpoint(config.checkpoint)
+    if isinstance(model, ExportedModel):
+        place, record = model.path, model.description.data
+    else:
+        place = find_checkpoint(config.checkpoint)
+        record = record_of(place)
     share = config.validation_share
     if share is None:
-        share = share_of(checkpoint) if checkpoint else None
+        share = share_of(place, record)
     options = {
         **folder_options(config),
         "value_range": config.value_range or model_config.value_range or (),
@@ -59,7 +63,7 @@ def run(config: EvaluateConfig) -> int:
         default_names=model_config.class_names,
         channels=model_config.backbone.in_channels,
         progress=config.progress,
-        meaning=meaning_of(checkpoint) if checkpoint and _labels_open(config) else None,
+        meaning=meaning_of(place, record) if _labels_open(config) else None,
         synthetic_length=config.synthetic_validation,
         synthetic_size=model_config.image_size[0],
     )

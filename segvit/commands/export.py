@@ -10,8 +10,10 @@ from segvit.exporting import FORMATS, export, format_of, open_model
 from segvit.exporting.compare import agreement, sample
 from segvit.exporting.exported import ExportedModel
 from segvit.exporting.graph import Plan
+from segvit.model.checkpoint import find_checkpoint
 from segvit.model.heads import load_model
 from segvit.options import ExportConfig, InferenceOptions
+from segvit.training.run_folder import meaning_of, share_of
 
 
 def run(config: ExportConfig) -> int:
@@ -30,7 +32,9 @@ def run(config: ExportConfig) -> int:
     outputs = "logits" if config.logits else "scores" if config.scores else "labels"
     batch = None if config.batch == "any" else config.batch
     inference = InferenceOptions(**config.inference_fields())
-    model = load_model(config.checkpoint)
+    checkpoint = find_checkpoint(config.checkpoint)
+    model = load_model(checkpoint)
+    data = {"labels": meaning_of(checkpoint), "validation_share": share_of(checkpoint)}
     pictures: tuple[Tensor, ...] = ()
     if config.calibrate:
         plan = Plan(size, batch, options=inference)
@@ -47,6 +51,7 @@ def run(config: ExportConfig) -> int:
         options=inference,
         calibration=pictures,
         source=config.checkpoint,
+        data=data,
     )
     files = [Path(config.out)] + ([Path(config.out).with_suffix(".bin")] if name == "openvino" else [])
     megabytes = sum(file.stat().st_size for file in files) / 1e6

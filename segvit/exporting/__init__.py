@@ -12,11 +12,11 @@ entry in `FORMATS` and a module here with
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ def export(
     options: InferenceOptions | None = None,
     calibration: Sequence[Tensor] = (),
     source: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model as a file that takes uint8 pictures and gives label maps at their own size.
 
@@ -109,6 +110,8 @@ def export(
         calibration: uint8 pictures (B, channels, H, W) of the data that the model is for, for int8, of the
             size and as many as a call takes.
         source: where the model comes from, for the file's metadata.
+        data: the meaning of label values in its training and the share of pictures kept for validation, as
+            `segvit train` records them (`labels`, `validation_share` of data.json), for `segvit evaluate`.
 
     Raises:
         TypeError: pictures of `calibration` that are not uint8.
@@ -138,7 +141,7 @@ def export(
     module = FORMATS[name].load()
     module.check(plan)
     make_folder(path.resolve().parent)
-    about = {"format": name, "precision": dtype, "source": source}
+    about = {"format": name, "precision": dtype, "source": source, "data": dict(data or {})}
     with without_autocast(model.mean.device):  # the precision is the file's own
         module.save(module.build(model, plan), path, metadata.describe(model.config, plan, about))
 

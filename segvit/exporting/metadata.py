@@ -29,12 +29,14 @@ class Description:
     Attributes:
         config, plan: of the model and of the graph.
         precision: "float32", "float16", "bfloat16" or "int8".
+        data: what is known of the data that the model was trained on, as `segvit train` records it.
         fields: all that the file says.
     """
 
     config: SegViTConfig
     plan: Plan
     precision: str
+    data: dict[str, Any]
     fields: dict[str, Any]
 
 
@@ -93,6 +95,6 @@ def read(text: str | None, source: str) -> Description:
         plan.check(config.backbone.patch_size)
         if plan.outputs not in _OUTPUTS:
             raise ValueError("another output")
-        return Description(config, plan, fields["precision"], fields)
+        return Description(config, plan, fields["precision"], dict(fields.get("data") or {}), fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{source}: not a file that `segvit export` has written") from None

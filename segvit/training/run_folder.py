@@ -34,7 +34,7 @@ from segvit.system.files import atomic_write, discard, follow, locked, point, re
 from segvit.system.text import parse_yaml, read_json, read_text, shown, yaml_value
 from segvit.training.score import no_score
 
-__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of", "share_of"]
+__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "record_of", "samples_of", "share_of"]
 
 DATA_FILE = "data.json"
 TRAINER_FILE = "trainer.pt"
@@ -82,14 +82,28 @@ def samples_of(training: Any, validation: Any) -> dict[str, Any]:
     return result
 
 
-def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
-    """What label values meant in the training of a checkpoint (`SegmentationFolder.meaning`); None: not said.
+def record_of(checkpoint: Path) -> dict[str, Any]:
+    """What the data.json of a checkpoint says; nothing where there is none.
 
     Raises:
-        ValueError: its data.json is of another form.
+        ValueError: it is of another form.
     """
     path = checkpoint / DATA_FILE
-    found = read_json(path, dict).get("labels") if path.is_file() else None
+    return read_json(path, dict) if path.is_file() else {}
+
+
+def meaning_of(place: Path, record: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """What label values meant in the training of a checkpoint (`SegmentationFolder.meaning`); None: not said.
+
+    Args:
+        place: the checkpoint, or the file that has its record.
+        record: what is said there; by default a checkpoint's own.
+
+    Raises:
+        ValueError: that is of another form.
+    """
+    path = place / DATA_FILE if record is None else place
+    found = (record_of(place) if record is None else record).get("labels")
     if found is None:
         return None
     try:
@@ -109,14 +123,14 @@ def meaning_of(checkpoint: Path) -> dict[str, Any] | None:
     return found
 
 
-def share_of(checkpoint: Path) -> float | None:
-    """Which share of the pictures was kept for validation in the training of a checkpoint; None: not said.
+def share_of(place: Path, record: dict[str, Any] | None = None) -> float | None:
+    """Which share of the pictures was kept for validation in a training, see `meaning_of`; None: not said.
 
     Raises:
-        ValueError: its data.json is of another form.
+        ValueError: that is of another form.
     """
-    path = checkpoint / DATA_FILE
-    share = read_json(path, dict).get("validation_share") if path.is_file() else None
+    path = place / DATA_FILE if record is None else place
+    share = (record_of(place) if record is None else record).get("validation_share")
     if share is not None and not (type(share) in (int, float) and 0 <= share < 1):
         raise ValueError(
             f"{path}: got {shown(share)} for validation_share, expected what `segvit train` wrote"

@@ -381,6 +381,9 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
         return [*result["pixels"].values(), result["ignored"]]
 
     assert pixels() == [16, 0, 16, 16]
+    exported = str(tmp_path / "model.torchscript")
+    assert main(["export", str(tmp_path / "model"), exported, "--size", "3", "16"]) == 0
+    assert pixels("--checkpoint", exported) == [16, 0, 16, 16]
     assert pixels("--no-reduce-zero-label") == [16, 16, 16, 0]
     assert pixels("--label-mapping", '{"0": 0, "1": 0, "2": 1}') == [32, 16, 0, 0]
     # And the pictures that were kept for validation, where there is no such split.
