@@ -220,14 +220,29 @@ def _front(figure: Any, data: dict) -> None:
 
 
 def _learned(figure: Any, data: dict) -> None:
-    """mIoU over pictures a second, a point with its spread for each model."""
+    """mIoU over pictures a second, a point with its spread for each model; names below one another."""
     axes = figure.subplots()
-    for name, point in data["points"].items():
+    axes.set_xscale("log")
+    points = sorted(data["points"].items(), key=lambda item: -item[1]["at"][1])
+    for _, point in points:
         speed, mean, least, greatest = point["at"]
         bars = [[mean - least], [greatest - mean]]
         axes.errorbar(speed, mean, bars, color=DECODERS[point["decoder"]], marker="o", markersize=4)
-        axes.annotate(name, (speed, mean), xytext=(5, 3), textcoords="offset points", fontsize=7, color=TEXT)
     axes.margins(x=0.15)
+    axes.autoscale_view()
+    taken: list[tuple[float, float, float]] = []  # left, right and height of the names that are there
+    for name, point in points:
+        x, y = 72 / figure.dpi * axes.transData.transform(point["at"][:2])
+        left, right, place = x + 12, x + 12 + 4 * len(name), y + 3
+        for begin, end, height in taken:
+            if left < end and begin < right:
+                place = min(place, height - 9)
+        taken.append((left, right, place))
+        line = {"arrowstyle": "-", "color": TEXT, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}
+        offset = {"xytext": (12, place - y), "textcoords": "offset points", "arrowprops": line}
+        axes.annotate(name, point["at"][:2], va="center", fontsize=7, color=TEXT, **offset)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("pictures of 512 × 512 a second")
     axes.set_ylabel("mIoU, %")
 
