@@ -863,7 +863,7 @@ class PackedLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.released:  # as above
+        if self.released:  # a copy of the weight has its numbers one by one
             self.release(inexact=True)
 
     def _take_back(self) -> None:
@@ -882,7 +882,7 @@ class PackedLinear(nn.Linear):
         if not same:
             gains = why_not_packed(self.weight, int8=self.int8) is None
             self.packed = Folded([self.weight], pack_weight(self.weight, int8=self.int8) if gains else None)
-        if released:  # a copy of the weight has its numbers one by one
+        if released:  # as above
             self.release(inexact=same)
         return self
 

@@ -24,7 +24,7 @@ from segvit.system.files import atomic_write, check_result_file
 from segvit.system.progress import progress_bar
 from segvit.training.evaluation import evaluate, without_nan
 from segvit.training.launch import launch, make_fabric
-from segvit.training.run_folder import meaning_of, record_of, share_of
+from segvit.training.run_folder import meaning_of, share_of
 
 
 def run(config: EvaluateConfig) -> int:
@@ -45,8 +45,7 @@ def run(config: EvaluateConfig) -> int:
     if isinstance(model, ExportedModel):
         place, record = model.path, model.description.data
     else:
-        place = find_checkpoint(config.checkpoint)
-        record = record_of(place)
+        place, record = find_checkpoint(config.checkpoint), None
     share = config.validation_share
     if share is None:
         share = share_of(place, record)

@@ -34,7 +34,7 @@ from segvit.system.files import atomic_write, discard, follow, locked, point, re
 from segvit.system.text import parse_yaml, read_json, read_text, shown, yaml_value
 from segvit.training.score import no_score
 
-__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "record_of", "samples_of", "share_of"]
+__all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of", "share_of"]
 
 DATA_FILE = "data.json"
 TRAINER_FILE = "trainer.pt"
@@ -82,14 +82,12 @@ def samples_of(training: Any, validation: Any) -> dict[str, Any]:
     return result
 
 
-def record_of(checkpoint: Path) -> dict[str, Any]:
-    """What the data.json of a checkpoint says; nothing where there is none.
-
-    Raises:
-        ValueError: it is of another form.
-    """
-    path = checkpoint / DATA_FILE
-    return read_json(path, dict) if path.is_file() else {}
+def _said(place: Path, record: dict[str, Any] | None, name: str) -> tuple[Any, Path]:
+    """An entry of a record, or of a checkpoint's own, None where it has none; and where that stands."""
+    if record is not None:
+        return record.get(name), place
+    path = place / DATA_FILE
+    return (read_json(path, dict).get(name) if path.is_file() else None), path
 
 
 def meaning_of(place: Path, record: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -102,8 +100,7 @@ def meaning_of(place: Path, record: dict[str, Any] | None = None) -> dict[str, A
     Raises:
         ValueError: that is of another form.
     """
-    path = place / DATA_FILE if record is None else place
-    found = (record_of(place) if record is None else record).get("labels")
+    found, path = _said(place, record, "labels")
     if found is None:
         return None
     try:
@@ -129,8 +126,7 @@ def share_of(place: Path, record: dict[str, Any] | None = None) -> float | None:
     Raises:
         ValueError: that is of another form.
     """
-    path = place / DATA_FILE if record is None else place
-    share = (record_of(place) if record is None else record).get("validation_share")
+    share, path = _said(place, record, "validation_share")
     if share is not None and not (type(share) in (int, float) and 0 <= share < 1):
         raise ValueError(
             f"{path}: got {shown(share)} for validation_share, expected what `segvit train` wrote"
