@@ -187,7 +187,7 @@ def _plan(
 
     def sources_in(folder: str, pattern: str) -> list[Path]:
         left_out = set(OPERATORS) - set(chosen)
-        found = sorted((HERE / folder).glob(pattern))
+        found = sorted((HERE / folder).rglob(pattern))
         return [
             p
             for p in found

@@ -65,7 +65,7 @@ def test_a_library_built_for_something_else_is_refused(monkeypatch, tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "segvit_kernels" / "_native.py"))
     assert _native._Library(path, "").reason is None
-    with (tmp_path / "csrc" / "cpu" / "attention.h").open("a") as file:
+    with (tmp_path / "csrc" / "cpu" / "attention" / "attention.h").open("a") as file:
         file.write("\n")
     reason = _native._Library(path, "").reason
     assert "was built from other sources" in reason and "make native" in reason

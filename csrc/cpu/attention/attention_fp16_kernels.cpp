@@ -14,7 +14,7 @@
 // together, some 400 for exponentials, 130 for adding up results. A panel of 48 queries with its scores and results, and
 // a tile of 64 keys and values, are 52 KB, so that some of it comes from the second-level cache.
 #include "attention_half.h"
-#include "scaled.h"
+#include "../scaled.h"
 
 namespace segvit::SEGVIT_ISA {
 

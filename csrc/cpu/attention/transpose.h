@@ -1,7 +1,7 @@
 // Vectors as rows of a square, for kernels.
 #pragma once
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace segvit::SEGVIT_ISA {
 

@@ -1,5 +1,5 @@
 #include "mask_loss.h"
-#include "simd.h"
+#include "../simd.h"
 
 namespace segvit::SEGVIT_ISA {
 

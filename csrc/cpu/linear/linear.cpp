@@ -5,8 +5,8 @@
 // computed in the same order whatever the tasks are.
 #include "linear.h"
 
-#include "../operators.h"
-#include "common.h"
+#include "../../operators.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

@@ -7,8 +7,8 @@
 #include <limits>
 #include <string>
 
-#include "../operators.h"
-#include "common.h"
+#include "../../operators.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

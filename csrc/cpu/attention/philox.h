@@ -1,7 +1,7 @@
 // Philox4x32-10, one counter a lane: the dropout bits of segvit_kernels/ops/_philox.py.
 #pragma once
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace segvit::SEGVIT_ISA {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "avx512.h"
+#include "../avx512.h"
 #include "transpose.h"
 
 namespace segvit::SEGVIT_ISA {

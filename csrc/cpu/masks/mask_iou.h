@@ -1,6 +1,6 @@
 #pragma once
 
-#include "resize.h"
+#include "../resize.h"
 
 namespace segvit {
 

@@ -16,7 +16,7 @@
 // cycle; the next panel comes at a byte a cycle, fetched ahead.
 #include "gelu.h"
 #include "linear.h"
-#include "scaled.h"
+#include "../scaled.h"
 
 namespace segvit::SEGVIT_ISA {
 

@@ -12,7 +12,7 @@
 // become float32 where tiles are copied.
 #include "attention.h"
 #include "philox.h"
-#include "simd.h"
+#include "../simd.h"
 #include "transpose.h"
 
 namespace segvit::SEGVIT_ISA {

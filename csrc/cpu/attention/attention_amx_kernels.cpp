@@ -2,7 +2,7 @@
 //
 // Of 32 x 32 scores with 64 channels: 128 cycles of products each for S and O, 128 for moving S, and about 6 for each of
 // 64 vectors of exponentials, which decide.
-#include "amx.h"
+#include "../amx.h"
 #include "attention_bf16.h"
 
 namespace segvit::SEGVIT_ISA {

@@ -1,7 +1,7 @@
 // What atm and query_attention launch: the operators of segvit_kernels/ops/atm.py, masks or not.
 #pragma once
 
-#include "../operators.h"
+#include "../../operators.h"
 
 namespace segvit::cpu {
 

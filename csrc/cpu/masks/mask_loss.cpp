@@ -17,8 +17,8 @@
 // Masks in bytes are looked through once for where they have pixels.
 #include "mask_loss.h"
 
-#include "../operators.h"
-#include "common.h"
+#include "../../operators.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #if defined(__AVX512F__)
-#include "avx512.h"
+#include "../avx512.h"
 #else
-#include "simd.h"
+#include "../simd.h"
 #endif
 
 namespace segvit::SEGVIT_ISA {

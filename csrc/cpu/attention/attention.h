@@ -1,6 +1,6 @@
 #pragma once
 
-#include "isa.h"
+#include "../isa.h"
 
 namespace segvit {
 

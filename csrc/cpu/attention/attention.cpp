@@ -16,7 +16,7 @@
 #include <cmath>
 
 #include "attention_launch.h"
-#include "common.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

@@ -8,8 +8,8 @@
 #include <memory>
 #include <numeric>
 
-#include "../operators.h"
-#include "common.h"
+#include "../../operators.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

@@ -13,7 +13,7 @@
 //
 // Results go to memory 128 bytes a row, past the caches where they would not fit: lines that miss the second-level
 // cache cost 5 times as much when they are read first.
-#include "amx.h"
+#include "../amx.h"
 #include "linear_rows.h"
 
 namespace segvit::SEGVIT_ISA {

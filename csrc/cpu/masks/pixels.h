@@ -1,7 +1,7 @@
 // What kernels share that upsample masks: cells of a row for pixels, σ, and infinite logits.
 #pragma once
 
-#include "simd.h"
+#include "../simd.h"
 
 // Unrolled early enough for arrays of registers to stay in registers.
 #define SEGVIT_UNROLL_8 _Pragma("GCC unroll 8")

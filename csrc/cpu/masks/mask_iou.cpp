@@ -6,8 +6,8 @@
 
 #include <cmath>
 
-#include "../operators.h"
-#include "common.h"
+#include "../../operators.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

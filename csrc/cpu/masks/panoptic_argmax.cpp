@@ -4,8 +4,8 @@
 // query that takes part. Areas are whole numbers, whose sum does not depend on the order of the tasks.
 #include "panoptic_argmax.h"
 
-#include "../operators.h"
-#include "common.h"
+#include "../../operators.h"
+#include "../common.h"
 
 namespace segvit::cpu {
 

@@ -6,7 +6,7 @@
 // words and statistics come from those bits, so that all layouts agree.
 #include "mask_binarize.h"
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace segvit::SEGVIT_ISA {
 

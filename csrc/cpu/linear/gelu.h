@@ -1,7 +1,7 @@
 // The exact GELU.
 #pragma once
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace segvit::SEGVIT_ISA {
 
