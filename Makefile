@@ -8,7 +8,8 @@ FUZZ_INPUTS ?= 1000000
 FUZZ_SEED ?= 1
 OLD := $(VENV)-triton-3.6
 # The operators' batteries, each of all backends.
-BATTERIES := $(wildcard $(patsubst segvit_kernels/ops/%.py,tests/kernels/test_%*.py,$(wildcard segvit_kernels/ops/[a-z]*.py)))
+STEMS := $(patsubst segvit_kernels/ops/%.py,%,$(wildcard segvit_kernels/ops/[a-z]*.py))
+BATTERIES := $(wildcard $(STEMS:%=tests/kernels/test_%*.py) $(STEMS:%=tests/kernels/launches/test_%_triton.py))
 
 # Every process of the tests would compile PyTorch's modules anew, at several times their import.
 unexport PYTHONDONTWRITEBYTECODE
@@ -73,7 +74,7 @@ kill-test: $(VENV)/.installed  ## training and bulk prediction, killed at random
 
 # All launches that are pinned for all architectures; SEGVIT_GATE=quick: one of each kernel, on sm_90 and in turn
 # on one of the others. GATE: options for pytest, such as '-k sm_90'.
-GATE_TEST := -m pytest -q -n 2 --dist worksteal $(GATE) tests/kernels/test_triton_compiles.py
+GATE_TEST := -m pytest -q -n 2 --dist worksteal $(GATE) tests/kernels/launches/test_triton_compiles.py
 gate gate-3.6: export SEGVIT_GATE ?= all
 
 gate: $(VENV)/.installed  ## the compile gate: machine code of every Triton kernel for seven GPUs
@@ -99,16 +100,16 @@ ptx: emulator  ## compiled kernels executed without a GPU: the batteries of Trit
 	rm -f $(PTX_TABLE)
 	export SEGVIT_PTX_COVERAGE=$(PTX_TABLE) SEGVIT_PTX_DTYPES=$(PTX_DTYPES); \
 	for arch in sm_80 sm_90; do \
-		$(BIN)/python tests/kernels/ptx_operators.py $$arch && \
+		$(BIN)/python tests/kernels/ptx/ptx_operators.py $$arch && \
 		SEGVIT_PTX=$$arch $(BIN)/python -m pytest -q -n 2 --dist worksteal \
 			-k "triton and not vit and not cityscapes and not architectures" \
 			$(BATTERIES) tests/kernels/test_key_padding.py && \
-		$(BIN)/python tests/kernels/ptx_native.py $$arch || exit; done
-	$(BIN)/python tests/kernels/ptx_faults.py
-	$(BIN)/python tests/kernels/ptx_coverage.py $(PTX_TABLE) sm_80 sm_90
+		$(BIN)/python tests/kernels/ptx/ptx_native.py $$arch || exit; done
+	$(BIN)/python tests/kernels/ptx/ptx_faults.py
+	$(BIN)/python tests/kernels/ptx/ptx_coverage.py $(PTX_TABLE) sm_80 sm_90
 
 fuzz: $(VENV)/.installed  ## the whole command line with drawn options and odd files: FUZZ_RUNS runs, SEGVIT_FUZZ_SEED
-	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/segvit/test_fuzz_cli.py
+	SEGVIT_FUZZ_RUNS=$(FUZZ_RUNS) $(BIN)/python -m pytest -q tests/segvit/commands/test_fuzz_cli.py
 
 fuzz-parsers: $(VENV)/.installed  ## every parser on damaged files: FUZZ_INPUTS inputs in all, FUZZ_SEED
 	PYTHONPATH=. $(BIN)/python tests/fuzz_parsers.py --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)

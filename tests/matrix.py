@@ -15,7 +15,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/kernels/test_atm.py", "tests/kernels/test_dispatch.py", "tests/segvit/test_model.py"]
+TESTS = [
+    "tests/kernels/test_atm.py",
+    "tests/kernels/library/test_dispatch.py",
+    "tests/segvit/model/test_model.py",
+]
 
 
 def versions() -> list[str]:
