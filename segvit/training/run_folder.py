@@ -204,7 +204,9 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
             if labels and now_labels:
                 _compare_labels(labels, now_labels)
             _compare_samples(record, samples)
-            samples = {**samples, "labels": now_labels or labels}  # shards do not say
+            share = samples["validation_share"]  # shards say neither
+            share = share_of(folder) if share is None else share
+            samples = {**samples, "labels": now_labels or labels, "validation_share": share}
             if windows[0] != windows[1]:  # nothing is refused any more
                 _forget_scores(folder, f"{windows[0]} -> {windows[1]}", say)
         elif Checkpoints(folder).newest():
