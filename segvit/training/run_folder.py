@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from segvit.data.coding import FORMS
+from segvit.model.checkpoint import DATA_FILE
 from segvit.options import TrainConfig
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
@@ -36,7 +37,6 @@ from segvit.training.score import no_score
 
 __all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of", "share_of"]
 
-DATA_FILE = "data.json"
 TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
 SHARDS_FOLDER = "shards"
