@@ -89,7 +89,7 @@ class Labeller:
             "width": np.array([width for _, width in sizes], np.int32),
             "height": np.array([height for height, _ in sizes], np.int32),
             "labels": np.array([self._png(one) for one in labels], dtype=object),
-            "counts": np.array(list(map(self._counts, labels))).reshape(len(paths), len(self.names)),
+            "counts": np.array([self._counts(one) for one in labels], np.int64).reshape(-1, len(self.names)),
             "error": np.array(errors, dtype=object),
         }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,7 +133,8 @@ def found(results: Path) -> list[dict]:
         measured = [(value, r) for r in own if (value := target.measure(r)) is not None]
         row = {"what": target.what, "device": "GPU", "wanted": target.wanted}
         if measured:
-            value, result = min(measured, key=lambda pair: target.met(pair[0]))
+            sign = 1 if target.met(math.inf) else -1  # whether more is better
+            value, result = min(measured, key=lambda pair: sign * pair[0])
             verdict = "met" if target.met(value) else "missed"
             row |= {"measured": target.show.format(value), "verdict": verdict, "reason": "", "result": result}
         else:

@@ -24,6 +24,7 @@ from segvit.system.text import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"  # what a training says of its data, where there was one
 
 
 class LoadReport(NamedTuple):
@@ -109,7 +110,7 @@ def find_checkpoint(source: str | os.PathLike, revision: str | None = None) -> P
             "file becomes one by: segvit convert FILE FOLDER"
         )
     if name := hub_name(source):
-        return hub_snapshot(name, [WEIGHTS_FILE, CONFIG_FILE], revision)
+        return hub_snapshot(name, [WEIGHTS_FILE, CONFIG_FILE, DATA_FILE], revision)
     raise FileNotFoundError(f"{source}: no such checkpoint folder, and no owner/name on the Hub")
 
 

@@ -42,12 +42,15 @@ def settled(config: TrainConfig) -> TrainConfig:
     old = read_config(source) if source else None
     model: dict[str, Any] = dict(config.model)
     value_range: Sequence[float] | None = config.value_range
-    if (given := model.get("value_range")) is not None:
-        if not isinstance(given, (list, tuple)):
-            raise ValueError(f"model: got value_range {shown(given)}, expected a list of numbers")
-        if value_range and list(value_range) != list(given):
-            got = f"got {list(value_range)}, and model says {list(given)}"
-            raise ValueError(f"value_range: {got}; expected one")
+    given = model.get("value_range")
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise ValueError(f"model: got value_range {shown(given)}, expected a list of numbers")
+    if not given:
+        model.pop("value_range", None)  # says nothing, and would stand in place of what training reads by
+    elif value_range and list(value_range) != list(given):
+        got = f"got {list(value_range)}, and model says {list(given)}"
+        raise ValueError(f"value_range: {got}; expected one")
+    else:
         value_range = list(given)
     if old and config.init_from:
         value_range = value_range or old.value_range

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from segvit.data.coding import FORMS
+from segvit.model.checkpoint import DATA_FILE
 from segvit.options import TrainConfig
 from segvit.system.extras import require
 from segvit.system.files import atomic_write, discard, follow, locked, point, replace, synchronise
@@ -36,7 +37,6 @@ from segvit.training.score import no_score
 
 __all__ = ["Checkpoints", "claimed", "meaning_of", "prepare", "samples_of", "share_of"]
 
-DATA_FILE = "data.json"
 TRAINER_FILE = "trainer.pt"
 EVALUATION_FILE = "evaluation.json"
 SHARDS_FOLDER = "shards"
@@ -204,7 +204,9 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
             if labels and now_labels:
                 _compare_labels(labels, now_labels)
             _compare_samples(record, samples)
-            samples = {**samples, "labels": now_labels or labels}  # shards do not say
+            share = samples["validation_share"]  # shards say neither
+            share = share_of(folder) if share is None else share
+            samples = {**samples, "labels": now_labels or labels, "validation_share": share}
             if windows[0] != windows[1]:  # nothing is refused any more
                 _forget_scores(folder, f"{windows[0]} -> {windows[1]}", say)
         elif Checkpoints(folder).newest():

@@ -108,10 +108,9 @@ def pixel_sums(
     counts = torch.tensor([len(targets) for targets in mask_labels])
     pairs = []  # of every output its queries and their targets, by place among those of the batch
     for logits, matching in zip(masks, matchings, strict=True):
-        _, queries = checked_indices(matching, logits, mask_labels)
-        own = zip(counts.cumsum(0) - counts, matching, strict=True)
-        chosen = torch.cat([first + target.cpu() for first, (_, target) in own])
-        pairs.append((queries.cpu(), chosen))
+        _, queries, picked = checked_indices(matching, logits, mask_labels)
+        own = zip(counts.cumsum(0) - counts, picked, strict=True)
+        pairs.append((queries.cpu(), torch.cat([first + target.cpu() for first, target in own])))
     times = torch.stack([chosen.bincount(minlength=int(counts.sum())) for _, chosen in pairs]).amax(0)
     times.clamp_(min=1)
     slots = torch.repeat_interleave(times)  # which target stands there

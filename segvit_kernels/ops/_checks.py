@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from segvit_kernels.ops._autograd import transformed
 
@@ -16,8 +17,10 @@ _NUMBERS = (*_WHOLE, float, np.floating, torch.SymFloat)
 
 
 def can_read(x: Tensor) -> bool:
-    """Whether values can be looked at without stalling a device or breaking a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    """Whether there are values to look at, without stalling a device or breaking a graph."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
+        return False
+    return not torch._C._len_torch_dispatch_stack() and not is_fake(x)  # fake tensors and traces have none
 
 
 def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:

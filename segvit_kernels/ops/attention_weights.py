@@ -22,7 +22,7 @@ from torch import Tensor
 
 from segvit_kernels._autocast import autocast_dtype, without_autocast
 from segvit_kernels.ops._attention import validate
-from segvit_kernels.ops._autograd import first_derivative_only, transformed
+from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 from segvit_kernels.ops._checks import number
 
 _BUDGETS = {"cpu": 2**25}  # bytes of one head's weights that exist at a time
@@ -127,5 +127,7 @@ def attention_weights(
     scale = query.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     query = query.expand(key.shape[0], -1, -1, -1)
     if transformed():
-        return attention_weights_reference(query, key, scale=scale, key_padding_mask=key_padding_mask)
+        options: dict[str, Any] = {"scale": scale, "key_padding_mask": key_padding_mask}
+        with without_autocast(query.device):
+            return attention_weights_reference(*full_precision(query, key), **options).to(query.dtype)
     return AttentionWeightsFunction.apply(query, key, scale, key_padding_mask)

@@ -345,8 +345,7 @@ def linear(
         input.dtype not in packed.dtypes and torch.float32 in (input.dtype, packed.panels.dtype)
     )
     if backend is None and (plain or autograd or autocast):
-        if not autocast:  # which makes the dtypes alike
-            _validate(input, weight, bias, None, **around)
+        _validate(input, weight, bias, None, **around, alike=not autocast)  # which makes dtypes alike
         return linear_reference(input, whole_weight(weight, packed), bias, gelu=gelu, **around)
     _validate(input, weight, bias, packed, **around)
     if autograd and backend == "eager":
@@ -406,6 +405,7 @@ def _validate(
     norm: Norm | None,
     scale: Tensor | None,
     residual: Tensor | None,
+    alike: bool = True,
 ) -> None:
     if not input.is_floating_point():
         raise TypeError(f"input has dtype {input.dtype}; expected a floating dtype")
@@ -429,7 +429,7 @@ def _validate(
             continue
         if tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-        if tensor.dtype != input.dtype:
+        if alike and tensor.dtype != input.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {input.dtype}, the dtype of input")
         if tensor.device != input.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {input.device}, the device of input")

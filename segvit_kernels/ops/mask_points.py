@@ -192,15 +192,15 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
 
 def checked_indices(
     indices: Indices, mask_logits: Tensor, targets: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Image and query of every pair, where the indices are."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Image and query of every pair, and of every image the targets, all int64, where the indices are."""
     batch = len(mask_logits)
     if not isinstance(indices, (list, tuple)) or len(indices) != batch:
         got = (
             f"length {len(indices)}" if isinstance(indices, (list, tuple)) else f"a {type(indices).__name__}"
         )
         raise ValueError(f"indices is of {got}; expected {batch} pairs of queries and targets, one an image")
-    images, chosen = [], []
+    images, chosen, picked = [], [], []
     for i, (queries, masks) in enumerate(indices):
         if len(queries) != len(masks):
             raise ValueError(
@@ -218,7 +218,9 @@ def checked_indices(
                 raise ValueError(f"indices[{i}] has {name} {got}; expected 0 to {most - 1}")
         images.append(torch.full_like(queries, i, dtype=torch.int64))
         chosen.append(queries.long())
-    return torch.cat(images), torch.cat(chosen)
+        if targets is not None:
+            picked.append(masks.long())  # of fewer bits places of pixels would wrap around
+    return torch.cat(images), torch.cat(chosen), picked
 
 
 def _check_read(targets: Tensor) -> None:
@@ -269,7 +271,7 @@ def uncertain_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     _check_logits(mask_logits)
-    images, queries = (t.to(mask_logits.device) for t in checked_indices(indices, mask_logits, None))
+    images, queries = (t.to(mask_logits.device) for t in checked_indices(indices, mask_logits, None)[:2])
     return _uncertain(
         mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
     )
@@ -341,7 +343,8 @@ def mask_loss_at_points(
         TypeError, ValueError: an argument is of another type or shape, or out of range.
     """
     given = _checked_masks(mask_logits, targets)
-    images, queries = (t.to(mask_logits.device) for t in checked_indices(indices, mask_logits, given))
+    *pairs, picked = checked_indices(indices, mask_logits, given)
+    images, queries = (t.to(mask_logits.device) for t in pairs)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if num_masks is not None:
@@ -356,12 +359,11 @@ def mask_loss_at_points(
         size = [max((target.shape[axis] for target in given), default=1) for axis in (1, 2)]
         t = torch.empty(points.shape[:2], dtype=dtype, device=points.device)
         first = 0
-        for target, (_, chosen) in zip(given, indices, strict=True):
+        for target, chosen in zip(given, picked, strict=True):
             # Of a point its neighbours, their places and weights.
             for part in _parts(len(chosen), 16 * points.shape[1] * dtype.itemsize, points.device):
                 own = slice(first + part.start, first + part.stop)
-                picked = chosen[part].to(target.device)
-                t[own] = _read_targets(target, picked, points[own].to(dtype), size)
+                t[own] = _read_targets(target, chosen[part].to(target.device), points[own].to(dtype), size)
             first += len(chosen)
         _check_read(t)
     if transformed():

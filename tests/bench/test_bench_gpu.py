@@ -273,6 +273,14 @@ def test_a_target_is_judged_where_it_is_furthest_from_being_met(tmp_path):
         in text
     )
     assert "<sub>1: Other (avx2), 2 threads" in text and "Quick" not in text
+    # Of whole models too, where all of several meet it.
+    one = {"status": "ok", "model": "vit_l_cocostuff10k_512", "batch": 1, "mode": "inference"}
+    for index, seconds in enumerate((1 / 800, 1 / 500)):
+        result = {"schema": 1, "kind": "model", "measurement": True, "rows": [one | {"way": "engine, graph"}]}
+        result["rows"][0]["median_s"] = seconds
+        result["environment"] = {"gpu": f"GPU {index}", "commit": None}
+        files.dump(tmp_path / f"model-{index}.json", result)
+    assert "| GPU 2 | ≥ 400 frames/s | 500 frames/s | met |" in targets.table(tmp_path)
 
 
 # ------------------------------------------------------------------------------ workers

@@ -202,6 +202,9 @@ def test_bad_arguments(changes, error, message):
     for packing in ({},) if "packed" in changes else ({}, {"packed": None}):
         with pytest.raises(error, match=message):
             linear(**_tensors(**changes, **packing))
+    if error is ValueError and "packed" not in changes:  # autocast makes dtypes alike, and shapes not
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(error, match=message):
+            linear(**_tensors(**changes))
 
 
 def test_gradients_are_those_of_the_plain_layer():

@@ -213,6 +213,17 @@ def test_nothing_matched():
     ] * 2
 
 
+@pytest.mark.parametrize("dtype", mask_points._INDEX_DTYPES, ids=str)
+def test_indices_of_few_bits(dtype):
+    """Of which places of pixels would wrap around, and of which uint8 is a mask to PyTorch."""
+    logits, masks, points = torch.randn(1, 3, 4, 4), torch.rand(1, 4, 110, 110), torch.rand(2, 50, 2)
+    pairs = torch.tensor([2, 0]), torch.tensor([3, 1])
+    found, expected = (
+        mask_loss_at_points(logits, masks, [[t.to(d) for t in pairs]], points) for d in (dtype, torch.int64)
+    )
+    assert torch.equal(found.bce, expected.bce) and torch.equal(found.dice, expected.dice)
+
+
 def test_numbers_that_are_none_show():
     logits, masks = draw()
     logits[0, 4] = torch.nan

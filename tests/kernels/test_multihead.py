@@ -62,6 +62,11 @@ def test_autocast_casts_the_inputs_alone(padding):
     assert torch.equal(found, expected)
     truth = torch.autograd.grad(expected.float().square().sum(), rounded)
     assert all(torch.equal(own, true.float()) for own, true in zip(gradients, truth, strict=True))
+    options = {"scale": 8.0, "key_padding_mask": padding}  # scores of which rounding would leave little
+    query, key = (t.detach() for t in given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (mapped,) = torch.func.vmap(lambda q: attention_weights(q, key, **options))(query[None])
+    torch.testing.assert_close(mapped, attention_weights(*rounded, **options), rtol=2**-7, atol=1e-6)
 
 
 def test_gradcheck_and_transforms():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import segvit_kernels
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax, semantic_argmax_reference
@@ -79,6 +81,16 @@ def test_many_classes_and_numbers_that_are_none():
     labels = semantic_argmax(masks, factors * float("nan"), (4, 4))
     assert ((labels >= 0) & (labels < 300)).all()
     assert semantic_argmax(masks[:0], factors[:0], (4, 5)).shape == (0, 4, 5)
+
+
+def test_fake_tensors_and_traces():
+    """Whose numbers nobody can look at, to refuse some."""
+    masks, factors = inputs(torch.float32)
+    with FakeTensorMode() as mode:
+        fake = semantic_argmax(mode.from_tensor(masks), mode.from_tensor(factors), SIZE)
+    assert fake.shape == (len(masks), *SIZE)
+    traced = make_fx(lambda m, f: semantic_argmax(m, f, SIZE))(masks, factors)
+    assert torch.equal(traced(masks, factors), semantic_argmax(masks, factors, SIZE))
 
 
 def test_refusals():

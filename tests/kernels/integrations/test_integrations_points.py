@@ -279,6 +279,9 @@ def test_set_criterion_at_every_pixel():
     estimate = fused_set_criterion(outputs, targets, indices, num_points=40_000, importance_sample_ratio=0.0)
     for name, value in estimate.items():
         assert ours[name].item() == pytest.approx(value.item(), rel=0.05)
+    for dtype in (torch.int16, torch.uint8):
+        few = [tuple(t.to(dtype) for t in pair) for pair in indices]
+        assert fused_set_criterion(outputs, targets, few) == ours
     with pytest.raises(ValueError, match="targets has length 2 and indices 1; expected 2"):
         fused_set_criterion(outputs, targets, indices[:1])
 

@@ -371,7 +371,8 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     write_labels(tmp_path / "data", [0, 1, 2], "validation")
     meaning = {"values": {"0": 2, "1": 0, "2": None}, "colours": {}, "seen": [0, 1, 2]}
     meaning |= {"by_colour": ["colour"], "white": 1}
-    (tmp_path / "model/data.json").write_text(json.dumps({"labels": meaning}))
+    record = {"labels": meaning, "validation_share": 0.4}
+    (tmp_path / "model/data.json").write_text(json.dumps(record))
 
     def pixels(*words):
         arguments = ["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "data"), *words]
@@ -388,7 +389,7 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
     assert pixels("--label-mapping", '{"0": 0, "1": 0, "2": 1}') == [32, 16, 0, 0]
     # And the pictures that were kept for validation, where there is no such split.
     for number in range(20):
-        write_pair(tmp_path / "share", str(number), np.array([[0, 1, 2]] * 16), suffix=".png")
+        write_pair(tmp_path / "share", str(number), np.array([[0, 1, 2]] * 16).T, suffix=".png")
     (tmp_path / "share/names.txt").write_text("red\ngreen\nblue\n")
 
     def images(*words):
@@ -399,9 +400,10 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
         share: len(SegmentationFolder(tmp_path / "share", "validation", validation_share=share))
         for share in (0.1, 0.4, 0.7)
     }
-    assert len(set(kept.values())) == 3 and images() == kept[0.1]
-    (tmp_path / "model/data.json").write_text('{"validation_share": 0.4}')
-    assert images() == kept[0.4] and images("--validation-share", "0.7") == kept[0.7]
+    assert len(set(kept.values())) == 3 and images() == images("--checkpoint", exported) == kept[0.4]
+    assert images("--validation-share", "0.7") == kept[0.7]
+    (tmp_path / "model/data.json").write_text("{}")
+    assert images() == kept[0.1]
     (tmp_path / "model/data.json").write_text('{"validation_share": 7}')
     with pytest.raises(ValueError, match=r"data\.json: got 7 for validation_share, expected what"):
         share_of(tmp_path / "model")

@@ -48,6 +48,9 @@ def test_rows_of_label_maps(checkpoint):
     found = label({"path": ["a", "b", "c", "d"], "bytes": files})
     nothing = label({"path": [], "bytes": []})
     assert nothing["counts"].shape == (0, 3) and {len(column) for column in nothing.values()} == {0}
+    assert {name: column.dtype for name, column in nothing.items()} == {
+        name: column.dtype for name, column in found.items()
+    }
     assert list(found["width"]) == [24, 9, 0, 24] and list(found["height"]) == [16, 30, 0, 16]
     assert list(found["path"]) == ["a", "b", "c", "d"]
     assert found["error"][2].startswith("not a picture") and found["labels"][2] == b""

@@ -99,7 +99,7 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     model = SegViT.from_pretrained("owner/name", revision="v1")
     assert model.config.num_classes == 3
-    assert asked == [("owner/name", "v1", ["model.safetensors", "config.json"])]
+    assert asked == [("owner/name", "v1", ["model.safetensors", "config.json", "data.json"])]
 
     # As the cache has it: links to files that are named by their hashes.
     blobs = tmp_path / "blobs"

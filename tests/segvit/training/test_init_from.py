@@ -144,9 +144,13 @@ def test_an_image_size_is_the_presets_where_no_option_says_it(tmp_path):
 
 
 def test_one_value_range(tmp_path):
-    config = TrainConfig(data="x", out=str(tmp_path), value_range=[0, 200])
-    for model in ({}, {"value_range": [0, 200]}, {"value_range": None}):
-        assert settled(dataclasses.replace(config, model=model)).value_range == [0, 200]
+    """Training and the model read by the same, also where the model's own says nothing."""
+    config = TrainConfig(data="x", out=str(tmp_path), image_size=32, value_range=[0, 200])
+    tiny = {"width": 16, "depth": 1, "heads": 1, "taps": [0], "decoder_depth": 1}
+    for model in ({}, {"value_range": [0, 200]}, {"value_range": None}, {"value_range": []}):
+        given = dataclasses.replace(config, model={**tiny, **model})
+        assert settled(given).value_range == [0, 200]
+        assert build_model(given, SyntheticShapes("training", 1, 32)).config.value_range == (0, 200)
     for given, message in (
         ([0, 100], r"value_range: got \[0, 200\], and model says \[0, 100\]"),
         (5, "got value_range 5, expected a list"),

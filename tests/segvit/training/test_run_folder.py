@@ -12,7 +12,7 @@ pytest.importorskip("lightning_fabric", reason="needs the extra train")
 from segvit.data.synthetic import SyntheticShapes
 from segvit.options import TrainConfig
 from segvit.training.evaluation import evaluate
-from segvit.training.run_folder import Checkpoints, meaning_of, prepare, samples_of
+from segvit.training.run_folder import Checkpoints, meaning_of, prepare, samples_of, share_of
 
 
 @pytest.fixture
@@ -120,7 +120,9 @@ def test_another_meaning_of_the_labels(run):
     assert go_on(run, before, label_mapping=None) == []  # the first that says
     # The same meaning from another place; and shards, which do not say.
     assert go_on(run, before, label_mapping="moved.json") == []
+    assert go_on(run, {**before, "validation_share": 0.4}, label_mapping="moved.json") == []
     assert go_on(run, label_mapping="moved.json") == [] and meaning_of(Path(run.out)) == MEANING
+    assert share_of(Path(run.out)) == 0.4
     values = {"0": 0, "1": None, "255": None}
     with pytest.raises(ValueError, match=r"what they did when the run began: 0 is class 0, was ignored$"):
         go_on(run, {**SAMPLES, "labels": {**MEANING, "values": values}}, label_mapping="moved.json")
