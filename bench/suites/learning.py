@@ -70,6 +70,7 @@ ENTRIES = {
         {"shrunk": True, "shrink_at": 8, "upsample_depth": 1, "query_features": True},
         _SHRUNK,
     ),
+    "atm, shrunk at 6, cascade": Entry("atm", 14, {"shrink_at": 6}),
     "atm, shrunk at 6, edges": Entry(
         "atm", 14, {"shrunk": True, "shrink_at": 6, "shrink_edges": 0.25}, _SHRUNK
     ),
