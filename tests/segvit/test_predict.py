@@ -714,16 +714,38 @@ def test_of_a_replaced_picture_the_new_line_counts(tmp_path):
     """Whatever the number of processes was, and however the names of their records sort."""
     line = {"picture": "a", "output": "a", "width": 1}
     for place, version in (((0, 2), "old"), ((0, 1), "new")):
-        record = Record(tmp_path, place, {}, ["a"])
+        record = Record(tmp_path, place, {}, {"a": "a"})
         assert not record.is_done("a", "a", version)
         record.add({**line, "version": version})
         assert [found["version"] for found in record.lines()] == [version]
         record.close()
     for version, expected in (("new", True), ("later", False)):
-        record = Record(tmp_path, (0, 4), {}, ["a"])
+        record = Record(tmp_path, (0, 4), {}, {"a": "a"})
         assert record.is_done("a", "a", version) == expected
         assert [found["version"] for found in record.lines()] == ["new"] * expected
         record.close()
+
+
+@pytest.mark.parametrize("kind", [{"manifest": True}, {"pack": 2}])
+def test_results_that_the_record_has_are_not_replaced_by_another_pictures(
+    checkpoint, pictures, tmp_path, kind
+):
+    """Of another folder, in capital letters too; afterwards the first would be done, with what is not its."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    predict(checkpoint, out, [pictures / "a.png"], overlay=False, **kind)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.copy(pictures / "b.png", other / "A.png")
+    for rank in ("0", "1"):  # whoever has it
+        message = rf"{other / 'A.png'} would be written as A, which is {pictures / 'a.png'}'s in .*; choose"
+        with pytest.raises(ValueError, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", rank)
+            patch.setenv("WORLD_SIZE", "2")
+            images = [pictures / "b.png", other / "A.png"][:: 1 if rank == "1" else -1]
+            predict(checkpoint, out, images, overlay=False, **kind)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    predict(checkpoint, out, [pictures / "a.png", other / "A.png"], overlay=False, **kind)
+    assert {line["output"] for line in lines_of(out).values()} == {"a", "A_2"}
 
 
 def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
