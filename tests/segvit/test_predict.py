@@ -23,6 +23,7 @@ from segvit.inference.classes import class_names
 from segvit.inference.passes import label_maps_with_scores
 from segvit.inference.record import Record
 from segvit.inference.similarity import similarity_maps
+from segvit.inference.table import write_parquet
 from segvit.model.linear_head import LinearSegmenter
 from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions, PredictConfig
@@ -857,6 +858,13 @@ def test_run_lengths_are_the_label_map(checkpoint, pictures, tmp_path):
         predict(checkpoint, packed, [pictures], overlay=False, labels="rle", pack=2)
     with tarfile.open(packed / "results-00000-of-00001-000000.tar") as tar:
         assert sorted(tar.getnames()) == ["a.json", "a.rle.json", "b.json", "b.rle.json"]
+
+
+def test_names_that_are_no_text_in_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines = [{"picture": "caf\udce9.png", "error": "é"}]  # as Python has b"caf\xe9.png"
+    found = parquet.read_table(write_parquet(tmp_path, (0, 1), lines))
+    assert [found[column].to_pylist() for column in ("picture", "error")] == [["caf\\udce9.png"], ["é"]]
 
 
 def test_record_as_parquet(checkpoint, pictures, tmp_path):
