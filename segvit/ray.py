@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from segvit.data.decoding import OWN_FORMATS
 from segvit.data.pictures import PictureBytes, read_image
 from segvit.exporting import open_model
 from segvit.exporting.exported import ExportedModel
@@ -21,7 +22,7 @@ from segvit.inference.classes import class_names
 from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.options import InferenceOptions
-from segvit.system.failures import one_line
+from segvit.system.failures import of_one_picture, one_line
 from segvit.system.machine import pick_device
 
 __all__ = ["Labeller"]
@@ -60,29 +61,33 @@ class Labeller:
 
         Returns:
             "path"; "width" and "height", int32; "labels", a PNG of class indices; "counts", int64 (N,) pixels
-            of each class; "error", one line. A picture that cannot be read fails alone: of it there are 0, 0,
+            of each class; "error", one line. A picture that cannot be done fails alone: of it there are 0, 0,
             b"", zeros and the error, which is "" else.
         """
         paths = [str(path) for path in batch["path"]]
-        images: list[torch.Tensor | None] = []
-        errors = [""] * len(paths)
-        for row, (path, data) in enumerate(zip(paths, batch["bytes"], strict=True)):
-            try:
-                images.append(read_image(PictureBytes(bytes(data), path), **self.model.config.reading))
-            except (ValueError, OSError, ImportError) as error:
-                images.append(None)
-                errors[row] = one_line(error).removeprefix(f"{path}: ")
-        groups: dict[tuple[int, ...], list[int]] = {}  # pictures of one size run together
-        for row, image in enumerate(images):
-            if image is not None:
-                groups.setdefault(tuple(image.shape), []).append(row)
         labels: list[np.ndarray | None] = [None] * len(paths)
-        with torch.inference_mode():
-            for rows in groups.values():
-                stack = torch.stack([image for row in rows if (image := images[row]) is not None])
-                found = torch.as_tensor(self.model.predict(stack, self.options)).cpu().numpy()
-                for row, one in zip(rows, found, strict=True):
-                    labels[row] = one
+        errors = [""] * len(paths)
+        groups: dict[tuple[int, ...], dict[int, torch.Tensor]] = {}  # pictures of one size run together
+
+        def fail(row: int, error: Exception) -> None:
+            if not of_one_picture(error):
+                raise error
+            errors[row] = one_line(error).removeprefix(f"{paths[row]}: ")
+
+        for row, (path, data) in enumerate(zip(paths, batch["bytes"], strict=True)):
+            picture = PictureBytes(bytes(data), path, formats=OWN_FORMATS)
+            try:
+                image = read_image(picture, **self.model.config.reading)
+            except Exception as error:
+                fail(row, error)
+            else:
+                groups.setdefault(tuple(image.shape), {})[row] = image
+        for rows in groups.values():
+            for row, found in zip(rows, self._label_maps(list(rows.values())), strict=True):
+                if isinstance(found, Exception):
+                    fail(row, found)
+                else:
+                    labels[row] = found
         sizes = [(0, 0) if one is None else one.shape for one in labels]
         return {
             "path": np.array(paths, dtype=object),
@@ -92,6 +97,17 @@ class Labeller:
             "counts": np.array([self._counts(one) for one in labels], np.int64).reshape(-1, len(self.names)),
             "error": np.array(errors, dtype=object),
         }
+
+    @torch.inference_mode()
+    def _label_maps(self, images: list[torch.Tensor]) -> list[np.ndarray | Exception]:
+        """Of each image its label map, or why there is none."""
+        try:
+            found = self.model.predict(torch.stack(images), self.options)
+            return list(torch.as_tensor(found).cpu().numpy())
+        except Exception as error:
+            if len(images) == 1:
+                return [error]
+        return [found for image in images for found in self._label_maps([image])]  # it may be one's fault
 
     def _png(self, labels: np.ndarray | None) -> bytes:
         if labels is None:

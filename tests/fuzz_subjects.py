@@ -524,7 +524,7 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             (out / name).write_bytes(data)
-            record = Record(out, (0, 1), {"size": 3}, ["a.jpg", "b.jpg"])
+            record = Record(out, (0, 1), {"size": 3}, {"a.jpg": "a", "b.jpg": "b"})
             try:
                 if name.endswith(".part"):
                     Tars(out, record, 10).close()

@@ -256,7 +256,7 @@ def test_a_record_with_other_lines_is_refused(tmp_path):
         out.mkdir()
         (out / "manifest-00000-of-00001.jsonl").write_text(line + "\n")
         with pytest.raises(ValueError, match=r"jsonl: line 1 is none of a manifest's"):
-            Record(out, (0, 1), {}, ["a"])
+            Record(out, (0, 1), {}, {"a": "a"})
 
 
 def test_a_damaged_program_is_refused(tmp_path):

@@ -181,7 +181,7 @@ def _results(
         **config.inference_fields(),
         **{name: getattr(config, name) for name in _OF_RESULTS},
     }
-    record = Record(job.out, place, settings, [picture.name for picture, _ in share])
+    record = Record(job.out, place, settings, {picture.name: stem for picture, stem in share})
     try:
         output = Tars(job.out, record, config.pack) if config.pack else Files(job.out, record)
         left = []

@@ -25,6 +25,7 @@ from segvit.system.zips import ZipPath, path_at
 PICTURE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif")
 PICTURE_SUFFIXES += (".jp2", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".npy")
 ORIENTATION = 0x0112
+_TILE = (0x0142, 0x0143)  # width and length
 _MAX_PIXELS = 1 << 30
 _lock = threading.Lock()
 
@@ -47,8 +48,8 @@ class PictureBytes:
     Args:
         data: what stands in the file.
         name: what messages call it.
-        max_pixels: it may have at most so many.
-        max_channels: and at most so many times as many samples.
+        max_pixels: it may have at most so many; by default as many as a file.
+        max_channels: and, where they are given, at most so many times as many samples.
         formats: Pillow's names of those that are decoded.
     """
 
@@ -57,7 +58,7 @@ class PictureBytes:
         data: bytes,
         name: str = "image",
         *,
-        max_pixels: int = _MAX_PIXELS,
+        max_pixels: int | None = None,
         max_channels: int = 4,
         formats: Sequence[str] = _COMMON_FORMATS,
     ) -> None:
@@ -143,28 +144,30 @@ def open_picture(path: Source) -> Any:
             image_module.MAX_IMAGE_PIXELS = before
     try:
         _check_size(path, *image.size)
+        if image.format == "TIFF":
+            with named(path):
+                width, length = (int(np.max(image.tag_v2.get(tag, 1))) for tag in _TILE)
+            _check_size(path, width, length, what="tiles of ")
     except ValueError:
         image.close()
         raise
     return image
 
 
-def _check_size(path: Source, width: int, height: int, channels: int = 1) -> None:
-    if isinstance(path, PictureBytes):
+def _check_size(path: Source, width: int, height: int, channels: int = 1, what: str = "") -> None:
+    got = f"{path}: {what}{width}x{height} pixels"
+    if isinstance(path, PictureBytes) and path.max_pixels is not None:
         most = path.max_pixels
         if width * height > most:
-            raise TooLargeError(f"{path}: {width}x{height} pixels, more than {most}")
+            raise TooLargeError(f"{got}, more than {most}")
         if width * height * channels > most * path.max_channels:
-            got = f"{width}x{height} pixels of {channels} channels"
-            raise TooLargeError(f"{path}: {got}, more than {most} of {path.max_channels}")
+            raise TooLargeError(f"{got} of {channels} channels, more than {most} of {path.max_channels}")
         return
     text = os.environ.get("SEGVIT_MAX_PIXELS", str(_MAX_PIXELS))
     if not text.isdecimal() or not int(text):
         raise WholeMessageError(f"SEGVIT_MAX_PIXELS: got {text!r}, expected a number of pixels")
     if width * height > int(text):
-        raise TooLargeError(
-            f"{path}: {width}x{height} pixels, more than {int(text)}; SEGVIT_MAX_PIXELS sets another limit"
-        )
+        raise TooLargeError(f"{got}, more than {int(text)}; SEGVIT_MAX_PIXELS sets another limit")
 
 
 def load_array(path: Source) -> np.ndarray:
@@ -203,12 +206,16 @@ def tiff_series(path: Any, file: Any = None) -> Iterator[Any]:
         series = tiff.series[0]
         width, height = series.sizes.get("width", 1), series.sizes.get("height", 1)
         _check_size(path, width, height, math.prod(series.shape) // max(1, width * height))
+        page = series.keyframe  # a tile is decoded as a whole, however little of it the picture has
+        _check_size(path, page.tilewidth, page.tilelength, page.tiledepth * page.samplesperpixel, "tiles of ")
         yield series
 
 
 def read_tiff(path: Any, file: Any = None) -> np.ndarray:
     """Samples (H, W, C) of the first picture of a TIFF, upright; perhaps of an open file, `path` by name."""
     with tiff_series(path, file) as series:
+        if isinstance(path, PictureBytes) and series.keyframe.compression > 1:
+            require("imagecodecs", extra="tiff")  # tifffile's own decoders know no end
         turn = tiff_orientation(series)
         try:
             array = series.asarray()

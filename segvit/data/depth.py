@@ -109,7 +109,8 @@ def pnm_samples(image: Any) -> Samples | None:
     image.fp.seek(offset)
     data = image.fp.read()
     if codec == "ppm_plain":
-        words = re.sub(rb"#[^\r\n]*", b" ", data).split()[: np.prod(shape)]
+        count = int(np.prod(shape))
+        words = re.sub(rb"#[^\r\n]*", b" ", data).split(None, count)[:count]
         values = np.array([int(word) for word in words])
     else:
         values = np.frombuffer(data, ">u2" if white > 255 else np.uint8, int(np.prod(shape)))

@@ -289,9 +289,9 @@ def _channels_last(samples: np.ndarray, channels: int, path: Source) -> np.ndarr
 def _needs_tifffile(image: Any, channels: int) -> bool:
     """Whether Pillow would lose channels of a TIFF, or bits of one that is no colour picture."""
     samples = image.tag_v2.get(277, 1)
-    if channels in (1, 3):
-        return samples > len(image.getbands())
-    return samples != channels or (samples > 1 and tiff_bits(image) > 8)
+    if samples > len(image.getbands()):  # those beside colours
+        return True
+    return channels not in (1, 3) and (samples != channels or (samples > 1 and tiff_bits(image) > 8))
 
 
 def _tensor(samples: np.ndarray) -> Tensor:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import unicodedata
 import zipfile
 import zlib
 from collections import deque
@@ -40,8 +39,8 @@ from segvit.pictures.visualize import (
     similarity_picture,
 )
 from segvit.system.extras import require
-from segvit.system.failures import one_line, out_of_memory
-from segvit.system.files import may_be_replaced
+from segvit.system.failures import of_one_picture, one_line
+from segvit.system.files import as_one_file, may_be_replaced
 from segvit.system.text import numbered
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def output_stems(files: Sequence[Path | Found], out: Path, *, dots: bool = True)
             whole = os.fsencode(base)
             base = f"{os.fsdecode(whole[: room - 20]).rstrip(chr(0xFFFD))}~{zlib.crc32(whole):08x}"
         bases.append((picture.folder / base).as_posix())
-    stems = numbered(bases, lambda name: unicodedata.normalize("NFC", name).casefold())
+    stems = numbered(bases, as_one_file)
     folders = {file.parent for file in inputs}
     for stem in stems:
         targets = [out / f"{stem}_{kind}{suffix}" for kind, suffix in KINDS.items()]
@@ -374,7 +373,7 @@ class Pipeline:
         except CannotWriteError:
             raise
         except Exception as error:
-            if not (isinstance(error, (ValueError, OSError, ImportError)) or out_of_memory(error)):
+            if not of_one_picture(error):
                 raise
             self.failed[picture.name] = one_line(error).removeprefix(f"{picture.name}: ")
             return picture, stem, None

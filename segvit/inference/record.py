@@ -25,13 +25,13 @@ import shutil
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from segvit.system.failures import one_line
-from segvit.system.files import atomic_write, locked, replace
+from segvit.system.files import as_one_file, atomic_write, locked, replace
 from segvit.system.tars import BLOCK, END, tar_member
 from segvit.system.text import read_json, shown
 
@@ -57,20 +57,22 @@ class Record:
         out: the folder.
         place: rank and number of ranks.
         settings: what results depend on; and `checkpoint`, where the model was.
-        names: of the pictures that are asked for; of others nothing is kept.
+        stems: of the outputs, by the names of the pictures that are asked for; of others nothing is kept.
 
     Attributes:
         scratch: a folder for what is being written; no other process has the same.
 
     Raises:
-        ValueError: the folder's results have other settings, or another process has this rank in it.
+        ValueError: the folder's results have other settings, an output that is asked for is another
+            picture's, or another process has this rank in it.
         OSError: it cannot be read or written.
     """
 
     def __init__(
-        self, out: Path, place: tuple[int, int], settings: Mapping[str, Any], names: Collection[str]
+        self, out: Path, place: tuple[int, int], settings: Mapping[str, Any], stems: Mapping[str, str]
     ) -> None:
-        self.out, self.place, self._names = out, place, frozenset(names)
+        self.out, self.place, self._stems = out, place, stems
+        self._pictures = {as_one_file(stem): picture for picture, stem in stems.items()}
         self._outputs: dict[str, str] = {}
         self._versions: dict[str, tuple[str, ...]] = {}  # of which there are results
         self._errors: dict[str, str] = {}
@@ -94,7 +96,7 @@ class Record:
             for path in _ours(out, ".jsonl"):
                 self._take(_whole_lines(path))
         except BaseException:
-            self._locks.close()
+            self.close()
             raise
 
     def _clean(self) -> None:
@@ -116,7 +118,13 @@ class Record:
     def _take(self, lines: Iterable[dict[str, Any]]) -> None:
         last: dict[str, str] = {}
         for line in lines:
-            if (picture := line["picture"]) not in self._names:
+            if (picture := line["picture"]) not in self._stems:
+                asked = None if "error" in line else self._pictures.get(as_one_file(line["output"]))
+                if asked is not None:
+                    raise ValueError(
+                        f"images: {asked} would be written as {self._stems[asked]}, which is {picture}'s in "
+                        f"{self.out}; choose another folder for the results"
+                    )
                 continue
             if "error" in line:
                 self._errors[picture] = line["error"]
@@ -151,7 +159,7 @@ class Record:
                 if "output" in line:
                     counts = line.get("version", "") in self._versions.get(name, ())
                 else:
-                    counts = name in self._names and "output" not in found.get(name, {})
+                    counts = name in self._stems and "output" not in found.get(name, {})
                 if counts:
                     found[name] = line
         return [found[name] for name in sorted(found)]

@@ -16,7 +16,7 @@ def write_parquet(out: Path, place: tuple[int, int], lines: Iterable[Mapping[str
     """Write `manifest-RANK-of-RANKS.parquet`, a row for each picture; files of other numbers of ranks go.
 
     Columns: picture, output, tar and error (string), width and height (int32), pixels (map of class name to
-    int64); what a line lacks is null.
+    int64); what a line lacks is null. Bytes of a file's name that are no UTF-8 stand as in JSON, \\udce9.
 
     Args:
         out: the folder of results.
@@ -41,7 +41,7 @@ def write_parquet(out: Path, place: tuple[int, int], lines: Iterable[Mapping[str
         ]
     )
     rows = [{**line, "pixels": list(line["pixels"].items()) if "pixels" in line else None} for line in lines]
-    columns = {name: [row.get(name) for row in rows] for name in schema.names}
+    columns = {name: [_encodable(row.get(name)) for row in rows] for name in schema.names}
     rank, ranks = place
     path = out / f"manifest-{rank:05d}-of-{ranks:05d}.parquet"
     table = arrow.table(columns, schema=schema)
@@ -51,3 +51,7 @@ def write_parquet(out: Path, place: tuple[int, int], lines: Iterable[Mapping[str
         if count != f"{ranks:05d}" and number.isdecimal() and int(number) % ranks == rank:
             other.unlink(missing_ok=True)
     return path
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -53,26 +53,24 @@ def _palette(num_classes: int) -> np.ndarray:
     lightness, chroma = appearance[:, 0], np.hypot(appearance[:, 1], appearance[:, 2])
     readable = (lightness > 0.35) & (lightness < 0.93) & (chroma < 0.22)  # no black, white or neon
     candidates, appearance = candidates[readable], appearance[readable]
-    if num_classes > len(candidates):
-        raise ValueError(f"num_classes is {num_classes}; a palette has at most {len(candidates)} colours")
     chosen = [int(np.argmin(np.abs(candidates - (0, 119, 187)).sum(axis=1)))]
     distance = np.full(len(candidates), np.inf)
-    while len(chosen) < num_classes:
+    while len(chosen) < min(num_classes, len(candidates)):
         distance = np.minimum(distance, np.square(appearance - appearance[chosen[-1]]).sum(axis=1))
         chosen.append(int(distance.argmax()))
-    palette = candidates[chosen[:num_classes]].astype(np.uint8)
+    palette = np.resize(candidates[chosen].astype(np.uint8), (num_classes, 3))
     palette.setflags(write=False)
     return palette
 
 
 def class_palette(num_classes: int) -> np.ndarray:
-    """Distinct colours, uint8 (num_classes, 3), a shorter palette being the start of a longer one.
+    """Colours, uint8 (num_classes, 3), a shorter palette being the start of a longer one.
 
     Every colour is the one farthest from all colours before it, where distance counts normal, protanopic and
-    deuteranopic vision alike.
+    deuteranopic vision alike. After all that there are to choose from, some 3000, they come again.
 
     Raises:
-        ValueError: num_classes is below 1, or above the number of colours to choose from (some 2000).
+        ValueError: num_classes is below 1.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; expected at least 1")

@@ -89,6 +89,7 @@ class Service:
         self.model, self.config, self.name, self.has_similarity = model, config, name, similarity
         names = class_names(model.config)
         self.answers = Answers(names, class_colors(model.config), model.config.upsample)
+        self.local = local_names(config.host)
         self.at_hand = 0
         self.bodies = Budget(_AT_ONCE * longest_body("application/json", config.max_bytes))
         self.pixels = Budget(_AT_ONCE * config.max_pixels)
@@ -293,7 +294,7 @@ class Service:
         receive, send = watched(scope, receive, send, statuses)
         path = scope["path"] if scope["path"] in self.paths else "other"
         app: ASGIApp = self.app
-        if refused := misdirected(Request(scope), local_names(self.config.host)):
+        if refused := misdirected(Request(scope), self.local):
             app = Refusal(refused)
         try:
             await app(scope, receive, send)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -31,9 +33,18 @@ T = TypeVar("T")
 
 
 def local_names(host: str) -> set[str] | None:
-    """What a browser may call a server that only this machine reaches; None where others may."""
-    loopback = {"127.0.0.1", "localhost", "::1"}
-    return loopback | {host} if host in loopback or host.startswith("127.") else None
+    """What a browser may call a server that only this machine reaches; None where others may.
+
+    Args:
+        host: where it listens, in whatever way that is written (LOCALHOST, this machine's own name).
+    """
+    try:
+        (*_, (address, *_)), *_ = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return None
+    if not ipaddress.ip_address(str(address).partition("%")[0]).is_loopback:
+        return None
+    return {"127.0.0.1", "localhost", "::1", host.lower(), str(address)}
 
 
 class Answer(Response):

@@ -15,6 +15,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
 
 
+def of_one_picture(error: BaseException) -> bool:
+    """Whether a picture, or its size, can be the reason, so that others may be done all the same."""
+    return isinstance(error, (ValueError, OSError, ImportError)) or out_of_memory(error)
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks and control characters, the file of an OSError named."""
     if out_of_memory(error):

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
@@ -28,6 +29,7 @@ except ImportError:
     msvcrt: Any = importlib.import_module("msvcrt")
 
 __all__ = [
+    "as_one_file",
     "atomic_write",
     "check_result_file",
     "discard",
@@ -39,6 +41,11 @@ __all__ = [
     "replace",
     "synchronise",
 ]
+
+
+def as_one_file(name: str) -> str:
+    """Equal for names that are one file on some system: it heeds no capital letters, or composes accents."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def atomic_write(

@@ -24,6 +24,7 @@ from segvit.inference.classes import class_names
 from segvit.inference.passes import label_maps_with_scores
 from segvit.inference.record import Record
 from segvit.inference.similarity import similarity_maps
+from segvit.inference.table import write_parquet
 from segvit.model.linear_head import LinearSegmenter
 from segvit.model.segvit import SegViT
 from segvit.options import InferenceOptions, PredictConfig
@@ -695,16 +696,38 @@ def test_of_a_replaced_picture_the_new_line_counts(tmp_path):
     """Whatever the number of processes was, and however the names of their records sort."""
     line = {"picture": "a", "output": "a", "width": 1}
     for place, version in (((0, 2), "old"), ((0, 1), "new")):
-        record = Record(tmp_path, place, {}, ["a"])
+        record = Record(tmp_path, place, {}, {"a": "a"})
         assert not record.is_done("a", "a", version)
         record.add({**line, "version": version})
         assert [found["version"] for found in record.lines()] == [version]
         record.close()
     for version, expected in (("new", True), ("later", False)):
-        record = Record(tmp_path, (0, 4), {}, ["a"])
+        record = Record(tmp_path, (0, 4), {}, {"a": "a"})
         assert record.is_done("a", "a", version) == expected
         assert [found["version"] for found in record.lines()] == ["new"] * expected
         record.close()
+
+
+@pytest.mark.parametrize("kind", [{"manifest": True}, {"pack": 2}])
+def test_results_that_the_record_has_are_not_replaced_by_another_pictures(
+    checkpoint, pictures, tmp_path, kind
+):
+    """Of another folder, in capital letters too; afterwards the first would be done, with what is not its."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    predict(checkpoint, out, [pictures / "a.png"], overlay=False, **kind)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.copy(pictures / "b.png", other / "A.png")
+    for rank in ("0", "1"):  # whoever has it
+        message = rf"{other / 'A.png'} would be written as A, which is {pictures / 'a.png'}'s in .*; choose"
+        with pytest.raises(ValueError, match=message), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", rank)
+            patch.setenv("WORLD_SIZE", "2")
+            images = [pictures / "b.png", other / "A.png"][:: 1 if rank == "1" else -1]
+            predict(checkpoint, out, images, overlay=False, **kind)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    predict(checkpoint, out, [pictures / "a.png", other / "A.png"], overlay=False, **kind)
+    assert {line["output"] for line in lines_of(out).values()} == {"a", "A_2"}
 
 
 def test_tars_of_results(checkpoint, tree, tmp_path, monkeypatch):
@@ -816,6 +839,13 @@ def test_run_lengths_are_the_label_map(checkpoint, pictures, tmp_path):
         predict(checkpoint, packed, [pictures], overlay=False, labels="rle", pack=2)
     with tarfile.open(packed / "results-00000-of-00001-000000.tar") as tar:
         assert sorted(tar.getnames()) == ["a.json", "a.rle.json", "b.json", "b.rle.json"]
+
+
+def test_names_that_are_no_text_in_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines = [{"picture": "caf\udce9.png", "error": "é"}]  # as Python has b"caf\xe9.png"
+    found = parquet.read_table(write_parquet(tmp_path, (0, 1), lines))
+    assert [found[column].to_pylist() for column in ("picture", "error")] == [["caf\\udce9.png"], ["é"]]
 
 
 def test_record_as_parquet(checkpoint, pictures, tmp_path):

@@ -3,7 +3,9 @@
 import io
 import shutil
 import struct
+import sys
 import tarfile
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -15,7 +17,7 @@ from segvit import SegViT, SegViTConfig
 from segvit.data import SegmentationFolder, read_image, read_label
 from segvit.data.decoding import PICTURE_SUFFIXES
 from segvit.data.find import find_pictures
-from segvit.data.pictures import PictureBytes, as_rgb, image_tensor, probe, to_bytes
+from segvit.data.pictures import PictureBytes, TooLargeError, as_rgb, image_tensor, probe, to_bytes
 from segvit.data.stored import stored_label
 
 RNG = np.random.default_rng(0)
@@ -228,6 +230,8 @@ def test_pictures_above_pillows_limit(tmp_path, monkeypatch):
     for read in (read_image, probe, read_label):
         with pytest.raises(ValueError, match=r"a\.png: 9x6 pixels, more than 53; SEGVIT_MAX_PIXELS sets"):
             read(file)
+    with pytest.raises(TooLargeError, match="image: 9x6 pixels, more than 53; SEGVIT_MAX_PIXELS sets"):
+        read_image(PictureBytes(file.read_bytes()))  # in a tar
     monkeypatch.setenv("SEGVIT_MAX_PIXELS", "many")
     with pytest.raises(ValueError, match="SEGVIT_MAX_PIXELS: got 'many'"):
         read_image(file)
@@ -503,6 +507,35 @@ def test_deep_pictures_of_strangers_and_damaged_ones(tmp_path):
     short = pnm(TWELVE[..., :3], tmp_path / "a.ppm", 4095).read_bytes()[:50]
     with pytest.raises(ValueError, match="image: cannot be decoded as an image"):
         read_image(PictureBytes(short))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((40, 60, 3), np.uint8), ((40, 60, 3), np.uint16), ((40, 60, 5), np.uint8)]
+)
+def test_tiles_of_strangers_are_no_larger_than_their_pictures_may_be(shape, dtype, monkeypatch):
+    """A tile is decoded as a whole: of 60x40 pixels it can say that it is of 65520x65520."""
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    samples = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    options = {"photometric": "rgb", "extrasamples": [0] * (shape[2] - 3)}
+    tifffile.imwrite(file, samples, tile=(64, 64), compression="zlib", **options)
+    channels = shape[2]
+    with pytest.raises(TooLargeError, match=r"^image: tiles of 64x64 pixels, more than 4095$"):
+        read_image(PictureBytes(file.getvalue(), max_pixels=4095, max_channels=5), channels)
+    picture = PictureBytes(file.getvalue(), max_pixels=4096, max_channels=5)
+    assert np.array_equal(pixels(read_image(picture, channels)), to_bytes(samples))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)  # what tifffile has in its place has no limit
+    if (channels, dtype) != (3, np.uint8):
+        with pytest.raises(ImportError, match=r"imagecodecs is not installed; .*segvit-kernels\[tiff\]"):
+            read_image(picture, channels)
+
+
+def test_plain_text_beyond_a_picture_is_not_taken_apart():
+    data = b"P3\n1 1\n15\n" + b"10 " * 200_000
+    tracemalloc.start()
+    assert read_image(PictureBytes(data)).flatten().tolist() == [170] * 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * len(data)
 
 
 # Label files

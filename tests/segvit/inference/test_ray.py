@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from segvit.config import BackboneConfig, SegViTConfig
 from segvit.model.segvit import SegViT
@@ -31,10 +31,10 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def picture(seed: int, size=(24, 16)) -> bytes:
+def picture(seed: int, size=(24, 16), kind="PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
 
@@ -44,6 +44,8 @@ def labels_of(row) -> np.ndarray:
 
 def test_rows_of_label_maps(checkpoint):
     files = [picture(0), picture(1, (9, 30)), b"no picture", picture(2)]
+    if features.check("jpg_2000"):  # as `segvit predict` reads files, others too than servers take
+        files[1] = picture(1, (9, 30), "JPEG2000")
     label = Labeller(str(checkpoint), "cpu", flip=True)
     found = label({"path": ["a", "b", "c", "d"], "bytes": files})
     nothing = label({"path": [], "bytes": []})
@@ -61,6 +63,29 @@ def test_rows_of_label_maps(checkpoint):
         assert np.array_equal(
             labels_of(found["labels"][row]), model.predict(image, InferenceOptions(flip=True))
         )
+
+
+def test_a_picture_that_cannot_be_labelled_fails_alone(checkpoint, monkeypatch):
+    """Of too much memory, or of a size that an exported file does not take; a mistake of ours ends all."""
+    label, predicted = Labeller(str(checkpoint), "cpu"), SegViT.predict
+    files = [picture(0), picture(1, (9, 30)), picture(2), picture(3, (40, 40))]
+
+    def predict(self, images, options):
+        if len(images) > 1:
+            raise MemoryError
+        if images.shape[-1] in wrong:
+            raise wrong[images.shape[-1]]
+        return predicted(self, images, options)
+
+    monkeypatch.setattr(SegViT, "predict", predict)
+    wrong = {9: ValueError("takes 24x16"), 40: RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")}
+    found = label({"path": ["a", "b", "c", "d"], "bytes": files})
+    assert list(found["width"]) == [24, 0, 24, 0] and found["counts"].sum(1).tolist() == [384, 0, 384, 0]
+    assert found["error"][1] == "takes 24x16" and found["error"][3].startswith("not enough memory (2 GiB")
+    assert [bool(text) for text in found["error"]] == [False, True, False, True]
+    wrong[9] = KeyError("ours")
+    with pytest.raises(KeyError, match="ours"):
+        label({"path": ["b"], "bytes": files[1:2]})
 
 
 class Dying(Labeller):

@@ -436,6 +436,9 @@ def test_names_of_the_server():
     assert {"localhost", "127.0.0.1", "::1"} == local_names("127.0.0.1") and "127.0.0.2" in local_names(
         "127.0.0.2"
     )
+    for host in ("LOCALHOST", "0:0:0:0:0:0:0:1", "127.1"):  # written in another way
+        assert {"localhost", "127.0.0.1", "::1", host.lower()} == local_names(host)
+    assert local_names("no such name") is None
 
     async def run():
         for host, name, status in (
