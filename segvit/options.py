@@ -18,6 +18,8 @@ from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from segvit.config import plain
+
 __all__ = [
     "BenchConfig",
     "ConvertConfig",
@@ -117,6 +119,8 @@ def check_ranges(options: Any) -> None:
 
 class _Checked:
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            setattr(self, item.name, plain(getattr(self, item.name)))
         check_ranges(self)
 
 

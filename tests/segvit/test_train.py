@@ -5,19 +5,24 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from segvit.config import SegViTConfig
+from segvit.data.decoding import WholeMessageError
 from segvit.data.synthetic import SyntheticShapes
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
@@ -26,6 +31,7 @@ from segvit.system.interrupts import Interrupted
 from segvit.training.build import make_augmentation
 from segvit.training.class_weights import inverse_sqrt_weights
 from segvit.training.evaluation import evaluate
+from segvit.training.launch import launch
 from segvit.training.loop import Trainer as Trainer
 from segvit.training.sampler import StepSampler
 from segvit.training.schedule import learning_rate_factor
@@ -236,6 +242,10 @@ def test_queries_of_a_shrunk_model_are_located_once(tmp_path, monkeypatch):
     assert len(seen) == 1 and [shape[0] for shape in seen[0]] == [5, 5]
     train(tiny(tmp_path / "random", locate_images=0, **options))
     assert len(seen) == 1
+    train(tiny(tmp_path / "anew", locate_images=5, resume=True, **options))  # there is nothing to resume
+    assert_same_weights(weights(tmp_path / "anew"), weights(tmp_path / "located"))
+    train(tiny(tmp_path / "anew", locate_images=5, resume=True, **{**options, "max_steps": 2}))
+    assert len(seen) == 2
     start = weights(tmp_path / "located"), weights(tmp_path / "random")
     queries = [w["decoder.upsample.queries"] for w in start]
     assert not torch.allclose(*queries, atol=0.1)
@@ -439,6 +449,47 @@ class _StopsAt(_Wrapped):
         if self.reads < 0:
             raise KeyboardInterrupt
         return self.dataset[index]
+
+
+@pytest.mark.parametrize(
+    ("raised", "comes_back"),
+    [
+        (WholeMessageError("a.png: cannot be decoded"), ValueError("a.png: cannot be decoded")),
+        (json.JSONDecodeError("no\nJSON", "", 0), ValueError("no JSON: line 1 column 1 (char 0)")),
+        (IsADirectoryError(21, "Is a directory", "a"), OSError("a: Is a directory")),
+        (FileNotFoundError("a: no such file"), FileNotFoundError("a: no such file")),
+        (ImportError("tifffile is needed"), ImportError("tifffile is needed")),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError("CUDA out of memory. Tried")),
+        (RuntimeError("DataLoader worker (pid 1) is killed"), OSError("workers: a data loading process")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_spawned_processes_come_back_by_their_kind(raised, comes_back):
+    def function(fabric):
+        raise raised
+
+    def spawn(run, *args):
+        try:
+            run(fabric, *args)
+        except Exception:
+            text = traceback.format_exc()
+            raise torch.multiprocessing.ProcessRaisedException(f"\n\n{text}", 0, 1) from None
+
+    launcher = _MultiProcessingLauncher.__new__(_MultiProcessingLauncher)
+    strategy = SimpleNamespace(launcher=launcher)
+    fabric = SimpleNamespace(strategy=strategy, launch=spawn, world_size=2, is_global_zero=True)
+    with pytest.raises(type(comes_back), match=f"^{re.escape(str(comes_back))}") as caught:
+        launch(fabric, function)
+    assert type(caught.value) is type(comes_back)
+
+
+def test_numbers_of_numpy_and_paths_are_options(tmp_path):
+    """Of a sweep; resumed, they are the same."""
+    changes = {"lr": np.logspace(-4, -3, 2)[0], "batch_size": np.int64(2), "flip": np.True_, "max_steps": 1}
+    changes |= {"class_weights": np.ones(12, np.float32), "scale": (np.float32(0.5), 2)}
+    config = dataclasses.replace(tiny(tmp_path), **changes, out=tmp_path / "run")
+    train(config)
+    assert train(dataclasses.replace(config, resume=True, max_steps=2))["step"] == 2
 
 
 def test_resume_without_a_checkpoint_starts_over(tmp_path):
