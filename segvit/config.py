@@ -555,7 +555,7 @@ def plain(value: Any) -> Any:
 
 
 def _check_types(config: Any) -> None:
-    """Raise ValueError for the first value that is not of its type; lists do for tuples, NumPy's for others."""
+    """Make values plain; raise ValueError for the first that is not of its type. Lists do for tuples."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value = plain(getattr(config, name))
         object.__setattr__(config, name, value)
