@@ -717,6 +717,28 @@ def test_resume_elsewhere_longer_and_otherwise(tmp_path, capsys):
         train(longer)
 
 
+def test_resume_after_another_precision_places_the_counts_of_steps(tmp_path, monkeypatch):
+    """Of fp16 they are on the CPU; fused AdamW wants them where the weights are."""
+    config = tiny(tmp_path / "run", max_steps=1)
+    train(config)
+    path = tmp_path / "run" / "checkpoints" / "last" / "trainer.pt"
+    state = torch.load(path)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = False
+    torch.save(state, path)
+    seen, place = [], torch.optim.Optimizer._process_value_according_to_param_policy
+
+    def recorded(param, value, param_id, param_groups, key=None):
+        seen.extend(group["fused"] for group in param_groups if param_id in group["params"])
+        return place(param, value, param_id, param_groups, key)
+
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "_process_value_according_to_param_policy", staticmethod(recorded)
+    )
+    assert train(dataclasses.replace(config, resume=True, max_steps=2))["step"] == 2
+    assert seen and all(seen)
+
+
 def test_resume_on_two_processes_with_half_the_batch(tmp_path, capsys):
     config = tiny(tmp_path / "run", max_steps=2, batch_size=2)
     train(config)
@@ -762,6 +784,7 @@ def test_unwritable_folder(tmp_path):
         ({"devices": 2**40}, "devices: got .*, expected at least 1 and at most 4,096"),
         ({"devices": 4096}, "devices: got 4096, expected at most .* on this CPU"),
         ({"workers": 4096}, "workers: got 4096, expected at most .* on this machine with .* processors"),
+        ({"model": {**TINY, "in_channels": 2}}, "data: synthetic pictures have 3 channels, the model has 2"),
         ({"model": {"num_classes": 3}}, "num_classes is not a field to change; the data give the number"),
         ({"model": {"name": "a"}}, "name is not a field to change; preset gives it"),
         (
