@@ -161,21 +161,20 @@ class Layout:
         return self._found[key]
 
     def _list(self, split: str | None) -> Listing:
-        named = self._named(split) if self.split_list else None
         patterns = [p.replace("{split}", split or "") for p in (self.images, self.labels)]
         for pattern in patterns:
             base = self.root / _base(pattern)
             if not base.is_dir():
                 raise FileNotFoundError(f"{base}: no such folder (expected {self})")
+        pictures = sorted(_matches(self.root, patterns[0], PICTURE_SUFFIXES), key=lambda match: match[1])
+        named = self._named(split, pictures) if self.split_list else None
         labels: dict[tuple[str, ...], list[Path]] = {}
         for captured, path in _matches(self.root, patterns[1], LABEL_SUFFIXES + _LOSSY):
             labels.setdefault(captured, []).append(path)
         taken = {path for paths in labels.values() for path in paths} if patterns[0] != patterns[1] else set()
         pairs, unlabelled = [], []
         used: dict[tuple[str, ...], Path] = {}
-        for captured, picture in sorted(
-            _matches(self.root, patterns[0], PICTURE_SUFFIXES), key=lambda match: match[1]
-        ):
+        for captured, picture in pictures:
             if picture in taken or (named is not None and captured not in named):
                 continue
             if found := labels.get(captured):
@@ -190,12 +189,6 @@ class Layout:
                 pairs.append((picture, label))
             else:
                 unlabelled.append((picture, str(self.root / _filled(patterns[1], captured))))
-        if named is not None:
-            pictures = {captured for captured, _ in _matches(self.root, patterns[0], PICTURE_SUFFIXES)}
-            if gone := sorted(named - pictures):
-                raise FileNotFoundError(
-                    f"{self._list_path(split)}: names {gone[0][0]!r}, but {patterns[0]} has no such picture"
-                )
         orphans = [path for captured, paths in labels.items() if captured not in used for path in paths]
         # Where label maps of all splits lie together, those of others are no orphans.
         others = named is not None or ("{split}" in self.images and "{split}" not in self.labels)
@@ -204,13 +197,27 @@ class Layout:
     def _list_path(self, split: str | None) -> Path:
         return self.root / str(self.split_list).replace("{split}", split or "")
 
-    def _named(self, split: str | None) -> set[tuple[str, ...]]:
+    def _named(self, split: str | None, pictures: list[tuple[tuple[str, ...], Path]]) -> set[tuple[str, ...]]:
+        """What the stars stand for in the pictures of a split's list.
+
+        A line has what the star stands for, or a picture's path; perhaps behind that, after a blank, more.
+        """
         path = self._list_path(split)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such list of the split's pictures")
         if _count_stars(self.images) != (0, 1):
             raise ValueError(f"split_list: needs an image pattern with one *, got {self.images!r}")
-        return {_key((_stem(PurePosixPath(line.split()[0]).name),)) for _, line in read_lines(path)}
+        known = {_key((picture.stem,)): captured for captured, picture in pictures}
+        known |= {captured: captured for captured, _ in pictures}
+        named = set()
+        for _, line in read_lines(path):
+            first, whole = (_key((_stem(PurePosixPath(text).name),)) for text in (line.split()[0], line))
+            # Names have blanks in them too; of two paths the second is no name.
+            name = whole if whole in known and (first not in known or " " in whole[0]) else first
+            if name not in known:
+                raise FileNotFoundError(f"{path}: names {line!r}, but {self.images} has no such picture")
+            named.add(known[name])
+        return named
 
     def pool(self, split: str, share: float) -> tuple[Listing, str | None, str]:
         """The files of a split, `training` where there is only one, and `validation` a share of it.

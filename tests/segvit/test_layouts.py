@@ -116,6 +116,25 @@ def test_patterns(tmp_path):
     assert pairs(tmp_path, "one", **flat) == [("raw/train/y.png", "truth/y_gt.png")]
 
 
+def test_lines_of_lists(tmp_path):
+    """Names with blanks in them, and label maps behind pictures; whole names, or what the star stands for."""
+    names = ("cat", "cat 2", "dog", "a b c")
+    write(tmp_path, *(f"images/{name}.jpg" for name in names), *(f"masks/{name}.png" for name in names))
+    write(tmp_path, "images/e_rgb.jpg", "masks/e.png")
+    options = {"image_pattern": "images/*", "label_pattern": "masks/*", "split_list": "{split}.txt"}
+    for text, expected in (
+        ("cat 2\na b c.jpg\n", ["a b c", "cat 2"]),
+        ("images/cat.jpg masks/dog.png\ndog -1\n", ["cat", "dog"]),
+        ("images/a b c.jpg\n", ["a b c"]),
+    ):
+        (tmp_path / "train.txt").write_text(text)
+        assert pairs(tmp_path, **options) == [(f"images/{n}.jpg", f"masks/{n}.png") for n in expected]
+    for text in ("e\n", "e_rgb.jpg\n", "images/e_rgb\n"):
+        (tmp_path / "train.txt").write_text(text)
+        found = pairs(tmp_path, **{**options, "image_pattern": "images/*_rgb.jpg"})
+        assert found == [("images/e_rgb.jpg", "masks/e.png")]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -246,6 +246,12 @@ def test_queries_of_a_shrunk_model_are_located_once(tmp_path, monkeypatch):
     assert_same_weights(weights(tmp_path / "anew"), weights(tmp_path / "located"))
     train(tiny(tmp_path / "anew", locate_images=5, resume=True, **{**options, "max_steps": 2}))
     assert len(seen) == 2
+    for source, located in (("located", 2), ("linear", 3)):  # of another decoder the queries are fresh
+        if source == "linear":
+            train(tiny(tmp_path / source, head="linear", **options))
+        changes = {"head": "segvit", "model": {}, "shrunk": False, "init_from": str(tmp_path / source)}
+        train(tiny(tmp_path / f"from_{source}", locate_images=5, **{**options, **changes}))
+        assert len(seen) == located
     start = weights(tmp_path / "located"), weights(tmp_path / "random")
     queries = [w["decoder.upsample.queries"] for w in start]
     assert not torch.allclose(*queries, atol=0.1)
