@@ -445,6 +445,17 @@ class _Wrapped:
         return self.dataset[index]
 
 
+@pytest.mark.parametrize("changes", [{"num_classes": 11, "class_names": None}, {"class_names": "reversed"}])
+def test_validation_has_the_classes_of_training(tmp_path, changes):
+    validation = _Wrapped(SyntheticShapes("validation", 3, 32))
+    for name, value in changes.items():
+        setattr(validation, name, validation.class_names[::-1] if value == "reversed" else value)
+    with pytest.raises(ValueError, match="^validation: got other classes, or in another order"):
+        train(tiny(tmp_path / "run", max_steps=1), validation=validation)
+    validation.num_classes, validation.class_names = 12, None  # which says nothing
+    train(tiny(tmp_path / "run", max_steps=1), validation=validation)
+
+
 class _StopsAt(_Wrapped):
     def __init__(self, dataset, reads):
         super().__init__(dataset)
