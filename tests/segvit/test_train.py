@@ -575,6 +575,9 @@ def test_evaluation_keeps_sizes_and_batches_equal_ones():
         "miou": 1.0, "accuracy": 1.0, "images": 3, "iou": {"class 0": 1.0, "class 1": 1.0, "class 2": None},
     }  # fmt: skip
     assert model.training
+    Data.class_names = ("sky", "road", "sky")  # of a converted model, or of a data set of one's own
+    result = evaluate(model, Data([item(4, 6, 0), item(5, 5, 2)]))
+    assert result["iou"] == {"sky": 1.0, "road": None, "sky_2": 1.0}
 
 
 def test_time_limit(tmp_path):
