@@ -79,7 +79,7 @@ def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: An
         return None
     except Exception as error:
         text = " ".join(str(error).split())
-        if type(error) is RuntimeError:
+        if isinstance(error, RuntimeError):
             if fabric.world_size > 1 and re.search(r"Connection (closed|reset) by peer", text):
                 ended = "another of the processes has ended, which says why; --resume goes on"
                 raise OSError(ended) from None

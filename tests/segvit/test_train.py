@@ -450,7 +450,7 @@ def test_validation_has_the_classes_of_training(tmp_path, changes):
     validation = _Wrapped(SyntheticShapes("validation", 3, 32))
     for name, value in changes.items():
         setattr(validation, name, validation.class_names[::-1] if value == "reversed" else value)
-    with pytest.raises(ValueError, match="^validation: got other classes, or in another order"):
+    with pytest.raises(ValueError, match=r"^validation: got other classes, or in another order"):
         train(tiny(tmp_path / "run", max_steps=1), validation=validation)
     validation.num_classes, validation.class_names = 12, None  # which says nothing
     train(tiny(tmp_path / "run", max_steps=1), validation=validation)
@@ -478,6 +478,7 @@ class _StopsAt(_Wrapped):
         (ImportError("tifffile is needed"), ImportError("tifffile is needed")),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError("CUDA out of memory. Tried")),
         (RuntimeError("DataLoader worker (pid 1) is killed"), OSError("workers: a data loading process")),
+        (torch.distributed.DistNetworkError("Connection reset by peer"), OSError("another of the processes")),
     ],
     ids=lambda error: type(error).__name__,
 )
