@@ -10,6 +10,7 @@ What the stars of a picture's name stand for, the stars of its label map stand f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -200,23 +201,35 @@ class Layout:
     def _named(self, split: str | None, pictures: list[tuple[tuple[str, ...], Path]]) -> set[tuple[str, ...]]:
         """What the stars stand for in the pictures of a split's list.
 
-        A line has what the star stands for, or a picture's path; perhaps behind that, after a blank, more.
+        A line has what the star stands for, or a picture's name, perhaps with folders before it, of which as
+        many count as tell it from others; perhaps behind that, after a blank, more.
         """
         path = self._list_path(split)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such list of the split's pictures")
-        if _count_stars(self.images) != (0, 1):
+        if _count_stars(self.images)[1] != 1:
             raise ValueError(f"split_list: needs an image pattern with one *, got {self.images!r}")
-        known = {_key((picture.stem,)): captured for captured, picture in pictures}
-        known |= {captured: captured for captured, _ in pictures}
-        named = set()
+        stars = {captured[-1] for captured, _ in pictures}
+        known: dict[str, dict[tuple[str, ...], Path]] = {}
+        for captured, picture in pictures:
+            (stem,) = _key((picture.stem,))
+            for name in {captured[-1], captured[-1] if stem in stars else stem}:
+                known.setdefault(name, {})[captured] = picture
+        named: set[tuple[str, ...]] = set()
         for _, line in read_lines(path):
-            first, whole = (_key((_stem(PurePosixPath(text).name),)) for text in (line.split()[0], line))
+            first, whole = (_key(PurePosixPath(text).parts or (text,)) for text in (line.split()[0], line))
             # Names have blanks in them too; of two paths the second is no name.
-            name = whole if whole in known and (first not in known or " " in whole[0]) else first
-            if name not in known:
-                raise FileNotFoundError(f"{path}: names {line!r}, but {self.images} has no such picture")
-            named.add(known[name])
+            blank = " " in whole[-1] or _stem(first[-1]) not in known
+            parts = whole if blank and _stem(whole[-1]) in known else first
+            found = known.get(_stem(parts[-1]), {})
+            several = len(found) > 1
+            if several:  # of which folders tell one
+                alike = {c: _count_alike(_key(p.parts)[:-1], parts[:-1]) for c, p in found.items()}
+                found = {c: p for c, p in found.items() if alike[c] == max(alike.values()) > 0}
+            if len(found) != 1:
+                what = "several of that name; give their folders" if several else "no such picture"
+                raise FileNotFoundError(f"{path}: names {line!r}, but {self.images} has {what}")
+            named.update(found)
         return named
 
     def pool(self, split: str, share: float) -> tuple[Listing, str | None, str]:
@@ -455,6 +468,12 @@ def _filled(pattern: str, captured: tuple[str, ...]) -> str:
     parts = iter(captured)
     name = re.sub(r"\*\*/|\*", lambda _: next(parts), pattern)
     return name if _has_suffix(name) else f"{name}.png"
+
+
+def _count_alike(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
+    """How many of the last folders of two paths are the same."""
+    pairs = zip(reversed(folders), reversed(others), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _place(name: str) -> float:

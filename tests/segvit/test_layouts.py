@@ -135,6 +135,28 @@ def test_lines_of_lists(tmp_path):
         assert found == [("images/e_rgb.jpg", "masks/e.png")]
 
 
+@pytest.mark.parametrize("patterns", [("images/**/*", "annotations/**/*"), (None, None)])
+def test_lists_of_pictures_in_folders(tmp_path, patterns):
+    """By names, and by as much of their paths as tells pictures of one name from each other."""
+    for name in ("x/a", "y/a", "y/b", "c"):
+        write(tmp_path, f"images/{name}.jpg", f"annotations/{name}.png")
+    options = dict(zip(("image_pattern", "label_pattern"), patterns, strict=True))
+    options["split_list"] = "{split}.txt"
+    for text, expected in (
+        ("b\nc.jpg\n", ["c", "y/b"]),
+        ("/elsewhere/y/a\n", ["y/a"]),
+        ("images/x/a.jpg annotations/x/a.png\n/elsewhere/images/c.jpg\n", ["c", "x/a"]),
+    ):
+        (tmp_path / "train.txt").write_text(text)
+        found = pairs(tmp_path, **options)
+        assert found == [(f"images/{name}.jpg", f"annotations/{name}.png") for name in expected]
+    several = "several of that name; give their folders"
+    for text, what in (("a", several), ("z/a", several), ("z", "no such picture")) if patterns[0] else ():
+        (tmp_path / "train.txt").write_text(text)
+        with pytest.raises(FileNotFoundError, match=rf"train\.txt: names '{text}', but .* has {what}"):
+            pairs(tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
