@@ -284,7 +284,9 @@ class OptimizerOptions(_Checked):
 
     max_steps: int = option(20000, "length of training, in optimizer steps", at_least=1)
     max_minutes: float | None = option(
-        None, "stop (evaluate, save) after this many minutes at the latest", more_than=0
+        None,
+        "stop (evaluate, save) after this many minutes at the latest, those before --resume included",
+        more_than=0,
     )
     batch_size: int = option(8, "images for each device and optimizer step", at_least=1)
     accumulate: int = option(1, "split each batch into this many smaller ones to save memory", at_least=1)
