@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import types
 import typing
@@ -542,10 +543,22 @@ def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
         _check(value <= most, f"{name} must be at most {most:,}, got {value}")
 
 
+def plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, and paths, as Python's own: what JSON and YAML take."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if type(value).__module__ == "numpy":
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _check_types(config: Any) -> None:
-    """Raise ValueError for the first field whose value is not of its type; lists do for tuples."""
+    """Make values plain; raise ValueError for the first that is not of its type. Lists do for tuples."""
     for name, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
+        value = plain(getattr(config, name))
+        object.__setattr__(config, name, value)
         _check(_is_of(kind, value), f"{name} must be {_described(kind)}, got {value!r}"[:300])
 
 

@@ -18,6 +18,8 @@ from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from segvit.config import plain
+
 __all__ = [
     "BenchConfig",
     "ConvertConfig",
@@ -117,6 +119,8 @@ def check_ranges(options: Any) -> None:
 
 class _Checked:
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            setattr(self, item.name, plain(getattr(self, item.name)))
         check_ranges(self)
 
 
@@ -280,7 +284,9 @@ class OptimizerOptions(_Checked):
 
     max_steps: int = option(20000, "length of training, in optimizer steps", at_least=1)
     max_minutes: float | None = option(
-        None, "stop (evaluate, save) after this many minutes at the latest", more_than=0
+        None,
+        "stop (evaluate, save) after this many minutes at the latest, those before --resume included",
+        more_than=0,
     )
     batch_size: int = option(8, "images for each device and optimizer step", at_least=1)
     accumulate: int = option(1, "split each batch into this many smaller ones to save memory", at_least=1)

@@ -69,7 +69,7 @@ def test_a_module_on_no_floor_is_found():
 @pytest.mark.parametrize(
     ("module", "line", "ring"),
     [
-        ("segvit.config", "import segvit.options", []),
+        ("segvit.model.losses", "import segvit.model.rotary", []),
         ("segvit.model.decoder", "from segvit.model.shrunk import ShrunkDecoder", ["decoder", "shrunk"]),
         ("segvit.model.backbone", "def f():\n    from segvit.model import SegViT", ["backbone", "segvit"]),
     ],

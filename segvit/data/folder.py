@@ -506,6 +506,8 @@ def open_dataset(
         ValueError: options that shards do not take, which have their names and classes inside; and as those.
     """
     if data == "synthetic":
+        if (channels := options.get("channels", 3)) != 3:
+            raise ValueError(f"data: synthetic pictures have 3 channels, the model has {channels}")
         return SyntheticShapes(split, synthetic_length, synthetic_size)
     if are_shards(data):
         for name in ("names", "label_mapping", "image_pattern", "label_pattern", "split_list"):

@@ -10,6 +10,7 @@ What the stars of a picture's name stand for, the stars of its label map stand f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -161,21 +162,20 @@ class Layout:
         return self._found[key]
 
     def _list(self, split: str | None) -> Listing:
-        named = self._named(split) if self.split_list else None
         patterns = [p.replace("{split}", split or "") for p in (self.images, self.labels)]
         for pattern in patterns:
             base = self.root / _base(pattern)
             if not base.is_dir():
                 raise FileNotFoundError(f"{base}: no such folder (expected {self})")
+        pictures = sorted(_matches(self.root, patterns[0], PICTURE_SUFFIXES), key=lambda match: match[1])
+        named = self._named(split, pictures) if self.split_list else None
         labels: dict[tuple[str, ...], list[Path]] = {}
         for captured, path in _matches(self.root, patterns[1], LABEL_SUFFIXES + _LOSSY):
             labels.setdefault(captured, []).append(path)
         taken = {path for paths in labels.values() for path in paths} if patterns[0] != patterns[1] else set()
         pairs, unlabelled = [], []
         used: dict[tuple[str, ...], Path] = {}
-        for captured, picture in sorted(
-            _matches(self.root, patterns[0], PICTURE_SUFFIXES), key=lambda match: match[1]
-        ):
+        for captured, picture in pictures:
             if picture in taken or (named is not None and captured not in named):
                 continue
             if found := labels.get(captured):
@@ -190,12 +190,6 @@ class Layout:
                 pairs.append((picture, label))
             else:
                 unlabelled.append((picture, str(self.root / _filled(patterns[1], captured))))
-        if named is not None:
-            pictures = {captured for captured, _ in _matches(self.root, patterns[0], PICTURE_SUFFIXES)}
-            if gone := sorted(named - pictures):
-                raise FileNotFoundError(
-                    f"{self._list_path(split)}: names {gone[0][0]!r}, but {patterns[0]} has no such picture"
-                )
         orphans = [path for captured, paths in labels.items() if captured not in used for path in paths]
         # Where label maps of all splits lie together, those of others are no orphans.
         others = named is not None or ("{split}" in self.images and "{split}" not in self.labels)
@@ -204,13 +198,39 @@ class Layout:
     def _list_path(self, split: str | None) -> Path:
         return self.root / str(self.split_list).replace("{split}", split or "")
 
-    def _named(self, split: str | None) -> set[tuple[str, ...]]:
+    def _named(self, split: str | None, pictures: list[tuple[tuple[str, ...], Path]]) -> set[tuple[str, ...]]:
+        """What the stars stand for in the pictures of a split's list.
+
+        A line has what the star stands for, or a picture's name, perhaps with folders before it, of which as
+        many count as tell it from others; perhaps behind that, after a blank, more.
+        """
         path = self._list_path(split)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such list of the split's pictures")
-        if _count_stars(self.images) != (0, 1):
+        if _count_stars(self.images)[1] != 1:
             raise ValueError(f"split_list: needs an image pattern with one *, got {self.images!r}")
-        return {_key((_stem(PurePosixPath(line.split()[0]).name),)) for _, line in read_lines(path)}
+        stars = {captured[-1] for captured, _ in pictures}
+        known: dict[str, dict[tuple[str, ...], Path]] = {}
+        for captured, picture in pictures:
+            (stem,) = _key((picture.stem,))
+            for name in {captured[-1], captured[-1] if stem in stars else stem}:
+                known.setdefault(name, {})[captured] = picture
+        named: set[tuple[str, ...]] = set()
+        for _, line in read_lines(path):
+            first, whole = (_key(PurePosixPath(text).parts or (text,)) for text in (line.split()[0], line))
+            # Names have blanks in them too; of two paths the second is no name.
+            blank = " " in whole[-1] or _stem(first[-1]) not in known
+            parts = whole if blank and _stem(whole[-1]) in known else first
+            found = known.get(_stem(parts[-1]), {})
+            several = len(found) > 1
+            if several:  # of which folders tell one
+                alike = {c: _count_alike(_key(p.parts)[:-1], parts[:-1]) for c, p in found.items()}
+                found = {c: p for c, p in found.items() if alike[c] == max(alike.values()) > 0}
+            if len(found) != 1:
+                what = "several of that name; give their folders" if several else "no such picture"
+                raise FileNotFoundError(f"{path}: names {line!r}, but {self.images} has {what}")
+            named.update(found)
+        return named
 
     def pool(self, split: str, share: float) -> tuple[Listing, str | None, str]:
         """The files of a split, `training` where there is only one, and `validation` a share of it.
@@ -448,6 +468,12 @@ def _filled(pattern: str, captured: tuple[str, ...]) -> str:
     parts = iter(captured)
     name = re.sub(r"\*\*/|\*", lambda _: next(parts), pattern)
     return name if _has_suffix(name) else f"{name}.png"
+
+
+def _count_alike(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
+    """How many of the last folders of two paths are the same."""
+    pairs = zip(reversed(folders), reversed(others), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _place(name: str) -> float:

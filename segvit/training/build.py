@@ -197,8 +197,10 @@ def make_optimizer(config: TrainConfig, model: SegViT) -> torch.optim.AdamW:
 def locate_queries(config: TrainConfig, model: SegViT, training: Any, augment: Augment) -> None:
     """Show the up-sampling queries of a fresh Shrunk model where they are: see `QueryUpsample.locate`."""
     wanted = isinstance(model.decoder, ShrunkDecoder) and config.locate_images
-    if not wanted or config.resume or config.init_from:
+    if not wanted or (config.resume and Checkpoints(config.out).newest()):
         return
+    if config.init_from and read_config(find_checkpoint(config.init_from)).decoder == model.config.decoder:
+        return  # they are that model's
     count = min(config.locate_images, len(training))
     indices = [len(training) * i // count for i in range(count)]
     levels = []

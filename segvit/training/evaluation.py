@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from segvit.options import InferenceOptions
+from segvit.system.text import numbered
 from segvit.training.loading import batches, collate_by_size
 from segvit.training.metrics import ConfusionMatrix
 
@@ -107,7 +108,7 @@ def evaluate(
     if world > 1:
         torch.distributed.all_reduce(seen)
         torch.distributed.all_reduce(ignored)
-    names = dataset.class_names or [f"class {i}" for i in range(dataset.num_classes)]
+    names = numbered(dataset.class_names or [f"class {i}" for i in range(dataset.num_classes)])
 
     def by_class(values: torch.Tensor) -> dict[str, Any]:
         return {name: without_nan(value) for name, value in zip(names, values.tolist(), strict=True)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from segvit.system.extras import require
+from segvit.system.failures import one_line, out_of_memory
 from segvit.system.machine import check_processes, pick_backend, started_processes
 
 __all__ = ["launch", "make_fabric"]
@@ -61,6 +62,13 @@ def make_fabric(config: Any) -> Any:
         raise ValueError(f"devices: got {config.devices}: {error}") from None
 
 
+# Under which an error in a spawned process comes back, the first that it is.
+_KINDS = (
+    FileNotFoundError, PermissionError, OSError, ValueError, TypeError, ImportError, FloatingPointError,
+    MemoryError,
+)  # fmt: skip
+
+
 def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: Any) -> Any:
     try:
         result = function(fabric, *args)
@@ -69,20 +77,30 @@ def _run(fabric: Any, file: Path | None, function: Callable[..., Any], *args: An
         if fabric.is_global_zero:
             torch.save(result, file)
         return None
-    except RuntimeError as error:
-        if fabric.world_size > 1 and re.search(r"Connection (closed|reset) by peer", str(error)):
-            raise OSError("another of the processes has ended, which says why; --resume goes on") from None
-        if "DataLoader worker" not in str(error):
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError):
+            if fabric.world_size > 1 and re.search(r"Connection (closed|reset) by peer", text):
+                ended = "another of the processes has ended, which says why; --resume goes on"
+                raise OSError(ended) from None
+            if "DataLoader worker" in text:
+                reason = "as when memory is short, of which fewer need less"
+                raise OSError(f"workers: a data loading process ended early, {reason}") from None
+        if file is None:
             raise
-        reason = "as when memory is short, of which fewer need less"
-        raise OSError(f"workers: a data loading process ended early, {reason}") from None
+        # Of what a spawned process raises the last line comes back.
+        if out_of_memory(error):
+            raise MemoryError(text) from error
+        if kind := next((kind for kind in _KINDS if isinstance(error, kind)), None):
+            raise kind(one_line(error)) from error
+        raise
 
 
 def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(fabric, *args)` in every process; an error in a spawned one comes back under its own type.
+    """`function(fabric, *args)` in every process; an error in a spawned one comes back as of its kind.
 
     Raises:
-        ValueError, TypeError, OSError, ...: as `function` does.
+        ValueError, TypeError, OSError, ...: as `function` does; of a spawned process without traceback.
     """
     from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -97,9 +115,8 @@ def launch(fabric: Any, function: Callable[..., Any], *args: Any) -> Any:
     except torch.multiprocessing.ProcessExitedException as error:
         raise OSError(f"devices: one of the processes was ended from outside ({error})") from None
     except torch.multiprocessing.ProcessRaisedException as error:
-        kind, _, text = str(error).strip().splitlines()[-1].partition(": ")
-        known = (ValueError, TypeError, FileNotFoundError, PermissionError, OSError, FloatingPointError)
-        for exception in known:
-            if kind == exception.__name__:
-                raise exception(text) from None
+        name, _, text = str(error).strip().splitlines()[-1].partition(": ")
+        for kind in _KINDS:
+            if name == kind.__name__:
+                raise kind(text) from None
         raise

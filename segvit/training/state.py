@@ -217,9 +217,9 @@ class RunState:
         else:
             self._load_whole(folder, state)
         fused = self.optimizer.param_groups[0]["fused"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
+        for group in state["optimizer"]["param_groups"]:  # of these torch asks where counts of steps belong
             group["fused"] = fused
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved = state["step"]
         self._elapsed = state["elapsed"]
         self._processes = state["random"]

@@ -72,6 +72,9 @@ def train(config: TrainConfig, training: Any = None, validation: Any = None) -> 
         training = data("training", config.synthetic_images)
     if validation is None:
         validation = data("validation", config.synthetic_validation)
+    names = [list(dataset.class_names or ()) for dataset in (training, validation)]
+    if training.num_classes != validation.num_classes or (all(names) and names[0] != names[1]):
+        raise ValueError("validation: got other classes, or in another order, than those of training")
     understood = check_data(training, validation)
     if isinstance(training, (SegmentationFolder, Shards)) and not training.known:  # for the run's record
         config = dataclasses.replace(config, reduce_zero_label=training.reduce_zero_label)

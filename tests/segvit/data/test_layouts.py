@@ -116,6 +116,47 @@ def test_patterns(tmp_path):
     assert pairs(tmp_path, "one", **flat) == [("raw/train/y.png", "truth/y_gt.png")]
 
 
+def test_lines_of_lists(tmp_path):
+    """Names with blanks in them, and label maps behind pictures; whole names, or what the star stands for."""
+    names = ("cat", "cat 2", "dog", "a b c")
+    write(tmp_path, *(f"images/{name}.jpg" for name in names), *(f"masks/{name}.png" for name in names))
+    write(tmp_path, "images/e_rgb.jpg", "masks/e.png")
+    options = {"image_pattern": "images/*", "label_pattern": "masks/*", "split_list": "{split}.txt"}
+    for text, expected in (
+        ("cat 2\na b c.jpg\n", ["a b c", "cat 2"]),
+        ("images/cat.jpg masks/dog.png\ndog -1\n", ["cat", "dog"]),
+        ("images/a b c.jpg\n", ["a b c"]),
+    ):
+        (tmp_path / "train.txt").write_text(text)
+        assert pairs(tmp_path, **options) == [(f"images/{n}.jpg", f"masks/{n}.png") for n in expected]
+    for text in ("e\n", "e_rgb.jpg\n", "images/e_rgb\n"):
+        (tmp_path / "train.txt").write_text(text)
+        found = pairs(tmp_path, **{**options, "image_pattern": "images/*_rgb.jpg"})
+        assert found == [("images/e_rgb.jpg", "masks/e.png")]
+
+
+@pytest.mark.parametrize("patterns", [("images/**/*", "annotations/**/*"), (None, None)])
+def test_lists_of_pictures_in_folders(tmp_path, patterns):
+    """By names, and by as much of their paths as tells pictures of one name from each other."""
+    for name in ("x/a", "y/a", "y/b", "c"):
+        write(tmp_path, f"images/{name}.jpg", f"annotations/{name}.png")
+    options = dict(zip(("image_pattern", "label_pattern"), patterns, strict=True))
+    options["split_list"] = "{split}.txt"
+    for text, expected in (
+        ("b\nc.jpg\n", ["c", "y/b"]),
+        ("/elsewhere/y/a\n", ["y/a"]),
+        ("images/x/a.jpg annotations/x/a.png\n/elsewhere/images/c.jpg\n", ["c", "x/a"]),
+    ):
+        (tmp_path / "train.txt").write_text(text)
+        found = pairs(tmp_path, **options)
+        assert found == [(f"images/{name}.jpg", f"annotations/{name}.png") for name in expected]
+    several = "several of that name; give their folders"
+    for text, what in (("a", several), ("z/a", several), ("z", "no such picture")) if patterns[0] else ():
+        (tmp_path / "train.txt").write_text(text)
+        with pytest.raises(FileNotFoundError, match=rf"train\.txt: names '{text}', but .* has {what}"):
+            pairs(tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

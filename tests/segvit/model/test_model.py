@@ -464,6 +464,10 @@ def test_config_round_trip():
     assert SegViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(config) == hash(dataclasses.replace(config))
     assert SegViTConfig.preset("vit_tiny", 3, image_size=224).image_size == (224, 224)
+    colours = np.zeros((2, 3), np.uint8)
+    counted = SegViTConfig.preset("vit_tiny", np.int64(2), drop_path=np.float32(0.5), palette=colours)
+    plain = SegViTConfig.preset("vit_tiny", 2, drop_path=0.5, palette=((0, 0, 0), (0, 0, 0)))
+    assert SegViTConfig.from_dict(json.loads(json.dumps(counted.to_dict()))) == plain
 
 
 @pytest.mark.parametrize(

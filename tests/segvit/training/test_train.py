@@ -5,19 +5,24 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from segvit.config import SegViTConfig
+from segvit.data.decoding import WholeMessageError
 from segvit.data.synthetic import SyntheticShapes
 from segvit.model.heads import load_model
 from segvit.model.segvit import SegViT
@@ -26,6 +31,7 @@ from segvit.system.interrupts import Interrupted
 from segvit.training.build import make_augmentation
 from segvit.training.class_weights import inverse_sqrt_weights
 from segvit.training.evaluation import evaluate
+from segvit.training.launch import launch
 from segvit.training.loop import Trainer as Trainer
 from segvit.training.sampler import StepSampler
 from segvit.training.schedule import learning_rate_factor
@@ -236,6 +242,16 @@ def test_queries_of_a_shrunk_model_are_located_once(tmp_path, monkeypatch):
     assert len(seen) == 1 and [shape[0] for shape in seen[0]] == [5, 5]
     train(tiny(tmp_path / "random", locate_images=0, **options))
     assert len(seen) == 1
+    train(tiny(tmp_path / "anew", locate_images=5, resume=True, **options))  # there is nothing to resume
+    assert_same_weights(weights(tmp_path / "anew"), weights(tmp_path / "located"))
+    train(tiny(tmp_path / "anew", locate_images=5, resume=True, **{**options, "max_steps": 2}))
+    assert len(seen) == 2
+    for source, located in (("located", 2), ("linear", 3)):  # of another decoder the queries are fresh
+        if source == "linear":
+            train(tiny(tmp_path / source, head="linear", **options))
+        changes = {"head": "segvit", "model": {}, "shrunk": False, "init_from": str(tmp_path / source)}
+        train(tiny(tmp_path / f"from_{source}", locate_images=5, **{**options, **changes}))
+        assert len(seen) == located
     start = weights(tmp_path / "located"), weights(tmp_path / "random")
     queries = [w["decoder.upsample.queries"] for w in start]
     assert not torch.allclose(*queries, atol=0.1)
@@ -429,6 +445,17 @@ class _Wrapped:
         return self.dataset[index]
 
 
+@pytest.mark.parametrize("changes", [{"num_classes": 11, "class_names": None}, {"class_names": "reversed"}])
+def test_validation_has_the_classes_of_training(tmp_path, changes):
+    validation = _Wrapped(SyntheticShapes("validation", 3, 32))
+    for name, value in changes.items():
+        setattr(validation, name, validation.class_names[::-1] if value == "reversed" else value)
+    with pytest.raises(ValueError, match=r"^validation: got other classes, or in another order"):
+        train(tiny(tmp_path / "run", max_steps=1), validation=validation)
+    validation.num_classes, validation.class_names = 12, None  # which says nothing
+    train(tiny(tmp_path / "run", max_steps=1), validation=validation)
+
+
 class _StopsAt(_Wrapped):
     def __init__(self, dataset, reads):
         super().__init__(dataset)
@@ -439,6 +466,48 @@ class _StopsAt(_Wrapped):
         if self.reads < 0:
             raise KeyboardInterrupt
         return self.dataset[index]
+
+
+@pytest.mark.parametrize(
+    ("raised", "comes_back"),
+    [
+        (WholeMessageError("a.png: cannot be decoded"), ValueError("a.png: cannot be decoded")),
+        (json.JSONDecodeError("no\nJSON", "", 0), ValueError("no JSON: line 1 column 1 (char 0)")),
+        (IsADirectoryError(21, "Is a directory", "a"), OSError("a: Is a directory")),
+        (FileNotFoundError("a: no such file"), FileNotFoundError("a: no such file")),
+        (ImportError("tifffile is needed"), ImportError("tifffile is needed")),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError("CUDA out of memory. Tried")),
+        (RuntimeError("DataLoader worker (pid 1) is killed"), OSError("workers: a data loading process")),
+        (torch.distributed.DistNetworkError("Connection reset by peer"), OSError("another of the processes")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_spawned_processes_come_back_by_their_kind(raised, comes_back):
+    def function(fabric):
+        raise raised
+
+    def spawn(run, *args):
+        try:
+            run(fabric, *args)
+        except Exception:
+            text = traceback.format_exc()
+            raise torch.multiprocessing.ProcessRaisedException(f"\n\n{text}", 0, 1) from None
+
+    launcher = _MultiProcessingLauncher.__new__(_MultiProcessingLauncher)
+    strategy = SimpleNamespace(launcher=launcher)
+    fabric = SimpleNamespace(strategy=strategy, launch=spawn, world_size=2, is_global_zero=True)
+    with pytest.raises(type(comes_back), match=f"^{re.escape(str(comes_back))}") as caught:
+        launch(fabric, function)
+    assert type(caught.value) is type(comes_back)
+
+
+def test_numbers_of_numpy_and_paths_are_options(tmp_path):
+    """Of a sweep; resumed, they are the same."""
+    changes = {"lr": np.logspace(-4, -3, 2)[0], "batch_size": np.int64(2), "flip": np.True_, "max_steps": 1}
+    changes |= {"class_weights": np.ones(12, np.float32), "scale": (np.float32(0.5), 2)}
+    config = dataclasses.replace(tiny(tmp_path), **changes, out=tmp_path / "run")
+    train(config)
+    assert train(dataclasses.replace(config, resume=True, max_steps=2))["step"] == 2
 
 
 def test_resume_without_a_checkpoint_starts_over(tmp_path):
@@ -507,6 +576,9 @@ def test_evaluation_keeps_sizes_and_batches_equal_ones():
         "miou": 1.0, "accuracy": 1.0, "images": 3, "iou": {"class 0": 1.0, "class 1": 1.0, "class 2": None},
     }  # fmt: skip
     assert model.training
+    Data.class_names = ("sky", "road", "sky")  # of a converted model, or of a data set of one's own
+    result = evaluate(model, Data([item(4, 6, 0), item(5, 5, 2)]))
+    assert result["iou"] == {"sky": 1.0, "road": None, "sky_2": 1.0}
 
 
 def test_time_limit(tmp_path):
@@ -666,6 +738,28 @@ def test_resume_elsewhere_longer_and_otherwise(tmp_path, capsys):
         train(longer)
 
 
+def test_resume_after_another_precision_places_the_counts_of_steps(tmp_path, monkeypatch):
+    """Of fp16 they are on the CPU; fused AdamW wants them where the weights are."""
+    config = tiny(tmp_path / "run", max_steps=1)
+    train(config)
+    path = tmp_path / "run" / "checkpoints" / "last" / "trainer.pt"
+    state = torch.load(path)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = False
+    torch.save(state, path)
+    seen, place = [], torch.optim.Optimizer._process_value_according_to_param_policy
+
+    def recorded(param, value, param_id, param_groups, key=None):
+        seen.extend(group["fused"] for group in param_groups if param_id in group["params"])
+        return place(param, value, param_id, param_groups, key)
+
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "_process_value_according_to_param_policy", staticmethod(recorded)
+    )
+    assert train(dataclasses.replace(config, resume=True, max_steps=2))["step"] == 2
+    assert seen and all(seen)
+
+
 def test_resume_on_two_processes_with_half_the_batch(tmp_path, capsys):
     config = tiny(tmp_path / "run", max_steps=2, batch_size=2)
     train(config)
@@ -711,6 +805,7 @@ def test_unwritable_folder(tmp_path):
         ({"devices": 2**40}, "devices: got .*, expected at least 1 and at most 4,096"),
         ({"devices": 4096}, "devices: got 4096, expected at most .* on this CPU"),
         ({"workers": 4096}, "workers: got 4096, expected at most .* on this machine with .* processors"),
+        ({"model": {**TINY, "in_channels": 2}}, "data: synthetic pictures have 3 channels, the model has 2"),
         ({"model": {"num_classes": 3}}, "num_classes is not a field to change; the data give the number"),
         ({"model": {"name": "a"}}, "name is not a field to change; preset gives it"),
         (
