@@ -39,6 +39,7 @@ from segvit_kernels.ops._autograd import (
 from segvit_kernels.ops._checks import tensors, whole
 from segvit_kernels.ops._mask_loss_checks import Arguments, checked, validate
 from segvit_kernels.ops._mask_loss_eager import accumulator
+from segvit_kernels.ops._parts import budget_of, parts
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MatchingCost,
@@ -52,9 +53,6 @@ from segvit_kernels.ops.mask_loss import (
     mask_matching_cost_reference,
 )
 
-_BUDGETS = {"cpu": 2**25}  # bytes of logits that exist at a time
-_BUDGET = 2**28  # on other devices
-
 
 def _product(queries: Tensor, features: Tensor) -> Tensor:
     """Logits (B, Q, h, w) of (B, Q, C) and (B, C, h, w)."""
@@ -65,21 +63,19 @@ def _blocks(shape: Sequence[int], cell: int, budget: int) -> Iterator[tuple[slic
     """Images and queries of (B, Q, h, w) logits, ``cell`` bytes each: whole images where one fits."""
     batch, queries, height, width = shape
     one = height * width * cell
-    count = max(1, min(queries, budget // one))
-    images = max(1, min(batch, budget // (one * queries)))
-    for image in range(0, batch, images):
-        for query in range(0, queries, count):
-            yield slice(image, image + images), slice(query, query + count)
+    for images in parts(batch, one * queries, budget):
+        for own in parts(queries, one, budget):
+            yield images, own
 
 
 def _matched(matches: Tensor | None, images: slice, own: slice, queries: int, targets: Tensor) -> Any:
     """The matches of a block; query i has target i where there are none."""
     if matches is not None:
         return matches[images, own]
-    if own.start == 0 and own.stop >= queries:
+    if own.start == 0 and own.stop == queries:
         return None
-    block = torch.arange(own.start, min(own.stop, queries), device=targets.device)
-    return block.expand(targets[images].shape[0], -1)
+    block = torch.arange(own.start, own.stop, device=targets.device)
+    return block.expand(images.stop - images.start, -1)
 
 
 class FactoredMaskLossFunction(torch.autograd.Function):
@@ -120,7 +116,7 @@ class FactoredMaskLossFunction(torch.autograd.Function):
         batch, count, _channels = queries[0].shape
         shape, cell = (batch, count, *features.shape[2:]), len(queries) * features.element_size()
         blocks = list(_blocks(shape, cell, ctx.budget))
-        summed = areas.dtype if len(queries) > 1 or blocks[:1] != blocks[-1:] else features.dtype
+        summed = areas.dtype if len(queries) > 1 or len(blocks) > 1 else features.dtype
         grad_features = features.new_zeros(features.shape, dtype=summed).flatten(2)
         grad_queries = [torch.zeros_like(q) for q in queries]
         for images, own in blocks:
@@ -173,7 +169,7 @@ def _factors(
                 "as features"
             )
     if budget is None:
-        budget = _BUDGETS.get(features.device.type, _BUDGET)
+        budget = budget_of(features.device)
     whole("budget", budget, 1)
     stand_ins = [
         features.new_empty(()).expand(batch, query.shape[1], *features.shape[2:]) for query in entries

@@ -216,8 +216,10 @@ def test_export_and_transforms():
 
     (queries,), features, arguments = draw("labels", torch.float32)
     given = (queries, features, arguments["targets"])
-    program = torch.export.export(Criterion(), given)
-    torch.testing.assert_close(program.module()(*given), Criterion()(*given))
+    batch = ({0: torch.export.Dim("batch", max=99)},) * 3
+    program = torch.export.export(Criterion(), given, dynamic_shapes=batch)
+    for sizes in (given, [t.repeat_interleave(2, 0) for t in given]):
+        torch.testing.assert_close(program.module()(*sizes), Criterion()(*sizes))
     assert "segvit.mask_loss_fwd" in str(program.graph)
 
     gradient = torch.func.grad(lambda f: Criterion()(queries, f, arguments["targets"]))(features)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segvit_kernels import mask_loss_at_points, mask_matching_cost_at_points, uncertain_points
-from segvit_kernels.ops import mask_points
+from segvit_kernels.ops import _parts
 
 QUERIES, GRID, SIZES = 6, (7, 5), [(20, 23), (17, 31)]
 COUNTS = (3, 4)
@@ -56,7 +56,7 @@ def sampled(logits, count, oversample, share):
 @pytest.fixture(params=[None, 1, 2500], ids=["one block", "a pair a block", "some pairs"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setitem(mask_points._BUDGETS, "cpu", request.param)
+        monkeypatch.setitem(_parts.BUDGETS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("targets", [torch.bool, torch.uint8, torch.float32, torch.bfloat16], ids=str)
@@ -163,6 +163,32 @@ def test_gradcheck():
     torch.testing.assert_close(gradient, torch.autograd.grad(call(leaf)[1].sum(), leaf)[0])
 
 
+def test_compile_fullgraph_and_second_size():
+    torch._dynamo.reset()
+    frames = []
+
+    def backend(graph, examples):
+        frames.append(graph)
+        return graph.forward
+
+    def criterion(logits, indices):
+        (cost,) = mask_matching_cost_at_points(logits, masks, num_points=9)
+        loss = mask_loss_at_points(logits, masks, indices, num_points=9)
+        return loss.bce + loss.dice + cost.dice.mean()
+
+    compiled, (logits, masks) = torch.compile(criterion, fullgraph=True, backend=backend), draw()
+    masks = masks[:1]
+    for cells in (4, 5):
+        leaf, results = logits[:1, ..., :cells].clone().requires_grad_(), []
+        torch._dynamo.mark_dynamic(leaf, 3)
+        for call in (compiled, criterion):
+            torch.manual_seed(0)
+            loss = call(leaf, INDICES[:1])
+            results.append((loss, *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*results)
+    assert len(frames) == 1
+
+
 def test_a_query_of_several_targets_gets_both_gradients():
     logits, masks = draw()
     index = [(torch.tensor([1, 1]), torch.tensor([0, 2])), (torch.tensor([], dtype=torch.int64),) * 2]
@@ -191,7 +217,7 @@ class Peak(TorchDispatchMode):
 
 
 def test_neither_targets_nor_candidates_are_all_in_memory(monkeypatch):
-    monkeypatch.setitem(mask_points._BUDGETS, "cpu", 2**16)
+    monkeypatch.setitem(_parts.BUDGETS, "cpu", 2**16)
     logits = torch.randn(1, 40, 16, 16, requires_grad=True)
     targets = torch.rand(1, 40, 128, 128) > 0.5
     every = (torch.arange(40), torch.arange(40))
