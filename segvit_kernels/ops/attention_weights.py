@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit_kernels._autocast import autocast_dtype, without_autocast
+from segvit_kernels._autocast import autocast, without_autocast
 from segvit_kernels.ops._attention import validate
 from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 from segvit_kernels.ops._checks import number
@@ -119,8 +119,7 @@ def attention_weights(
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    if dtype := autocast_dtype(query.device):
-        query, key = (t.to(dtype) if t.dtype != torch.float64 else t for t in (query, key))
+    query, key = autocast(query.device, query, key)
     validate({"query": query, "key": key, "value": key}, 0.0, True, key_padding_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     query = query.expand(key.shape[0], -1, -1, -1)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
-from segvit_kernels._autocast import autocast_dtype, without_autocast
+from segvit_kernels._autocast import autocast, without_autocast
 from segvit_kernels.ops import _checks
 from segvit_kernels.ops._autograd import (
     differentiable,
@@ -151,11 +151,7 @@ def _factors(
             f"features has shape {tuple(features.shape)}; expected (batch, channels, height, width), not "
             "empty"
         )
-    if dtype := autocast_dtype(features.device):
-        features, *entries = (
-            t.to(dtype) if t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t
-            for t in (features, *entries)
-        )
+    features, *entries = autocast(features.device, features, *entries)
     batch, channels = features.shape[:2]
     for name, query in zip(names, entries, strict=True):
         if query.ndim != 3 or (query.shape[0], query.shape[2]) != (batch, channels) or not query.shape[1]:
@@ -306,7 +302,8 @@ def factored_matching_cost(
         raise TypeError(f"queries is a {type(queries).__name__}; expected a tensor")
     if isinstance(targets, Tensor) and targets.ndim == 3 and num_classes is None:
         raise ValueError("num_classes is None with labels; expected their number")
-    (query,), features, stand_ins, budget = _factors(queries.detach(), features.detach(), budget)
+    (query,), features, stand_ins, budget = _factors(queries, features, budget)
+    query, features = query.detach(), features.detach()
     classes = validate(stand_ins, targets, num_classes, focal_alpha, focal_gamma, None)
     if transformed(backend):
         with without_autocast(features.device):

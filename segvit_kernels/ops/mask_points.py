@@ -271,7 +271,7 @@ def uncertain_points(
 def _uniform(device: torch.device, generator: torch.Generator | None, rows: int, count: int) -> Tensor:
     """Points (rows, count, 2)."""
     # Compiled, torch.rand takes no open size together with a generator, be it None.
-    own = {} if generator is None else {"generator": generator}
+    own: dict[str, Any] = {} if generator is None else {"generator": generator}
     return torch.rand(rows, count, 2, device=device, **own)
 
 

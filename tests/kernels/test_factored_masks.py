@@ -290,5 +290,10 @@ def test_refusals(queries, features, targets, options, error, message):
         factored_mask_loss(queries, features, targets, **options)
 
 
+def test_costs_name_what_is_no_tensor():
+    with pytest.raises(TypeError, match="features is a list; expected a tensor"):
+        factored_matching_cost(Q, [F], LABELS, num_classes=2)
+
+
 def test_dtypes_are_named():
     assert set(CLOSE) == set(NAMES)
