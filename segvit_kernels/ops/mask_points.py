@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels._autocast import without_autocast
-from segvit_kernels.ops._autograd import first_derivative_only, transformed
+from segvit_kernels.ops._autograd import differentiable, first_derivative_only, transformed
 from segvit_kernels.ops._checks import can_read, count, number, whole
 from segvit_kernels.ops._parts import budget_of, parts
 
@@ -180,6 +180,7 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
             raise ValueError(
                 f"targets[{i}] is on {target.device}; expected {mask_logits.device}, as mask_logits"
             )
+        _refuse_gradient(f"targets[{i}]", target)
     return given
 
 
@@ -222,14 +223,18 @@ def _check_read(targets: Tensor) -> None:
             raise ValueError(f"targets holds masks from {low:g} to {high:g}; expected 0 to 1")
 
 
-def _checked_points(points: Tensor, count: int, what: str, device: torch.device) -> Tensor:
+def _refuse_gradient(name: str, tensor: Tensor) -> None:
+    if differentiable(tensor):
+        raise ValueError(f"{name} requires a gradient, which there is none of; expected {name}.detach()")
+
+
+def _check_points(points: Tensor, count: int, what: str, device: torch.device) -> None:
     if not isinstance(points, Tensor) or not points.is_floating_point():
         raise TypeError("points is no floating-point tensor; expected (x, y) in [0, 1]")
     if points.ndim != 3 or points.shape[0] != count or points.shape[1] < 1 or points.shape[2] != 2:
         raise ValueError(f"points has shape {tuple(points.shape)}; expected ({count}, points, 2), {what}")
     if points.device != device:
         raise ValueError(f"points is on {points.device}; expected {device}, as mask_logits")
-    return points
 
 
 @torch.no_grad()
@@ -346,12 +351,14 @@ def mask_loss_at_points(
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if num_masks is not None:
         num_masks = count("num_masks", num_masks)
+    if isinstance(points, Tensor):
+        _refuse_gradient("points", points)
     with torch.no_grad():
         if points is None:
             points = _uncertain(
                 mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
             )
-        _checked_points(points, len(images), "those of every pair", mask_logits.device)
+        _check_points(points, len(images), "those of every pair", mask_logits.device)
         dtype = _computed(mask_logits.dtype)
         size = [max((target.shape[axis] for target in given), default=1) for axis in (1, 2)]
         t = torch.empty(points.shape[:2], dtype=dtype, device=points.device)
@@ -409,7 +416,7 @@ def mask_matching_cost_at_points(
     given = _checked_masks(mask_logits, targets)
     whole("num_points", num_points, 1)
     if points is not None:
-        _checked_points(points, len(given), "those of every image", mask_logits.device)
+        _check_points(points, len(given), "those of every image", mask_logits.device)
     dtype, costs = _computed(mask_logits.dtype), []
     for i, (masks, target) in enumerate(zip(mask_logits, given, strict=True)):
         own = _uniform(masks.device, generator, 1, num_points) if points is None else points[i : i + 1]

@@ -264,6 +264,8 @@ LOGITS, TARGETS = torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 8, 8)
         ({"indices": [(torch.tensor([0]), torch.tensor([2]))]}, ValueError, "targets 2 to 2; expected 0"),
         ({"points": torch.rand(2, 5, 2)}, ValueError, r"points has shape \(2, 5, 2\); expected \(1, p"),
         ({"points": torch.zeros(1, 5, 2).int()}, TypeError, "points is no floating-point tensor"),
+        ({"points": torch.rand(1, 5, 2).requires_grad_()}, ValueError, "points requires a gradient, which"),
+        ({"targets": TARGETS.clone().requires_grad_()}, ValueError, r"targets\[0\] requires a gradient"),
         ({"num_points": 0}, ValueError, "num_points is 0; expected at least 1"),
         ({"oversample_ratio": 0.5}, ValueError, "oversample_ratio is 0.5; expected at least 1"),
         ({"importance_sample_ratio": 1.5}, ValueError, "importance_sample_ratio is 1.5; expected 0 to 1"),
