@@ -212,6 +212,8 @@ def checked_indices(
                 raise ValueError(f"indices[{i}] has {name} {got}; expected 0 to {most - 1}")
         images.append(torch.full_like(queries, i, dtype=torch.int64))
         chosen.append(queries.long())
+    if not batch:
+        return (torch.empty(0, dtype=torch.int64),) * 2
     return torch.cat(images), torch.cat(chosen)
 
 

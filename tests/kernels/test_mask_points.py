@@ -239,6 +239,14 @@ def test_nothing_matched():
     ] * 2
 
 
+def test_empty_batch():
+    logits = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    loss = mask_loss_at_points(logits, [], [], num_points=10)
+    assert loss.bce == 0 and loss.points.shape == uncertain_points(logits, [], 10).shape == (0, 10, 2)
+    loss.dice.backward()
+    assert logits.grad.shape == logits.shape and mask_matching_cost_at_points(logits, []) == []
+
+
 def test_numbers_that_are_none_show():
     logits, masks = draw()
     logits[0, 4] = torch.nan
