@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch import Tensor
+
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -13,6 +16,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         return None  # in half the time
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def autocast(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that autocast has on a device; float64 and what is no number of it stay."""
+    dtype = autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype in _CAST else t for t in tensors) if dtype else tensors
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -242,7 +242,14 @@ def macs(
 
 
 def refuse_of_kernels(
-    backend: str, mask_logits: list[Tensor], class_probs: Tensor, *_: Any
+    backend: str,
+    mask_logits: list[Tensor],
+    class_probs: Tensor,
+    views: Any,
+    batch: int,
+    height: int,
+    width: int,
+    *_: Any,
 ) -> Exception | None:
     """What the kernels of both operators refuse."""
     for name, tensor in (("mask_logits", mask_logits[0]), ("class_probs", class_probs)):
@@ -250,4 +257,6 @@ def refuse_of_kernels(
             return TypeError(f"backend {backend!r} takes float32, float16 and bfloat16; {name} is float64")
     if class_probs.ndim == 2:
         return ValueError(f"backend {backend!r} takes a matrix of class_probs; got its diagonal")
+    if backend == "triton" and height * width >= 2**31:  # it counts an image's pixels in 32 bits
+        return ValueError(f"backend 'triton' takes up to 2³¹ − 1 pixels; size is {(height, width)}")
     return None

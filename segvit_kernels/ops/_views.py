@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from segvit_kernels.ops._checks import whole
+from segvit_kernels.ops._checks import size_pair, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ class View:
 
         The rectangle holds the output pixels whose centre lies in the crop.
         """
-        (H, W), (rh, rw), (ch, cw), (h, w) = size, resized, crop, grid
+        given = {"size": size, "resized": resized, "crop": crop, "grid": grid}
+        (H, W), (rh, rw), (ch, cw), (h, w) = (size_pair(name, pair) for name, pair in given.items())
         ay, by = _crop_axis(H, rh, top, ch, h)
         ax, bx = _crop_axis(W, rw, left, cw, w)
         if flip:
@@ -98,8 +99,10 @@ class Views:
             ``affine`` (V, 4) float32; the latter two sorted by image, then group.
 
     Raises:
-        TypeError: a view's image, group or an edge of its rectangle is no whole number.
-        ValueError: a view's image, rectangle or map is out of range, or an output pixel is not covered.
+        TypeError: one of the views is none; the batch, a side, a view's image, group or an edge of its
+            rectangle is no whole number.
+        ValueError: the batch, the size, a view's image, rectangle or map is out of range, or an output pixel
+            is not covered.
     """
 
     def __init__(
@@ -109,7 +112,8 @@ class Views:
         size: tuple[int, int],
         device: torch.device | str | None = None,
     ) -> None:
-        self.views, self.batch, self.size = tuple(views), batch, (int(size[0]), int(size[1]))
+        height, width = size_pair("size", size)
+        self.views, self.batch, self.size = tuple(views), whole("batch", batch, 0), (int(height), int(width))
         for index, view in enumerate(self.views):
             _check_view(index, view, batch, self.size)
         for image in range(batch):
@@ -145,6 +149,8 @@ class Views:
 
 
 def _check_view(index: int, view: View, batch: int, size: tuple[int, int]) -> None:
+    if not isinstance(view, View):
+        raise TypeError(f"view {index} is a {type(view).__name__}; expected a View")
     for name, values in (("image", [view.image]), ("group", [view.group]), ("rectangle", view.rectangle)):
         for value in values:
             whole(f"{name} of view {index}", value)

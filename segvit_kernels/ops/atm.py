@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
-from segvit_kernels._autocast import autocast_dtype, without_autocast
+from segvit_kernels._autocast import autocast, without_autocast
 from segvit_kernels.ops._attention import (
     distinct,
     draw_seed,
@@ -375,8 +375,7 @@ def fused_atm(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    if dtype := autocast_dtype(query.device):
-        tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
+    tensors = dict(zip(tensors, autocast(query.device, *tensors.values()), strict=True))
     validate(tensors, dropout_p, need_masks, key_padding_mask)
     query, key, value, *previous = map(unit_stride, tensors.values())
     previous_masks = previous[0] if previous else None

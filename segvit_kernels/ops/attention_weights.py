@@ -3,7 +3,7 @@
     W = 1/H · Σₕ Pₕ,   Pₕ = softmax(scale · Qₕ Kₕᵀ)        dSₕ = Pₕ ∘ (dW − rowsum(dW ∘ Pₕ)) / H
 
 Layout is (batch, tokens, heads, head_dim). A head's weights exist for some images at a time, and are made
-again in the backward: beside W there is never more than ``_BUDGETS`` bytes, or one head's weights of one
+again in the backward: beside W there is never more than a budget of bytes, or one head's weights of one
 image, in float32 (float64 for float64 inputs). A graph of ordinary operators, on every device.
 
 Tokens may be padding: their weight is 0, whatever stands there, and so are all weights of an image of nothing
@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segvit_kernels._autocast import autocast_dtype, without_autocast
+from segvit_kernels._autocast import autocast, without_autocast
 from segvit_kernels.ops._attention import validate
 from segvit_kernels.ops._autograd import first_derivative_only, full_precision, transformed
 from segvit_kernels.ops._checks import number
-
-_BUDGETS = {"cpu": 2**25}  # bytes of one head's weights that exist at a time
-_BUDGET = 2**28  # on other devices
+from segvit_kernels.ops._parts import budget_of, parts
 
 
 def attention_weights_reference(
@@ -34,6 +32,8 @@ def attention_weights_reference(
 ) -> Tensor:
     """The meaning of :func:`attention_weights` in ordinary PyTorch, with (B, H, Nq, Nk) in memory."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if key_padding_mask is not None:
+        key = key.masked_fill(key_padding_mask[:, :, None, None], 0)
     scores = scale * query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
     if key_padding_mask is not None:
         hidden = key_padding_mask[:, None, None]
@@ -49,9 +49,7 @@ def _heads(
     """Images, head, its queries and keys (b, N, D) and its weights (b, Nq, Nk), in float32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     (batch, keys, heads, _), queries = key.shape, query.shape[1]
-    step = max(1, _BUDGETS.get(query.device.type, _BUDGET) // (queries * keys * dtype.itemsize))
-    for start in range(0, batch, step):
-        images = slice(start, min(start + step, batch))
+    for images in parts(batch, queries * keys * dtype.itemsize, budget_of(query.device)):
         hidden = None if key_padding_mask is None else key_padding_mask[images, :, None]
         for head in range(heads):
             q, k = query[images, :, head].to(dtype), key[images, :, head].to(dtype)
@@ -121,8 +119,7 @@ def attention_weights(
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    if dtype := autocast_dtype(query.device):
-        query, key = (t.to(dtype) if t.dtype != torch.float64 else t for t in (query, key))
+    query, key = autocast(query.device, query, key)
     validate({"query": query, "key": key, "value": key}, 0.0, True, key_padding_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     query = query.expand(key.shape[0], -1, -1, -1)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
-from segvit_kernels._autocast import autocast_dtype, without_autocast
+from segvit_kernels._autocast import autocast, without_autocast
 from segvit_kernels.ops import _checks
 from segvit_kernels.ops._autograd import (
     differentiable,
@@ -39,6 +39,7 @@ from segvit_kernels.ops._autograd import (
 from segvit_kernels.ops._checks import tensors, whole
 from segvit_kernels.ops._mask_loss_checks import Arguments, checked, validate
 from segvit_kernels.ops._mask_loss_eager import accumulator
+from segvit_kernels.ops._parts import budget_of, parts
 from segvit_kernels.ops.mask_loss import (
     MaskLoss,
     MatchingCost,
@@ -52,9 +53,6 @@ from segvit_kernels.ops.mask_loss import (
     mask_matching_cost_reference,
 )
 
-_BUDGETS = {"cpu": 2**25}  # bytes of logits that exist at a time
-_BUDGET = 2**28  # on other devices
-
 
 def _product(queries: Tensor, features: Tensor) -> Tensor:
     """Logits (B, Q, h, w) of (B, Q, C) and (B, C, h, w)."""
@@ -65,21 +63,19 @@ def _blocks(shape: Sequence[int], cell: int, budget: int) -> Iterator[tuple[slic
     """Images and queries of (B, Q, h, w) logits, ``cell`` bytes each: whole images where one fits."""
     batch, queries, height, width = shape
     one = height * width * cell
-    count = max(1, min(queries, budget // one))
-    images = max(1, min(batch, budget // (one * queries)))
-    for image in range(0, batch, images):
-        for query in range(0, queries, count):
-            yield slice(image, image + images), slice(query, query + count)
+    for images in parts(batch, one * queries, budget):
+        for own in parts(queries, one, budget):
+            yield images, own
 
 
 def _matched(matches: Tensor | None, images: slice, own: slice, queries: int, targets: Tensor) -> Any:
     """The matches of a block; query i has target i where there are none."""
     if matches is not None:
         return matches[images, own]
-    if own.start == 0 and own.stop >= queries:
+    if own.start == 0 and own.stop == queries:
         return None
-    block = torch.arange(own.start, min(own.stop, queries), device=targets.device)
-    return block.expand(targets[images].shape[0], -1)
+    block = torch.arange(own.start, own.stop, device=targets.device)
+    return block.expand(images.stop - images.start, -1)
 
 
 class FactoredMaskLossFunction(torch.autograd.Function):
@@ -120,7 +116,7 @@ class FactoredMaskLossFunction(torch.autograd.Function):
         batch, count, _channels = queries[0].shape
         shape, cell = (batch, count, *features.shape[2:]), len(queries) * features.element_size()
         blocks = list(_blocks(shape, cell, ctx.budget))
-        summed = areas.dtype if len(queries) > 1 or blocks[:1] != blocks[-1:] else features.dtype
+        summed = areas.dtype if len(queries) > 1 or len(blocks) > 1 else features.dtype
         grad_features = features.new_zeros(features.shape, dtype=summed).flatten(2)
         grad_queries = [torch.zeros_like(q) for q in queries]
         for images, own in blocks:
@@ -155,11 +151,7 @@ def _factors(
             f"features has shape {tuple(features.shape)}; expected (batch, channels, height, width), not "
             "empty"
         )
-    if dtype := autocast_dtype(features.device):
-        features, *entries = (
-            t.to(dtype) if t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t
-            for t in (features, *entries)
-        )
+    features, *entries = autocast(features.device, features, *entries)
     batch, channels = features.shape[:2]
     for name, query in zip(names, entries, strict=True):
         if query.ndim != 3 or (query.shape[0], query.shape[2]) != (batch, channels) or not query.shape[1]:
@@ -173,7 +165,7 @@ def _factors(
                 "as features"
             )
     if budget is None:
-        budget = _BUDGETS.get(features.device.type, _BUDGET)
+        budget = budget_of(features.device)
     whole("budget", budget, 1)
     stand_ins = [
         features.new_empty(()).expand(batch, query.shape[1], *features.shape[2:]) for query in entries
@@ -310,7 +302,8 @@ def factored_matching_cost(
         raise TypeError(f"queries is a {type(queries).__name__}; expected a tensor")
     if isinstance(targets, Tensor) and targets.ndim == 3 and num_classes is None:
         raise ValueError("num_classes is None with labels; expected their number")
-    (query,), features, stand_ins, budget = _factors(queries.detach(), features.detach(), budget)
+    (query,), features, stand_ins, budget = _factors(queries, features, budget)
+    query, features = query.detach(), features.detach()
     classes = validate(stand_ins, targets, num_classes, focal_alpha, focal_gamma, None)
     if transformed(backend):
         with without_autocast(features.device):

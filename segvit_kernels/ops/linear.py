@@ -45,6 +45,7 @@ from torch.nn import functional as F
 from segvit_kernels import _library
 from segvit_kernels._autocast import autocast_dtype
 from segvit_kernels.ops._autograd import differentiable, transformed
+from segvit_kernels.ops._checks import flag, number
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (torch.float32, *_HALVES)
@@ -337,6 +338,8 @@ def linear(
         BackendUnavailableError: an explicitly chosen backend cannot run here.
     """
     around: dict[str, Any] = {"norm": norm, "scale": scale, "residual": residual}
+    _check_kinds(norm, input=input, weight=weight, bias=bias, scale=scale, residual=residual)
+    flag("gelu", gelu)
     autograd = transformed(backend) or differentiable(input, weight, bias, *(norm or ())[:2], scale, residual)
     autocast = autocast_dtype(input.device) is not None
     if packed is not None:
@@ -397,6 +400,18 @@ def _check_packed(packed: PackedWeight) -> None:
         raise TypeError(f"packed has factors {type(factors).__name__}; expected what pack_weight gives")
 
 
+def _check_kinds(norm: Any, **tensors: Any) -> None:
+    """Raise TypeError for what is no tensor, and no LayerNorm."""
+    if norm is not None:
+        if not isinstance(norm, tuple) or len(norm) != 3:
+            raise TypeError("norm is no tuple of three; expected weight, bias and epsilon of a LayerNorm")
+        tensors |= {"norm's weight": norm[0], "norm's bias": norm[1]}
+        number("norm's epsilon", norm[2], 0)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("input", "weight")):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+
+
 def _validate(
     input: Tensor,
     weight: Tensor,
@@ -414,8 +429,6 @@ def _validate(
     outputs, depth = weight.shape
     if input.ndim < 1 or input.shape[-1] != depth:
         raise ValueError(f"input has shape {tuple(input.shape)}; expected (..., {depth}), as weight has")
-    if norm is not None and (not isinstance(norm, tuple) or len(norm) != 3):
-        raise TypeError("norm is no tuple of three; expected weight, bias and epsilon of a LayerNorm")
     norm_weight, norm_bias, _ = norm or (None, None, 0.0)
     for name, tensor, shape in (
         ("weight", weight, (outputs, depth)),

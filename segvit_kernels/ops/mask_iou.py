@@ -30,6 +30,7 @@ from segvit_kernels.ops._checks import flag, number, size_pair
 from segvit_kernels.ops._resize import finite, upsampled
 
 _DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST_PIXELS = 2**31 - 1
 _BUDGET = 2**19  # elements of a block on the CPU: 2 MiB stay in the cache
 
 
@@ -155,7 +156,8 @@ def mask_iou(
     Args:
         a: (B, N, h, w), logits of float32, float16, bfloat16 or float64 (eager only), or booleans.
         b: (B, M, h', w'), likewise.
-        size: the common (H, W), which booleans have; by default that of ``a`` and of ``b``.
+        size: the common (H, W), which booleans have; by default that of ``a`` and of ``b``. If hard, 2³¹ − 1
+            pixels at most.
         soft: σ of logits in place of whether they are above the threshold.
         threshold: above which a logit is in the mask, if hard; for probabilities in place of logits 0.5.
         backend: one of ``segvit_kernels.BACKENDS``; chosen by device unless given.
@@ -191,12 +193,16 @@ def mask_iou(
             raise ValueError(
                 f"{name} has masks of {tuple(tensor.shape[2:])}; expected {(height, width)}, {common}"
             )
+    if not flag("soft", soft) and not torch.compiler.is_compiling() and height * width > _MOST_PIXELS:
+        raise ValueError(
+            f"the common size is {(height, width)}; expected at most 2³¹ − 1 pixels, whose counts are int32"
+        )
     intersection, area_a, area_b = _mask_iou(
         unit_stride(a.detach()),
         unit_stride(b.detach()),
         height,
         width,
-        flag("soft", soft),
+        soft,
         number("threshold", threshold),
         backend,
     )

@@ -20,6 +20,7 @@ Refused: points of another shape, indices out of range, targets for another numb
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,13 +30,12 @@ from torch.nn import functional as F
 
 from segvit_kernels import _library
 from segvit_kernels._autocast import without_autocast
-from segvit_kernels.ops._autograd import first_derivative_only, transformed
+from segvit_kernels.ops._autograd import differentiable, first_derivative_only, transformed
 from segvit_kernels.ops._checks import can_read, count, number, whole
+from segvit_kernels.ops._parts import budget_of, parts
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_BUDGETS = {"cpu": 2**25}  # bytes of masks and candidates that exist at a time
-_BUDGET = 2**28  # on other devices
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
@@ -74,13 +74,6 @@ def _in_rows(points: Tensor, size: Sequence[int]) -> Tensor:
     return points[:, order]
 
 
-def _parts(pairs: int, each: int, device: torch.device) -> Iterator[slice]:
-    """Pairs of ``each`` bytes, as many at a time as the budget holds."""
-    step = max(1, _BUDGETS.get(device.type, _BUDGET) // each)
-    for start in range(0, pairs, step):
-        yield slice(start, min(start + step, pairs))
-
-
 class _AtPoints(torch.autograd.Function):
     """Logits (K, P) of pairs (image, query) at points (K, P, 2) of their own."""
 
@@ -89,11 +82,11 @@ class _AtPoints(torch.autograd.Function):
         dtype = _computed(mask_logits.dtype)
         result = points.new_empty(points.shape[:2], dtype=dtype)
         each = mask_logits.shape[2] * mask_logits.shape[3] * dtype.itemsize
-        for own in _parts(len(points), each, points.device):
+        for own in parts(len(points), each, budget_of(points.device)):
             masks = mask_logits[images[own], queries[own]].to(dtype)
             result[own] = _read(masks[:, None], points[own])[:, 0]
         ctx.save_for_backward(images, queries, points)
-        ctx.shape, ctx.dtype = mask_logits.shape, mask_logits.dtype
+        ctx.shape, ctx.dtype = tuple(mask_logits.shape), mask_logits.dtype
         return result
 
     @staticmethod
@@ -102,7 +95,7 @@ class _AtPoints(torch.autograd.Function):
         images, queries, points = ctx.saved_tensors
         result = grad.new_zeros(ctx.shape, dtype=ctx.dtype)
         height, width = ctx.shape[2:]
-        for own in _parts(len(points), 2 * height * width * grad.element_size(), grad.device):
+        for own in parts(len(points), 2 * height * width * grad.element_size(), budget_of(grad.device)):
             grid = 2.0 * points[own][:, :, None].to(grad.dtype) - 1.0
             shape = grad.new_empty((len(grid), 1, height, width))  # its values are not read
             part, _ = torch.ops.aten.grid_sampler_2d_backward(
@@ -187,6 +180,7 @@ def _checked_masks(mask_logits: Tensor, targets: Sequence[Tensor] | Tensor) -> l
             raise ValueError(
                 f"targets[{i}] is on {target.device}; expected {mask_logits.device}, as mask_logits"
             )
+        _refuse_gradient(f"targets[{i}]", target)
     return given
 
 
@@ -213,13 +207,15 @@ def checked_indices(
             if not isinstance(index, Tensor) or (len(index) and index.dtype not in _INDEX_DTYPES):
                 kind = index.dtype if isinstance(index, Tensor) else f"a {type(index).__name__}"
                 raise TypeError(f"indices[{i}] has {name} of {kind}; expected a tensor of torch.int64")
-            if index.device.type == "cpu" and len(index) and not 0 <= index.min() <= index.max() < most:
+            if can_read(index) and len(index) and not 0 <= index.min() <= index.max() < most:
                 got = f"{int(index.min())} to {int(index.max())}"
                 raise ValueError(f"indices[{i}] has {name} {got}; expected 0 to {most - 1}")
         images.append(torch.full_like(queries, i, dtype=torch.int64))
         chosen.append(queries.long())
         if targets is not None:
             picked.append(masks.long())  # of fewer bits places of pixels would wrap around
+    if not batch:
+        return (torch.empty(0, dtype=torch.int64),) * 2 + ([],)
     return torch.cat(images), torch.cat(chosen), picked
 
 
@@ -231,14 +227,18 @@ def _check_read(targets: Tensor) -> None:
             raise ValueError(f"targets holds masks from {low:g} to {high:g}; expected 0 to 1")
 
 
-def _checked_points(points: Tensor, count: int, what: str, device: torch.device) -> Tensor:
+def _refuse_gradient(name: str, tensor: Tensor) -> None:
+    if differentiable(tensor):
+        raise ValueError(f"{name} requires a gradient, which there is none of; expected {name}.detach()")
+
+
+def _check_points(points: Tensor, count: int, what: str, device: torch.device) -> None:
     if not isinstance(points, Tensor) or not points.is_floating_point():
         raise TypeError("points is no floating-point tensor; expected (x, y) in [0, 1]")
     if points.ndim != 3 or points.shape[0] != count or points.shape[1] < 1 or points.shape[2] != 2:
         raise ValueError(f"points has shape {tuple(points.shape)}; expected ({count}, points, 2), {what}")
     if points.device != device:
         raise ValueError(f"points is on {points.device}; expected {device}, as mask_logits")
-    return points
 
 
 @torch.no_grad()
@@ -277,6 +277,13 @@ def uncertain_points(
     )
 
 
+def _uniform(device: torch.device, generator: torch.Generator | None, rows: int, count: int) -> Tensor:
+    """Points (rows, count, 2)."""
+    # Compiled, torch.rand takes no open size together with a generator, be it None.
+    own: dict[str, Any] = {} if generator is None else {"generator": generator}
+    return torch.rand(rows, count, 2, device=device, **own)
+
+
 def _uncertain(
     mask_logits: Tensor,
     images: Tensor,
@@ -290,19 +297,19 @@ def _uncertain(
     candidates = int(count * number("oversample_ratio", oversample_ratio, 1))
     certain = int(number("importance_sample_ratio", importance_sample_ratio, 0, 1) * count)
     device, dtype = mask_logits.device, _computed(mask_logits.dtype)
-    options: Any = {"device": device, "generator": generator}
+    draw = functools.partial(_uniform, device, generator)
     points = torch.empty(len(images), count, 2, device=device)
     # A CPU draws the rows of a tensor one after the other: a part of them at a time gives the same numbers.
-    drawn = None if device.type == "cpu" else torch.rand(len(images), candidates, 2, **options)
+    drawn = None if device.type == "cpu" else draw(len(images), candidates)
     each = (mask_logits.shape[2] * mask_logits.shape[3] + 8 * candidates) * dtype.itemsize
-    for own in _parts(len(images), each, device):
-        some = torch.rand(len(images[own]), candidates, 2, **options) if drawn is None else drawn[own]
+    for own in parts(len(images), each, budget_of(device)):
+        some = draw(len(images[own]), candidates) if drawn is None else drawn[own]
         masks = mask_logits[images[own], queries[own]].to(dtype)
         uncertainty = -_read(masks[:, None], some)[:, 0].abs()
         best = uncertainty.topk(certain, dim=1).indices
         points[own, :certain] = some.gather(1, best[..., None].expand(-1, -1, 2))
     if certain < count:
-        points[:, certain:] = torch.rand(len(images), count - certain, 2, **options)
+        points[:, certain:] = draw(len(images), count - certain)
     return points
 
 
@@ -349,19 +356,21 @@ def mask_loss_at_points(
         raise ValueError(f"reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
     if num_masks is not None:
         num_masks = count("num_masks", num_masks)
+    if isinstance(points, Tensor):
+        _refuse_gradient("points", points)
     with torch.no_grad():
         if points is None:
             points = _uncertain(
                 mask_logits, images, queries, num_points, oversample_ratio, importance_sample_ratio, generator
             )
-        _checked_points(points, len(images), "those of every pair", mask_logits.device)
+        _check_points(points, len(images), "those of every pair", mask_logits.device)
         dtype = _computed(mask_logits.dtype)
         size = [max((target.shape[axis] for target in given), default=1) for axis in (1, 2)]
         t = torch.empty(points.shape[:2], dtype=dtype, device=points.device)
         first = 0
         for target, chosen in zip(given, picked, strict=True):
             # Of a point its neighbours, their places and weights.
-            for part in _parts(len(chosen), 16 * points.shape[1] * dtype.itemsize, points.device):
+            for part in parts(len(chosen), 16 * points.shape[1] * dtype.itemsize, budget_of(points.device)):
                 own = slice(first + part.start, first + part.stop)
                 t[own] = _read_targets(target, chosen[part].to(target.device), points[own].to(dtype), size)
             first += len(chosen)
@@ -411,14 +420,10 @@ def mask_matching_cost_at_points(
     given = _checked_masks(mask_logits, targets)
     whole("num_points", num_points, 1)
     if points is not None:
-        _checked_points(points, len(given), "those of every image", mask_logits.device)
+        _check_points(points, len(given), "those of every image", mask_logits.device)
     dtype, costs = _computed(mask_logits.dtype), []
     for i, (masks, target) in enumerate(zip(mask_logits, given, strict=True)):
-        own = (
-            torch.rand(1, num_points, 2, device=masks.device, generator=generator)
-            if points is None
-            else points[i : i + 1]
-        )
+        own = _uniform(masks.device, generator, 1, num_points) if points is None else points[i : i + 1]
         own = _in_rows(own, target.shape[1:])
         x = _read(masks[:, None].to(dtype), own)[:, 0]  # (Q, P)
         t = _read_every(target, own.to(dtype))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from segvit_kernels import _library
-from segvit_kernels._autocast import autocast_dtype, without_autocast
+from segvit_kernels._autocast import autocast, without_autocast
 from segvit_kernels.ops import atm
 from segvit_kernels.ops._attention import (
     distinct,
@@ -253,8 +253,7 @@ def query_attention(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
-    if dtype := autocast_dtype(query.device):
-        tensors = {name: t.to(dtype) if t.dtype != torch.float64 else t for name, t in tensors.items()}
+    tensors = dict(zip(tensors, autocast(query.device, *tensors.values()), strict=True))
     validate(tensors, dropout_p, True, key_padding_mask)
     query, key, value = (unit_stride(t) for t in tensors.values())
     scale = query.shape[-1] ** -0.5 if scale is None else number("scale", scale)

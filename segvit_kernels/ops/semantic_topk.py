@@ -115,7 +115,7 @@ def _kernels_refuse(
     k = more[-2]
     if backend == "triton" and k > MOST:
         return ValueError(f"backend 'triton' gives at most {MOST} classes; return_probabilities is {k}")
-    return refuse_of_kernels(backend, mask_logits, class_probs)
+    return refuse_of_kernels(backend, mask_logits, class_probs, *more)
 
 
 semantic_topk = _library.define(

@@ -216,8 +216,10 @@ def test_export_and_transforms():
 
     (queries,), features, arguments = draw("labels", torch.float32)
     given = (queries, features, arguments["targets"])
-    program = torch.export.export(Criterion(), given)
-    torch.testing.assert_close(program.module()(*given), Criterion()(*given))
+    batch = ({0: torch.export.Dim("batch", max=99)},) * 3
+    program = torch.export.export(Criterion(), given, dynamic_shapes=batch)
+    for sizes in (given, [t.repeat_interleave(2, 0) for t in given]):
+        torch.testing.assert_close(program.module()(*sizes), Criterion()(*sizes))
     assert "segvit.mask_loss_fwd" in str(program.graph)
 
     gradient = torch.func.grad(lambda f: Criterion()(queries, f, arguments["targets"]))(features)
@@ -286,6 +288,11 @@ LABELS = torch.zeros(2, 8, 8, dtype=torch.uint8)
 def test_refusals(queries, features, targets, options, error, message):
     with pytest.raises(error, match=message):
         factored_mask_loss(queries, features, targets, **options)
+
+
+def test_costs_name_what_is_no_tensor():
+    with pytest.raises(TypeError, match="features is a list; expected a tensor"):
+        factored_matching_cost(Q, [F], LABELS, num_classes=2)
 
 
 def test_dtypes_are_named():

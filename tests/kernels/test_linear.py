@@ -176,6 +176,13 @@ def _tensors(**changes):
             ValueError,
             r"packed has panels of shape \(1, 32, 48, 2\); expected \(1, 16, 48, 2\)",
         ),
+        ({"input": [1.0, 2.0, 3.0]}, TypeError, "input is a list; expected a tensor"),
+        ({"weight": None}, TypeError, "weight is a NoneType; expected a tensor"),
+        ({"scale": 2.0}, TypeError, "scale is a float; expected a tensor"),
+        ({"gelu": "no"}, TypeError, "gelu is 'no'; expected True or False"),
+        ({"norm": torch.nn.LayerNorm(3)}, TypeError, "norm is no tuple of three"),
+        ({"norm": (1.0, None, 1e-5)}, TypeError, "norm's weight is a float; expected a tensor"),
+        ({"norm": (None, None, None)}, TypeError, "norm's epsilon is None; expected a number"),
         ({"norm": (torch.ones(3).half(), None)}, TypeError, "norm is no tuple of three"),
         (
             {"norm": (torch.ones(4).half(), None, 1e-5)},

@@ -240,6 +240,7 @@ MASKS = torch.zeros(2, 3, 4, 5)
         ),
         ({"b": MASKS > 0, "size": (8, 9)}, ValueError, r"expected \(8, 9\), the common size of booleans"),
         ({"size": (0, 9)}, ValueError, r"size is \(0, 9\)"),
+        ({"size": (2**16, 2**15)}, ValueError, r"common size is \(65536, 32768\); expected at most 2³¹ − 1"),
         ({"soft": 1}, TypeError, "soft is 1; expected True or False"),
         ({"threshold": math.nan}, ValueError, "threshold is nan"),
         ({"backend": "cudnn"}, ValueError, "'cudnn'"),

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segvit_kernels import mask_loss_at_points, mask_matching_cost_at_points, uncertain_points
-from segvit_kernels.ops import mask_points
+from segvit_kernels.ops import _parts
 
 QUERIES, GRID, SIZES = 6, (7, 5), [(20, 23), (17, 31)]
 COUNTS = (3, 4)
@@ -56,7 +56,7 @@ def sampled(logits, count, oversample, share):
 @pytest.fixture(params=[None, 1, 2500], ids=["one block", "a pair a block", "some pairs"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setitem(mask_points._BUDGETS, "cpu", request.param)
+        monkeypatch.setitem(_parts.BUDGETS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("targets", [torch.bool, torch.uint8, torch.float32, torch.bfloat16], ids=str)
@@ -163,6 +163,32 @@ def test_gradcheck():
     torch.testing.assert_close(gradient, torch.autograd.grad(call(leaf)[1].sum(), leaf)[0])
 
 
+def test_compile_fullgraph_and_second_size():
+    torch._dynamo.reset()
+    frames = []
+
+    def backend(graph, examples):
+        frames.append(graph)
+        return graph.forward
+
+    def criterion(logits, indices):
+        (cost,) = mask_matching_cost_at_points(logits, masks, num_points=9)
+        loss = mask_loss_at_points(logits, masks, indices, num_points=9)
+        return loss.bce + loss.dice + cost.dice.mean()
+
+    compiled, (logits, masks) = torch.compile(criterion, fullgraph=True, backend=backend), draw()
+    masks = masks[:1]
+    for cells in (4, 5):
+        leaf, results = logits[:1, ..., :cells].clone().requires_grad_(), []
+        torch._dynamo.mark_dynamic(leaf, 3)
+        for call in (compiled, criterion):
+            torch.manual_seed(0)
+            loss = call(leaf, INDICES[:1])
+            results.append((loss, *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*results)
+    assert len(frames) == 1
+
+
 def test_a_query_of_several_targets_gets_both_gradients():
     logits, masks = draw()
     index = [(torch.tensor([1, 1]), torch.tensor([0, 2])), (torch.tensor([], dtype=torch.int64),) * 2]
@@ -191,7 +217,7 @@ class Peak(TorchDispatchMode):
 
 
 def test_neither_targets_nor_candidates_are_all_in_memory(monkeypatch):
-    monkeypatch.setitem(mask_points._BUDGETS, "cpu", 2**16)
+    monkeypatch.setitem(_parts.BUDGETS, "cpu", 2**16)
     logits = torch.randn(1, 40, 16, 16, requires_grad=True)
     targets = torch.rand(1, 40, 128, 128) > 0.5
     every = (torch.arange(40), torch.arange(40))
@@ -224,6 +250,14 @@ def test_indices_of_few_bits(dtype):
     assert torch.equal(found.bce, expected.bce) and torch.equal(found.dice, expected.dice)
 
 
+def test_empty_batch():
+    logits = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    loss = mask_loss_at_points(logits, [], [], num_points=10)
+    assert loss.bce == 0 and loss.points.shape == uncertain_points(logits, [], 10).shape == (0, 10, 2)
+    loss.dice.backward()
+    assert logits.grad.shape == logits.shape and mask_matching_cost_at_points(logits, []) == []
+
+
 def test_numbers_that_are_none_show():
     logits, masks = draw()
     logits[0, 4] = torch.nan
@@ -249,6 +283,8 @@ LOGITS, TARGETS = torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 8, 8)
         ({"indices": [(torch.tensor([0]), torch.tensor([2]))]}, ValueError, "targets 2 to 2; expected 0"),
         ({"points": torch.rand(2, 5, 2)}, ValueError, r"points has shape \(2, 5, 2\); expected \(1, p"),
         ({"points": torch.zeros(1, 5, 2).int()}, TypeError, "points is no floating-point tensor"),
+        ({"points": torch.rand(1, 5, 2).requires_grad_()}, ValueError, "points requires a gradient, which"),
+        ({"targets": TARGETS.clone().requires_grad_()}, ValueError, r"targets\[0\] requires a gradient"),
         ({"num_points": 0}, ValueError, "num_points is 0; expected at least 1"),
         ({"oversample_ratio": 0.5}, ValueError, "oversample_ratio is 0.5; expected at least 1"),
         ({"importance_sample_ratio": 1.5}, ValueError, "importance_sample_ratio is 1.5; expected 0 to 1"),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segvit_kernels import FusedATM, attention_weights, attention_weights_reference
-from segvit_kernels.ops import attention_weights as ops
+from segvit_kernels.ops import _parts
 
 DIM, HEADS = 24, 3
 
@@ -25,7 +25,7 @@ NONE_LEFT = PADDING | torch.tensor([[False], [True]])
 @pytest.fixture(params=[None, 1], ids=["all images", "an image a block"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setitem(ops._BUDGETS, "cpu", request.param)
+        monkeypatch.setitem(_parts.BUDGETS, "cpu", request.param)
 
 
 @pytest.mark.parametrize("padding", [None, PADDING, NONE_LEFT], ids=["none", "some", "all"])
@@ -80,15 +80,38 @@ def test_gradcheck_and_transforms():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_compile():
+def test_transforms_look_at_no_padding_and_sum_in_full_precision():
+    def of(query, key):
+        return attention_weights(query, key, key_padding_mask=PADDING).square().sum()
+
+    query, key = tensors(torch.float32)
+    key = key.masked_fill(PADDING[..., None, None], torch.nan)
+    expected = torch.autograd.grad(of(*(leaves := (query.requires_grad_(), key.requires_grad_()))), leaves)
+    found = torch.func.grad(of, (0, 1))(query.detach(), key.detach())
+    torch.testing.assert_close(found, expected)
+    scores = torch.full((1, 2, 1, 8), 250.0, dtype=torch.float16)  # whose products no float16 holds
+    assert torch.func.vmap(lambda q: attention_weights(q, scores))(scores[None]).eq(0.5).all()
+
+
+def test_compile_fullgraph_and_second_batch():
     torch._dynamo.reset()
-    query, key = (t.requires_grad_() for t in tensors(torch.float32))
-    compiled = torch.compile(attention_weights, fullgraph=True, backend="aot_eager")
-    runs = []
-    for call in (compiled, attention_weights):
-        weights = call(query, key, key_padding_mask=PADDING)
-        runs.append((weights, *torch.autograd.grad(weights.square().sum(), (query, key))))
-    torch.testing.assert_close(*runs)
+    frames = []
+
+    def backend(graph, examples):
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attention_weights, fullgraph=True, backend=backend)
+    for times in (1, 2):
+        query, key, padding = (t.repeat_interleave(times, 0) for t in (*tensors(torch.float32), PADDING))
+        query, key, runs = query.requires_grad_(), key.requires_grad_(), []
+        for given in (query, key, padding):
+            torch._dynamo.mark_dynamic(given, 0)
+        for call in (compiled, attention_weights):
+            weights = call(query, key, key_padding_mask=padding)
+            runs.append((weights, *torch.autograd.grad(weights.square().sum(), (query, key))))
+        torch.testing.assert_close(*runs)
+    assert len(frames) == 1
 
 
 class Largest(TorchDispatchMode):
@@ -104,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_one_heads_weights_of_an_image_are_in_memory(monkeypatch):
-    monkeypatch.setitem(ops._BUDGETS, "cpu", 1)
+    monkeypatch.setitem(_parts.BUDGETS, "cpu", 1)
     query, key = torch.randn(1, 60, 8, 4, requires_grad=True), torch.randn(1, 70, 8, 4, requires_grad=True)
     with Largest() as largest:
         attention_weights(query, key).square().sum().backward()

@@ -14,6 +14,7 @@ from backends import (
     interpreted,
 )
 
+from segvit_kernels import _library
 from segvit_kernels.ops.semantic_argmax import View, Views, semantic_argmax
 from segvit_kernels.testing import assert_within_budget
 from segvit_kernels.testing.semantic_argmax import CASES, SemanticCase, assert_labels, oracle
@@ -354,6 +355,15 @@ def test_float64_is_refused(backend):
     inputs = BY_NAME["odd"].inputs(torch.float64)
     with pytest.raises(TypeError, match=f"'{backend.name}' takes float32.*mask_logits is float64"):
         semantic_argmax(**inputs, backend=backend.name)
+
+
+@pytest.mark.parametrize("operator", ["semantic_argmax", "semantic_topk"])
+def test_triton_leaves_images_that_32_bits_do_not_count_to_eager(operator):
+    refuse, masks = _library._operators[operator].refuse, torch.zeros(1, 3, 2, 2)
+    for width, refused in ((2**15, True), (2**15 - 1, False)):
+        for backend in ("triton", "cpu"):
+            error = refuse(backend, [masks], masks[..., 0], [], 1, 2**16, width, [], True, 1, 0.0)
+            assert ("up to 2³¹ − 1 pixels" in str(error)) == (refused and backend == "triton")
 
 
 @each_backend("eager", "cpu", "cuda")

@@ -163,6 +163,16 @@ def test_refusals():
             TypeError, match=f"{next(iter(changes))} of view 1 is .*; expected a whole number"
         ):
             Views([whole, dataclasses.replace(whole, **changes)], 1, size)
+    for batch, wrong, message in (
+        (1.0, size, "batch is 1.0; expected a whole number"),
+        (1, (8.5, 9), "size is 8.5; expected a whole number"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Views([whole], batch, wrong)
+    with pytest.raises(TypeError, match="view 0 is a int; expected a View"):
+        Views([3], 1, size)
+    with pytest.raises(ValueError, match=r"crop is \(0, 9\); expected \(height, width\), at least 1 x 1"):
+        View.crop(0, size, size, 0, 0, (0, 9), (2, 2))
     hole = [(0, 0, 8, 4), (0, 4, 3, 9), (4, 4, 8, 9), (2, 5, 6, 9)]
     pieces = [dataclasses.replace(whole, rectangle=r) for r in hole]
     with pytest.raises(ValueError, match=r"image 0 do not cover pixel \(3, 4\)"):

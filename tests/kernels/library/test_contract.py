@@ -13,8 +13,10 @@ import segvit_kernels
 from segvit_kernels import (
     BackendUnavailableError,
     _library,
+    attention_weights,
     backend,
     fused_atm,
+    query_attention,
     record_backends,
     without_autocast,
 )
@@ -33,6 +35,18 @@ MASKS = [
 def test_bad_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         fused_atm(**tensors(**changes))
+
+
+def test_autocast_takes_no_other_dtypes():
+    whole, half = torch.ones(1, 2, 1, 4, dtype=torch.int64), torch.ones(1, 2, 1, 4)
+    calls = (
+        lambda: fused_atm(half, half, whole),
+        lambda: query_attention(whole, half, half),
+        lambda: attention_weights(half, whole),
+    )
+    for call in calls:
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"torch.int64"):
+            call()
 
 
 def test_unsupported_by_a_backend(monkeypatch):
