@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segvit_kernels import mask_loss_at_points, mask_matching_cost_at_points, uncertain_points
-from segvit_kernels.ops import _parts
+from segvit_kernels.ops import _parts, mask_points
 
 QUERIES, GRID, SIZES = 6, (7, 5), [(20, 23), (17, 31)]
 COUNTS = (3, 4)
