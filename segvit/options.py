@@ -247,6 +247,13 @@ class ModelOptions(_Checked):
         "the Shrunk structure: query-based down- and up-sampling, 40 % less compute; it learns much sooner "
         "with --model.key_positions true, which published models do not have",
     )
+    shrink_after: float = option(
+        0.0,
+        "of a backbone that shrinks under a cascade (--model.shrink_at without --shrunk): share of the "
+        "training that has all tokens still",
+        at_least=0,
+        at_most=1,
+    )
     locate_images: int = option(
         64,
         "images that show a Shrunk model's queries where they are before the first step; 0: random queries",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +243,7 @@ class VisionTransformer(nn.Module):
         self.taps = tuple(taps)
         self.grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
         self.gradient_checkpointing = False
+        self.shrinks = config.shrink_at is not None
         self.keep_positions = False  # after fuse(), which promises that weights stay as they are
         self._kept: dict[str, tuple[tuple[tuple[int, int], torch.dtype], Folded]] = {}
 
@@ -332,6 +333,12 @@ class VisionTransformer(nn.Module):
         table = self._keep("angles", grid, dtype, rope.freqs, lambda: rope(grid, prefix).to(dtype))
         return [*block_angles(table, config.depth, shrink_at, grid, prefix)]
 
+    def shrink(self, enabled: bool) -> None:
+        """Whether the block that shrinks does, or keeps all tokens, as an ordinary one."""
+        if self.config.shrink_at is not None:
+            self.shrinks = enabled
+            cast(QueryDownsample, self.blocks[self.config.shrink_at]).stride = 2 if enabled else 1
+
     def _kept_tokens(self, places: Tensor) -> Tensor:
         """Which of all tokens are left where these patches are, (B, prefix + n)."""
         prefix = torch.arange(self.num_prefix, device=places.device).expand(places.shape[0], -1)
@@ -365,7 +372,9 @@ class VisionTransformer(nn.Module):
 
         features = []
         kept: Tensor | None = None  # which tokens of all are left, where `keep` said so
-        every_angle = self._angles(grid, x.dtype, None if keep else self.config.shrink_at)
+        every_angle = self._angles(
+            grid, x.dtype, self.config.shrink_at if self.shrinks and not keep else None
+        )
         for index, (block, angles) in enumerate(zip(self.blocks, every_angle, strict=True)):
             if kept is not None and angles is not None:
                 angles = _taken(angles, kept)

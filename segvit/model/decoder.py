@@ -227,6 +227,7 @@ class ATMDecoder(Decoder):
     def __init__(self, config: SegViTConfig, stage_widths: Sequence[int | None] | None = None) -> None:
         super().__init__()
         self.config = config
+        self.shrinks = True  # the backbone, where its configuration says so
         dim, heads = config.decoder_dim, config.decoder_heads
         assert dim is not None and heads is not None  # the config has filled them in
         second = config.decoder == "segvitv2"
@@ -266,7 +267,7 @@ class ATMDecoder(Decoder):
         for stage, tap, feature in zip(
             self.stages, reversed(self.config.taps), reversed(features), strict=True
         ):
-            stage_grid = self.config.backbone.grid_after(tap, grid)
+            stage_grid = self.config.backbone.grid_after(tap, grid) if self.shrinks else grid
             if accumulate and masks is not None:
                 masks = _resize_masks(masks, outputs[-1].grid, stage_grid)
             ((tokens, masks),) = stage(tokens, feature, masks if accumulate else None, first=first)

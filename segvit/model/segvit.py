@@ -71,6 +71,7 @@ class SegViT(nn.Module):
     mixes_classes = True  # else scoring() gives the diagonal: every mask is of a class of its own
     has_similarity_maps = True
     backbone_frozen = False
+    shrink_after = 0.0
 
     mean: Tensor
     std: Tensor
@@ -425,6 +426,8 @@ class SegViT(nn.Module):
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
+        if self.shrink_after:
+            self._shrink(True)  # anneal() says otherwise before each step of a training
         return self
 
     def freeze_backbone(self) -> SegViT:
@@ -442,7 +445,26 @@ class SegViT(nn.Module):
         return self
 
     def anneal(self, progress: float) -> None:
-        """Told before every step which share of the training is done, 0 to 1; nothing here depends on it."""
+        """Told before every step which share of the training is done, 0 to 1."""
+        if self.shrink_after:
+            self._shrink(progress >= self.shrink_after)
+
+    def set_shrink_after(self, share: float) -> SegViT:
+        """Keep all tokens in this share of a training, which the cascade takes as well; returns self.
+
+        Raises:
+            ValueError: the model has no cascade, or its backbone does not shrink.
+        """
+        cascade = isinstance(self.decoder, ATMDecoder) and not self.config.upsample
+        if share and not (cascade and self.backbone.shrinks):
+            reason = "without a cascade on a backbone that shrinks (shrink_at, not upsample)"
+            raise ValueError(f"shrink_after: got {share:g}, expected 0 {reason}")
+        self.shrink_after = share
+        return self
+
+    def _shrink(self, enabled: bool) -> None:
+        self.backbone.shrink(enabled)
+        cast(ATMDecoder, self.decoder).shrinks = enabled
 
     def parameter_groups(
         self,

@@ -109,6 +109,7 @@ def build_model(config: TrainConfig, dataset: Any, say: Callable[[str], None] = 
         model = _start(config, dataset.num_classes, {"shrunk": config.shrunk, **overrides}, say)
     if config.freeze_backbone:
         model.freeze_backbone()
+    model.set_shrink_after(config.shrink_after)
     model.set_gradient_checkpointing(config.gradient_checkpointing)
     return model
 

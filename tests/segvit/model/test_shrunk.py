@@ -56,6 +56,33 @@ def assert_equal_outputs(actual, expected, tolerance=1e-5):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("rotary", [None, {}])
+def test_tokens_are_kept_in_the_first_share_of_a_training(rotary):
+    """As in a model that does not shrink, with the same weights; the rest of it and evaluation shrink."""
+    fields = {**VARIANTS["mixed"], "rotary": rotary, "decoder_dropout": 0.0}
+    late, full = tiny_model(**fields), tiny_model(**{**fields, "shrink_at": None})
+    full.load_state_dict(late.state_dict())
+    images = torch.randn(2, 3, 40, 24)
+    shrunk = late(images)
+    with pytest.raises(AssertionError):
+        assert_equal_outputs(shrunk, full(images))
+    late.set_shrink_after(0.5).train()
+    for progress in (0.0, 0.49):
+        late.anneal(progress)
+        assert_equal_outputs(late(images), full(images))
+    late.anneal(0.5)
+    assert_equal_outputs(late(images), shrunk)
+    late.anneal(0.1)
+    assert_equal_outputs(late.eval()(images), shrunk)
+
+
+@pytest.mark.parametrize("name", ["single", "shrunk"])
+def test_models_that_cannot_shrink_later(name):
+    model = tiny_model(**VARIANTS[name]).set_shrink_after(0.0)
+    with pytest.raises(ValueError, match=r"shrink_after: got 0\.5, expected 0 without a cascade"):
+        model.set_shrink_after(0.5)
+
+
 # Configuration
 
 

@@ -367,6 +367,7 @@ SHRUNK = {"width": 8, "depth": 2, "heads": 1, "patch_size": 8, "decoder_depth": 
         {"shrunk": True, "model": {**SHRUNK, "shrink_at": 0, "key_positions": True}},
         {"shrunk": True, "model": {**SHRUNK, "shrink_at": 1}, "image_size": 16},
         {"shrunk": True, "model": {**SHRUNK, "shrink_at": 1}, "locate_images": 0},
+        {"model": {**SHRUNK, "shrink_at": 1, "taps": [0, 1]}, "shrink_after": 0.5},
         {"scale": (1e-6, 1e-6)},
     ],
 )
