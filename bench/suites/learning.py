@@ -40,19 +40,22 @@ _SHRUNK = ("--shrunk", "--similarity-gain", "6", "--decoder-lr-scale", "25", "--
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A model: its decoder and patch size, what else its configuration has, options of its training."""
+    """A model: its decoder and patch size, what else its configuration has, options of its training, and the
+    share of that which has all tokens still."""
 
     decoder: str
     patch: int
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: tuple[str, ...] = ()
+    shrink_after: float = 0.0
 
     def options(self) -> list[str]:
         """Options of `segvit train`."""
         fields = {"patch_size": self.patch, "decoder": self.decoder, **self.fields}
         fields.pop("shrunk", None)
         named = [(f"--model.{key}", json.dumps(value)) for key, value in fields.items()]
-        return [*(part for pair in named for part in pair), *self.train]
+        late = ["--shrink-after", str(self.shrink_after)] if self.shrink_after else []
+        return [*(part for pair in named for part in pair), *self.train, *late]
 
 
 ENTRIES = {
@@ -71,6 +74,8 @@ ENTRIES = {
         _SHRUNK,
     ),
     "atm, shrunk at 6, cascade": Entry("atm", 14, {"shrink_at": 6}),
+    "atm, shrunk at 8, cascade": Entry("atm", 14, {"shrink_at": 8}),
+    "atm, shrunk at 8, cascade, late": Entry("atm", 14, {"shrink_at": 8}, shrink_after=0.5),
     "atm, shrunk at 6, edges": Entry(
         "atm", 14, {"shrunk": True, "shrink_at": 6, "shrink_edges": 0.25}, _SHRUNK
     ),
@@ -150,6 +155,16 @@ def seconds_of_a_step(task: Task, entry: Entry, out: Path) -> float:
     return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
 
+def _mean_seconds(task: Task, entry: Entry, out: Path) -> float:
+    """Of a step, where the first ones have all tokens."""
+    if not entry.shrink_after:
+        return seconds_of_a_step(task, entry, out)
+    early, late = (
+        seconds_of_a_step(task, e, out) for e in (entry, dataclasses.replace(entry, shrink_after=0.0))
+    )
+    return entry.shrink_after * early + (1 - entry.shrink_after) * late
+
+
 def _kept(path: Path, make: Callable[[], dict]) -> dict:
     """What a file holds from an earlier call, or what is made and put there."""
     if not path.is_file():
@@ -193,7 +208,7 @@ def seconds(
         found[name] = _kept(
             folder / "step.json",
             lambda name=name, folder=folder: {
-                "s": _pace(task) * seconds_of_a_step(task, ENTRIES[name], folder / "timed")
+                "s": _pace(task) * _mean_seconds(task, ENTRIES[name], folder / "timed")
             },
         )["s"]
         progress(f"{name}: {found[name]:.2f} s a step")

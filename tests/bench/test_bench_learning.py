@@ -106,6 +106,14 @@ def test_a_training_that_ends_while_it_is_timed_says_why(task, tmp_path, monkeyp
         learning.seconds_of_a_step(missing, learning.ENTRIES["atm, patch 14"], tmp_path / "out")
 
 
+def test_steps_of_a_training_that_shrinks_late_are_timed_before_and_after(task, monkeypatch):
+    monkeypatch.setattr(
+        learning, "seconds_of_a_step", lambda task, entry, out: 2.0 if entry.shrink_after else 1.0
+    )
+    names = ["atm, shrunk at 8, cascade", "atm, shrunk at 8, cascade, late"]
+    assert [*learning.seconds(task[0], names, print).values()] == [1.0, 1.5]
+
+
 @pytest.mark.parametrize("name", learning.ENTRIES)
 def test_options_are_those_of_the_command(name, tmp_path, capsys):
     entry = learning.ENTRIES[name]
