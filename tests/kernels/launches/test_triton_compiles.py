@@ -59,7 +59,9 @@ def test_every_operator_with_kernels_is_compiled():
 @pytest.fixture(scope="module")
 def planted():
     """Faults of planted kernels, by kernel, on a GPU with less shared memory than one of them wants."""
-    return {row["kernel"]: row["faults"] for row in compiled("tests.kernels.planted_launches", "sm_89")}
+    return {
+        row["kernel"]: row["faults"] for row in compiled("tests.kernels.launches.planted_launches", "sm_89")
+    }
 
 
 @pytest.mark.parametrize(

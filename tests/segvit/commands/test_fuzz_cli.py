@@ -661,5 +661,6 @@ def test_every_run_ends_well(world, monkeypatch, capsys):
         resource.setrlimit(resource.RLIMIT_DATA, limit)
     with capsys.disabled():
         print(f"\nfuzz of the command line, seed {SEED}: {len(numbers)} runs; {codes}")
-    assert not failures, f"{len(failures)} of {len(numbers)} runs:\n" + "\n".join(failures[:40])
+    text = f"{len(failures)} of {len(numbers)} runs:\n" + "\n".join(failures[:40])
+    assert not failures, text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
     assert len(numbers) == 1 or {code for _, code in codes} >= {0, 2}, "the fuzz finds nothing that runs"

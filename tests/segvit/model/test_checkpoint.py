@@ -30,7 +30,10 @@ def one_line(error):
 
 
 @torch.no_grad()
-def test_round_trip(tmp_path):
+@pytest.mark.parametrize("name", ["m", b"\xff\xe9"], ids=["text", "no UTF-8"])
+def test_round_trip(tmp_path, name):
+    tmp_path = tmp_path / os.fsdecode(name)
+    tmp_path.mkdir()
     model = make_model(class_token=True, layer_scale=0.1).fuse()
     folder = tmp_path / "new" / "checkpoint"
     model.save_pretrained(folder)
