@@ -558,8 +558,9 @@ def _check_result(words: list[str], root: Path) -> None:
     if command == "predict":
         from segvit.data.find import find_pictures
         from segvit.inference.bulk import output_stems
+        from segvit.inference.engine import in_precision
 
-        model = load_model(config.checkpoint)
+        model = in_precision(load_model(config.checkpoint), torch.device("cpu"), config.dtype)
         options = InferenceOptions(**config.inference_fields())
         out = Path(config.out)
         files = find_pictures(config.images, recursive=config.recursive, leave_out=out)
