@@ -83,3 +83,27 @@ def named_model(**changes) -> SegViT:
         tokens = model.decoder(model.backbone(torch.randn(1, 3, 32, 32)), (4, 4))[-1].tokens[0]
         model.decoder.class_head.weight.zero_()[:-1] = 8 * torch.linalg.pinv(tokens).T
     return model
+
+
+def sharp_config(**overrides):
+    values = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8, "num_classes": 5, "taps": (0, 2)}
+    return SegViTConfig.from_fields({**values, "decoder_depth": 2, "image_size": (32, 32), **overrides})
+
+
+def sharp_model(seed=0, **overrides):
+    """Sharper than fresh weights, so that mistakes show."""
+    torch.manual_seed(seed)
+    model = SegViT(sharp_config(**overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def flat(output):
+    return [*output[:2], *(tensor for pair in output.auxiliary for tensor in pair)]
+
+
+def assert_equal_outputs(actual, expected, tolerance=1e-5):
+    for a, b in zip(flat(actual), flat(expected), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)

@@ -7,37 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from samples import assert_equal_outputs, sharp_config, sharp_model
 from torch.nn import functional as F
 
 from segvit import BackboneConfig, SegViT, SegViTConfig, SegViTLoss, SegViTOutput
 from segvit.model.checkpoint import load_state_dict, rename_published_keys
 
 TERMS = {"class": "decode.loss_ce", "focal": "decode.loss_mask", "dice": "decode.loss_dice"}
-
-
-def tiny_config(**overrides):
-    backbone = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8}
-    backbone |= {k: overrides.pop(k) for k in list(overrides) if k in BackboneConfig.__dataclass_fields__}
-    values = {"num_classes": 5, "taps": (0, 2), "decoder_depth": 2, "image_size": (32, 32)}
-    return SegViTConfig(BackboneConfig(**backbone), **(values | overrides))
-
-
-def tiny_model(seed=0, **overrides):
-    torch.manual_seed(seed)
-    model = SegViT(tiny_config(**overrides))
-    with torch.no_grad():
-        for parameter in model.parameters():  # sharper than fresh weights, so that mistakes show
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def flat(output):
-    return [*output[:2], *(tensor for pair in output.auxiliary for tensor in pair)]
-
-
-def assert_equal_outputs(actual, expected, tolerance=1e-5):
-    for a, b in zip(flat(actual), flat(expected), strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 # Published behaviour
@@ -170,7 +146,7 @@ def test_planted_bugs_show(fixture, published, bug):
 
 
 def test_shapes_and_other_sizes():
-    model = tiny_model(class_token=True, register_tokens=2, layer_scale=0.1)
+    model = sharp_model(class_token=True, register_tokens=2, layer_scale=0.1)
     for size in ((32, 32), (48, 24), (8, 8)):
         output = model(torch.randn(2, 3, *size))
         assert output.class_logits.shape == (2, 5, 6)
@@ -180,7 +156,7 @@ def test_shapes_and_other_sizes():
 
 
 def test_images_do_not_see_each_other():
-    model = tiny_model()
+    model = sharp_model()
     images = torch.randn(3, 3, 32, 40)
     batch = model(images)
     for index in range(3):
@@ -199,12 +175,12 @@ def test_images_do_not_see_each_other():
 )
 def test_bad_images(images, message):
     with pytest.raises(ValueError, match=message):
-        tiny_model()(images)
+        sharp_model()(images)
 
 
 @torch.no_grad()
 def test_fuse(called):
-    model = tiny_model(class_token=True, decoder_depth=3)
+    model = sharp_model(class_token=True, decoder_depth=3)
     images = torch.randn(2, 3, 40, 24)
     expected = model(images)
     keys = set(model.state_dict())
@@ -224,7 +200,7 @@ def test_fuse(called):
 
 @torch.no_grad()
 def test_loading_weights_undoes_fuse():
-    model, other = tiny_model(0).fuse(), tiny_model(1)
+    model, other = sharp_model(0).fuse(), sharp_model(1)
     images = torch.randn(1, 3, 40, 40)
     model(images)
     model.load_state_dict(other.state_dict())
@@ -233,7 +209,7 @@ def test_loading_weights_undoes_fuse():
 
 @torch.no_grad()
 def test_half_precision():
-    model = tiny_model(num_classes=3)
+    model = sharp_model(num_classes=3)
     images = torch.randn(1, 3, 32, 32)
     expected = model(images)
     half = copy.deepcopy(model).to(torch.bfloat16).fuse()
@@ -249,7 +225,7 @@ def test_half_precision():
 
 def test_dropout_differs_between_images():
     """Also in the first self-attention, whose input is the same for all images."""
-    model = tiny_model(decoder_dropout=0.5).train()
+    model = sharp_model(decoder_dropout=0.5).train()
     seen = []
     model.decoder.stages[0].layers[0].self_attn.register_forward_hook(lambda *args: seen.append(args[2]))
     model(torch.randn(2, 3, 32, 32))
@@ -260,7 +236,7 @@ def test_gradient_checkpointing():
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))
     grads = []
     for enabled in (False, True):
-        model = tiny_model(drop_path=0.5).train().set_gradient_checkpointing(enabled)
+        model = sharp_model(drop_path=0.5).train().set_gradient_checkpointing(enabled)
         torch.manual_seed(0)
         SegViTLoss(5)(model(images), labels)["total"].backward()
         grads.append([parameter.grad for parameter in model.parameters()])
@@ -273,7 +249,7 @@ def test_gradient_checkpointing():
 
 def compile_model(**overrides):
     smallest = {"depth": 2, "taps": (0, 1), "decoder_depth": 1, "class_token": True}
-    return tiny_model(**(smallest | overrides))
+    return sharp_model(**(smallest | overrides))
 
 
 def test_compiled_training():
@@ -323,7 +299,7 @@ def random_output(batch=2, classes=5, grid=(5, 7)):
 
 @pytest.mark.parametrize("size", [(40, 56), (33, 100), (5, 7), (3, 4)])
 def test_labels_are_the_argmax_of_scores(size):
-    model, output = tiny_model(), random_output()
+    model, output = sharp_model(), random_output()
     scores = model.semantic_scores(output, size)
     expected = torch.einsum(
         "bqc,bqhw->bchw",
@@ -339,7 +315,7 @@ def test_labels_are_the_argmax_of_scores(size):
 
 
 def test_many_classes_take_int16():
-    model = tiny_model()
+    model = sharp_model()
     output = random_output(batch=1, classes=300)
     output.class_logits[:, :, 280] += 50
     labels = model.labels(output, (10, 14))
@@ -347,7 +323,7 @@ def test_many_classes_take_int16():
 
 
 def test_preprocess():
-    model = tiny_model(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    model = sharp_model(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
     out = model.preprocess(images)
     for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.25), (0.3, 1.0)]):
@@ -361,7 +337,7 @@ def test_preprocess():
 
 def test_predict_takes_all_forms(tmp_path):
     pil = pytest.importorskip("PIL.Image")
-    model = tiny_model().train()
+    model = sharp_model().train()
     array = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     pil.fromarray(array).save(tmp_path / "image.png")
@@ -385,7 +361,7 @@ def test_predict_takes_all_forms(tmp_path):
 
 
 def test_predict_mistakes(tmp_path):
-    model = tiny_model()
+    model = sharp_model()
     with pytest.raises(TypeError, match="got dict"):
         model.predict({})
     with pytest.raises(TypeError, match=r"uint8, got torch\.float32"):
@@ -404,7 +380,7 @@ def test_predict_mistakes(tmp_path):
 
 
 def test_parameter_groups():
-    model = tiny_model(layer_scale=0.1, class_token=True)
+    model = sharp_model(layer_scale=0.1, class_token=True)
     groups = {group["name"]: group for group in model.parameter_groups(1e-3, 0.05, decoder_lr_scale=4.0)}
     settings = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
     assert settings == {"backbone": (1e-3, 0.05), "backbone_norms": (1e-3, 0.0), "decoder": (4e-3, 0.05)}
@@ -420,7 +396,7 @@ def test_parameter_groups():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = SegViT(tiny_config(width=256, heads=4, num_classes=50))
+    model = SegViT(sharp_config(width=256, heads=4, num_classes=50))
     decoder = model.decoder
     assert abs(decoder.class_tokens.std().item() - 1) < 0.05
     attention = decoder.stages[0].layers[0].self_attn
@@ -477,13 +453,13 @@ def test_config_round_trip():
         (lambda: SegViTConfig.preset("vit_tiny", 3, windth=4), "no field windth"),
         (lambda: SegViTConfig.from_dict({"num_classes": 3}), "needs backbone, taps"),
         (lambda: BackboneConfig.from_dict({"width": "wide"}), "width must be a whole number"),
-        (lambda: tiny_config(num_classes=0), "num_classes must be at least 1"),
-        (lambda: tiny_config(taps=(0, 1)), "end with the last block, 2; got"),
-        (lambda: tiny_config(image_size=(30, 32)), r"multiples of the patch size 8, got \(30, 32\)"),
-        (lambda: tiny_config(heads=5), "width 32 is not divisible by heads 5"),
-        (lambda: tiny_config(decoder_heads=3), "decoder_dim 16 is not divisible"),
-        (lambda: tiny_config(class_names=("a",)), "class_names must have num_classes = 5 entries, got 1"),
-        (lambda: tiny_config(mlp="relu"), "'relu'"),
+        (lambda: sharp_config(num_classes=0), "num_classes must be at least 1"),
+        (lambda: sharp_config(taps=(0, 1)), "end with the last block, 2; got"),
+        (lambda: sharp_config(image_size=(30, 32)), r"multiples of the patch size 8, got \(30, 32\)"),
+        (lambda: sharp_config(heads=5), "width 32 is not divisible by heads 5"),
+        (lambda: sharp_config(decoder_heads=3), "decoder_dim 16 is not divisible"),
+        (lambda: sharp_config(class_names=("a",)), "class_names must have num_classes = 5 entries, got 1"),
+        (lambda: sharp_config(mlp="relu"), "'relu'"),
     ],
 )
 def test_config_mistakes(make, message):

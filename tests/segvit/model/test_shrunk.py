@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from samples import assert_equal_outputs, sharp_config, sharp_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,34 +34,11 @@ VARIANTS = {
 PREFIX = {"class_token": True, "register_tokens": 2, "layer_scale": 0.1}
 
 
-def tiny_config(**overrides):
-    values = {"width": 32, "depth": 3, "heads": 2, "patch_size": 8, "num_classes": 5, "image_size": (32, 32)}
-    return SegViTConfig.from_fields({**values, "decoder_depth": 2, **overrides})
-
-
-def tiny_model(seed=0, **overrides):
-    torch.manual_seed(seed)
-    model = SegViT(tiny_config(**overrides))
-    with torch.no_grad():
-        for parameter in model.parameters():  # sharper than fresh weights, so that mistakes show
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def flat(output):
-    return [*output[:2], *(tensor for pair in output.auxiliary for tensor in pair)]
-
-
-def assert_equal_outputs(actual, expected, tolerance=1e-5):
-    for a, b in zip(flat(actual), flat(expected), strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
 @pytest.mark.parametrize("rotary", [None, {}])
 def test_tokens_are_kept_in_the_first_share_of_a_training(rotary):
     """As in a model that does not shrink, with the same weights; the rest of it and evaluation shrink."""
     fields = {**VARIANTS["mixed"], "rotary": rotary, "decoder_dropout": 0.0}
-    late, full = tiny_model(**fields), tiny_model(**{**fields, "shrink_at": None})
+    late, full = sharp_model(**fields), sharp_model(**{**fields, "shrink_at": None})
     full.load_state_dict(late.state_dict())
     images = torch.randn(2, 3, 40, 24)
     shrunk = late(images)
@@ -78,7 +56,7 @@ def test_tokens_are_kept_in_the_first_share_of_a_training(rotary):
 
 @pytest.mark.parametrize("name", ["single", "shrunk"])
 def test_models_that_cannot_shrink_later(name):
-    model = tiny_model(**VARIANTS[name]).set_shrink_after(0.0)
+    model = sharp_model(**VARIANTS[name]).set_shrink_after(0.0)
     with pytest.raises(ValueError, match=r"shrink_after: got 0\.5, expected 0 without a cascade"):
         model.set_shrink_after(0.5)
 
@@ -133,9 +111,9 @@ def test_config_files_of_plain_models_still_load():
         (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, depth=4), "index from 0 to 3, got 6"),
         (lambda: SegViTConfig.preset("vit_base", 3, shrunk=True, taps=(5, 12)), "last block, 11; got"),
         (lambda: SegViTConfig.preset("vit_base", 3, upsample=True), "shrink_at is None"),
-        (lambda: tiny_config(taps=(0, 2), upsample=True), "shrink_at is None"),
-        (lambda: tiny_config(**{**VARIANTS["features"], "taps": (1, 2)}), "a first tap before the block"),
-        (lambda: tiny_config(**VARIANTS["published"], query_features=True), "query_features needs upsample"),
+        (lambda: sharp_config(taps=(0, 2), upsample=True), "shrink_at is None"),
+        (lambda: sharp_config(**{**VARIANTS["features"], "taps": (1, 2)}), "a first tap before the block"),
+        (lambda: sharp_config(**VARIANTS["published"], query_features=True), "query_features needs upsample"),
         (lambda: SegViTConfig.preset("vit_base", 3, query_features=True), "query_features needs upsample"),
         (lambda: SegViTConfig.preset("vit_base", 3, upsample_depth=0), "upsample_depth must be .* got 0"),
     ],
@@ -167,8 +145,8 @@ def test_upsample_mistakes(options, message):
 @pytest.mark.parametrize("grid", [(4, 4), (5, 3), (1, 1), (2, 7)])
 def test_downsampling_is_the_plain_block_at_every_second_token(grid):
     """Up to the block that shrinks and, at the tokens that stay, after it; weights load by name."""
-    plain = tiny_model(taps=(0, 1, 2), **PREFIX)
-    model = tiny_model(1, taps=(0, 1, 2), shrink_at=1, **PREFIX)
+    plain = sharp_model(taps=(0, 1, 2), **PREFIX)
+    model = sharp_model(1, taps=(0, 1, 2), shrink_at=1, **PREFIX)
     assert list(model.state_dict()) == list(plain.state_dict())
     model.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
@@ -180,7 +158,7 @@ def test_downsampling_is_the_plain_block_at_every_second_token(grid):
 
 
 def test_pretrained_weights_load():
-    plain, model = tiny_model(taps=(2,), **PREFIX), tiny_model(1, **VARIANTS["shrunk"], **PREFIX)
+    plain, model = sharp_model(taps=(2,), **PREFIX), sharp_model(1, **VARIANTS["shrunk"], **PREFIX)
     report = model.load_backbone(plain.backbone.state_dict())
     assert report.loaded == len(plain.backbone.state_dict()) and not report.ignored
     for a, b in zip(plain.backbone.parameters(), model.backbone.parameters(), strict=True):
@@ -192,7 +170,7 @@ def test_stochastic_depth_and_checkpointing():
     options = {"drop_path": 0.5, "drop_path_branch": "both", **VARIANTS["shrunk"], **PREFIX}
     grads = []
     for enabled in (False, True):
-        model = tiny_model(**options).train().set_gradient_checkpointing(enabled)
+        model = sharp_model(**options).train().set_gradient_checkpointing(enabled)
         torch.manual_seed(0)
         SegViTLoss(5)(model(images), labels)["total"].backward()
         grads.append([parameter.grad for parameter in model.parameters()])
@@ -390,7 +368,7 @@ def test_upsample_fuse(options, called):
 def test_training_step(variant):
     """Every parameter gets a gradient, and the step lowers the loss; the grid is odd."""
     torch.manual_seed(0)
-    model = SegViT(tiny_config(**VARIANTS[variant], decoder_dropout=0.0)).train()
+    model = SegViT(sharp_config(**VARIANTS[variant], decoder_dropout=0.0)).train()
     images, labels = torch.randn(2, 3, 40, 56), torch.randint(0, 5, (2, 40, 56))
     output = model(images)
     if variant == "published":
@@ -424,7 +402,7 @@ def test_training_step(variant):
 def test_any_position_and_grid(position, size):
     taps = (position - 1, 2) if position else (2,)
     for upsample in (True, False):
-        model = tiny_model(shrink_at=position, taps=taps, upsample=upsample, **PREFIX)
+        model = sharp_model(shrink_at=position, taps=taps, upsample=upsample, **PREFIX)
         output = model(torch.randn(2, 3, *size))
         grid = (size[0] // 8, size[1] // 8)
         if not upsample and position == 0:
@@ -435,7 +413,7 @@ def test_any_position_and_grid(position, size):
 
 @torch.no_grad()
 def test_masks_of_stages_at_different_grids_add_up():
-    model = tiny_model(**VARIANTS["mixed"])
+    model = sharp_model(**VARIANTS["mixed"])
     images = torch.randn(2, 3, 40, 56)
     maps, output = model.similarity_maps(images), model(images)
     coarse, finer, finest = maps
@@ -447,7 +425,7 @@ def test_masks_of_stages_at_different_grids_add_up():
 
 @torch.no_grad()
 def test_masks_of_layers_are_not_added_up():
-    model = tiny_model(**VARIANTS["shrunk"])
+    model = sharp_model(**VARIANTS["shrunk"])
     images = torch.randn(2, 3, 40, 56)
     output, maps = model(images), model.similarity_maps(images)
     for masks, similarity in zip([output.auxiliary[0][1], output.mask_logits], maps, strict=True):
@@ -457,7 +435,7 @@ def test_masks_of_layers_are_not_added_up():
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fuse(variant):
-    model = tiny_model(**VARIANTS[variant])
+    model = sharp_model(**VARIANTS[variant])
     pictures = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 40, 24)]
     expected = [model(images) for images in pictures]
     keys = set(model.state_dict())
@@ -471,7 +449,7 @@ def test_fuse(variant):
         assert (model.decoder.upsample.folded_first is None) == model.config.query_features
         assert all(stage.folded_rows is not None for stage in stages)
         assert copy.deepcopy(model).train().decoder.upsample.stages[0].folded_rows is None
-    other = tiny_model(1, **VARIANTS[variant])
+    other = sharp_model(1, **VARIANTS[variant])
     model.load_state_dict(other.state_dict())
     assert_equal_outputs(model(pictures[0]), other(pictures[0]))
 
@@ -480,7 +458,7 @@ def test_fuse(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_round_trip(variant, tmp_path):
     pytest.importorskip("safetensors", reason="needs the extra train")
-    model = tiny_model(**VARIANTS[variant], **PREFIX).fuse()
+    model = sharp_model(**VARIANTS[variant], **PREFIX).fuse()
     model.save_pretrained(tmp_path)
     loaded = SegViT.from_pretrained(tmp_path)
     assert loaded.config == model.config
@@ -492,7 +470,7 @@ def test_round_trip(variant, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_label_maps(variant):
     """Masks of any grid lie where they belong: whole images with padding, windows, mirrored."""
-    model = tiny_model(**VARIANTS[variant])
+    model = sharp_model(**VARIANTS[variant])
     images = torch.randn(1, 3, 37, 51)
     padded = model.pad_to_patches(images)
     # Every token sure of its own class, and masks that differ: label maps of several classes.
@@ -524,7 +502,7 @@ def assert_best(labels, scores):
 @torch.no_grad()
 def test_linear_head_on_a_shrunk_backbone():
     torch.manual_seed(0)
-    model = LinearSegmenter(tiny_config(**VARIANTS["shrunk"])).eval()
+    model = LinearSegmenter(sharp_config(**VARIANTS["shrunk"])).eval()
     images = torch.randn(1, 3, 37, 51)
     padded = model.pad_to_patches(images)
     assert model(padded).shape == (1, 5, 3, 4)
@@ -540,7 +518,7 @@ def test_similarity_maps_for_pictures():
 
     image = torch.randint(0, 255, (3, 37, 51), dtype=torch.uint8)
     for variant in ("shrunk", "mixed"):
-        model = tiny_model(**VARIANTS[variant])
+        model = sharp_model(**VARIANTS[variant])
         with torch.no_grad():
             stages, masks = similarity_maps(model, image, [1, 3])
         assert {maps.shape for maps in (*stages, masks)} == {(2, 37, 51)}
@@ -548,7 +526,7 @@ def test_similarity_maps_for_pictures():
 
 
 def test_parameter_groups():
-    model = tiny_model(**VARIANTS["shrunk"], **PREFIX)
+    model = sharp_model(**VARIANTS["shrunk"], **PREFIX)
     groups = {group["name"]: group["params"] for group in model.parameter_groups(1e-3, 0.05)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     listed = [names[id(parameter)] for params in groups.values() for parameter in params]
@@ -559,7 +537,7 @@ def test_parameter_groups():
 
 
 def test_initialisation():
-    model = SegViT(tiny_config(width=256, heads=4, **VARIANTS["shrunk"]))
+    model = SegViT(sharp_config(width=256, heads=4, **VARIANTS["shrunk"]))
     upsample = model.decoder.upsample
     assert abs(upsample.queries.std().item() - 1) < 0.1
     attention = upsample.stages[1].layers[0].multihead_attn
@@ -576,7 +554,7 @@ def test_initialisation():
 
 @torch.no_grad()
 def test_half_precision():
-    model = tiny_model(**VARIANTS["shrunk"])
+    model = sharp_model(**VARIANTS["shrunk"])
     images = torch.randn(1, 3, 40, 32)
     expected = model(images)
     half = copy.deepcopy(model).to(torch.bfloat16).fuse()
@@ -603,7 +581,7 @@ def compiler():
 def compile_model(variant, **overrides):
     options = {"depth": 2, "decoder_depth": 1, **VARIANTS[variant]}
     options["taps"] = tuple(tap for tap in (0, 1) if tap == 1 or len(options["taps"]) > 1)
-    return tiny_model(**options, class_token=True, **overrides)
+    return sharp_model(**options, class_token=True, **overrides)
 
 
 @pytest.mark.usefixtures("compiler")
