@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -210,22 +210,26 @@ class Layout:
         if _count_stars(self.images)[1] != 1:
             raise ValueError(f"split_list: needs an image pattern with one *, got {self.images!r}")
         stars = {captured[-1] for captured, _ in pictures}
-        known: dict[str, dict[tuple[str, ...], Path]] = {}
+        # The folders of every picture by its name, and by its last folder and name.
+        known: dict[tuple[str, ...], dict[tuple[str, ...], tuple[str, ...]]] = {}
         for captured, picture in pictures:
-            (stem,) = _key((picture.stem,))
+            (*folders, _), (stem,) = _key(picture.parts), _key((picture.stem,))
             for name in {captured[-1], captured[-1] if stem in stars else stem}:
-                known.setdefault(name, {})[captured] = picture
+                for key in ((name,), (*folders[-1:], name)):
+                    known.setdefault(key, {})[captured] = tuple(folders)
         named: set[tuple[str, ...]] = set()
         for _, line in read_lines(path):
             first, whole = (_key(PurePosixPath(text).parts or (text,)) for text in (line.split()[0], line))
             # Names have blanks in them too; of two paths the second is no name.
-            blank = " " in whole[-1] or _stem(first[-1]) not in known
-            parts = whole if blank and _stem(whole[-1]) in known else first
-            found = known.get(_stem(parts[-1]), {})
+            blank = " " in whole[-1] or (_stem(first[-1]),) not in known
+            *under, name = whole if blank and (_stem(whole[-1]),) in known else first
+            found = known.get((_stem(name),), {})
             several = len(found) > 1
             if several:  # of which folders tell one
-                alike = {c: _count_alike(_key(p.parts)[:-1], parts[:-1]) for c, p in found.items()}
-                found = {c: p for c, p in found.items() if alike[c] == max(alike.values()) > 0}
+                found = known.get((*under[-1:], _stem(name)), {}) if under else {}
+                alike = {captured: _count_alike(folders, under) for captured, folders in found.items()}
+                most = max(alike.values(), default=0)
+                found = {captured: found[captured] for captured, same in alike.items() if same == most}
             if len(found) != 1:
                 what = "several of that name; give their folders" if several else "no such picture"
                 raise FileNotFoundError(f"{path}: names {line!r}, but {self.images} has {what}")
@@ -470,7 +474,7 @@ def _filled(pattern: str, captured: tuple[str, ...]) -> str:
     return name if _has_suffix(name) else f"{name}.png"
 
 
-def _count_alike(folders: tuple[str, ...], others: tuple[str, ...]) -> int:
+def _count_alike(folders: Sequence[str], others: Sequence[str]) -> int:
     """How many of the last folders of two paths are the same."""
     pairs = zip(reversed(folders), reversed(others), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
