@@ -243,7 +243,6 @@ class VisionTransformer(nn.Module):
         self.taps = tuple(taps)
         self.grid = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
         self.gradient_checkpointing = False
-        self.shrinks = config.shrink_at is not None
         self.keep_positions = False  # after fuse(), which promises that weights stay as they are
         self._kept: dict[str, tuple[tuple[tuple[int, int], torch.dtype], Folded]] = {}
 
@@ -333,11 +332,16 @@ class VisionTransformer(nn.Module):
         table = self._keep("angles", grid, dtype, rope.freqs, lambda: rope(grid, prefix).to(dtype))
         return [*block_angles(table, config.depth, shrink_at, grid, prefix)]
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether a block shrinks, and is not told to keep all tokens, as an ordinary one."""
+        at = self.config.shrink_at
+        return at is not None and cast(QueryDownsample, self.blocks[at]).stride > 1
+
     def shrink(self, enabled: bool) -> None:
-        """Whether the block that shrinks does, or keeps all tokens, as an ordinary one."""
-        if self.config.shrink_at is not None:
-            self.shrinks = enabled
-            cast(QueryDownsample, self.blocks[self.config.shrink_at]).stride = 2 if enabled else 1
+        """Tell the block that shrinks whether to."""
+        assert self.config.shrink_at is not None
+        cast(QueryDownsample, self.blocks[self.config.shrink_at]).stride = 2 if enabled else 1
 
     def _kept_tokens(self, places: Tensor) -> Tensor:
         """Which of all tokens are left where these patches are, (B, prefix + n)."""
