@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="keeps what other engines read")
     parser.add_argument("--busy", action="store_true", help="engines beside a busy process a core too")
+    parser.add_argument(
+        "--pools", action="store_true", help="and beside two busy thread pools in one process"
+    )
     parser.add_argument("--quick", action="store_true", help="a ViT-S at 512×512 alone")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which nothing new begins"
@@ -55,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         budget_s=options.budget,
         graphs=options.graphs,
         busy=options.busy,
+        pools=options.pools,
     )
     # The small form has a file of its own, and so have exported files and training steps: they do not replace
     # what a longer run measured; other sections alone have none.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.measure import peaks
+from bench.measure import peaks, pools
 from bench.measure.environment import ROOT
 
 
@@ -46,6 +46,10 @@ class Worker:
     def __call__(self) -> float:
         """Seconds of one call."""
         return self._ask("time")
+
+    def beside_pools(self) -> float:
+        """Seconds of one call while other thread pools of its process compute: `bench.measure.pools`."""
+        return self._ask("pools")
 
     def held(self) -> int | None:
         """Most bytes resident during a call beyond those before ``function``, or beyond ``resident`` of its
@@ -91,6 +95,7 @@ def _answer(what: str, call: Callable[[], object], before: int | None) -> float 
     if what == "memory":
         most = peaks.highest(call)
         return None if most is None or before is None else most - before
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    with pools.busy() if what == "pools" else contextlib.nullcontext():
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start

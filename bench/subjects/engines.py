@@ -233,6 +233,7 @@ def _openvino(spec: Model, dtype: str, folder: Path, threads: int) -> Call:
 _GRAPHS = ("onnx", "onnxscript")
 ENGINES = (
     Engine("SegViT engine", ("float32", "bfloat16", "int8"), "SegViT.compile_for_inference", _ours),
+    Engine("PyTorch", ("float32", "bfloat16"), "the published formula, operator by operator", _published),
     Engine(
         "torch.compile",
         ("float32", "bfloat16"),
@@ -263,8 +264,9 @@ ENGINES = (
 
 
 _OURS = next(engine for engine in ENGINES if engine.load is _ours)
+_PLAIN = next(engine for engine in ENGINES if engine.load is _published)
 EXPORTS = (
-    Engine("PyTorch", ("float32", "bfloat16"), "the published formula, operator by operator", _published),
+    _PLAIN,
     dataclasses.replace(_OURS, dtypes=("float32", "bfloat16")),
     Engine(
         "exported, ONNX Runtime",

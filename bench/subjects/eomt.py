@@ -66,7 +66,7 @@ class Pair(NamedTuple):
         and its image processor's semantic maps."""
         images = self.picture()
         if whose == OURS:
-            engine = self.ours.compile_for_inference(self.side, method="eager")
+            engine = self.ours.compile_for_inference(self.side)
             return lambda: engine(images)
         import transformers
 

@@ -268,7 +268,7 @@ def ways(device: torch.device, compiled: bool) -> list[Subject]:
     eager = functools.partial(segvit_kernels.backend, "eager")
     found.append(change(FUSED, name="eager", what="this project, backend eager", loss=None, context=eager))
     found.append(FUSED)
-    methods = ("graph", *(["compile"] if compiled else [])) if device.type == "cuda" else ("eager",)
+    methods = ("graph", *(["compile"] if compiled and device.type == "cuda" else []))
     for method in methods:
         what = f"SegViT.compile_for_inference, method {method}"
         found.append(change(FUSED, name=f"engine, {method}", what=what, loss=None, prepare=_engine(method)))

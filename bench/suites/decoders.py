@@ -53,7 +53,7 @@ class Row:
 
     def call(self, dtype: str) -> Callable[[], Tensor]:
         """One picture to its label map."""
-        engine = self.build().compile_for_inference(self.side, dtype=getattr(torch, dtype), method="eager")
+        engine = self.build().compile_for_inference(self.side, dtype=getattr(torch, dtype))
         images = torch.randint(0, 256, (1, 3, self.side, self.side), dtype=torch.uint8)
         return lambda: engine(images)
 

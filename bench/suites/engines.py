@@ -30,6 +30,8 @@ _MODULE = "bench.subjects.engines"
 LABELS_BOUND, INT8_LEAST = 1e-3, 0.5
 # Before each call: the threads of whoever went before wait for more work, some of them spinning.
 PAUSE_S = 0.1
+# Most seconds an engine is timed beside a load.
+LOADED_S = 180.0
 
 
 def least(dtype: str, own: float) -> float:
@@ -48,11 +50,12 @@ def rows(
     graphs: Path | None = None,
     compiled: bool = True,
     busy: bool = False,
+    pools: bool = False,
 ) -> Iterator[dict]:
     """A row for each engine and precision: checked, timed in turn, then its memory.
 
     ``graphs`` is a folder where what engines read is kept, and found again by another run. With ``busy`` they
-    are timed once more beside a busy process a core.
+    are timed once more beside a busy process a core, with ``pools`` beside other thread pools of their process.
     """
     size, found, running = dataclasses.asdict(spec), [], {}
     with contextlib.ExitStack() as stack:
@@ -101,21 +104,27 @@ def rows(
             values["held_bytes"] = kept(index, running[index].held)
             if "status" not in found[index]:
                 found[index] |= {"status": "ok", **values}
-        left = {index: call for index, call in calls.items() if busy and found[index]["status"] == "ok"}
-        with _busy_cores() if busy else contextlib.nullcontext():
-            beside = timing.interleave(left, rounds=rounds, seconds_per_peer=60.0)
-        for index, samples in beside.items():
-            found[index] |= {
-                "busy_median_s": _percentile(samples, 50),
-                "busy_p99_s": _percentile(samples, 99),
+        loads = [("busy", _busy_cores, calls)] if busy else []
+        if pools:
+            beside = {
+                index: functools.partial(_rested, worker.beside_pools) for index, worker in running.items()
             }
+            asked = {index: functools.partial(kept, index, call) for index, call in beside.items()}
+            loads.append(("pools", contextlib.nullcontext, asked))
+        for name, load, asked in loads:
+            left = {index: call for index, call in asked.items() if found[index]["status"] == "ok"}
+            with load():
+                times = timing.interleave(left, rounds=rounds, seconds_per_peer=LOADED_S)
+            for index, samples in times.items():
+                for share, key in ((50, "median_s"), (99, "p99_s")):
+                    found[index][f"{name}_{key}"] = _percentile(samples, share)
     yield from found
 
 
-def _rested(worker: workers.Worker) -> float:
-    """A call of a worker once the machine is quiet."""
+def _rested(call: Callable[[], float]) -> float:
+    """A call once the machine is quiet."""
     time.sleep(PAUSE_S)
-    return worker()
+    return call()
 
 
 def _percentile(samples: Sequence[float], percent: int) -> float:

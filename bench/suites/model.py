@@ -222,6 +222,7 @@ def run(
     budget_s: float = float("inf"),
     graphs: Path | None = None,
     busy: bool = False,
+    pools: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict:
     """Rows of all tables, as plain data.
@@ -268,7 +269,7 @@ def run(
         found = (TINY,) if smoke else [m for m in (*MODELS, QUICK) if m.name in (names or usual)]
         for spec in found if table in sections and device.type == "cpu" else ():
             limits = {"threads": threads, "rounds": rounds, "deadline": deadline, "graphs": graphs}
-            limits |= {"compiled": compiled, "busy": busy}
+            limits |= {"compiled": compiled, "busy": busy, "pools": pools}
             for row in engines.rows(spec, table=table, dtypes=(*dtypes, "int8"), **limits):
                 rows.append(row)
                 progress(_shown(row))

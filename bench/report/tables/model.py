@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.measure.text import markdown, seconds, size
 from bench.subjects.published import BY_FORMULA, DECODER_GFLOPS, MODELS, QUICK, TINY
 
+LOADS = {"busy": "all cores busy", "pools": "beside two thread pools"}
 SECTIONS = ("ways", "libraries", "decoders", "steps", "engines", "exports")
 
 
@@ -114,7 +115,8 @@ def _steps(rows: list[dict]) -> str:
 def _engines(rows: list[dict]) -> str:
     """Ours and the engines of others, against the fastest of them at the same precision."""
     lines = []
-    busy, files = (any(key in row for row in rows) for key in ("busy_median_s", "file_bytes"))
+    loads = [name for name in LOADS if any(f"{name}_median_s" in row for row in rows)]
+    files = any("file_bytes" in row for row in rows)
     for row in rows:
         others = [
             r["median_s"] for r in rows if r["status"] == "ok" and _key(r) == _key(row) and not own(r["way"])
@@ -123,10 +125,9 @@ def _engines(rows: list[dict]) -> str:
         if row["status"] == "ok":
             line += [seconds(row[key]) for key in ("median_s", "min_s", "p99_s")]
             line.append(f"{min(others) / row['median_s']:.2f}×" if others else "–")
-            if busy:
-                line += [seconds(row["busy_median_s"]), seconds(row["busy_p99_s"])]
+            line += [seconds(row[f"{name}_{key}"]) for name in loads for key in ("median_s", "p99_s")]
         else:
-            line += [_not_measured(row), *"–––", *"––" * busy]
+            line += [_not_measured(row), *"–––", *"––" * len(loads)]
         line.append(f"{100 * row['agreement']:.2f} %" if "agreement" in row else "–")
         line.append(size(row["held_bytes"]) if row.get("held_bytes") else "–")
         line += [size(row["file_bytes"]) if "file_bytes" in row else "–"] * files
@@ -134,7 +135,7 @@ def _engines(rows: list[dict]) -> str:
     # The 99th percentile, which of fewer calls is the largest.
     high = "99th percentile" if max((row.get("samples", 0) for row in rows), default=0) >= 100 else "largest"
     header = ["model", "engine", "median", "smallest", high, "against the best other"]
-    header += ["median, all cores busy", high] if busy else []
+    header += [name for load in loads for name in (f"median, {LOADS[load]}", high)]
     header += ["labels as published, float32", "memory, weights included", *["file"] * files]
     return f"{markdown(header, lines)}\n\nTimes: {_calls(rows)}."
 
