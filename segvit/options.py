@@ -585,7 +585,8 @@ class BenchConfig(_Checked):
         "auto", "precision of the engine; int8: the backbone's projections"
     )
     method: Literal["auto", "eager", "graph", "compile"] = option(
-        "auto", "how the engine runs: layer by layer, as a CUDA graph, or through torch.compile (minutes)"
+        "auto",
+        "how the engine runs: layer by layer, as one graph of calls, or through torch.compile (minutes)",
     )
     seconds: float = option(
         5.0, "time for each way of running the model, and for finding where it goes", more_than=0

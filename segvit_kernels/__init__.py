@@ -15,6 +15,7 @@ from segvit_kernels._library import (
     why_not,
 )
 from segvit_kernels._lowering import load_native_copy, lower_to_native, native_library
+from segvit_kernels._replay import Replay
 from segvit_kernels._rotary import apply_rotary
 from segvit_kernels._version import __version__
 from segvit_kernels.modules import (
@@ -90,6 +91,7 @@ __all__ = [
     "QueryAttentionFunction",
     "QueryDownsample",
     "QueryUpsample",
+    "Replay",
     "SubsampleNormFunction",
     "SubsampledNorm",
     "View",

@@ -97,6 +97,11 @@ def record_backends() -> Iterator[dict[str, set[str]]]:
         del _records[next(i for i, one in enumerate(_records) if one is record)]
 
 
+def backends_are_recorded() -> bool:
+    """Whether some :func:`record_backends` block is open."""
+    return bool(_records)
+
+
 def requested_backend(argument: str | None = None) -> str | None:
     """The backend asked for by argument, context manager or environment, in that order; ``None`` if none."""
     if argument is not None:
@@ -169,7 +174,7 @@ def runs_isa(isa: str) -> bool:
     return _native.runs_isa(isa)
 
 
-def _device(args: Sequence[Any]) -> torch.device:
+def device_of(args: Sequence[Any]) -> torch.device:
     """The device of the first tensor among arguments that are tensors, lists of them, or something else."""
     for arg in args:
         first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
@@ -250,7 +255,7 @@ class Operator:
         return self.kernels[name]
 
     def __call__(self, args: Sequence[Any], argument: str | None) -> Any:
-        device = _device(args)
+        device = device_of(args)
         name = self.select(device, args, argument)
         for record in _records[-1:]:
             record.setdefault(self.name, set()).add(name)
@@ -267,7 +272,15 @@ class Operator:
 _NUMBERS = frozenset((type(None), bool, int, float))
 
 
-def _nothing_but_memory(args: Sequence[Any]) -> bool:
+def called(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Operator, list[Any], str | None]:
+    """Of a call of one of these operators that reached PyTorch's dispatcher: operator, arguments, backend."""
+    names = op._schema.arguments
+    given = {**dict(zip((one.name for one in names), args, strict=False)), **kwargs}
+    *values, backend = (given.get(one.name, one.default_value) for one in names)
+    return _operators[op._schema.name.partition("::")[2]], values, backend
+
+
+def nothing_but_memory(args: Sequence[Any]) -> bool:
     """Whether all tensors among the arguments are: no subclasses, no negatives to be, no zeros to be."""
     for value in args:
         kind = type(value)
@@ -277,7 +290,7 @@ def _nothing_but_memory(args: Sequence[Any]) -> bool:
             if value.is_neg() or value._is_zerotensor():
                 return False
         elif kind is list or kind is tuple:
-            if not _nothing_but_memory(value):
+            if not nothing_but_memory(value):
                 return False
         elif isinstance(value, Tensor):
             return False
@@ -295,7 +308,7 @@ def _dispatcher_is_idle(args: Sequence[Any]) -> bool:
         return False
     if c._get_tracing_state() is not None or c._autograd._profiler_enabled():
         return False
-    return _type(_device(args)) in _PREFERRED and _nothing_but_memory(args)
+    return _type(device_of(args)) in _PREFERRED and nothing_but_memory(args)
 
 
 def define(

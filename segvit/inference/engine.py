@@ -8,7 +8,8 @@ A fused copy of the model whose constants are folded for one size and batch:
 - what `SegViT.fuse` folds (on that grid);
 - class logits of the stages before the last one are left out: inference has no use for them.
 
-On GPUs the whole call is captured in one CUDA graph.
+On GPUs the whole call is captured in one CUDA graph, on CPUs written down and repeated without the Python
+between its operators (:class:`segvit_kernels.Replay`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from segvit.inference.protocol import Foldable
 from segvit.options import InferenceOptions
 from segvit_kernels import (
     PackedLinear,
+    Replay,
     freeze,
     pack_linears,
     requested_backend,
@@ -52,7 +54,8 @@ class InferenceEngine:
         device, dtype: where and in which precision the network runs.
         int8: whether the backbone's projections have 8 bits.
         method: "eager", "graph" or "compile".
-        function: the module behind it, uint8 images to label maps, without graph or compilation.
+        function: the module behind it, uint8 images to label maps, without graph or compilation, which do not
+            see later changes of it.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class InferenceEngine:
             self._run = torch.compile(_own(self.function), mode=mode, fullgraph=True, dynamic=False)
         if cuda and self.method != "eager":
             self._run = _Graph(self._run, (self.batch, self.channels, *self.size), self.device)
+        elif self.method == "graph":
+            self._run = Replay(self._run)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: what is compiled or captured is not in it."""
@@ -310,13 +315,14 @@ def prefers_bfloat16(device: torch.device) -> bool:
 def _method(asked: str, device: torch.device, fp8: bool) -> str:
     if asked not in METHODS:
         raise ValueError(f"method: got {asked!r}, expected one of {', '.join(METHODS)}")
-    if asked == "graph" and device.type != "cuda":
-        raise ValueError(f"method: got 'graph' for a model on {device.type}; CUDA graphs need a GPU")
+    known = device.type in ("cuda", "cpu")
+    if asked == "graph" and not known:
+        raise ValueError(f"method: got 'graph' for a model on {device.type}; expected cuda or cpu")
     if asked != "auto":
         return asked
-    if device.type != "cuda":
-        return "eager"
-    return "compile" if fp8 else "graph"
+    if fp8:
+        return "compile"
+    return "graph" if known else "eager"
 
 
 def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:

@@ -322,9 +322,9 @@ class SegViT(nn.Module):
             batch: images of a call.
             dtype: of the network; by default bfloat16 for a float32 model where that is faster (GPUs that
                 have it; CPUs with AMX, or AVX512-BF16 and the native library), otherwise the model's.
-            method: "eager" runs layer by layer; "graph" replays a CUDA graph of that; "compile" is
-                torch.compile (minutes, needs a compiler), in a CUDA graph on GPUs. "auto": "graph" on GPUs,
-                "eager" elsewhere.
+            method: "eager" runs layer by layer; "graph" replays a CUDA graph of that, and on CPUs its calls
+                of operators from the fourth call on; "compile" is torch.compile (minutes, needs a compiler),
+                in a CUDA graph on GPUs. "auto": "graph" on GPUs and CPUs, "eager" elsewhere.
             fp8: the backbone's projections in fp8, by torchao, best with "compile", its default method; on
                 GPUs of compute capability 8.9 or more.
             int8: the backbone's projections in int8, weights by output and activations by token as they

@@ -155,8 +155,8 @@ def test_a_checkpoint(checkpoint, tmp_path, capsys):
     out = command(capsys, checkpoint, "--size", "40", "36", "--batch", "2", "--json", file, "--threads", "1")
     result = json.loads(file.read_text())
     ways = {row["way"]: row for row in result["ways"]}
-    assert list(ways)[:3] == ["predict, float32", "engine, eager, float32", "engine, eager, bfloat16"]
-    assert ways["engine, eager, float32"]["same_labels"] > 0.99
+    assert list(ways)[:3] == ["predict, float32", "engine, graph, float32", "engine, graph, bfloat16"]
+    assert ways["engine, graph, float32"]["same_labels"] > 0.99
     for row in ways.values():
         assert row["way"] in out and row["calls"] >= 3 and 0 < row["p50_s"] <= row["p95_s"]
         assert row["images_per_s"] == pytest.approx(2 / row["p50_s"], rel=2)
@@ -179,7 +179,7 @@ def test_a_preset(capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "vit_tiny", {"width": 32, "depth": 8, "heads": 2, "taps": (5, 7)})
     out = command(capsys, "vit_tiny", "--size", "32", "--classes", "7", "--dtype", "bfloat16")
     assert "vit_tiny, random weights" in out and "7 classes; 1 x 32 x 32 pixels" in out
-    assert "engine, eager, bfloat16, Shrunk" in out and "engine, eager, float32" in out
+    assert "engine, graph, bfloat16, Shrunk" in out and "engine, graph, float32" in out
     assert "segvit train --shrunk" in out
     out = command(capsys, "vit_tiny", "--size", "32", "--classes", "7", "--shrunk", "--no-alternatives")
     assert "vit_tiny (Shrunk), random weights" in out and "train --shrunk" not in out

@@ -1,6 +1,7 @@
 """The inference engine: the labels of `predict`, constants for one size, no synchronisation, CUDA graphs."""
 
 import contextlib
+import copy
 import functools
 import itertools
 import sys
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from segvit import InferenceOptions
 from segvit.inference import engine as engine_module
-from segvit_kernels import backend
+from segvit_kernels import backend, why_not
 
 pytestmark = pytest.mark.usefixtures("float32_engines")
 
@@ -241,6 +242,30 @@ def test_compile_is_one_graph(monkeypatch):
         assert (engine(images) == model.predict(images)).float().mean() > 0.995
 
 
+@pytest.mark.parametrize(
+    "options",
+    [InferenceOptions(), InferenceOptions(window=16, stride=8), InferenceOptions(scales=[1, 1.5], flip=True)],
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason=f"backend cpu: {why_not('cpu', 'cpu')}")
+def test_on_a_cpu_calls_are_repeated(monkeypatch, kind, options):
+    monkeypatch.setenv("SEGVIT_KERNELS_BACKEND", "cpu")  # where no operator asks for values
+    model = tiny_model(kind)
+    engine, plain = (
+        model.compile_for_inference((37, 50), 2, method=method, options=options)
+        for method in ("auto", "eager")
+    )
+    for seed in range(3):
+        engine(pictures((37, 50), seed=seed))
+    calls = []
+    engine.function.register_forward_hook(lambda *_: calls.append(1))
+    found = engine(pictures((37, 50), seed=3))
+    assert torch.equal(found, plain(pictures((37, 50), seed=3)))
+    assert engine._run.repeats and not calls
+    copied = copy.deepcopy(engine)
+    assert torch.equal(copied(pictures((37, 50), seed=3)), found) and not copied._run.repeats
+
+
 # Mistakes
 
 
@@ -253,7 +278,6 @@ def test_compile_is_one_graph(monkeypatch):
         ({"batch": 0}, "batch: got 0, expected at least 1"),
         ({"dtype": torch.int8}, r"dtype: got torch.int8, expected one of torch.float32"),
         ({"method": "fast"}, "method: got 'fast', expected one of auto, eager, graph, compile"),
-        ({"method": "graph"}, "method: got 'graph' for a model on cpu; CUDA graphs need a GPU"),
         ({"fp8": True}, "fp8: got a model on cpu; expected torchao and a GPU of compute capability 8.9"),
         ({"options": InferenceOptions(window=12)}, "window: got 12, expected a multiple of the patch size 8"),
     ],
@@ -261,6 +285,15 @@ def test_compile_is_one_graph(monkeypatch):
 def test_mistakes_in_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_model().compile_for_inference(**{"size": 32, **arguments})
+
+
+def test_a_graph_is_for_gpus_and_cpus():
+    with pytest.raises(ValueError, match="method: got 'graph' for a model on mps; expected cuda or cpu"):
+        engine_module._method("graph", torch.device("mps"), False)
+    methods = {
+        kind: engine_module._method("auto", torch.device(kind), False) for kind in ("cuda", "cpu", "mps")
+    }
+    assert methods == {"cuda": "graph", "cpu": "graph", "mps": "eager"}
 
 
 @pytest.mark.parametrize(
