@@ -55,7 +55,7 @@ def rows(
     """A row for each engine and precision: checked, timed in turn, then its memory.
 
     ``graphs`` is a folder where what engines read is kept, and found again by another run. With ``busy`` they
-    are timed once more beside a busy process a core, with ``pools`` beside other thread pools of their process.
+    are timed once more beside a busy process a core, with ``pools`` beside two thread pools of their process.
     """
     size, found, running = dataclasses.asdict(spec), [], {}
     with contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -62,21 +63,6 @@ inline std::optional<Tensor> as_float(const std::optional<Tensor>& tensor) {
 
 constexpr int64_t round_up(int64_t n, int64_t step = 16) { return (n + step - 1) / step * step; }
 
-// Calls f(task) for every task, on torch's threads, each taking the next one when it is done.
-template <class F>
-void parallel(int64_t tasks, const F& f) {
-  int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) f(task);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
-  });
-}
-
 // Memory of one task: aligned to a cache line, without a destructor call per element.
 class Scratch {
  public:
@@ -91,15 +77,58 @@ class Scratch {
   char* memory_;
 };
 
-// parallel() with so many bytes of memory for every thread: calls f(task, memory).
+// A mean of the last values, in seconds; threads may lose each other's.
+class Recent {
+ public:
+  float mean() const { return mean_.load(std::memory_order_relaxed); }
+  void add(float value, float share) { mean_.store(mean() + (value - mean()) * share, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<float> mean_{0};
+};
+
+// How long callers of parallel() waited for threads that had nothing to do: on a busy machine they come a time slice late.
+inline Recent lateness;
+
+// Calls f(task, memory) for every task, on torch's threads, each with so many bytes and taking the next task when it is
+// done; on the caller's alone where sharing would save less time than threads were late for. Units of work are in
+// proportion to the time of all tasks at this place; tasks that are alike need none.
 template <class F>
-void parallel(int64_t tasks, size_t bytes, const F& f) {
+void parallel(int64_t tasks, size_t bytes, const F& f, double units = 0) {
+  using Clock = std::chrono::steady_clock;
+  static Recent pace;  // of a unit in one thread
+  auto since = [](Clock::time_point begin) { return std::chrono::duration<float>(Clock::now() - begin).count(); };
+  auto learn = [&](float seconds) { pace.add(seconds, pace.mean() > 0 ? 0.25f : 1); };
+  float all = static_cast<float>(units > 0 ? units : tasks), alone = pace.mean() * all;
+  int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads()), own = 0;
   std::atomic<int64_t> next{0};
-  parallel(std::min<int64_t>(tasks, torch::stable::get_num_threads()), [&](int64_t) {
-    Scratch memory(bytes);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      f(task, memory.as<char>());
+  auto work = [&](bool caller) {
+    std::optional<Scratch> memory;
+    if (bytes) memory.emplace(bytes);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      f(task, bytes ? memory->as<char>() : nullptr);
+      if (caller) ++own;
+    }
+  };
+  auto begin = Clock::now(), end = begin;
+  if (threads <= 1 || (alone > 0 && alone - alone / threads < lateness.mean())) {
+    work(true);
+    if (threads > 1) learn(since(begin) / all), lateness.add(0, 1 / 32.0f);
+    return;
+  }
+  float mine = 0;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t last) {
+    bool caller = thread == 0;
+    for (; thread < last; ++thread) work(caller);
+    if (caller) mine = since(begin), end = Clock::now();
   });
+  float waited = since(end), task = own ? mine / own : 0;  // for one that is not over one may wait
+  if (own) learn(task * tasks / all);
+  lateness.add(std::max(0.0f, waited - task), 0.125f);
+}
+template <class F>
+void parallel(int64_t tasks, const F& f, double units = 0) {
+  parallel(tasks, 0, [&](int64_t task, char*) { f(task); }, units);
 }
 
 // Lays arrays one after the other, each on a cache line of its own; without memory it only counts.

@@ -106,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, con
                     masks_of(masks),
                     masks_of(previous),
                     data<float>(lse)};
+  double work = 1.0 * batch * heads * queries * keys * dim;
   if (args.query.type == Type::bf16 && !need_masks && shape.dropout.threshold == 0) {
     if (HalfKernel kernel = half_kernel(dim); kernel.run) {
       // A task packs keys and values of its head: as few tasks for each head as keep the threads busy.
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, con
         int64_t item = task / blocks, first = task % blocks * block;
         Scratch scratch(kernel.scratch_bytes(keys, dim));
         kernel.run(args, item / heads, item % heads, first, std::min(first + block, queries), scratch.as<char>());
-      });
+      }, work);
       return results;
     }
   }
@@ -148,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, con
                               : scratch.as<float>() + scratch_floats;
     kernel(args, block, state, scratch.as<float>());
     if (splits == 1) finish(args, block, state, 1, 0);
-  });
+  }, work);
   if (splits > 1)
     parallel(items * together, [&](int64_t task) {
       AttentionBlock block = block_of(task / together, 0);
@@ -158,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query_in, con
       float* state = states.as<float>() + task / together * splits * state_floats;
       finish(args, block, state + state_size(before, block.query_end - block.query, dim), splits,
              state_floats);
-    });
+    }, 1.0 * batch * heads * queries * splits * dim);
   return results;
 }
 
@@ -214,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Optional& grad_outpu
     float* part = splits > 1 ? parts.as<float>() + task * part_floats : scratch.as<float>() + scratch_floats;
     kernel(args, block, part, scratch.as<float>());
     if (splits == 1) finish(args, block, part, 1, 0);
-  });
+  }, 1.0 * batch * heads * queries * keys * dim);
   if (splits > 1)
     parallel(blocks * together, [&](int64_t task) {
       AttentionBlock block = block_of(task / together, 0);

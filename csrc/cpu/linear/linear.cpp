@@ -131,7 +131,7 @@ Tensor linear(Tensor input, Tensor weight, Optional bias, Optional panels, Optio
     int64_t panel = task % parts * part;
     Scratch scratch(bytes);
     kernel.run(args, row, row_end, panel, std::min(panel + part, count), scratch.as<char>());
-  });
+  }, 1.0 * rows * columns * depth);
   return output;
 }
 
