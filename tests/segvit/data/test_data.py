@@ -416,6 +416,8 @@ def test_classes_that_mirroring_exchanges():
     assert mirrored_classes(None) == mirrored_classes(["a", "b"]) == mirrored_classes(["Car", "car"]) == []
     assert mirrored_classes(["left", "Left", "right"]) == [(0, 2)]
     assert mirrored_classes(["Left", "left", "right", "Right"]) == [(0, 3), (1, 2)]
+    assert mirrored_classes(["Left", "left", "right"]) == [(1, 2)]
+    assert mirrored_classes(["LEFT", "right", "Right", "Left"]) == [(0, 1), (2, 3)]
 
 
 def test_mirrored_labels_have_left_and_right_exchanged():
