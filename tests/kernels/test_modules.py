@@ -248,7 +248,7 @@ def test_upsampling_with_changed_packed_projections():
 
 
 def test_queries_are_located_in_full_precision():
-    """Under a caller's autocast too, and from the features of half precision that a backbone gives under it."""
+    """Under a caller's autocast too, and from the half-precision features that a backbone gives there."""
     torch.manual_seed(0)
     plain = QueryUpsample(32, 2, (4, 4), [32], depth=1)
     cast = copy.deepcopy(plain)
