@@ -37,7 +37,15 @@ from segvit.model.shrunk import ShrunkDecoder
 from segvit.options import InferenceOptions
 from segvit.system.extras import require
 from segvit.system.files import atomic_write
-from segvit_kernels import Views, exportable, is_plain, pack_linears, semantic_argmax, unpack_linears
+from segvit_kernels import (
+    PackedLinear,
+    Views,
+    exportable,
+    is_plain,
+    pack_linears,
+    semantic_argmax,
+    unpack_linears,
+)
 
 
 @exportable
@@ -413,11 +421,21 @@ class SegViT(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SegViT:
-        fused = self.fused
-        if fused:
-            self.unfuse()
+        if not self.fused:
+            return super()._apply(fn, recurse)
+        eight = [
+            module
+            for module in self.modules()
+            if any(isinstance(child, PackedLinear) and child.int8 for child in module.children())
+        ]
+        self.unfuse()
         super()._apply(fn, recurse)
-        return self.fuse() if fused else self
+        self.fuse()
+        for module in eight:  # what has 8 bits keeps them, on processors that take them
+            unpack_linears(module)
+            pack_linears(module, int8=True)
+            pack_linears(module)
+        return self
 
     def unfuse(self) -> SegViT:
         """Forget the constants of `fuse`; returns self."""
