@@ -382,6 +382,8 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
         return [*result["pixels"].values(), result["ignored"]]
 
     assert pixels() == [16, 0, 16, 16]
+    SegViT.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "copy")  # as push_to_hub does
+    assert pixels("--checkpoint", str(tmp_path / "copy")) == [16, 0, 16, 16]
     exported = str(tmp_path / "model.torchscript")
     assert main(["export", str(tmp_path / "model"), exported, "--size", "3", "16"]) == 0
     assert pixels("--checkpoint", exported) == [16, 0, 16, 16]
