@@ -77,7 +77,7 @@ def read_index(tar: File) -> dict[str, Any]:
         raise ValueError(f"{path}: no index of a shard ({', '.join(wrong) or 'lists of several lengths'})")
     places = [place for name in ("pictures", "labels") for place in index[name]]
     right = {
-        "names": all(isinstance(name, str) and name and "\0" not in name for name in index["names"]),
+        "names": all(map(_can_name_a_file, index["names"])),
         "places": all(_is_place(place, index["bytes"]) for place in places),
         "data": _describes(index["data"]),
         # Of earlier versions nothing.
@@ -164,7 +164,7 @@ def _listed(path: File) -> list[str]:
 
 
 def _can_name_a_file(name: Any) -> bool:
-    """Below the list's folder, as `segvit data pack` writes them."""
+    """Below the folder of shards or of pictures, as `segvit data pack` writes them."""
     try:
         held = isinstance(name, str) and 0 < len(name) < 1000 and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # a lone surrogate, which JSON can write

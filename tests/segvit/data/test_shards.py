@@ -243,10 +243,12 @@ def test_shards_say_what_the_labels_meant(folder, tmp_path):
         assert shards.meaning() == plain.meaning() and shards.validation_share == 0.3
     path = out / "00003.json"
     index = json.loads(path.read_text())
-    for name, wrong in (("meaning", {"values": {"0": "sky"}}), ("validation_share", 2)):
+    wrongs = ("meaning", {"values": {"0": "sky"}}), ("validation_share", 2), ("names", ["\ud800"] * 3)
+    for name, wrong in wrongs:
         path.write_text(json.dumps({**index, name: wrong}))
         with pytest.raises(ValueError, match=rf"00003\.json: no index of a shard \({name} of another form"):
             Shards(str(out))
+    path.write_text(json.dumps(index))
     for path in out.glob("0*.json"):  # of an earlier version
         index = json.loads(path.read_text())
         del index["meaning"], index["validation_share"]
