@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segvit_kernels._autocast import autocast_dtype, without_autocast
 from segvit_kernels._folding import HOOKS, Folded, is_hooked, is_plain
 from segvit_kernels._rotary import apply_rotary
 from segvit_kernels.ops._autograd import full_precision
@@ -639,6 +640,9 @@ class QueryUpsample(nn.Module):
             TypeError: a layer that gets weights is wrapped, parametrized or hooked.
             ValueError: a level is no subsampled training grid.
         """
+        if autocast_dtype(self.queries.device) is not None:
+            with without_autocast(self.queries.device):
+                return self.locate(levels, sharpness)
         self.unfuse()
         for name, module in self.named_modules():
             if not is_plain(module) and name.endswith(("input_proj", "_attn", "out_proj", "linear2")):
@@ -652,6 +656,7 @@ class QueryUpsample(nn.Module):
         first, share = places, (dim - places) // len(self.stages)
         for stage, features in zip(self.stages, levels, strict=True):
             keys = _subsampled(code.unflatten(0, self.grid), features.shape[1])
+            features = features.to(self.queries.dtype)  # autocast's, of a backbone under it
             mean = features.mean((0, 1))
             centred = (features - mean).float().flatten(0, 1)
             covariance = centred.T @ centred / len(centred)

@@ -43,7 +43,7 @@ from segvit.serve.asking import longest_body, read_request
 from segvit.system import zips
 from segvit.system.tars import END, tar_member
 from segvit.system.text import parse_yaml, read_json, read_lines, read_text, yaml_value
-from segvit.training.run_folder import _compare_samples, _options, meaning_of
+from segvit.training.run_folder import _compare_samples, _options, meaning_of, samples_of
 
 CONFIG = SegViTConfig.preset("vit_tiny", 3, width=16, depth=2, heads=2, taps=(0, 1), image_size=32)
 WORDS = (b"#", b"\t", b"a 1 2 3\n", b"ignore 0 0 0\n", b" 1", b",", b"background\n")
@@ -475,7 +475,9 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
         "labels": [[start, len(label)]],
         "split": "training",
     }
-    index |= {"bytes": len(content), "data": shared}
+    meaning = {"values": {"0": 0}, "colours": {"ff0000": 0}, "seen": [0], "white": 1}
+    meaning |= {"by_colour": ["colour"], "forms": ["colour", "number"]}
+    index |= {"bytes": len(content), "data": shared, "meaning": meaning, "validation_share": 0.1}
     coloured = {**index, "data": {**shared, "palette": [[1, 2, 3]] * 3, "class_names": None}}
 
     def indices(data: bytes) -> None:
@@ -483,6 +485,7 @@ def _archives(folder: Path) -> Iterator[tuple[str, Subject]]:
         (place / "shards.json").write_text('{"shards": ["0.tar"]}')
         found = shards.Shards(str(place))
         assert isinstance(found.num_classes, int)
+        samples_of(found, found)
         assert found.class_names is None or len(found.class_names) == found.num_classes
         for i in range(min(2, len(found))):
             item = found[i]
@@ -569,7 +572,7 @@ def _messages() -> Iterator[tuple[str, Subject]]:
 
     def described(data: bytes) -> None:
         found = metadata.read(data.decode("utf-8", "replace"), "a.onnx")
-        assert isinstance(found.plan, Plan) and found.fields["kind"] and isinstance(found.precision, str)
+        assert isinstance(found.plan, Plan) and isinstance(found.precision, str)
         assert found.plan.batch is None or isinstance(found.plan.batch, int)
 
     yield "metadata", Subject(described, [text.encode()], name="a.onnx", share=2)

@@ -10,16 +10,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from segvit.data.inspection import Facts, colour_text
 from segvit.data.labels import Reading
 
-__all__ = ["FORMS", "Coding", "choose_coding"]
+__all__ = ["FORMS", "Coding", "choose_coding", "is_meaning", "is_share"]
 
 FORMS = frozenset(("number", "palette", "bilevel", "grey", "colour"))
 """Of label maps: see `segvit.data.stored.StoredLabel`."""
 _LOOKED_AT = ("bilevel", "grey", "palette")  # forms that are made to be seen
 _Pair = tuple[int, int]  # a number and its colour
+
+
+def is_meaning(found: Any) -> bool:
+    """Whether this has the form of what `SegmentationFolder.meaning` gives, read from a file."""
+    try:
+        tables = [(found["values"], 10), (found["colours"], 16)]
+        keys = [int(key, base) for table, base in tables for key in table]
+        classes = [index for table, _ in tables for index in table.values() if index is not None]
+        numbers = [*keys, *classes, *found["seen"], found["white"]]
+        forms = {*found["by_colour"], *found["forms"]}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return forms <= FORMS and all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in numbers)
+
+
+def is_share(found: Any) -> bool:
+    """Whether this is a share of the pictures that can be kept for validation."""
+    return type(found) in (int, float) and 0 <= found < 1
 
 
 @dataclass(frozen=True)

@@ -96,15 +96,17 @@ def mirrored_classes(names: Sequence[str] | None) -> list[tuple[int, int]]:
 
     ("left arm", "head", "right arm") -> [(0, 2)]; also Left-arm and leftArm. A class is in one pair at most.
     """
-    places = {name: index for index, name in enumerate(names or ())}
-    alike = {name.casefold(): index for name, index in places.items()}
-    partners: dict[int, int] = {}
-    for name, index in places.items():
-        other = _SIDE.sub(lambda word: _OTHER_SIDE[word[0]], name)
-        place = places.get(other, alike.get(other.casefold(), index)) if other != name else index
-        if index < place and not {index, place} & {*partners, *partners.values()}:
-            partners[index] = place
-    return list(partners.items())
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for alike in (str, str.casefold):  # where names differ in capitals too, only those without a partner
+        places = {alike(name): index for index, name in enumerate(names or ()) if index not in taken}
+        for index, name in enumerate(names or ()):
+            other = _SIDE.sub(lambda word: _OTHER_SIDE[word[0]], name)
+            place = places.get(alike(other), index) if other != name else index
+            if index < place and not {index, place} & taken:
+                pairs.append((index, place))
+                taken |= {index, place}
+    return sorted(pairs)
 
 
 def _refuse_twice(path: Path, what: str, items: list[str]) -> None:

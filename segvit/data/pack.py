@@ -143,6 +143,8 @@ def _write_shard(
             "palette": dataset.palette,
             "reduce_zero_label": "auto" if dataset.known else dataset.reduce_zero_label,
         },
+        "meaning": dataset.meaning(),
+        "validation_share": dataset.validation_share,
     }
     _write_json(tar.with_suffix(".json"), index)
 

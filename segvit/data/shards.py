@@ -2,7 +2,8 @@
 
     SHARDS/00000.tar     pictures as they were, NAME.jpg, and label maps, NAME.label.png: classes, the largest
                          number of 8 or 16 bits for pixels without one (WebDataset's names)
-    SHARDS/00000.json    its index: the split, names and places of its samples, its length, what all share
+    SHARDS/00000.json    its index: the split, names and places of its samples, its length, what all share,
+                         what the label values of the folder meant, and which share was kept for validation
     SHARDS/shards.json   which tars there are
 
 Samples have the order of the folder that was packed, and its names: a run draws the same ones at the same
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from segvit.data.coding import is_meaning, is_share
 from segvit.data.decoding import OWN_FORMATS
 from segvit.data.pictures import PictureBytes, read_image
 from segvit.system.addresses import Address, File, file_at, is_address, read_part, size_of
@@ -75,9 +77,12 @@ def read_index(tar: File) -> dict[str, Any]:
         raise ValueError(f"{path}: no index of a shard ({', '.join(wrong) or 'lists of several lengths'})")
     places = [place for name in ("pictures", "labels") for place in index[name]]
     right = {
-        "names": all(isinstance(name, str) and name and "\0" not in name for name in index["names"]),
+        "names": all(map(_can_name_a_file, index["names"])),
         "places": all(_is_place(place, index["bytes"]) for place in places),
         "data": _describes(index["data"]),
+        # Of earlier versions nothing.
+        "meaning": index.get("meaning") is None or is_meaning(index["meaning"]),
+        "validation_share": index.get("validation_share") is None or is_share(index["validation_share"]),
     }
     if wrong := [name for name, well in right.items() if not well]:
         raise ValueError(f"{path}: no index of a shard ({', '.join(wrong)} of another form)")
@@ -159,7 +164,7 @@ def _listed(path: File) -> list[str]:
 
 
 def _can_name_a_file(name: Any) -> bool:
-    """Below the list's folder, as `segvit data pack` writes them."""
+    """Below the folder of shards or of pictures, as `segvit data pack` writes them."""
     try:
         held = isinstance(name, str) and 0 < len(name) < 1000 and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # a lone surrogate, which JSON can write
@@ -201,6 +206,7 @@ class Shards(Dataset):
 
     Attributes:
         splits: all that the shards have.
+        validation_share: of the folder's pictures, kept for validation; None: not said.
 
     Raises:
         FileNotFoundError: a shard or its index is missing, or there is none of the split.
@@ -231,6 +237,8 @@ class Shards(Dataset):
         self._places: list[tuple[int, int, int, int, int]] = []
         shared: dict[str, Any] | None = None
         splits: set[str] = set()
+        self._meaning: dict[str, Any] | None = None
+        self.validation_share: float | None = None
         self._count = 0
         for number, (tar, index) in enumerate(zip(self.tars, _indices(self.tars), strict=True)):
             if shared is not None and shared != index["data"]:
@@ -240,6 +248,8 @@ class Shards(Dataset):
             if index["split"] != split:
                 continue
             self._count += 1
+            self._meaning = self._meaning or index.get("meaning")
+            self.validation_share = self.validation_share or index.get("validation_share")
             self.files += [(self.root / name, name) for name in index["names"]]
             pairs = zip(index["pictures"], index["labels"], strict=True)
             self._places += [(number, *picture, *label) for picture, label in pairs]
@@ -256,6 +266,10 @@ class Shards(Dataset):
             raise ValueError(
                 f"ignore_index: got {ignore_index}, which is one of the {self.num_classes} classes"
             )
+
+    def meaning(self) -> dict[str, Any] | None:
+        """What the values of the label maps meant, see `SegmentationFolder.meaning`; None: not said."""
+        return self._meaning
 
     def check(self) -> list[str]:
         """A line that says what there is."""

@@ -120,7 +120,7 @@ class ExportedModel(nn.Module):
 
     def check_precision(self, dtype: str) -> None:
         """Raise ValueError for a precision other than the file's own or the default."""
-        own = self.description.fields["precision"]
+        own = self.description.precision
         if dtype not in ("float32", own):
             raise ValueError(f"dtype: {self.path} has its own inside ({own}), got {dtype}; export it again")
 

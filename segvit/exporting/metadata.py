@@ -30,14 +30,12 @@ class Description:
         config, plan: of the model and of the graph.
         precision: "float32", "float16", "bfloat16" or "int8".
         data: what is known of the data that the model was trained on, as `segvit train` records it.
-        fields: all that the file says.
     """
 
     config: SegViTConfig
     plan: Plan
     precision: str
     data: dict[str, Any]
-    fields: dict[str, Any]
 
 
 def describe(config: SegViTConfig, plan: Plan, about: dict[str, Any]) -> str:
@@ -95,6 +93,6 @@ def read(text: str | None, source: str) -> Description:
         plan.check(config.backbone.patch_size)
         if plan.outputs not in _OUTPUTS:
             raise ValueError("another output")
-        return Description(config, plan, fields["precision"], dict(fields.get("data") or {}), fields)
+        return Description(config, plan, fields["precision"], dict(fields.get("data") or {}))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{source}: not a file that `segvit export` has written") from None

@@ -114,7 +114,7 @@ class _Compiled:
             if model.has_rt_info([_WEIGHTS]) and model.get_rt_info([_WEIGHTS]).astype(str) != _digest(path):
                 weights = path.with_suffix(".bin").name
                 raise ValueError(f"{path}: {weights} has the weights of another file; they belong together")
-            precision = read(self.text, str(path)).fields["precision"]
+            precision = read(self.text, str(path)).precision
             options = {
                 "INFERENCE_PRECISION_HINT": _HINTS[precision],
                 "PERFORMANCE_HINT": "LATENCY",

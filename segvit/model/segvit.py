@@ -21,6 +21,7 @@ from segvit.model.backbone import Block, LayerScale, VisionTransformer, patch_gr
 from segvit.model.backbone_weights import adapt_backbone_state
 from segvit.model.checkpoint import (
     CONFIG_FILE,
+    DATA_FILE,
     WEIGHTS_FILE,
     LoadReport,
     find_checkpoint,
@@ -35,7 +36,16 @@ from segvit.model.rotary import Rotary
 from segvit.model.shrunk import ShrunkDecoder
 from segvit.options import InferenceOptions
 from segvit.system.extras import require
-from segvit_kernels import Views, exportable, is_plain, pack_linears, semantic_argmax, unpack_linears
+from segvit.system.files import atomic_write
+from segvit_kernels import (
+    PackedLinear,
+    Views,
+    exportable,
+    is_plain,
+    pack_linears,
+    semantic_argmax,
+    unpack_linears,
+)
 
 
 @exportable
@@ -63,8 +73,13 @@ class SegViT(nn.Module):
 
     Args:
         config: sizes and image statistics; see `SegViTConfig.preset`.
+
+    Attributes:
+        data_record: what a training said of its data (data.json: what label values mean), of a model that was
+            read with it, for `save_pretrained`; set it to None after a training of your own on other labels.
     """
 
+    data_record: bytes | None = None
     kind = "atm"  # of decoder
     kinds: ClassVar[dict[str, type[SegViT]]] = {}  # all that are known, by decoder
     activation = "sigmoid"  # of upsampled mask logits
@@ -406,11 +421,21 @@ class SegViT(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SegViT:
-        fused = self.fused
-        if fused:
-            self.unfuse()
+        if not self.fused:
+            return super()._apply(fn, recurse)
+        eight = [
+            module
+            for module in self.modules()
+            if any(isinstance(child, PackedLinear) and child.int8 for child in module.children())
+        ]
+        self.unfuse()
         super()._apply(fn, recurse)
-        return self.fuse() if fused else self
+        self.fuse()
+        for module in eight:  # what has 8 bits keeps them, on processors that take them
+            unpack_linears(module)
+            pack_linears(module, int8=True)
+            pack_linears(module)
+        return self
 
     def unfuse(self) -> SegViT:
         """Forget the constants of `fuse`; returns self."""
@@ -586,7 +611,8 @@ class SegViT(nn.Module):
         return changed
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write model.safetensors and config.json into `folder`, each in one step.
+        """Write model.safetensors and config.json into `folder`, each in one step; data.json too, of a model
+        that was read with it.
 
         Raises:
             ValueError: layers are wrapped, parametrized or quantised: the files could not be loaded.
@@ -600,6 +626,8 @@ class SegViT(nn.Module):
             )
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         save_weights(folder, state, self.config.to_dict())
+        if (record := self.data_record) is not None:
+            atomic_write(Path(folder) / DATA_FILE, lambda path: path.write_bytes(record))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, *, revision: str | None = None) -> SegViT:
@@ -624,7 +652,10 @@ class SegViT(nn.Module):
                 f"{folder / CONFIG_FILE}: of a model with decoder {config.decoder}, expected {cls.kind}"
             )
         weights = folder / WEIGHTS_FILE
-        return cls.from_state_dict(config, read_state_dict(weights), str(weights))
+        model = cls.from_state_dict(config, read_state_dict(weights), str(weights))
+        if (record := folder / DATA_FILE).is_file():
+            model.data_record = record.read_bytes()
+        return model
 
     @classmethod
     def from_state_dict(cls, config: SegViTConfig, state_dict: Mapping[str, Tensor], source: str) -> SegViT:

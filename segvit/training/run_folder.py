@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from segvit.data.coding import FORMS
+from segvit.data.coding import FORMS, is_meaning, is_share
 from segvit.model.checkpoint import DATA_FILE
 from segvit.options import TrainConfig
 from segvit.system.extras import require
@@ -61,11 +61,12 @@ _PLACES = {"data", "names"}
 
 def samples_of(training: Any, validation: Any) -> dict[str, Any]:
     """What tells two data sets apart, wherever they lie: number and names of the samples, the classes, what
-    label values mean (`SegmentationFolder.meaning`; None: nobody says), and the share kept for validation."""
+    label values mean (`SegmentationFolder.meaning`; None: nobody says, as of synthetic data), and the share
+    kept for validation."""
     result: dict[str, Any] = {"classes": list(training.class_names or []), "labels": None}
     result["validation_share"] = getattr(validation, "validation_share", None)
     meanings = [dataset.meaning() for dataset in (training, validation) if hasattr(dataset, "meaning")]
-    if meanings:
+    if meanings := [meaning for meaning in meanings if meaning]:
         labels = dict(meanings[0])
         for other in meanings[1:]:  # training and validation agree on what they share
             new = set(other["by_colour"]) - set(labels["forms"])
@@ -101,22 +102,10 @@ def meaning_of(place: Path, record: dict[str, Any] | None = None) -> dict[str, A
         ValueError: that is of another form.
     """
     found, path = _said(place, record, "labels")
-    if found is None:
-        return None
-    try:
+    if isinstance(found, dict):
         found = {"forms": sorted(FORMS), **found}
-        tables = [(found["values"], 10), (found["colours"], 16)]
-        keys = [int(key, base) for table, base in tables for key in table]
-        classes = [index for table, _ in tables for index in table.values() if index is not None]
-        numbers = [*keys, *classes, *found["seen"], found["white"]]
-        if not all(type(n) is int and -1 << 31 <= n < 1 << 32 for n in numbers):
-            raise TypeError
-        if not {*found["by_colour"], *found["forms"]} <= FORMS:
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(
-            f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote"
-        ) from None
+    if found is not None and not is_meaning(found):
+        raise ValueError(f"{path}: got {shown(found)} for labels, expected what `segvit train` wrote")
     return found
 
 
@@ -127,7 +116,7 @@ def share_of(place: Path, record: dict[str, Any] | None = None) -> float | None:
         ValueError: that is of another form.
     """
     share, path = _said(place, record, "validation_share")
-    if share is not None and not (type(share) in (int, float) and 0 <= share < 1):
+    if share is not None and not is_share(share):
         raise ValueError(
             f"{path}: got {shown(share)} for validation_share, expected what `segvit train` wrote"
         )
@@ -204,7 +193,7 @@ def prepare(config: TrainConfig, samples: dict[str, Any], say: Callable[[str], N
             if labels and now_labels:
                 _compare_labels(labels, now_labels)
             _compare_samples(record, samples)
-            share = samples["validation_share"]  # shards say neither
+            share = samples["validation_share"]  # shards of earlier versions say neither
             share = share_of(folder) if share is None else share
             samples = {**samples, "labels": now_labels or labels, "validation_share": share}
             if windows[0] != windows[1]:  # nothing is refused any more

@@ -323,7 +323,8 @@ def linear(
         bias: (N,), dtype of ``input``, or ``None``.
         packed: of :func:`pack_weight`, made from this very weight.
         gelu: apply the exact (erf) GELU.
-        norm: weight and bias, (K,) or ``None``, and epsilon of a LayerNorm of the input, which comes first.
+        norm: weight and bias, (K,) or ``None``, and epsilon of a LayerNorm of the input, which comes first;
+            rows that spread beyond 1e19 as in :func:`segvit_kernels.subsample_layer_norm`.
         scale: (N,), what the result is multiplied by, after the GELU.
         residual: (..., N), what is added in the end.
         backend: ``"eager"`` or ``"cpu"``; chosen by device unless given.

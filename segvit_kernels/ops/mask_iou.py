@@ -31,6 +31,7 @@ from segvit_kernels.ops._resize import finite, upsampled
 
 _DTYPES = (torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_PIXELS = 2**31 - 1
+_LEAST_REFUSED = 2**31 - 2**16  # pairs or pixels; a last block of them reaches beyond
 _BUDGET = 2**19  # elements of a block on the CPU: 2 MiB stay in the cache
 
 
@@ -121,12 +122,18 @@ def _macs(a: tuple[int, ...], b: tuple[int, ...], height: int, width: int, *_: A
     return a[0] * a[1] * b[1] * height * width
 
 
-def _kernels_refuse(backend: str, a: Tensor, b: Tensor, *_: Any) -> Exception | None:
+def _kernels_refuse(backend: str, a: Tensor, b: Tensor, height: int, width: int, *_: Any) -> Exception | None:
     for name, tensor in (("a", a), ("b", b)):
         if tensor.dtype == torch.float64:
             return TypeError(
                 f"backend {backend!r} takes bool, float32, float16 and bfloat16; {name} is float64"
             )
+    results = a.shape[1] * b.shape[1] + a.shape[1] + b.shape[1]
+    if backend == "triton" and max(results, height * width) >= _LEAST_REFUSED:
+        return ValueError(
+            f"backend 'triton' counts pairs and pixels in 32 bits; got {a.shape[1]} by {b.shape[1]} masks of "
+            f"{(height, width)}"
+        )
     return None
 
 

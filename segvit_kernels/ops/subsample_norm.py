@@ -310,7 +310,8 @@ def subsample_layer_norm(
         dtype of ``x``; under autocast ``normed`` and ``normed_sub`` come in its dtype, for the projections
         that follow, and ``x_sub``, the residual, stays as it is. All are differentiable in ``x``, ``weight``
         and ``bias``, any may be left unused, and gradients are bitwise repeatable. Statistics and sums are
-        float32 for the half precisions.
+        float32, but for float64: a token that spreads beyond about 1e19, whose variance float32 does not
+        hold, is NaN in all kernels, and zeros or NaN in eager, as in ``F.layer_norm``.
 
     Raises:
         TypeError: a dtype is not supported.

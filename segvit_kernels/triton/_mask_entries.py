@@ -53,7 +53,7 @@ def _check_sizes(mask_logits: list[Tensor], targets: Tensor) -> None:
     height, width = targets.shape[-2:]
     for logits in mask_logits:
         h, w = logits.shape[-2:]
-        if max(h * height, w * width) >= 2**29 or height * width >= 2**31 - 2**16:
+        if max(h * height, w * width) >= 2**29 or max(h * w, height * width) >= 2**31 - 2**16:
             raise ValueError(
                 f"mask_logits {tuple(logits.shape)} and targets {tuple(targets.shape)} are too large for "
                 "32-bit positions: use backend='eager'"

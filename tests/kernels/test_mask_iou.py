@@ -251,6 +251,17 @@ def test_refusals(change, error, message):
         mask_iou(**{"a": MASKS, "b": MASKS, **change})
 
 
+def test_triton_leaves_what_32_bits_do_not_count_to_eager():
+    def refused(backend, masks, size):
+        some = torch.zeros(1, 1, 1, 1).expand(1, masks, 1, 1)
+        error = module._kernels_refuse(backend, some, some, *size, True, 0.0)
+        return "pairs and pixels in 32 bits" in str(error)
+
+    large, wide = (46340, (4, 4)), (2, (2**16, 2**15))
+    assert refused("triton", *large) and refused("triton", *wide)
+    assert not refused("cpu", *large) and not refused("triton", 46000, (2**15, 2**15))
+
+
 @SOFT
 @pytest.mark.parametrize("field", MaskIoU._fields)
 def test_the_helper_sees_one_wrong_sum(field, soft):

@@ -247,6 +247,19 @@ def test_upsampling_with_changed_packed_projections():
         upsample.locate(levels)
 
 
+def test_queries_are_located_in_full_precision():
+    """Under a caller's autocast too, and from the half-precision features that a backbone gives there."""
+    torch.manual_seed(0)
+    plain = QueryUpsample(32, 2, (4, 4), [32], depth=1)
+    cast = copy.deepcopy(plain)
+    levels = [torch.randn(4, 16, 32).bfloat16()]
+    plain.locate([level.float() for level in levels])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.locate(levels)
+    for found, expected in zip(cast.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
 @torch.no_grad()
 @MODELS
 def test_constants_of_changed_weights_are_not_used(options):

@@ -14,23 +14,14 @@ from segvit_kernels.integrations.transformers import instances
 
 pytest.importorskip("transformers.models.rf_detr", reason="pip install -e '.[transformers]'; 5.23 has all")
 import transformers as hf
-from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentationOutput
-from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import EomtDinov3ForUniversalSegmentationOutput
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
-from transformers.models.maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput
-from transformers.models.oneformer.modeling_oneformer import OneFormerForUniversalSegmentationOutput
+from outputs import OUTPUTS as MASK_CLASSIFIERS
+from outputs import SIZE, TARGETS, blobs
 from transformers.models.rf_detr.modeling_rf_detr import RfDetrInstanceSegmentationOutput
 from transformers.models.videomt.modeling_videomt import VideomtForUniversalSegmentationOutput
 
 CLASSES, QUERIES, GRID = 6, 30, (24, 30)
-TARGETS = [(50, 61), (33, 90)]
-SIZE = {"shortest_edge": 64, "longest_edge": 64}
 OUTPUTS = {
-    "maskformer": MaskFormerForInstanceSegmentationOutput,
-    "mask2former": Mask2FormerForUniversalSegmentationOutput,
-    "oneformer": OneFormerForUniversalSegmentationOutput,
-    "eomt": EomtForUniversalSegmentationOutput,
-    "eomt_dinov3": EomtDinov3ForUniversalSegmentationOutput,
+    **MASK_CLASSIFIERS,
     "videomt": VideomtForUniversalSegmentationOutput,
     "rf_detr": RfDetrInstanceSegmentationOutput,
 }
@@ -52,17 +43,8 @@ def processor(name):
 
 
 def made(name, seed=0, dtype=torch.float32, scale=5.0):
-    """Random outputs: blobs on top of each other, one of a single cell, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.randn(2, QUERIES, *GRID, generator=generator)
-    classes = torch.randn(2, QUERIES, CLASSES + (name != "rf_detr"), generator=generator)
-    y, x = torch.arange(GRID[0])[:, None], torch.arange(GRID[1])
-    for b in range(2):
-        for q in range(0, QUERIES, 2):
-            place, radius = torch.rand(2, generator=generator), 0.3 + 7 * torch.rand(1, generator=generator)
-            distance = ((y - place[0] * GRID[0]) ** 2 + (x - place[1] * GRID[1]) ** 2).sqrt()
-            masks[b, q] += 2 * (radius - distance)
-            classes[b, q, torch.randint(CLASSES, (1,), generator=generator)] += scale + q / 8
+    """One blob is of a single cell."""
+    masks, classes = blobs(seed, QUERIES, GRID, CLASSES + (name != "rf_detr"), CLASSES, (0.3, 7.3), scale)
     masks[:, 0] = -5.0
     masks[:, 0, 7, 7] = 5.0  # which nearest neighbours may miss
     if name == "rf_detr":

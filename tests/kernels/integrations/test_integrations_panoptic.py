@@ -12,23 +12,10 @@ from segvit_kernels.integrations.transformers import panoptic
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[transformers]'")
 import transformers as hf
+from outputs import OUTPUTS, SIZE, TARGETS, blobs
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentationOutput
-from transformers.models.eomt_dinov3.modeling_eomt_dinov3 import EomtDinov3ForUniversalSegmentationOutput
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
-from transformers.models.maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput
-from transformers.models.oneformer.modeling_oneformer import OneFormerForUniversalSegmentationOutput
 
 CLASSES, QUERIES, GRID = 6, 24, (16, 20)
-TARGETS = [(50, 61), (33, 90)]
-OUTPUTS = {
-    "maskformer": MaskFormerForInstanceSegmentationOutput,
-    "mask2former": Mask2FormerForUniversalSegmentationOutput,
-    "oneformer": OneFormerForUniversalSegmentationOutput,
-    "eomt": EomtForUniversalSegmentationOutput,
-    "eomt_dinov3": EomtDinov3ForUniversalSegmentationOutput,
-}
-SIZE = {"shortest_edge": 64, "longest_edge": 64}
 
 
 def processor(name):
@@ -39,17 +26,7 @@ def processor(name):
 
 
 def made(name, seed, dtype=torch.float32):
-    """Random outputs: half the queries have a blob of their own, large and small, on top of each other."""
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.randn(2, QUERIES, *GRID, generator=generator)
-    classes = torch.randn(2, QUERIES, CLASSES + 1, generator=generator)
-    y, x = torch.arange(GRID[0])[:, None], torch.arange(GRID[1])
-    for b in range(2):
-        for q in range(0, QUERIES, 2):
-            place, radius = torch.rand(2, generator=generator), 2 + 5 * torch.rand(1, generator=generator)
-            distance = ((y - place[0] * GRID[0]) ** 2 + (x - place[1] * GRID[1]) ** 2).sqrt()
-            masks[b, q] += 2 * (radius - distance)
-            classes[b, q, torch.randint(CLASSES, (1,), generator=generator)] += 5 + q / 8
+    masks, classes = blobs(seed, QUERIES, GRID, CLASSES + 1, CLASSES, (2, 7), 5.0)
     return OUTPUTS[name](masks_queries_logits=masks.to(dtype), class_queries_logits=classes.to(dtype))
 
 
@@ -115,7 +92,7 @@ def test_without_target_sizes(name):
 
 
 def test_classes_that_inherit():
-    class Own(Mask2FormerForUniversalSegmentationOutput):
+    class Own(OUTPUTS["mask2former"]):
         pass
 
     outputs = made("mask2former", 0)

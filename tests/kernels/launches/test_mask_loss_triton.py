@@ -188,10 +188,11 @@ def test_launches_are_made_without_looking_at_values():
 
 
 def test_too_large_for_32_bit_positions():
-    with torch.device("meta"):
-        logits, labels = torch.empty(1, 1, 2**15, 8), torch.empty(1, 2**15, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"too large.*backend='eager'"):
-        kernels.mask_loss_fwd([logits], labels, None, 1, 0.25, 2.0, False)
+    for h, w, height, width in ((2**15, 8, 2**15, 8), (2**16, 2**16, 4, 4), (4, 4, 2**16, 2**15)):
+        with torch.device("meta"):
+            logits, labels = torch.empty(1, 1, h, w), torch.empty(1, height, width, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"too large.*backend='eager'"):
+            kernels.mask_loss_fwd([logits], labels, None, 1, 0.25, 2.0, False)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "sm_75"])

@@ -88,6 +88,23 @@ def test_what_is_in_it(dtype):
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
 
 
+@INT8
+def test_conversions_keep_eight_bits():
+    """Of a model and of an engine; in float64, which has no kernels, they compute as they were."""
+    model = in_precision(tiny_model(), CPU, "int8")
+    engine = tiny_model().compile_for_inference((32, 32), int8=True)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    expected = engine(images)
+
+    def eight(module):
+        return sum(isinstance(part, PackedLinear) and part.int8 for part in module.modules())
+
+    for dtype in (None, torch.float16, torch.float32):
+        assert eight(model.to(CPU, dtype)) == 8
+    assert eight(engine.function.to(CPU)) == 8 and torch.equal(engine.function(images), expected)
+    assert eight(model.to(torch.float64)) == 0
+
+
 def test_evaluate_in_both(checkpoint, tmp_path):
     results = []
     for dtype in ("float32", "bfloat16"):

@@ -382,6 +382,8 @@ def test_evaluate_reads_labels_as_the_run_did(tmp_path):
         return [*result["pixels"].values(), result["ignored"]]
 
     assert pixels() == [16, 0, 16, 16]
+    SegViT.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "copy")  # as push_to_hub does
+    assert pixels("--checkpoint", str(tmp_path / "copy")) == [16, 0, 16, 16]
     exported = str(tmp_path / "model.torchscript")
     assert main(["export", str(tmp_path / "model"), exported, "--size", "3", "16"]) == 0
     assert pixels("--checkpoint", exported) == [16, 0, 16, 16]
@@ -416,6 +418,8 @@ def test_classes_that_mirroring_exchanges():
     assert mirrored_classes(None) == mirrored_classes(["a", "b"]) == mirrored_classes(["Car", "car"]) == []
     assert mirrored_classes(["left", "Left", "right"]) == [(0, 2)]
     assert mirrored_classes(["Left", "left", "right", "Right"]) == [(0, 3), (1, 2)]
+    assert mirrored_classes(["Left", "left", "right"]) == [(1, 2)]
+    assert mirrored_classes(["LEFT", "right", "Right", "Left"]) == [(0, 1), (2, 3)]
 
 
 def test_mirrored_labels_have_left_and_right_exchanged():

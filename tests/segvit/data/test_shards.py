@@ -18,6 +18,7 @@ from segvit.data import SegmentationFolder, open_dataset
 from segvit.data.pack import _keys
 from segvit.data.shards import Shards
 from segvit.options import TrainConfig
+from segvit.training.run_folder import samples_of
 from segvit.training.train import train
 
 NAMES = ("sky", "road", "tree")
@@ -182,6 +183,8 @@ def test_a_run_is_the_same_from_shards_and_goes_on_with_them(folder, tmp_path):
     expected = run("folder", folder)
     assert len(expected[0]) > 8
     assert run("shards", f"{shards}/{{00000..00003}}.tar") == expected
+    said = [json.loads((tmp_path / out / "data.json").read_text()) for out in ("folder", "shards")]
+    assert said[0] == said[1] and said[0]["labels"]["seen"] == [0, 1, 2, 255]
     shutil.copytree(tmp_path / "folder", tmp_path / "both", symlinks=True)
     shutil.rmtree(tmp_path / "both" / "checkpoints" / "8")  # the fourth step is the last that it knows
     assert run("both", shards, resume=True) == expected
@@ -229,6 +232,30 @@ def test_what_is_wrong_with_shards_is_one_line(folder, tmp_path, capsys):
     (out / "00001.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"00001\.json: no such file; it is the index of 00001\.tar"):
         Shards(data)
+
+
+def test_shards_say_what_the_labels_meant(folder, tmp_path):
+    out = tmp_path / "shards"
+    pack(folder, out, "--validation-share", "0.3")
+    for split in ("training", "validation"):
+        plain, shards = SegmentationFolder(folder, split), Shards(str(out), split)
+        plain.check()
+        assert shards.meaning() == plain.meaning() and shards.validation_share == 0.3
+    path = out / "00003.json"
+    index = json.loads(path.read_text())
+    wrongs = ("meaning", {"values": {"0": "sky"}}), ("validation_share", 2), ("names", ["\ud800"] * 3)
+    for name, wrong in wrongs:
+        path.write_text(json.dumps({**index, name: wrong}))
+        with pytest.raises(ValueError, match=rf"00003\.json: no index of a shard \({name} of another form"):
+            Shards(str(out))
+    path.write_text(json.dumps(index))
+    for path in out.glob("0*.json"):  # of an earlier version
+        index = json.loads(path.read_text())
+        del index["meaning"], index["validation_share"]
+        path.write_text(json.dumps(index))
+    shards = Shards(str(out))
+    assert shards.meaning() is None and shards.validation_share is None
+    assert samples_of(shards, shards)["labels"] is None
 
 
 @pytest.fixture

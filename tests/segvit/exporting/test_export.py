@@ -458,7 +458,7 @@ def test_int8(folder, capsys, tmp_path):
     assert {node.domain for node in proto.graph.node} == {""} and len(proto.opset_import) == 1
     kinds = [node.op_type for node in proto.graph.node]
     assert kinds.count("DequantizeLinear") == 2 * 12  # weight and input, of 4 layers in 3 blocks
-    assert open_model(path).description.fields["precision"] == "int8"
+    assert open_model(path).description.precision == "int8"
 
 
 def test_positions_of_keys_at_any_size():

@@ -45,6 +45,15 @@ def test_round_trip(tmp_path, name):
     torch.testing.assert_close(loaded(images).mask_logits, model(images).mask_logits)
 
 
+def test_what_a_training_said_of_its_data_goes_along(tmp_path):
+    """To another folder, and so to the Hub."""
+    make_model().save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "data.json").write_text('{"labels": null}')
+    SegViT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "data.json").read_text() == '{"labels": null}'
+    assert SegViT.from_pretrained(tmp_path / "b").data_record == b'{"labels": null}'
+
+
 def test_checkpoint_of_another_config(tmp_path):
     make_model(num_classes=3, layer_scale=0.1).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -93,6 +102,7 @@ def test_bad_folders(tmp_path):
 def test_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     make_model().save_pretrained(tmp_path)
+    (tmp_path / "data.json").write_text("{}")
     asked = []
 
     def snapshot_download(repo_id, revision=None, allow_patterns=None):
@@ -134,7 +144,8 @@ def test_hub(tmp_path, monkeypatch):
             asked.append(repo_id)
 
         def upload_folder(self, repo_id, folder_path, **kwargs):
-            assert SegViT.from_pretrained(folder_path).config == model.config
+            loaded = SegViT.from_pretrained(folder_path)
+            assert loaded.config == model.config and loaded.data_record == b"{}"
             return "address"
 
     monkeypatch.setattr(hub, "HfApi", Api)

@@ -118,7 +118,7 @@ def test_another_meaning_of_the_labels(run):
     assert SAMPLES["labels"] is None and meaning_of(Path(run.out)) is None
     before = {**SAMPLES, "labels": MEANING}
     assert go_on(run, before, label_mapping=None) == []  # the first that says
-    # The same meaning from another place; and shards, which do not say.
+    # The same meaning from another place; and shards of earlier versions, which do not say.
     assert go_on(run, before, label_mapping="moved.json") == []
     assert go_on(run, {**before, "validation_share": 0.4}, label_mapping="moved.json") == []
     assert go_on(run, label_mapping="moved.json") == [] and meaning_of(Path(run.out)) == MEANING
