@@ -175,7 +175,9 @@ def test_another_decoder_has_the_usual_taps_and_a_norm_of_its_own(tmp_path):
     assert "the final norm starts afresh" in notes
     assert (new.backbone.norm.weight == 1).all() and (new.backbone.norm.bias == 0).all()
     assert (usual_taps(12), usual_taps(24), usual_taps(4)) == ((5, 7, 11), (7, 15, 23), (0, 1, 3))
-    assert (usual_taps(12, 6, True), usual_taps(12, 6), usual_taps(1)) == ((5, 11), (11,), (0,))
+    assert (usual_taps(12, 6), usual_taps(12, 0), usual_taps(1)) == ((5, 11), (11,), (0,))
+    cascade, notes = init_from(tmp_path / "linear", 3, {"decoder": "segvitv2", "shrink_at": 6})
+    assert cascade.config.taps == (5, 7, 11) and len(cascade.decoder.stages) == 3
 
 
 def test_another_decoder_of_a_model_that_shrinks(tmp_path):
