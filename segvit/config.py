@@ -305,8 +305,9 @@ class SegViTConfig:
             "upsample needs a backbone that shrinks: shrink_at is None",
         )
         _check(
-            self.upsample or not self.backbone.shrink_edges,
-            "shrink_edges needs upsample: its tokens are on no grid, and only queries take them to one",
+            (self.upsample and self.decoder != "linear") or not self.backbone.shrink_edges,
+            "shrink_edges needs upsample, of decoder atm or segvitv2: its tokens are on no grid, and only "
+            "queries take them to one",
         )
         full = self.upsample and self.resize_queries and self.taps[0] < (self.backbone.shrink_at or 0)
         _check(

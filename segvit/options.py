@@ -526,7 +526,7 @@ class ConvertConfig(_Checked):
     model: dict[str, Any] = option(
         {},
         "fields that the shapes of an unpublished size do not tell, e.g. {'taps': [5, 7, 11], 'heads': 12}; "
-        "a Shrunk one also needs 'shrink_at'",
+        "a Shrunk one also needs 'shrink_at'; of a plain ViT heads, mlp and norm_eps",
     )
 
 

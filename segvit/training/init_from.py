@@ -67,7 +67,7 @@ def init_from(
         upsample = fields.get("upsample", old.upsample and fields["decoder"] != "eomt")
         rest = {name: rest[name] for name in _OF_PICTURES} | {"upsample": upsample}
         rest["taps"] = usual_taps(backbone["depth"], backbone["shrink_at"] if upsample else None)
-        if not upsample and "shrink_edges" not in fields:
+        if (not upsample or fields["decoder"] == "linear") and "shrink_edges" not in fields:
             backbone["shrink_edges"] = 0.0
     rest |= {k: v for k, v in fields.items() if k not in backbone_names}
     new = SegViTConfig.from_fields({**backbone, **rest, "num_classes": num_classes})

@@ -186,8 +186,9 @@ def test_another_decoder_of_a_model_that_shrinks(tmp_path):
     SegViT(dataclasses.replace(config, backbone=backbone)).save_pretrained(tmp_path)
     new = init_from(tmp_path, 3, {"decoder": "segvitv2"})[0].config
     assert new.upsample and new.taps == (0, 1) and new.backbone.shrink_edges == 0.25
-    new = init_from(tmp_path, 3, {"decoder": "linear", "upsample": False})[0].config
-    assert new.taps == (1,) and new.backbone.shrink_edges == 0
+    for fields in ({}, {"upsample": False}):
+        new = init_from(tmp_path, 3, {"decoder": "linear", **fields})[0].config
+        assert new.taps == (1,) and new.backbone.shrink_edges == 0
 
 
 def test_training(tmp_path, capsys):
