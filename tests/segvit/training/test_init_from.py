@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from segvit import BackboneConfig, SegViT, SegViTConfig
 from segvit.cli import main
 from segvit.config import usual_taps
 from segvit.data.synthetic import SyntheticShapes
+from segvit.data.transforms import RandomMirror
 from segvit.model.eomt import EoMT
 from segvit.model.linear_head import LinearSegmenter
 from segvit.options import TrainConfig
-from segvit.training.build import build_model, settled
+from segvit.training.build import build_model, make_augmentation, settled
 from segvit.training.init_from import init_from, match_classes
 from segvit.training.run_folder import Checkpoints
 
@@ -82,6 +84,28 @@ def test_classes_by_name(tmp_path):
     new, notes = init_from(tmp_path / "atm", 3, {"class_names": NAMES}, "linear")
     assert notes == ["backbone taken, not the decoder atm: linear starts afresh"]
     assert isinstance(new, LinearSegmenter)
+
+
+def test_colours_stay_with_their_classes(tmp_path):
+    """Where the data set has none: not with the places that these have in the checkpoint."""
+    names, colours = ("left arm", "head", "right arm"), ((9, 0, 0), (0, 9, 0), (0, 0, 9))
+    make(names=names, palette=colours).save_pretrained(tmp_path)
+    new, _ = init_from(tmp_path, 3, {"class_names": ("head", "Left arm", "right arm"), "palette": None})
+    assert new.config.palette == (colours[1], colours[0], colours[2])
+    assert init_from(tmp_path, 3, {"class_names": None})[0].config.palette == colours
+    for classes in (("head", "arm", "leg"), ("head", "leg")):
+        new, _ = init_from(tmp_path, len(classes), {"class_names": classes})
+        assert new.config.palette is None
+
+
+def test_classes_that_mirroring_exchanges_are_the_models(tmp_path):
+    """Also where the data set has no names, and the checkpoint's are taken."""
+    make(names=("left arm", "head", "right arm")).save_pretrained(tmp_path)
+    data = SimpleNamespace(num_classes=3, class_names=None, palette=None, ignore_index=255)
+    config = TrainConfig(data="x", out=str(tmp_path / "run"), image_size=32, init_from=str(tmp_path))
+    model = build_model(config, data)
+    steps = make_augmentation(config, data, model).steps.transforms
+    assert [step.exchanged for step in steps if isinstance(step, RandomMirror)] == [[(0, 2)]]
 
 
 def test_names_that_differ_in_capital_letters_alone():
