@@ -505,8 +505,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def usual_taps(depth: int, upsample_from: int | None = None) -> tuple[int, ...]:
     """The blocks that feed a decoder where nobody says: the published ones, at other depths thirds.
 
-    For up-sampling, the last features of full resolution before block `upsample_from`, which shrinks, if there
-    are any, and the last of all.
+    For up-sampling, the last features before block `upsample_from`, which shrinks, if there are any, and the
+    last of all.
     """
     last = depth - 1
     if upsample_from is not None:

@@ -207,14 +207,17 @@ def test_planted_bugs_show(case):
 
 
 def test_what_a_plain_vit_leaves_open_is_said(tmp_path, capsys):
-    """A CLIP's file does not tell the activation; what cannot be said of it is not left out without a word."""
+    """A CLIP's file does not tell the activation; what cannot be said of it is refused."""
     torch.manual_seed(0)
     config = BackboneConfig(32, 2, 2, patch_size=8, class_token=True, pre_norm=True, final_norm=True)
     path, out = str(tmp_path / "clip.pth"), tmp_path / "out"
     torch.save(VisionTransformer(config, (32, 32), (1,)).state_dict(), path)
     for model, words in (
         ("{}", "--model '{mlp: gelu}' or '{mlp: quick_gelu}'"),
-        ("{mlp: quick_gelu, taps: [1]}", f"{path}: model: got taps, but it is a backbone alone; expected heads"),
+        (
+            "{mlp: quick_gelu, taps: [1]}",
+            f"{path}: model: got taps, but it is a backbone alone; expected heads",
+        ),
         ("{mlp: quick_gelu, heads: 3}", "width 32 is not divisible by heads 3"),
     ):
         assert main(["convert", path, str(out), "--model", model]) == 2
