@@ -140,7 +140,11 @@ class LabelOptions(_Checked):
         None,
         "label value -> class, as a JSON file, as JSON or in the config file; replaces reduce_zero_label",
     )
-    ignore_index: int = option(255, "label of pixels that count neither in the loss nor in the mIoU")
+    ignore_index: int = option(
+        255,
+        "label of pixels without a class, which do not count in the mIoU; in the loss they are outside of "
+        "every mask, as in published models, and nothing for the linear head",
+    )
     image_pattern: str | None = option(
         None,
         "where the pictures are, e.g. 'images/{split}/**/*_rgb.png': {split} is the split's folder, * any "
