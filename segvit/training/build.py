@@ -178,7 +178,7 @@ def make_augmentation(config: TrainConfig, training: Any, model: SegViT) -> Augm
         photometric=config.photometric,
         mean=model.config.mean,
         ignore_index=training.ignore_index,
-        exchanged=mirrored_classes(model.config.class_names),
+        exchanged=mirrored_classes(training.class_names or model.config.class_names),
         seed=config.seed,
     )
 
