@@ -165,6 +165,11 @@ def test_an_image_size_is_the_presets_where_no_option_says_it(tmp_path):
     assert (of(model={"image_size": [64, 64]}), of(preset="vit_large", image_size=512)) == (64, 512)
     with pytest.raises(ValueError, match=r"image_size: the model's is \[64, 48\]"):
         of(model={"image_size": [64, 48]})
+    for size in (32, [32, 32]):
+        with pytest.raises(ValueError, match="image_size: got 64, and model says 32; expected one"):
+            of(image_size=64, model={"image_size": size})
+        assert of(image_size=32, model={"image_size": size}) == 32
+    assert of(image_size=64, model={"image_size": [64, 48]}) == 64
 
 
 def test_one_value_range(tmp_path):
