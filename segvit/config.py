@@ -305,8 +305,9 @@ class SegViTConfig:
             "upsample needs a backbone that shrinks: shrink_at is None",
         )
         _check(
-            self.upsample or not self.backbone.shrink_edges,
-            "shrink_edges needs upsample: its tokens are on no grid, and only queries take them to one",
+            (self.upsample and self.decoder != "linear") or not self.backbone.shrink_edges,
+            "shrink_edges needs upsample, of decoder atm or segvitv2: its tokens are on no grid, and only "
+            "queries take them to one",
         )
         full = self.upsample and self.resize_queries and self.taps[0] < (self.backbone.shrink_at or 0)
         _check(
@@ -393,7 +394,9 @@ class SegViTConfig:
             shrink_at = 6 if depth == 12 else depth // 3
             values = {"shrink_at": shrink_at, "upsample": values.get("decoder") != "eomt", **values}
             if "taps" not in overrides:
-                values["taps"] = usual_taps(values["depth"], values["shrink_at"] or 0, values["upsample"])
+                last = (values["depth"] - 1,)
+                upsampled = usual_taps(values["depth"], values["shrink_at"] or 0)
+                values["taps"] = upsampled if values["upsample"] else last
         return cls.from_fields({**values, "num_classes": num_classes})
 
     @classmethod
@@ -499,15 +502,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def usual_taps(depth: int, shrink_at: int | None = None, upsample: bool = False) -> tuple[int, ...]:
+def usual_taps(depth: int, upsample_from: int | None = None) -> tuple[int, ...]:
     """The blocks that feed a decoder where nobody says: the published ones, at other depths thirds.
 
-    Of a backbone that shrinks, the last features of full resolution, if there are any and up-sampling sees
-    them, and the last of all.
+    For up-sampling, the last features before block `upsample_from`, which shrinks, if there are any, and the
+    last of all.
     """
     last = depth - 1
-    if shrink_at is not None:
-        return (shrink_at - 1, last) if upsample and 0 < shrink_at < depth else (last,)
+    if upsample_from is not None:
+        return (upsample_from - 1, last) if 0 < upsample_from < depth else (last,)
     if depth in _TAPS:
         return tuple(_TAPS[depth]["taps"])
     return tuple(sorted({max(0, depth * third // 3 - 1) for third in (1, 2, 3)}))

@@ -140,7 +140,11 @@ class LabelOptions(_Checked):
         None,
         "label value -> class, as a JSON file, as JSON or in the config file; replaces reduce_zero_label",
     )
-    ignore_index: int = option(255, "label of pixels that count neither in the loss nor in the mIoU")
+    ignore_index: int = option(
+        255,
+        "label of pixels without a class, which do not count in the mIoU; in the loss they are outside of "
+        "every mask, as in published models, and nothing for the linear head",
+    )
     image_pattern: str | None = option(
         None,
         "where the pictures are, e.g. 'images/{split}/**/*_rgb.png': {split} is the split's folder, * any "
@@ -526,7 +530,7 @@ class ConvertConfig(_Checked):
     model: dict[str, Any] = option(
         {},
         "fields that the shapes of an unpublished size do not tell, e.g. {'taps': [5, 7, 11], 'heads': 12}; "
-        "a Shrunk one also needs 'shrink_at'",
+        "a Shrunk one also needs 'shrink_at'; of a plain ViT heads, mlp and norm_eps",
     )
 
 

@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ say works."""
 
+import fnmatch
 import re
 import runpy
 import shlex
@@ -44,6 +45,14 @@ def test_commands_are_understood():
                     elif program == "make":
                         assert {word for word in words if "=" not in word} <= targets, command
     assert {"train", "evaluate", "predict", "convert", "bench", "data check"} <= seen
+
+
+def test_tests_that_pages_name_exist():
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    defined = re.findall(r"^ *def (test_\w+)", text, re.MULTILINE)
+    for page in PAGES:
+        for name in re.findall(r"`(test_[\w*]+)`", page.read_text()):
+            assert fnmatch.filter(defined, name), f"{page}: {name}"
 
 
 def test_links_lead_somewhere():

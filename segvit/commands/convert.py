@@ -69,7 +69,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _backbone(config: ConvertConfig) -> int:
     """Of a file that holds a plain ViT alone."""
-    found, tensors, notes, unused = convert_backbone(config.checkpoint, config.out)
+    found, tensors, notes, unused = convert_backbone(config.checkpoint, config.out, config.model)
     rotary = ", rotary positions" if found.rotary else ""
     print(
         f"{config.checkpoint}: a plain ViT of width {found.width} with {found.depth} blocks of {found.heads} "

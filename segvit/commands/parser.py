@@ -214,7 +214,8 @@ class _Options:
 
     def _read_mapping(self, root: Any, path: str) -> None:
         seen = set()
-        for key_node, value_node in root.value:
+        # Entries, as in `model.width`, after the whole that they are of, wherever that stands.
+        for key_node, value_node in sorted(root.value, key=lambda pair: "." in str(pair[0].value)):
             place = f"{path}: line {key_node.start_mark.line + 1}"
             key = str(key_node.value) if key_node.id == "scalar" else ""
             name, _, entry = key.replace("-", "_").partition(".")

@@ -24,6 +24,7 @@ from segvit.model.checkpoint import (
 from segvit.model.foreign import timm_names, what_it_is, why_not_plain
 from segvit.model.pretrained import BACKBONE_TYPE, open_pretrained, statistics_told
 from segvit.model.segvit import SegViT
+from segvit.system.text import shown
 
 __all__ = ["Conversion", "convert", "convert_backbone", "infer_config", "is_backbone"]
 
@@ -80,6 +81,9 @@ def is_backbone(state_dict: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in names and any(key.startswith("blocks.0.") for key in names)
 
 
+_UNTOLD = ("heads", "mlp", "norm_eps")
+
+
 class Backbone(NamedTuple):
     """A converted backbone: its configuration, the number of its tensors, and what became of the others."""
 
@@ -89,16 +93,29 @@ class Backbone(NamedTuple):
     unused: list[str]
 
 
-def convert_backbone(path: str | os.PathLike, folder: str | os.PathLike) -> Backbone:
+def convert_backbone(
+    path: str | os.PathLike, folder: str | os.PathLike, fields: Mapping[str, Any] | None = None
+) -> Backbone:
     """Write a plain ViT's weights, in whatever layout, with our names and all that is known of them.
 
     `folder` gets model.safetensors and config.json, for `SegViT.load_backbone` and --backbone-weights.
 
+    Args:
+        fields: "heads", "mlp" and "norm_eps", where the file does not tell them.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unreadable, or not a plain ViT's weights; one line that names the file.
+        ValueError: unreadable, or not a plain ViT's weights, or others than `fields` say; one line that names
+            the file.
     """
     weights = open_pretrained(path)
+    for name, value in (fields or {}).items():
+        if name not in _UNTOLD:
+            expected = f"{', '.join(_UNTOLD)}, which weights may leave open"
+            raise ValueError(f"{path}: model: got {name}, but it is a backbone alone; expected {expected}")
+        if weights.known.get(name, value) != value:
+            raise ValueError(f"{path}: model: got {name} {shown(value)}, its own is {weights.known[name]}")
+    weights = weights._replace(known={**weights.known, **(fields or {})})
     names = timm_names(weights.state_dict)
     config = dataclasses.replace(weights.backbone_config(), final_norm="norm.weight" in names)
     grid = tuple(weights.known.get("grid", ())) or _stored_grid(names)

@@ -478,12 +478,16 @@ class SegViT(nn.Module):
         """Keep all tokens in this share of a training, which the cascade takes as well; returns self.
 
         Raises:
-            ValueError: the model has no cascade, or its backbone does not shrink.
+            ValueError: no share; or the model has no cascade, or its backbone does not shrink.
         """
         cascade = isinstance(self.decoder, ATMDecoder) and not self.config.upsample
-        if share and not (cascade and self.backbone.shrinks):
+        if share and not (cascade and self.config.backbone.shrink_at is not None):
             reason = "without a cascade on a backbone that shrinks (shrink_at, not upsample)"
             raise ValueError(f"shrink_after: got {share:g}, expected 0 {reason}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"shrink_after: got {share:g}, expected a share from 0 to 1")
+        if self.shrink_after:
+            self._shrink(True)  # perhaps the last step was told not to
         self.shrink_after = share
         return self
 

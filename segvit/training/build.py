@@ -58,14 +58,16 @@ def settled(config: TrainConfig) -> TrainConfig:
             model.setdefault("in_channels", old.backbone.in_channels)
         if old.decoder != "atm" and config.head is None:
             model.setdefault("decoder", old.decoder)
-    size: Any = config.image_size
-    if size is None:
-        size = old.image_size if old else PRESETS.get(config.preset, {}).get("image_size", 512)
-        size = model.get("image_size", size)
-        if isinstance(size, (list, tuple)) and len(set(size)) == 1:
-            size = size[0]
-        if not isinstance(size, int):
-            raise ValueError(f"image_size: the model's is {shown(size)}; say it, for crops are square")
+    size: Any = old.image_size if old else PRESETS.get(config.preset, {}).get("image_size", 512)
+    size = model.get("image_size", size)
+    if isinstance(size, (list, tuple)) and size and all(side == size[0] for side in size):
+        size = size[0]
+    if config.image_size is None and not isinstance(size, int):
+        raise ValueError(f"image_size: the model's is {shown(size)}; say it, for crops are square")
+    if config.image_size is not None:
+        if "image_size" in model and isinstance(size, int) and size != config.image_size:
+            raise ValueError(f"image_size: got {config.image_size}, and model says {size}; expected one")
+        size = config.image_size
     return dataclasses.replace(
         config,
         image_size=size,
@@ -178,7 +180,7 @@ def make_augmentation(config: TrainConfig, training: Any, model: SegViT) -> Augm
         photometric=config.photometric,
         mean=model.config.mean,
         ignore_index=training.ignore_index,
-        exchanged=mirrored_classes(training.class_names),
+        exchanged=mirrored_classes(training.class_names or model.config.class_names),
         seed=config.seed,
     )
 

@@ -57,17 +57,21 @@ def init_from(
     old = read_config(folder)
     fields = {"decoder": decoder_of(head) or old.decoder, **fields}
     rows, words = match_classes(old.class_names, fields.get("class_names"), old.num_classes, num_classes)
+    palette = fields.get("palette")
+    if palette is None and old.palette and None not in rows:
+        palette = [old.palette[row] for row in rows if row is not None]
     # Names that the data set has not are the checkpoint's, where the numbers agree.
-    of_classes = ("class_names", "palette") if old.num_classes != num_classes else ()
-    fields = {key: value for key, value in fields.items() if value is not None or key in of_classes}
+    none = "class_names" if old.num_classes != num_classes else ""
+    fields = {key: value for key, value in fields.items() if value is not None or key == none}
+    fields = {**fields, "palette": palette}
     backbone_names = {field.name for field in dataclasses.fields(BackboneConfig)}
     backbone = {**old.backbone.to_dict(), **{k: v for k, v in fields.items() if k in backbone_names}}
     rest = {k: v for k, v in old.to_dict().items() if k != "backbone"}
     if old.decoder != fields["decoder"]:
         upsample = fields.get("upsample", old.upsample and fields["decoder"] != "eomt")
         rest = {name: rest[name] for name in _OF_PICTURES} | {"upsample": upsample}
-        rest["taps"] = usual_taps(backbone["depth"], backbone["shrink_at"], upsample)
-        if not upsample and "shrink_edges" not in fields:
+        rest["taps"] = usual_taps(backbone["depth"], backbone["shrink_at"] if upsample else None)
+        if (not upsample or fields["decoder"] == "linear") and "shrink_edges" not in fields:
             backbone["shrink_edges"] = 0.0
     rest |= {k: v for k, v in fields.items() if k not in backbone_names}
     new = SegViTConfig.from_fields({**backbone, **rest, "num_classes": num_classes})

@@ -239,7 +239,8 @@ def _compare_options(
     if changed:
         say(f"{', '.join(changed.values())}: the same training, with other rounding and dropout from here on")
     if steps:
-        say(f"{steps}: the learning rate follows the schedule of {now['max_steps']} steps from here on")
+        schedule = f"the schedule of {now['max_steps']} steps from here on"
+        say(f"{steps}: learning rate, shrink_after and the masks of eomt follow {schedule}")
 
 
 def _forget_scores(folder: Path, change: str, say: Callable) -> None:

@@ -286,7 +286,7 @@ def options_of(capsys, *words):
 def test_configuration_files_as_editors_write_them(tmp_path, capsys):
     text = (
         "# mine\r\nlr: 1e-4\r\nflip: no\r\nresume: on\r\nprecision: 32\r\nout: 2024-01-01\r\ndata: no\r\n"
-        "max-steps: 1e3\r\nnames: ~\r\nmodel.key_positions: true\r\nlabel_mapping: {7: 0}\r\n"
+        "max-steps: 1e3\r\nmodel.key_positions: true\r\nnames: ~\r\nlabel_mapping: {7: 0}\r\n"
         "betas: [0.9, 0.98]  \r\n"
     )
     expected = {
@@ -299,6 +299,10 @@ def test_configuration_files_as_editors_write_them(tmp_path, capsys):
         path.write_bytes(text.encode(encoding))
         values = options_of(capsys, "train", "--config", str(path))
         assert {name: values[name] for name in expected} == expected
+    path.write_text(text.replace("names: ~", "model: {width: 8}"))  # behind an entry of it
+    model = options_of(capsys, "train", "--config", str(path))["model"]
+    assert model == {"width": 8, "key_positions": True}
+    path.write_text(text)
     words = ["--lr", "3", "--model.width", "16", "--config", str(path), "--flip", "--names", "null"]
     values = options_of(capsys, "train", *words)
     assert values["lr"] == 3 and values["flip"] and values["model"] == {"key_positions": True, "width": 16}

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from segvit import SegViT, SegViTConfig, SegViTLoss
 from segvit.cli import main
+from segvit.config import BackboneConfig
 from segvit.inference.passes import label_maps
+from segvit.model.backbone import VisionTransformer
 from segvit.model.checkpoint import rename_published_keys
 from segvit.model.convert import convert, infer_config
-from segvit.model.pretrained import BACKBONE_TYPE
+from segvit.model.pretrained import BACKBONE_TYPE, open_pretrained
 from segvit.options import InferenceOptions
 
 pytest.importorskip("safetensors", reason="needs the extra train")
@@ -202,6 +204,32 @@ def test_planted_bugs_show(case):
 
     for change in (other_order, other_norm, other_downsampling):
         fails(change)
+
+
+def test_what_a_plain_vit_leaves_open_is_said(tmp_path, capsys):
+    """A CLIP's file does not tell the activation; what cannot be said of it is refused."""
+    torch.manual_seed(0)
+    config = BackboneConfig(32, 2, 2, patch_size=8, class_token=True, pre_norm=True, final_norm=True)
+    path, out = str(tmp_path / "clip.pth"), tmp_path / "out"
+    torch.save(VisionTransformer(config, (32, 32), (1,)).state_dict(), path)
+    for model, words in (
+        ("{}", "--model '{mlp: gelu}' or '{mlp: quick_gelu}'"),
+        (
+            "{mlp: quick_gelu, taps: [1]}",
+            f"{path}: model: got taps, but it is a backbone alone; expected heads",
+        ),
+        ("{mlp: quick_gelu, heads: 3}", "width 32 is not divisible by heads 3"),
+    ):
+        assert main(["convert", path, str(out), "--model", model]) == 2
+        assert words in capsys.readouterr().err and not out.exists()
+    assert main(["convert", path, str(out), "--model", "{mlp: quick_gelu, heads: 2, norm_eps: 1e-5}"]) == 0
+    assert "2 heads" in capsys.readouterr().out
+    found = open_pretrained(out).backbone_config()
+    assert (found.heads, found.mlp, found.norm_eps) == (2, "quick_gelu", 1e-5)
+    again = [str(out / "model.safetensors"), str(tmp_path / "again"), "--model"]
+    assert main(["convert", *again, "{heads: 4}"]) == 2
+    assert "model: got heads 4, its own is 2" in capsys.readouterr().err
+    assert main(["convert", *again, "{heads: 2}"]) == 0
 
 
 # What is read from a file

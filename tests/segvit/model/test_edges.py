@@ -118,6 +118,7 @@ def test_engine_windows_and_refusals():
         ({"shrink_edges": 0.2, "shrink_at": None}, "shrink_edges needs shrink_at, got 0.2 without"),
         ({"shrink_edges": 0.9, "shrink_at": 6}, "shrink_edges must be between 0 and 0.75, got 0.9"),
         ({"shrink_edges": 0.2, "shrink_at": 6}, "shrink_edges needs upsample"),
+        ({"shrink_edges": 0.2, "shrunk": True, "decoder": "linear"}, "of decoder atm or segvitv2"),
     ):
         with pytest.raises(ValueError, match=message.replace(".", r"\.")):
             SegViTConfig.preset("vit_tiny", 3, **fields)

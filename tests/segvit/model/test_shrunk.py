@@ -52,6 +52,10 @@ def test_tokens_are_kept_in_the_first_share_of_a_training(rotary):
     assert_equal_outputs(late(images), shrunk)
     late.anneal(0.1)
     assert_equal_outputs(late.eval()(images), shrunk)
+    late.train().anneal(0.1)
+    late.set_shrink_after(0.2).anneal(0.1)
+    assert_equal_outputs(late(images), full(images))
+    assert_equal_outputs(late.set_shrink_after(0.0)(images), shrunk)
 
 
 @pytest.mark.parametrize("name", ["single", "shrunk"])
@@ -59,6 +63,9 @@ def test_models_that_cannot_shrink_later(name):
     model = sharp_model(**VARIANTS[name]).set_shrink_after(0.0)
     with pytest.raises(ValueError, match=r"shrink_after: got 0\.5, expected 0 without a cascade"):
         model.set_shrink_after(0.5)
+    for share in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"shrink_after: got {share:g}, expected a share from 0 to 1"):
+            sharp_model(**VARIANTS["mixed"]).set_shrink_after(share)
 
 
 # Configuration

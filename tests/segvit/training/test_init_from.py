@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from segvit import BackboneConfig, SegViT, SegViTConfig
 from segvit.cli import main
 from segvit.config import usual_taps
 from segvit.data.synthetic import SyntheticShapes
+from segvit.data.transforms import RandomMirror
 from segvit.model.eomt import EoMT
 from segvit.model.linear_head import LinearSegmenter
 from segvit.options import TrainConfig
-from segvit.training.build import build_model, settled
+from segvit.training.build import build_model, make_augmentation, settled
 from segvit.training.init_from import init_from, match_classes
 from segvit.training.run_folder import Checkpoints
 
@@ -84,6 +86,28 @@ def test_classes_by_name(tmp_path):
     assert isinstance(new, LinearSegmenter)
 
 
+def test_colours_stay_with_their_classes(tmp_path):
+    """Where the data set has none: not with the places that these have in the checkpoint."""
+    names, colours = ("left arm", "head", "right arm"), ((9, 0, 0), (0, 9, 0), (0, 0, 9))
+    make(names=names, palette=colours).save_pretrained(tmp_path)
+    new, _ = init_from(tmp_path, 3, {"class_names": ("head", "Left arm", "right arm"), "palette": None})
+    assert new.config.palette == (colours[1], colours[0], colours[2])
+    assert init_from(tmp_path, 3, {"class_names": None})[0].config.palette == colours
+    for classes in (("head", "arm", "leg"), ("head", "leg")):
+        new, _ = init_from(tmp_path, len(classes), {"class_names": classes})
+        assert new.config.palette is None
+
+
+def test_classes_that_mirroring_exchanges_are_the_models(tmp_path):
+    """Also where the data set has no names, and the checkpoint's are taken."""
+    make(names=("left arm", "head", "right arm")).save_pretrained(tmp_path)
+    data = SimpleNamespace(num_classes=3, class_names=None, palette=None, ignore_index=255)
+    config = TrainConfig(data="x", out=str(tmp_path / "run"), image_size=32, init_from=str(tmp_path))
+    model = build_model(config, data)
+    steps = make_augmentation(config, data, model).steps.transforms
+    assert [step.exchanged for step in steps if isinstance(step, RandomMirror)] == [[(0, 2)]]
+
+
 def test_names_that_differ_in_capital_letters_alone():
     assert match_classes(["Car", "car", "Bus"], ["car", "Car", "bus"], 3, 3)[0] == [1, 0, 2]
 
@@ -141,6 +165,11 @@ def test_an_image_size_is_the_presets_where_no_option_says_it(tmp_path):
     assert (of(model={"image_size": [64, 64]}), of(preset="vit_large", image_size=512)) == (64, 512)
     with pytest.raises(ValueError, match=r"image_size: the model's is \[64, 48\]"):
         of(model={"image_size": [64, 48]})
+    for size in (32, [32, 32]):
+        with pytest.raises(ValueError, match="image_size: got 64, and model says 32; expected one"):
+            of(image_size=64, model={"image_size": size})
+        assert of(image_size=32, model={"image_size": size}) == 32
+    assert of(image_size=64, model={"image_size": [64, 48]}) == 64
 
 
 def test_one_value_range(tmp_path):
@@ -175,7 +204,9 @@ def test_another_decoder_has_the_usual_taps_and_a_norm_of_its_own(tmp_path):
     assert "the final norm starts afresh" in notes
     assert (new.backbone.norm.weight == 1).all() and (new.backbone.norm.bias == 0).all()
     assert (usual_taps(12), usual_taps(24), usual_taps(4)) == ((5, 7, 11), (7, 15, 23), (0, 1, 3))
-    assert (usual_taps(12, 6, True), usual_taps(12, 6), usual_taps(1)) == ((5, 11), (11,), (0,))
+    assert (usual_taps(12, 6), usual_taps(12, 0), usual_taps(1)) == ((5, 11), (11,), (0,))
+    cascade, notes = init_from(tmp_path / "linear", 3, {"decoder": "segvitv2", "shrink_at": 6})
+    assert cascade.config.taps == (5, 7, 11) and len(cascade.decoder.stages) == 3
 
 
 def test_another_decoder_of_a_model_that_shrinks(tmp_path):
@@ -184,8 +215,9 @@ def test_another_decoder_of_a_model_that_shrinks(tmp_path):
     SegViT(dataclasses.replace(config, backbone=backbone)).save_pretrained(tmp_path)
     new = init_from(tmp_path, 3, {"decoder": "segvitv2"})[0].config
     assert new.upsample and new.taps == (0, 1) and new.backbone.shrink_edges == 0.25
-    new = init_from(tmp_path, 3, {"decoder": "linear", "upsample": False})[0].config
-    assert new.taps == (1,) and new.backbone.shrink_edges == 0
+    for fields in ({}, {"upsample": False}):
+        new = init_from(tmp_path, 3, {"decoder": "linear", **fields})[0].config
+        assert new.taps == (1,) and new.backbone.shrink_edges == 0
 
 
 def test_training(tmp_path, capsys):

@@ -722,7 +722,8 @@ def test_resume_elsewhere_longer_and_otherwise(tmp_path, capsys):
     assert train(longer)["step"] == 4
     out = capsys.readouterr().out
     assert "note: accumulate 1 -> 2: the same training, with other rounding and dropout from here on" in out
-    assert "note: max_steps 2 -> 4: the learning rate follows the schedule of 4 steps from here on" in out
+    what = "learning rate, shrink_after and the masks of eomt"
+    assert f"note: max_steps 2 -> 4: {what} follow the schedule of 4 steps from here on" in out
     with pytest.raises(ValueError, match="max_steps: got 3, but the run is at step 4"):
         train(dataclasses.replace(longer, max_steps=3))
     with pytest.raises(ValueError, match=r"other options: batch_size 2 -> 4$"):
