@@ -22,7 +22,7 @@ from segvit.inference.classes import class_names
 from segvit.inference.engine import check_precision, in_precision
 from segvit.inference.passes import check_options
 from segvit.options import InferenceOptions
-from segvit.system.failures import of_one_picture, one_line
+from segvit.system.failures import let_go, of_one_picture, one_line
 from segvit.system.machine import pick_device
 
 __all__ = ["Labeller"]
@@ -106,6 +106,7 @@ class Labeller:
             return list(torch.as_tensor(found).cpu().numpy())
         except Exception as error:
             if len(images) == 1:
+                let_go(error)
                 return [error]
         return [found for image in images for found in self._label_maps([image])]  # it may be one's fault
 

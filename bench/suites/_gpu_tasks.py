@@ -51,11 +51,13 @@ def checked_dtypes() -> tuple[str, ...]:
 
 
 class Task(NamedTuple):
-    """One piece of a section: the table and key of its rows, and ``run(context)``, which yields them."""
+    """One piece of a section: the table and key of its rows, and ``run(context)``, which yields them; after
+    ``quiet_s`` without one it is taken to hang."""
 
     table: str
     key: dict[str, Any]
     run: Callable[[Context], Iterator[dict]]
+    quiet_s: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,8 @@ def _timing_tasks(plan: Plan) -> list[Task]:
 def _timing(op: operators.Operator, group: tuple[str, int, str], mode: str, kind: str) -> Task:
     shape, batch, dtype = group
     key = {"operator": op.name, "shape": shape, "batch": batch, "dtype": dtype, "mode": mode}
-    return Task("timings", key, lambda context: _time_group(context, op, key, kind))
+    quiet = Task._field_defaults["quiet_s"] if kind == "ready" else 2 * AUTOTUNE_S
+    return Task("timings", key, lambda context: _time_group(context, op, key, kind), quiet)
 
 
 def _time_group(context: Context, op: operators.Operator, key: dict, kind: str) -> Iterator[dict]:
@@ -287,7 +290,7 @@ def _model_tasks(plan: Plan) -> list[Task]:
                 torch.cuda.empty_cache()
 
         key = {"model": spec.name, "batch": batch, "dtype": dtype, "mode": mode, "way": ", ".join(names)}
-        return Task(table, key, run)
+        return Task(table, key, run, AUTOTUNE_S)
 
     return [task(*group) for group in _model_groups(plan)]
 

@@ -117,6 +117,7 @@ class _Section:
         self.printed.touch()
         self.rows = Rows(folder, name)
         self.begun, self.restarts = time.time(), 0
+        self.looked, self.lines, self.heard = 0.0, 0, self.begun
         self.ended: str | None = None
         self.process: subprocess.Popen | None = None
 
@@ -149,20 +150,28 @@ class _Section:
         """Whether the section has ended; kills and restarts its worker as needed."""
         if self.ended:
             return True
-        code = self.process.poll()
+        code, now = self.process.poll(), time.time()
+        if code is None and now < self.looked + 1:  # looks take time of the processor
+            return False
+        self.looked = now
+        begun, finished = self._listen()
         # The worker itself stops at the deadline; the grace is for the task in flight.
-        late = code is None and time.time() > self.deadline + GRACE_S
-        if code is None and not late:
+        late = code is None and now > self.deadline + GRACE_S
+        # The last task has all the time there is.
+        hangs = code is None and finished < begun < len(self.tasks) - 1
+        hangs = hangs and now > self.heard + self.tasks[begun].quiet_s
+        if code is None and not late and not hangs:
             return False
         self.stop()
         if code == 0:
             self._finish("ok")
             return True
-        events = [line for line in read(self.folder) if line["section"] == self.name]
-        begun = max((e["begin"] for e in events if "begin" in e), default=-1)
-        finished = max((e["end"] for e in events if "end" in e), default=-1)
+        begun, finished = self._listen()
         last = (self.printed.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        why = "did not end in time and was killed" if late else f"worker ended with code {code}: {last[:300]}"
+        why = f"worker ended with code {code}: {last[:300]}"
+        if late or hangs:
+            limit = "time" if late else f"{self.tasks[begun].quiet_s:.0f} s, without a row,"
+            why = f"did not end in {limit} and was killed"
         if begun > finished or begun < 0:
             finished = max(begun, 0)
             self._lose(finished, "failed", why)
@@ -174,6 +183,14 @@ class _Section:
         self.restarts += 1
         self.start(finished + 1)
         return False
+
+    def _listen(self) -> tuple[int, int]:
+        """The last task that began and the last that ended, -1 for none; notes when there are new lines."""
+        events = [line for line in read(self.folder) if line["section"] == self.name]
+        if len(events) > self.lines:
+            self.lines, self.heard = len(events), time.time()
+        begun = max((e["begin"] for e in events if "begin" in e), default=-1)
+        return begun, max((e["end"] for e in events if "end" in e), default=-1)
 
     def _finish(self, how: str) -> None:
         self.ended, seconds = how, round(time.time() - self.begun, 1)

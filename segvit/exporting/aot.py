@@ -140,7 +140,8 @@ def _needs(program: Program) -> dict[str, str]:
     if engine.device.type == "cpu":
         needs |= {"instructions": torch.backends.cpu.get_cpu_capability()}
         return needs | ({"packed": ",".join(sorted(program.packed))} if program.packed else {})
-    return needs | {"gpu": torch.cuda.get_device_name(engine.device)}
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(engine.device))
+    return needs | {"gpu": torch.cuda.get_device_name(engine.device), "capability": capability}
 
 
 def _compile(program: Program, path: Path, needs: dict[str, str]) -> None:
@@ -229,8 +230,14 @@ def _why_not_here(needs: dict[str, str]) -> str | None:
     for name, found in here.items():
         if needs[name] != found:
             return f"compiled for {name} {needs[name]}, here is {found}"
-    if needs["device"] == "cuda" and not torch.cuda.is_available():
-        return "compiled for a GPU, of which there is none"
+    if needs["device"] == "cuda":
+        if not torch.cuda.is_available():
+            return "compiled for a GPU, of which there is none"
+        wanted, found = needs.get("capability", ""), "{}.{}".format(*torch.cuda.get_device_capability())
+        # Machine code runs on later chips of its generation.
+        if wanted and (wanted.partition(".")[0] != found.partition(".")[0] or wanted > found):
+            return f"compiled for compute capability {wanted}, this GPU has {found}"
+        return None
     wanted, found = needs.get("instructions", ""), torch.backends.cpu.get_cpu_capability()
     if found not in _INSTRUCTIONS and wanted != found:
         return f"compiled for {wanted}, this processor has {found}"

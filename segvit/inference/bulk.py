@@ -39,7 +39,7 @@ from segvit.pictures.visualize import (
     similarity_picture,
 )
 from segvit.system.extras import require
-from segvit.system.failures import of_one_picture, one_line
+from segvit.system.failures import let_go, of_one_picture, one_line
 from segvit.system.files import as_one_file, may_be_replaced
 from segvit.system.text import numbered
 
@@ -362,6 +362,7 @@ class Pipeline:
             try:
                 (computed,) = self.job.compute([image])
             except _ONE_PICTURE as error:
+                let_go(error)
                 self._writing.append((picture, stem, _failed(error)))
             else:
                 yield picture, stem, computed

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from segvit.system.failures import let_go
+
 __all__ = ["Batches", "Done"]
 
 
@@ -112,6 +114,7 @@ class Batches:
         try:
             results = self.function(batch[0].key, [task.item for task in batch])
         except Exception as error:
+            let_go(error)
             if len(batch) == 1:
                 batch[0].future.set_exception(error)
             else:  # the others shall not fail for one, or for being many

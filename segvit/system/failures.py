@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import re
+import traceback
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: where memory was short, what others would find missing while the
+    error is kept. Its text and traceback stay."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def out_of_memory(error: BaseException) -> bool:

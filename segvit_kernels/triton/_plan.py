@@ -99,13 +99,14 @@ class _Made:
 
     def maker(self) -> Callable[..., Tensor]:
         """Makes another such tensor; takes the tensors of ``slots``."""
-        if self.function is None:
+        function, places = self.function, self.args  # without self, whose tensor would live as long as a plan
+        if function is None:
             return _allocation(self.tensor.shape, self.tensor.stride(), self.tensor, self.zeroed)
 
         def compute(*given: Tensor) -> Tensor:
             rest = iter(given)
-            args, kwargs = tree_map(lambda leaf: next(rest) if isinstance(leaf, _Place) else leaf, self.args)
-            return self.function(*args, **kwargs)
+            args, kwargs = tree_map(lambda leaf: next(rest) if isinstance(leaf, _Place) else leaf, places)
+            return function(*args, **kwargs)
 
         return compute
 

@@ -358,6 +358,31 @@ def test_a_hanging_worker_is_killed_and_the_rest_skipped(tmp_path, monkeypatch):
     assert [r["status"] for r in gpu.latest(gpu.read(tmp_path))] == ["failed", "skipped"]
 
 
+def test_a_hanging_task_costs_itself(tmp_path, monkeypatch):
+    tasks = [_gpu_tasks.Task("checks", {"name": str(n)}, None, quiet_s=0.1) for n in range(3)]
+    own = section(monkeypatch, tmp_path, tasks)
+
+    def start(index: int = 0) -> None:
+        for i in range(index, 3):
+            own.rows.write(begin=i)
+            if i == 1:
+                break
+            own.rows.write(table="checks", name=str(i), status="ok")
+            own.rows.write(end=i)
+        # The last one may take its time.
+        seconds = 60 if index == 0 else 0.5
+        own.process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
+
+    monkeypatch.setattr(own, "start", start)
+    start()
+    while not own.poll():
+        own.looked = 0.0
+        time.sleep(0.01)
+    rows = {r["name"]: (r["status"], r.get("reason")) for r in gpu.latest(gpu.read(tmp_path))}
+    assert rows["0"] == rows["2"] == ("ok", None) and own.ended == "ok"
+    assert rows["1"] == ("failed", "did not end in 0 s, without a row, and was killed")
+
+
 def test_workers_of_a_section_append_to_one_file(tmp_path, monkeypatch):
     """A worker process as the command starts it: rows, beginnings and ends, and what it printed."""
     monkeypatch.setattr(gpu, "GRACE_S", 600.0)  # of a busy machine

@@ -5,6 +5,7 @@ the JIT specialises on, so that a plan under a wrong key shows as a wrong kernel
 """
 
 import ctypes
+import gc
 import itertools
 import random
 import sys
@@ -355,6 +356,13 @@ def test_a_plan_keeps_no_tensor(log):
     del q, k, v
     log.clear()
     assert [r() for r in kept] == [None] * 6
+
+
+def test_a_plan_keeps_no_copy_either(log):
+    call(*qkv(), scale=-1.0)  # queries are negated
+    gc.collect()
+    assert not [made for made in gc.get_objects() if type(made) is _plan._Made]
+    assert_replays(atm.atm_fwd, (*qkv(), None, None, -1.0, 0.0, True), log)
 
 
 def test_device_and_stream_are_those_of_the_call(log):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -290,6 +291,19 @@ def test_packed_weights_ask_for_their_processor(monkeypatch, int8, expected):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {aot._PACKED[expected][0]: has})
         reason = aot._why_not_here(needs)
         assert reason is None if said is None else said in reason
+
+
+@pytest.mark.parametrize("here, runs", [((8, 0), True), ((8, 9), True), ((9, 0), False), ((7, 5), False)])
+def test_a_program_for_a_gpu_asks_for_its_generation(monkeypatch, here, runs):
+    """Elsewhere its kernels would fail at the first picture; what the processor has does not matter."""
+    needs = {"torch": torch.__version__, "machine": platform.machine(), "device": "cuda", "capability": "8.0"}
+    assert torch.cuda.is_available() or "there is none" in aot._why_not_here(needs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: here)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    assert aot._why_not_here(needs) == (
+        None if runs else "compiled for compute capability 8.0, this GPU has {}.{}".format(*here)
+    )
 
 
 def test_without_the_library_or_a_compiler(model, monkeypatch, tmp_path):

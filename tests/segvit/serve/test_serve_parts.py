@@ -7,6 +7,7 @@ import io
 import json
 import re
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,6 +107,28 @@ def test_one_bad_item_fails_alone_and_an_end_cancels_what_waits():
     assert running.result(30).result == "4!"
     with pytest.raises(RuntimeError, match="closed"):
         found.submit("a", "6", 1)
+
+
+def test_what_ran_out_of_memory_lets_go_of_it():
+    """The error of a batch while its items run by themselves, and that of an item until it is answered."""
+    go, held = threading.Event(), []
+
+    def function(key, items):
+        assert go.wait(30) and not [tensor for tensor in held if tensor() is not None]
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        if len(items) > 1 or "large" in items:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return items
+
+    found, _ = batches(function)
+    items = (("x", "0"), ("a", "large"), ("a", "2"), ("b", "3"))
+    futures = [found.submit(key, item, 1) for key, item in items]
+    go.set()
+    with pytest.raises(torch.OutOfMemoryError):
+        futures[1].result(30)
+    assert [futures[i].result(30).result for i in (0, 2, 3)] == ["0", "2", "3"] and len(held) == 5
+    found.close()
 
 
 def test_shares_are_given_in_order_and_come_back():
