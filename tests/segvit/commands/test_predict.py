@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import NAMES
+from samples import NAMES, sharp_model
 from samples import named_model as tiny_model
 
 from segvit.commands.predict import run
@@ -95,7 +95,9 @@ def test_predict_without_maps_and_again_over_its_own_output(checkpoint, pictures
         assert outputs(out) == {"a_labels.png", "a_overlay.png"}
 
 
-def test_similarity_maps_sum_to_the_masks(model):
+@pytest.mark.parametrize("shrink_at", [None, 1])  # the stages of one grid, and of two
+def test_similarity_maps_sum_to_the_masks(shrink_at):
+    model = sharp_model(shrink_at=shrink_at)
     image = torch.randint(256, (3, 30, 45), dtype=torch.uint8)
     padded = torch.nn.functional.pad(model.preprocess(image[None]), (0, 3, 0, 2))
     with torch.no_grad():
