@@ -555,6 +555,14 @@ def lines_of(out) -> dict[str, dict]:
     return {line["picture"]: line for line in found}
 
 
+def test_the_record_has_the_pixels_of_classes_of_one_name(pictures, tmp_path):
+    tiny_model(class_names=("thing",) * 5).save_pretrained(tmp_path / "checkpoint")
+    predict(tmp_path / "checkpoint", tmp_path / "out", [pictures], overlay=False, manifest=True)
+    lines = lines_of(tmp_path / "out").values()
+    assert max(len(line["pixels"]) for line in lines) > 1
+    assert all(sum(line["pixels"].values()) == line["width"] * line["height"] for line in lines)
+
+
 def test_a_tree_its_list_its_tar_and_its_zip_give_the_same(model, checkpoint, tree, tmp_path, monkeypatch):
     packed = tmp_path / "tree.tar"
     with tarfile.open(packed, "w") as tar:
