@@ -349,6 +349,8 @@ class SegViTConfig:
                 entries is None or len(entries) == self.num_classes,
                 f"{name} must have num_classes = {self.num_classes} entries, got {entries and len(entries)}",
             )
+        wrong = [colour for colour in self.palette or () if not 0 <= min(colour) <= max(colour) <= 255]
+        _check(not wrong, f"palette must have values from 0 to 255, got {wrong[:1]}")
 
     def _fill_eomt(self) -> None:
         """What EoMT has by default, and what it cannot be."""

@@ -75,7 +75,8 @@ def run(config: EvaluateConfig) -> int:
     # An exported file has both inside, whatever the options here leave open.
     exported = isinstance(model, ExportedModel)
     result["inference"] = (model.plan.options if exported else config).inference_fields()
-    result["dtype"] = model.description.precision if exported else config.dtype
+    mixed = {"bf16": "mixed bfloat16", "fp16": "mixed float16"}.get(config.precision, config.dtype)
+    result["dtype"] = model.description.precision if exported else mixed
     problems = []
     for path, write in files.items():  # before anything is printed: a console can fail
         try:

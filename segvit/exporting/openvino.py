@@ -83,15 +83,15 @@ def _write(model: Any, path: Path, compress: bool) -> None:
     runtime = require("openvino", extra="export")
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem[:40]}.") as folder:
-            made = Path(folder) / path.name
+            made = Path(folder) / f"{path.stem}.xml"  # what it knows the format by: not .XML
             runtime.save_model(model, made, compress_to_fp16=compress)
             written = made.read_text(encoding="utf-8")
             made.write_text(written.replace(_UNKNOWN, _digest(made), 1), encoding="utf-8")
             runtime.Core().read_model(made)  # a full disk is no error to it, but here
             os.chmod(folder, 0o700)
-            for suffix in (".bin", ".xml"):
-                synchronise(made.with_suffix(suffix))
-                replace(made.with_suffix(suffix), path.with_suffix(suffix))
+            for file, target in ((made.with_suffix(".bin"), path.with_suffix(".bin")), (made, path)):
+                synchronise(file)
+                replace(file, target)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][:200]
         raise OSError(f"{path}: cannot be written ({reason})") from None

@@ -189,6 +189,7 @@ class Job:
     ) -> None:
         self.config, self.model, self.out, self.classes, self.kept = config, model, out, classes, kept
         self.names, self.palette = class_names(model.config), class_colors(model.config)
+        self.keys = numbered(self.names)  # two classes may have one name
         self._versions: dict[str, str] = {}
 
     @property
@@ -271,7 +272,7 @@ class Job:
                 "output": stem,
                 "width": labels.shape[1],
                 "height": labels.shape[0],
-                "pixels": {self.names[i]: int(counts[i]) for i in np.flatnonzero(counts)},
+                "pixels": {self.keys[i]: int(counts[i]) for i in np.flatnonzero(counts)},
                 "version": self._versions.pop(picture.name, ""),
             }
             output.put(stem, {f"{kind}{KINDS[kind]}": writer for kind, writer in writers.items()}, line)

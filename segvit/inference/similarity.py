@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,13 +24,24 @@ def similarity_maps(
 
     Returns:
         Similarity maps float (K, H, W) of each stage in running order, before accumulation, and the mask
-        logits (K, H, W): their sum, or the last map where masks are not accumulated (up-sampled models).
+        logits (K, H, W): their sum as the decoder has it, or the last map where masks are not accumulated
+        (up-sampled models).
     """
     height, width = image.shape[-2:]
     padded = model.pad_to_patches(model.preprocess(image[None]))
-    stages = []
-    for maps in model.similarity_maps(padded):
-        chosen = maps[:, list(classes)].float()
-        enlarged = F.interpolate(chosen, size=padded.shape[-2:], mode="bilinear", align_corners=False)
-        stages.append(enlarged[0, :, :height, :width].cpu().numpy())
-    return stages, stages[-1] if model.config.upsample else np.sum(stages, axis=0)
+    stages = [maps[:, list(classes)].float() for maps in model.similarity_maps(padded)]
+    mask = stages[-1] if model.config.upsample else functools.reduce(_added, stages)
+
+    def whole(maps: torch.Tensor) -> np.ndarray:
+        return _enlarged(maps, padded.shape[-2:])[0, :, :height, :width].cpu().numpy()
+
+    return [whole(maps) for maps in stages], whole(mask)
+
+
+def _added(mask: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """As the decoder does it: on the grid of the later stage, which is finer where the backbone shrinks."""
+    return _enlarged(mask, maps.shape[-2:]) + maps
+
+
+def _enlarged(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

@@ -148,6 +148,13 @@ def test_evaluate_takes_one_of_two_precisions(checkpoint, capsys):
     assert "dtype: got bfloat16 with --precision bf16; expected one of the two" in capsys.readouterr().err
 
 
+def test_evaluate_says_in_which_arithmetic(checkpoint, tmp_path):
+    words = ["--data", "synthetic", "--synthetic-validation", "1", "--no-progress", "--workers", "0"]
+    words += ["--precision", "bf16", "--json", str(tmp_path / "x.json")]
+    assert main(["evaluate", "--checkpoint", str(checkpoint), *words]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["dtype"] == "mixed bfloat16"
+
+
 def test_check_precision_of_a_gpu():
     with pytest.raises(ValueError, match="dtype: packed weights are for the CPU, not meta"):
         check_precision(torch.device("meta"), "int8", "cpu")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import NAMES
+from samples import NAMES, sharp_model
 from samples import named_model as tiny_model
 
 from segvit.commands.predict import run
@@ -96,7 +96,9 @@ def test_predict_without_maps_and_again_over_its_own_output(checkpoint, pictures
         assert outputs(out) == {"a_labels.png", "a_overlay.png"}
 
 
-def test_similarity_maps_sum_to_the_masks(model):
+@pytest.mark.parametrize("shrink_at", [None, 1])  # the stages of one grid, and of two
+def test_similarity_maps_sum_to_the_masks(shrink_at):
+    model = sharp_model(shrink_at=shrink_at)
     image = torch.randint(256, (3, 30, 45), dtype=torch.uint8)
     padded = torch.nn.functional.pad(model.preprocess(image[None]), (0, 3, 0, 2))
     with torch.no_grad():
@@ -555,6 +557,14 @@ def lines_of(out) -> dict[str, dict]:
     found = [json.loads(line) for path in sorted(out.glob("*-of-*.jsonl")) for line in path.open()]
     assert len({line["picture"] for line in found}) == len(found), "a picture has two lines"
     return {line["picture"]: line for line in found}
+
+
+def test_the_record_has_the_pixels_of_classes_of_one_name(pictures, tmp_path):
+    tiny_model(class_names=("thing",) * 5).save_pretrained(tmp_path / "checkpoint")
+    predict(tmp_path / "checkpoint", tmp_path / "out", [pictures], overlay=False, manifest=True)
+    lines = lines_of(tmp_path / "out").values()
+    assert max(len(line["pixels"]) for line in lines) > 1
+    assert all(sum(line["pixels"].values()) == line["width"] * line["height"] for line in lines)
 
 
 def test_a_tree_its_list_its_tar_and_its_zip_give_the_same(model, checkpoint, tree, tmp_path, monkeypatch):

@@ -400,6 +400,9 @@ def test_a_full_disk_leaves_nothing(openvino, tmp_path):
     from segvit.exporting.openvino import _write
 
     model = runtime.Core().read_model(openvino)
+    _write(model, tmp_path / "x.XML", compress=False)
+    for name in ("x.XML", "x.bin"):
+        (tmp_path / name).unlink()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
     try:

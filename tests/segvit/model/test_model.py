@@ -459,6 +459,10 @@ def test_config_round_trip():
         (lambda: sharp_config(heads=5), "width 32 is not divisible by heads 5"),
         (lambda: sharp_config(decoder_heads=3), "decoder_dim 16 is not divisible"),
         (lambda: sharp_config(class_names=("a",)), "class_names must have num_classes = 5 entries, got 1"),
+        (
+            lambda: sharp_config(palette=[(0, 0, 0)] * 4 + [(0, 256, 0)]),
+            r"palette must have values from 0 to 255, got \[\(0, 256, 0\)\]",
+        ),
         (lambda: sharp_config(mlp="relu"), "'relu'"),
     ],
 )
