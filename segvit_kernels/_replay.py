@@ -57,6 +57,10 @@ class Replay:
         finally:
             self._turn.release()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy: the function alone."""
+        return Replay, (self.function,)
+
     def _prepare(self, input: Tensor) -> Tensor:
         kind = _kind(input)
         if not self._known:

@@ -1,5 +1,6 @@
 """Calls of operators written down and repeated: bit by bit the function's results, or the function itself."""
 
+import copy
 import functools
 import itertools
 import threading
@@ -65,6 +66,8 @@ def test_the_fourth_call_is_a_repetition():
     assert not torch.equal(found, network(inputs(4)))
     found.zero_()
     assert torch.equal(replay(inputs(3)), network(inputs(3))), "the result was not the caller's own"
+    copied = copy.deepcopy(replay)
+    assert not copied.repeats and torch.equal(copied(inputs(3)), network(inputs(3)))
     network.first.bias.add_(1)
     assert torch.equal(replay(inputs(3)), network(inputs(3))), "a weight changed in place"
 
