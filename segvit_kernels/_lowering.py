@@ -80,7 +80,7 @@ def _lower(node: Node) -> str:
     left_out = (node.kwargs.get(argument.name, argument.default_value) for argument in rest)
     arguments: Any = (*node.args, *left_out)[: operator.arity]  # without the backend
     values: Any = torch.fx.node.map_arg(arguments, lambda argument: argument.meta["val"])
-    device = _library._device(values)
+    device = _library.device_of(values)
     native_library(device)
     backend = _BACKENDS[device.type]
     if reason := operator.why_not(backend, device):
