@@ -55,7 +55,7 @@ FLOORS: dict[str, list[Floor]] = {
     ],
     "segvit_kernels": [
         Floor("ground", "_native _version _autocast _folding _rotary"),
-        Floor("library", "_library _lowering", "ground"),
+        Floor("library", "_library _lowering _replay", "ground"),
         Floor("ops", "ops", "ground library"),
         Floor("triton", "triton"),
         Floor("layers", "modules integrations", "ground ops"),

@@ -183,7 +183,7 @@ def test_a_preset(capsys, monkeypatch):
     assert "segvit train --shrunk" in out
     out = command(capsys, "vit_tiny", "--size", "32", "--classes", "7", "--shrunk", "--no-alternatives")
     assert "vit_tiny (Shrunk), random weights" in out and "train --shrunk" not in out
-    assert out.count("engine, ") == 1 and "query_attention_fwd eager" in out
+    assert out.count("engine, graph") == 1 and "query_attention_fwd eager" in out
 
 
 def test_a_linear_head_and_a_picture(tmp_path, capsys):
@@ -283,7 +283,6 @@ def test_threads_are_put_back():
         (["vit_tiny", "--threads", "0"], "threads: got 0, expected at least 1"),
         (["vit_tiny", "--classes", "0"], "classes: got 0, expected at least 1 or null"),
         (["vit_tiny", "--dtype", "int4"], "--dtype"),
-        (["vit_tiny", "--method", "graph", "--accelerator", "cpu"], "method: got 'graph' for a model on cpu"),
         (["vit_tiny", "--backend", "cudnn"], "backend: got 'cudnn'"),
         (["vit_tiny", "--image", "nowhere.png"], "nowhere.png: no such image file"),
         (["vit_tiny", "--json", "no/where/r.json"], "json: no/where/r.json: its folder does not exist"),
