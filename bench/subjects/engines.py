@@ -307,7 +307,8 @@ def serve(name: str, size: dict, dtype: str, folder: str, threads: int) -> tuple
     expected, lower = (np.load(Path(folder) / REFERENCE.format(d)) for d in ("float32", "bfloat16"))
     if labels.shape != expected.shape:
         raise ValueError(f"label maps are {labels.shape}, expected {expected.shape}")
-    call()  # some engines are ready after their second call only
+    for _ in range(2):  # some engines are ready after their second or third call only
+        call()
     info = {
         "agreement": float((labels == expected).mean()),
         "bfloat16": float((lower == expected).mean()),
