@@ -297,16 +297,24 @@ def nothing_but_memory(args: Sequence[Any]) -> bool:
     return True
 
 
+def inside_modes() -> bool:
+    """Whether a mode (a FLOP counter), a transform or a tracer would see what is called."""
+    c = torch._C
+    return bool(
+        c._len_torch_dispatch_stack()
+        or c._len_torch_function_stack()
+        or c._are_functorch_transforms_active()
+        or c._get_tracing_state() is not None
+    )
+
+
 def _dispatcher_is_idle(args: Sequence[Any]) -> bool:
     """Whether the dispatcher would find nothing to do for a call but to come back to Python.
 
     It has something to do inside modes (transforms, tracers, FLOP counters, profilers) and for tensors that
     are not what they look like.
     """
-    c = torch._C
-    if c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._are_functorch_transforms_active():
-        return False
-    if c._get_tracing_state() is not None or c._autograd._profiler_enabled():
+    if inside_modes() or torch._C._autograd._profiler_enabled():
         return False
     return _type(device_of(args)) in _PREFERRED and nothing_but_memory(args)
 

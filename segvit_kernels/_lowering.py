@@ -72,13 +72,9 @@ def lower_to_native(program: torch.export.ExportedProgram) -> list[str]:
 
 def _lower(node: Node) -> str:
     """Change one call; the operator's name."""
-    target: Any = node.target
-    name = target._schema.name.partition("::")[2]
-    operator = _library._operators[name]
     # The exporter leaves out what stands at the end with its default.
-    rest = target._schema.arguments[len(node.args) :]
-    left_out = (node.kwargs.get(argument.name, argument.default_value) for argument in rest)
-    arguments: Any = (*node.args, *left_out)[: operator.arity]  # without the backend
+    operator, found, _ = _library.called(node.target, node.args, node.kwargs)
+    name, arguments = operator.name, tuple(found)
     values: Any = torch.fx.node.map_arg(arguments, lambda argument: argument.meta["val"])
     device = _library.device_of(values)
     native_library(device)

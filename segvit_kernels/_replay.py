@@ -42,7 +42,7 @@ class Replay:
         self.repeats = False
         self._program: _Function | None = None
         self._kind: tuple[Any, ...] | None = None
-        self._known = self._hopeless = False
+        self._hopeless = False
         self._turn = threading.Lock()
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ class Replay:
 
     def _prepare(self, input: Tensor) -> Tensor:
         kind = _kind(input)
-        if not self._known:
-            self._known, self._kind = True, kind
+        if self._kind is None:
+            self._kind = kind
         elif self._kind == kind and self._program is None:
             try:
                 output, self._program = _recorded(self.function, input)
@@ -81,14 +81,10 @@ class Replay:
 
 def _alone(input: Tensor) -> bool:
     """Whether a call is nothing but computing, of a tensor that is nothing but memory."""
-    c = torch._C
     return not (
-        c._len_torch_dispatch_stack()
-        or c._len_torch_function_stack()
-        or c._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or _library.inside_modes()
         or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or c._get_tracing_state() is not None
         or _library.backends_are_recorded()
         or input.device.type != "cpu"
         or autocast_dtype(input.device) is not None
