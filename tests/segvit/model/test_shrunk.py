@@ -528,7 +528,10 @@ def test_similarity_maps_for_pictures():
         model = sharp_model(**VARIANTS[variant])
         with torch.no_grad():
             stages, masks = similarity_maps(model, image, [1, 3])
+            padded = model.pad_to_patches(model.preprocess(image[None]))
+            expected = F.interpolate(model(padded).mask_logits, padded.shape[-2:], mode="bilinear")
         assert {maps.shape for maps in (*stages, masks)} == {(2, 37, 51)}
+        assert np.allclose(masks, expected[0, [1, 3], :37, :51], atol=1e-5)
         assert variant == "mixed" or np.allclose(masks, stages[-1])
 
 
