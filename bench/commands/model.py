@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.commands import _options
+from bench.commands import OptionError, _options
+from bench.measure import environment, pools
 from bench.subjects.published import MODELS, QUICK
 from bench.suites import model
 
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     _options.check_out(options.out, options.smoke)
+    if options.pools and (reason := environment.missing(pools.PACKAGES)):
+        raise OptionError(f"--pools: {reason}")
     _options.check_names("--models", options.models, [model.name for model in (*MODELS, QUICK)], "model")
     result = model.run(
         names=options.models,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.__main__ import main
+from bench.measure import pools
 from bench.report.tables import memory as memory_tables
 from bench.report.tables import model as model_tables
 from bench.subjects import decoders, models, peers
@@ -435,6 +436,12 @@ def test_memory_table():
 def test_bad_options_are_named(command, arguments, expected, capsys):
     assert main([command, *arguments]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_pools_need_what_they_are_made_by(monkeypatch, capsys):
+    monkeypatch.setattr(pools, "PACKAGES", ("no_such_package",))
+    assert main(["model", "--pools"]) == 2
+    assert "--pools: not installed: no_such_package" in capsys.readouterr().err
 
 
 def test_kept_results_still_give_their_table():
